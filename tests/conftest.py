@@ -1,0 +1,43 @@
+"""What every test shares: no network, the same seed, the same number type."""
+
+import os
+import socket
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def only_here(self, address):
+        host = address[0] if isinstance(address, tuple) else None
+        if host not in (None, "127.0.0.1", "localhost", "::1"):
+            raise OSError(f"a test tried to reach {host!r}: tests never use the network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+def real_data(name: str) -> Path:
+    """The folder of a real data set, or skip, saying why."""
+    for root in (os.environ.get("M6REC_DATA"), REPOSITORY.parent / "shared" / "data"):
+        if root and (Path(root) / name).is_dir():
+            return Path(root) / name
+    pytest.skip(f"real data set {name!r} is absent: set M6REC_DATA to the folder that holds it")
