@@ -36,8 +36,10 @@ lint: $(VENV)/.installed ## ruff: style, annotations, docstrings, complexity
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed ## mypy on the package
-	$(BIN)/mypy -p m6rec
+types: $(VENV)/.installed ## mypy on the package, seen through links under the name it is imported by
+	@rm -rf $(VENV)/types && mkdir -p $(VENV)/types/m6rec
+	@ln -s $(CURDIR)/modeling_m6rec/* $(CURDIR)/tokenization $(CURDIR)/train $(CURDIR)/model_cards $(VENV)/types/m6rec
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p m6rec
 
 format: $(VENV)/.installed ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix-only .
