@@ -1,0 +1,327 @@
+"""Configuration of M6Rec: one Transformer block, split into segment layers and joint layers, and the heads on top."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+KINDS = ("user", "event", "age", "item", "now", "stat", "fact", "text", "option")
+"""Kinds of segment, in the order of their tokens' ids. A kind's number is its place here + 1; 0 means none."""
+
+TASKS = ("click", "rating", "interaction", "retrieval", "plausibility", "writing")
+"""What a model can be asked for. The first four have trained heads."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # For tests: every width is odd where it can be.
+    "tiny": {
+        "hidden_size": 36,
+        "intermediate_size": 50,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_joint_layers": 2,
+        "embedding_dim": 10,
+        "max_position_embeddings": 512,
+    },
+    # The on-device model of the paper, its section on M6-Edge: 24 layers that share one set of weights, factorised
+    # token embeddings of 128.
+    "edge": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_hidden_groups": 1,
+        "embedding_size": 128,
+        "num_joint_layers": 3,
+    },
+    # M6-base of the paper: 24 layers, 16 heads, 1024 wide, about 300M parameters; 3 joint layers (late interaction).
+    "base": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "gated_mlp": False,
+        "num_joint_layers": 3,
+    },
+}
+
+
+@strict
+class M6RecConfig(PreTrainedConfig):
+    """Everything that decides the shape and the behaviour of an M6Rec model.
+
+    The block is general enough to hold the weights of BERT, GPT-2, Llama, Qwen2 and Qwen3. Each field says what it
+    means below it. A wrong type fails at construction and at assignment; combinations without a meaning fail in
+    `validate_architecture` with the reason. Sources: the M6-Rec paper where named, else ours.
+    """
+
+    model_type = "m6rec"
+    keys_to_ignore_at_inference = ["past_key_values", "layout", "user_vectors", "item_vectors"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    """Grouped-query attention; None = as many as query heads."""
+    head_dim: int | None = None
+    """None = hidden_size / num_attention_heads."""
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    embedding_size: int | None = None
+    """Width of the token embeddings; smaller than hidden_size = factorised (M6-Edge). None = hidden_size."""
+    num_hidden_groups: int | None = None
+    """Distinct sets of layer weights, as in ALBERT; None = one per layer."""
+    position_embedding_type: Literal["rotary", "learned"] = "rotary"
+    max_position_embeddings: int = 4096
+    rope_parameters: RopeParameters | dict | None = None
+    norm_type: Literal["rms", "layer"] = "rms"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-6
+    final_norm: bool = True
+    embedding_norm: bool = False
+    type_vocab_size: int = 0
+    """Rows of a token-type table, of which row 0 is added to every token (BERT); 0 = no table."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Normalise each head's queries and keys (Qwen3)."""
+    lm_head_transform: bool = False
+    """Dense, activation and norm before the writing head (BERT)."""
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    """What `generate` starts from; `forward` keeps no cache unless it is asked to."""
+
+    pad_token_id: int | None = 0
+    unk_token_id: int | None = 1
+    mask_token_id: int | None = 2
+    source_token_id: int = 3
+    source_end_token_id: int = 4
+    bos_token_id: int | None = 5
+    eos_token_id: int | None = 6
+    segment_token_id: int = 7
+    first_kind_token_id: int = 8
+    """Ids of the kind tokens follow one another, in the order of KINDS."""
+    first_option_token_id: int = 17
+    num_options: int = 16
+
+    num_joint_layers: int | None = None
+    """The last layers, which read all segments together; None = all layers (no segment layers)."""
+    segment_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    history_attention: Literal["bidirectional", "causal"] = "causal"
+    document_attention: Literal["causal", "bidirectional"] = "causal"
+    """Plain rows: causal as in GPT, or bidirectional as in BERT (then `labels` stand where the [MASK] is)."""
+    joint_positions: Literal["request", "segment"] = "request"
+    segment_summary: int | None = None
+    """Of each closed given segment, how many last tokens are keys of the joint layers; None = all."""
+    max_events: int = 256
+    """Rows of the event ordinal table; later events share the last row."""
+    embedding_dim: int = 128
+    """Width of user and item vectors (the paper's 128)."""
+    embedding_temperature: float = 0.07
+    """Of the retrieval softmax (the paper's 0.07)."""
+    num_item_memory: int = 0
+    """Rows of the optional item memory; 0 = off."""
+    item_memory_dropout: float = 0.3
+    """Share of occurrences of an item whose memory is left out in training, so that its text alone still works."""
+    exit_layers: list[int] | None = None
+    """Joint layers (counted from 1) after which scores are trained as well, for early exit; None = the last only."""
+
+    score_head: Literal["linear", "option"] = "linear"
+    """Read scores by a linear layer, or by the embeddings of the option tokens (option tuning)."""
+    rating_values: list[float] | None = None
+    """The ratings there are, ascending; None = 1 to 5."""
+    rating_loss: Literal["classes", "regression"] = "classes"
+    interactions: list[str] | None = None
+    """Names of the interactions that are predicted side by side; None = like, follow, comment."""
+    class_weights: dict[str, list[float]] | None = None
+    """Weights of the classes of "click" (2), "rating" (one a value) or positives of "interaction" (one a name)."""
+    label_smoothing: float = 0.0
+    loss_weights: dict[str, float] | None = None
+    """Weights of the losses named "text", "click", "rating", "interaction", "retrieval"; absent = 1."""
+    trained_tasks: list[str] | None = None
+    """Tasks whose heads have been trained; None = not recorded."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.num_joint_layers is None:
+            self.num_joint_layers = self.num_hidden_layers
+        if self.num_hidden_groups is None:
+            self.num_hidden_groups = self.num_hidden_layers
+        if self.rating_values is None:
+            self.rating_values = [1.0, 2.0, 3.0, 4.0, 5.0]
+        if self.interactions is None:
+            self.interactions = ["like", "follow", "comment"]
+        self.id2label = dict(enumerate(self.score_names))
+        self.label2id = {name: index for index, name in self.id2label.items()}
+        kwargs.pop("num_labels", None)
+        if not __name__.startswith("transformers_modules."):
+            # The installed package registers its pipeline itself: a checkpoint need not ask for trust in its own code.
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **kwargs: Any) -> "M6RecConfig":
+        """Make one of the named sizes: "tiny" for tests, "edge" (10M, the paper's M6-Edge), "base" (300M, M6-base).
+
+        Args:
+            name: Name of the preset.
+            **kwargs: Fields that differ from it.
+
+        Raises:
+            ValueError: If there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}: choose one of {sorted(PRESETS)}")
+        return cls(**{**PRESETS[name], **kwargs})
+
+    @property
+    def num_segment_layers(self) -> int:
+        """Layers that read every segment alone."""
+        return self.num_hidden_layers - self.num_joint_layers
+
+    @property
+    def score_slices(self) -> dict[str, slice]:
+        """Where each task's outputs stand among those of the score head."""
+        ratings = 1 if self.rating_loss == "regression" else len(self.rating_values)
+        ends = [2, 2 + ratings, 2 + ratings + len(self.interactions)]
+        return {"click": slice(0, 2), "rating": slice(*ends[:2]), "interaction": slice(*ends[1:])}
+
+    @property
+    def score_names(self) -> list[str]:
+        """Name of each output of the score head, which is also what its option token stands for."""
+        ratings = (
+            ["rating"] if self.rating_loss == "regression" else [f"rating {value:g}" for value in self.rating_values]
+        )
+        return ["no click", "click", *ratings, *self.interactions]
+
+    @property
+    def kind_token_ids(self) -> dict[str, int]:
+        """Kind -> id of the token that opens a segment of that kind."""
+        return {kind: self.first_kind_token_id + index for index, kind in enumerate(KINDS)}
+
+    @property
+    def structural_token_ids(self) -> list[int]:
+        """Ids a model never writes: padding, gaps, openers of requests, targets and segments, options."""
+        single = [self.pad_token_id, self.unk_token_id, self.mask_token_id, self.bos_token_id]
+        options = range(self.first_option_token_id, self.first_option_token_id + self.num_options)
+        markers = [self.source_token_id, self.source_end_token_id]
+        return [index for index in (*single, *markers, *self.kind_token_ids.values(), *options) if index is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise; names of score outputs follow from other fields and are left out."""
+        fields = super().to_dict()
+        fields.pop("id2label", None)
+        fields.pop("label2id", None)
+        return fields
+
+    def validate_architecture(self) -> None:
+        """Refuse settings that have no meaning together (called by `strict` at construction)."""
+        problems = [*self._problems_of_the_block(), *self._problems_of_the_stages(), *self._problems_of_the_heads()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _problems_of_the_block(self) -> list[str]:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        rules = [
+            (
+                groups is not None and heads % groups,
+                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({groups})",
+            ),
+            (
+                self.head_dim is not None and self.position_embedding_type == "rotary" and self.head_dim % 2,
+                f"rotary positions need an even head_dim, got {self.head_dim}",
+            ),
+            (
+                self.num_hidden_groups is not None and not 0 < self.num_hidden_groups <= self.num_hidden_layers,
+                f"num_hidden_groups={self.num_hidden_groups} is not in 1..{self.num_hidden_layers}",
+            ),
+            (
+                self.norm_position == "post" and self.final_norm,
+                "norm_position='post' already ends each layer with a norm: set final_norm=False",
+            ),
+        ]
+        return [text for broken, text in rules if broken]
+
+    def _problems_of_the_stages(self) -> list[str]:
+        layers, joint = self.num_hidden_layers, self.num_joint_layers
+        if joint is not None and not 0 < joint <= layers:
+            return [f"num_joint_layers={joint} is not in 1..{layers}"]
+        has_segment_layers = joint is not None and joint < layers
+        exits = self.exit_layers or []
+        rules = [
+            (
+                self.segment_summary is not None and self.segment_summary < 1,
+                f"segment_summary={self.segment_summary} keeps no token: give at least 1, or None for all",
+            ),
+            (
+                self.segment_summary is not None and not has_segment_layers,
+                "segment_summary needs segment layers (num_joint_layers < num_hidden_layers): what it drops is unread",
+            ),
+            (
+                self.position_embedding_type == "learned" and has_segment_layers and self.joint_positions == "request",
+                "learned positions are added at the embedding, where segment layers need the place in the segment: "
+                "set joint_positions='segment'",
+            ),
+            (
+                joint is not None and any(not 0 < layer <= joint for layer in exits),
+                f"exit_layers={exits} count joint layers from 1 to {joint}: [EOS] has not met the user before",
+            ),
+        ]
+        return [text for broken, text in rules if broken]
+
+    def _problems_of_the_heads(self) -> list[str]:
+        values, weights, losses = self.rating_values or [], self.class_weights or {}, self.loss_weights or {}
+        names = ("text", "click", "rating", "interaction", "retrieval")
+        rules = [
+            (list(values) != sorted(set(values)), f"rating_values must ascend without repeats, got {values}"),
+            (
+                self.score_head == "option" and self.rating_loss == "regression",
+                "score_head='option' chooses among classes: set rating_loss='classes'",
+            ),
+            (
+                self.score_head == "option" and len(self.score_names) > self.num_options
+                if self.interactions is not None and values
+                else False,
+                f"score_head='option' needs one option token for each of {len(values)} ratings, the interactions and 2 "
+                f"click classes, but num_options={self.num_options}",
+            ),
+            (not 0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} is not in [0, 1)"),
+            (self.embedding_temperature <= 0, f"embedding_temperature={self.embedding_temperature} must be positive"),
+            (
+                any(name not in names for name in losses),
+                f"loss_weights={sorted(losses)} names an unknown loss: choose from {list(names)}",
+            ),
+            (
+                any(task not in TASKS for task in self.trained_tasks or []),
+                f"trained_tasks={self.trained_tasks} names an unknown task: choose from {list(TASKS)}",
+            ),
+        ]
+        return [text for broken, text in rules if broken] + self._problems_of_class_weights(weights)
+
+    def _problems_of_class_weights(self, weights: dict[str, list[float]]) -> list[str]:
+        if self.interactions is None or self.rating_values is None:
+            return []
+        sizes = {"click": 2, "rating": len(self.rating_values), "interaction": len(self.interactions)}
+        problems = [
+            f"class_weights: unknown task {name!r}, choose from {list(sizes)}" for name in weights if name not in sizes
+        ]
+        return problems + [
+            f"class_weights[{name!r}] has {len(values)} weights for {sizes[name]} classes"
+            for name, values in weights.items()
+            if name in sizes and len(values) != sizes[name]
+        ]
+
+
+__all__ = ["KINDS", "PRESETS", "TASKS", "M6RecConfig"]

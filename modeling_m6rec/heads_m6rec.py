@@ -1,0 +1,80 @@
+"""Where in a row the heads read, and the likelihood of written text.
+
+Shapes: B rows, T tokens, N targets of a row, E places of a row where a user is read, M items of a row, H = hidden_size.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from .configuration_m6rec import M6RecConfig
+from .layout_m6rec import KIND_NUMBER, Layout, last_index
+from .losses_m6rec import UNKNOWN
+
+if TYPE_CHECKING:
+    from .modeling_m6rec import M6RecForRecommendation
+
+
+def target_ends(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    """Find each target's [EOS], where it is scored: B x N, -1 where a row has fewer targets."""
+    ends = (ids == config.eos_token_id) & (lay.target > 0)
+    return last_index(ends, lay.target - 1, _slots(lay.target))
+
+
+def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Find where users are read: B x E, -1 where absent.
+
+    A source has one place for its head (the last [SEG] of [USER], else [BOS']), then one for each event (its last
+    [SEG]). Places of several requests in a row are numbered on. `seen` (B x T bool) leaves out hidden tokens.
+    """
+    opens_source = lay.source & (ids == config.source_token_id)
+    opens_event = lay.source & (lay.kind == KIND_NUMBER["event"]) & (lay.segment_position == 0)
+    told = (lay.event > 0) | lay.source & (lay.kind == KIND_NUMBER["user"])
+    reads = (ids == config.segment_token_id) & told | opens_source
+    place = (opens_source | opens_event).cumsum(1)
+    return last_index(reads if seen is None else reads & seen, place - 1, _slots(place))
+
+
+def item_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    """Find the [SEG] of each given [ITEM] segment in the order of the row: B x M, -1 where absent."""
+    is_item = (ids == config.segment_token_id) & (lay.kind == KIND_NUMBER["item"]) & ~lay.written
+    place = is_item.cumsum(1)
+    return last_index(is_item, place - 1, _slots(place))
+
+
+def mean_log_likelihood(
+    states: torch.Tensor, ids: torch.Tensor, lay: Layout, model: "M6RecForRecommendation"
+) -> torch.Tensor:
+    """Average the log-likelihood of what follows each target's first [TEXT], up to and including [EOS].
+
+    Only states that predict such a token go through the writing head. Source: the paper, zero-shot scoring.
+
+    Args:
+        states: B x T x H joint states.
+        ids: B x T.
+        lay: Their layout.
+        model: Gives the writing head.
+
+    Returns:
+        B x N; NaN for targets without written text.
+    """
+    written = lay.written & (lay.target > 0)
+    wanted = written & functional.pad(written, (1, -1))  # all but the [TEXT] that opens it
+    targets = functional.pad(torch.where(wanted, ids, UNKNOWN)[:, 1:], (0, 1), value=UNKNOWN)
+    known, slots = targets != UNKNOWN, _slots(lay.target)
+    logits = model.write_logits(states[known]).float()
+    likelihood = -functional.cross_entropy(logits, targets[known], reduction="none")
+    row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[known]
+    slot = functional.pad(lay.target[:, 1:] - 1, (0, 1))[known] + slots * row
+    total = likelihood.new_zeros(len(ids) * slots).index_add(0, slot, likelihood)
+    count = likelihood.new_zeros(len(ids) * slots).index_add(0, slot, torch.ones_like(likelihood))
+    return (total / count).view(len(ids), slots)
+
+
+def _slots(numbers: torch.Tensor) -> int:
+    """The largest of numbers that count from 1."""
+    return int(numbers.max()) if numbers.numel() else 0
+
+
+__all__ = ["item_places", "mean_log_likelihood", "target_ends", "user_places"]

@@ -1,0 +1,277 @@
+"""The Transformer block: one description of it holds BERT, GPT-2, Llama and Qwen weights.
+
+Shapes: B rows, Q queries, K keys, H heads, G key/value heads, D = head_dim. In the shared form B = U * N: U users with
+N candidates each, S keys of a user.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_m6rec import M6RecConfig
+
+
+class SharedKeys(NamedTuple):
+    """A user's keys and values in one layer, which all candidates of the user attend to."""
+
+    key: torch.Tensor
+    """U x G x S x D."""
+    value: torch.Tensor
+    """U x G x S x D."""
+    bias: torch.Tensor
+    """U x 1 x 1 x S, added to attention scores."""
+
+
+class M6RecRMSNorm(nn.Module):
+    """Root mean square norm, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension."""
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+def make_norm(config: M6RecConfig, size: int) -> nn.Module:
+    """Make the norm that the configuration names."""
+    return M6RecRMSNorm(size, config.norm_eps) if config.norm_type == "rms" else nn.LayerNorm(size, config.norm_eps)
+
+
+class M6RecRotaryEmbedding(nn.Module):
+    """Cosines and sines of positions; buffer names are those that `_init_weights` computes again after a meta init."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        default = self.rope_type == "default"
+        initialise = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = initialise(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: M6RecConfig, **_: Any) -> tuple[torch.Tensor, float]:
+        """Return D/2 inverse frequencies and the scale of the result."""
+        base, dim = config.rope_parameters["rope_theta"], config.head_dim
+        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn B x Q positions into cosines and sines, B x 1 x Q x D each, in the type of `hidden_states`."""
+        angles = position_ids[..., None].float() * self.get_buffer("inv_freq").float()
+        angles = torch.cat((angles, angles), -1)[:, None]
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn B x H x Q x D queries or keys by their positions."""
+    first, second = states.chunk(2, -1)
+    return states * cos + torch.cat((-second, first), -1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend in the plain form; returns B x Q x H x D and the B x H x Q x K weights."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, 1) for states in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling + attention_mask
+    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def shared_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    shared: SharedKeys,
+) -> torch.Tensor:
+    """Let each candidate attend to its user's keys, kept once, and to its own; nothing is copied.
+
+    Args:
+        query: U*N x H x Q x D.
+        key: U*N x G x Q x D.
+        value: U*N x G x Q x D.
+        attention_mask: U*N x 1 x Q x Q, added to scores.
+        scaling: Factor of the scores.
+        shared: The users' keys.
+
+    Returns:
+        U*N x Q x H x D.
+    """
+    (rows, heads, queries, dim), (users, groups) = query.shape, shared.key.shape[:2]
+    folded = query.view(users, -1, groups, heads // groups, queries, dim) * scaling
+    by_user = folded.transpose(1, 2).reshape(users, groups, -1, dim)
+    far = by_user @ shared.key.transpose(2, 3) + shared.bias  # U x G x N*(H/G)*Q x S
+    near = folded.reshape(rows, groups, -1, dim) @ key.transpose(2, 3)  # U*N x G x (H/G)*Q x Q
+    near = near.unflatten(2, (-1, queries)) + attention_mask[:, :, None]
+    near = near.view(users, -1, *near.shape[1:]).transpose(1, 2).reshape(*far.shape[:3], queries)
+    weights = torch.cat((far, near), -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    far, near = weights.split((shared.key.shape[2], queries), -1)
+    near = near.reshape(users, groups, -1, heads // groups * queries, queries).transpose(1, 2)
+    near = near.reshape(rows, groups, -1, queries) @ value
+    far = (far @ shared.value).view(users, groups, -1, heads // groups * queries, dim).transpose(1, 2)
+    return (far.reshape(near.shape) + near).reshape(rows, heads, queries, dim).transpose(1, 2)
+
+
+class M6RecAttention(nn.Module):
+    """Grouped-query attention, with biases, head norms and rotary positions as configured."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_norm = M6RecRMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = M6RecRMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor,
+        layer_idx: int = 0,
+        past_key_values: Cache | None = None,
+        shared: SharedKeys | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend; `layer_idx` is given at the call, as shared weights serve several layers of the cache."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key, value = (states.transpose(1, 2) for states in (self.q_norm(query), self.k_norm(key), value))
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, layer_idx)
+        weights = None
+        if shared is not None:
+            attended = shared_attention(query, key, value, attention_mask, self.scaling, shared)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            dropout = self.config.attention_dropout if self.training else 0.0
+            attended, weights = attend(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+            )
+        return self.o_proj(attended.flatten(2)), weights
+
+
+class M6RecMLP(nn.Module):
+    """Two linear layers with an activation between, or its gated form."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, inner, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(size, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, size, bias=config.mlp_bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map B x Q x hidden_size to itself."""
+        up = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(up))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * up)
+
+
+class M6RecLayer(GradientCheckpointingLayer):
+    """One block, pre-norm or post-norm; it serves as segment layer and as joint layer, only the mask differs."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        self.post_norm = config.norm_position == "post"
+        self.self_attn = M6RecAttention(config)
+        self.mlp = M6RecMLP(config)
+        self.attention_norm = make_norm(config, config.hidden_size)
+        self.mlp_norm = make_norm(config, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Map B x Q x hidden_size to itself."""
+        inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
+        attended, _ = self.self_attn(inner, rotary, attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = self.attention_norm(hidden_states) if self.post_norm else hidden_states
+        inner = hidden_states if self.post_norm else self.mlp_norm(hidden_states)
+        hidden_states = hidden_states + self.dropout(self.mlp(inner))
+        return self.mlp_norm(hidden_states) if self.post_norm else hidden_states
+
+
+class M6RecEmbeddings(nn.Module):
+    """Token embeddings, with a type row, learned positions, norm and widening projection as configured."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.embedding_size
+        self.tokens = nn.Embedding(config.vocab_size, size, config.pad_token_id)
+        self.types = nn.Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        learned = config.position_embedding_type == "learned"
+        self.positions = nn.Embedding(config.max_position_embeddings, size) if learned else None
+        self.norm = make_norm(config, size) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        wider = size != config.hidden_size
+        self.projection = nn.Linear(size, config.hidden_size, bias=False) if wider else nn.Identity()
+
+    def forward(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Turn B x Q x embedding_size embeddings of tokens at B x Q positions into B x Q x hidden_size."""
+        if self.types is not None:
+            embeds = embeds + self.types.weight[0]
+        if self.positions is not None:
+            if positions.numel() and int(positions.max()) >= self.positions.num_embeddings:
+                raise ValueError(
+                    f"position {int(positions.max())} is beyond max_position_embeddings={self.positions.num_embeddings}"
+                    ": shorten the request"
+                )
+            embeds = embeds + self.positions(positions)
+        return self.projection(self.dropout(self.norm(embeds)))
+
+
+__all__ = [
+    "M6RecAttention",
+    "M6RecEmbeddings",
+    "M6RecLayer",
+    "M6RecMLP",
+    "M6RecRMSNorm",
+    "M6RecRotaryEmbedding",
+    "SharedKeys",
+    "make_norm",
+]

@@ -1,0 +1,271 @@
+"""What the tokens say: from ids to the place of every token, and from places to who sees whom.
+
+Shapes: B rows, T tokens of a row, Q queries (the last Q of the T), P virtual tokens in front, K keys = P + T, and for
+picked tokens N slots of up to C tokens each.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration_m6rec import KINDS, M6RecConfig
+
+KIND_NUMBER = {kind: index + 1 for index, kind in enumerate(KINDS)}
+
+
+class Layout(NamedTuple):
+    """The place of every token; each field is B x T. Padding holds zeros everywhere."""
+
+    valid: torch.Tensor
+    """bool: not padding."""
+    source: torch.Tensor
+    """bool: the user's side of a request."""
+    written: torch.Tensor
+    """bool: text that the model writes (causal, carries the loss of writing); plain rows are written."""
+    request: torch.Tensor
+    """1, 2, ... in the row; 0 = before any request (a lone target, a plain row)."""
+    target: torch.Tensor
+    """1, 2, ... in the row; 0 = source, or a plain row."""
+    kind: torch.Tensor
+    """1 + place in KINDS; 0 = none (markers, strays, plain rows)."""
+    event: torch.Tensor
+    """Ordinal of the event in its request; 0 = outside every event."""
+    segment: torch.Tensor
+    """1, 2, ... in the row; a marker is a segment of its own."""
+    segment_position: torch.Tensor
+    """Place in the segment."""
+    request_position: torch.Tensor
+    """Place in the request, other targets left out."""
+
+    def last(self, queries: int) -> "Layout":
+        """Return the layout of the last `queries` tokens."""
+        return Layout(*(field[:, field.shape[1] - queries :] for field in self))
+
+    def take(self, index: torch.Tensor, present: torch.Tensor) -> "Layout":
+        """Return the layout of the tokens at `index` (B x N), zero where not `present`."""
+        return Layout(*(field.gather(1, index) * present for field in self))
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """B x T bool: tokens of plain rows, which belong to no request and no target."""
+        return self.written & (self.target == 0)
+
+    @property
+    def mode(self) -> torch.Tensor:
+        """B x T: how the segment layers read a token's segment: 0 = as given, 1 = as written, 2 = as a document."""
+        return self.written.long() + self.plain
+
+
+class Picked(NamedTuple):
+    """Some tokens of each row: `index` into the row and `present`, both B x n."""
+
+    index: torch.Tensor
+    present: torch.Tensor
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Gather the picked tokens: B x T (x H) -> B x n (x H); what is not present repeats token 0."""
+        index = self.index if values.dim() == 2 else self.index[..., None].expand(-1, -1, values.shape[-1])
+        return values.gather(1, index)
+
+    def back(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Put B x n x H states where they came from: B x T x H, zero elsewhere."""
+        where = torch.where(self.present, self.index, tokens)[..., None].expand_as(states)
+        out = states.new_zeros(states.shape[0], tokens + 1, states.shape[-1])
+        return out.scatter(1, where, states)[:, :tokens]
+
+
+def pick(slot: torch.Tensor, slots: int) -> Picked:
+    """Sort tokens into slots: B x T slot numbers (-1 = leave out) -> B x slots*C, each slot padded to the longest."""
+    used = torch.nn.functional.one_hot(slot + 1, slots + 1)[..., 1:]
+    place = (used.cumsum(1) * used).sum(-1) - 1
+    width = max(int(place.max()) + 1, 1)
+    index = slot.new_zeros(slot.shape[0], slots * width + 1)
+    where = torch.where(slot >= 0, slot * width + place, slots * width)
+    order = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+    index = index.scatter(1, where, order + 1)[:, :-1]
+    return Picked((index - 1).clamp_min(0), index > 0)
+
+
+def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: M6RecConfig) -> Layout:
+    """Read the structure of each row off its ids. A later token never changes the place of an earlier one.
+
+    A row is structured iff its first token that is not padding is [BOS'] or [BOS]; else it is a plain document.
+
+    Args:
+        input_ids: B x T ids.
+        attention_mask: B x T, nonzero = not padding; None = padding is where the pad id stands.
+        config: Says which ids open and close what.
+    """
+    valid = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
+    rank = valid.cumsum(1) - 1
+    opens_source, opens_target = input_ids == config.source_token_id, input_ids == config.bos_token_id
+    structured = ((opens_source | opens_target) & valid & (rank == 0)).any(1, keepdim=True)
+    real = valid & structured
+    opens_source, opens_target = opens_source & real, opens_target & real
+
+    # Regions: the latest opener decides. Targets of one request share its source and its positions after it.
+    opener = _latest(opens_source | opens_target)
+    before = torch.nn.functional.pad(opener, (1, -1), value=-1)
+    source = _at(opens_source, opener)
+    first_target = _latest(opens_target & _at(opens_source, before))
+    source_length = _at(rank - _at(rank, _latest(opens_source)), first_target)
+    request_position = rank - _at(rank, opener) + torch.where(source, 0, source_length)
+
+    # Segments: opened by a kind token, by a marker, and by whatever follows a marker or a closing [SEG].
+    kind_here = (input_ids - config.first_kind_token_id + 1).clamp(0, len(KINDS) + 1) % (len(KINDS) + 1) * real
+    source_end = (input_ids == config.source_end_token_id) & real
+    marker = opens_source | opens_target | source_end | (input_ids == config.eos_token_id) & real
+    closes = marker | (input_ids == config.segment_token_id) & real
+    previous = torch.nn.functional.pad(_latest(valid), (1, -1), value=-1)
+    opens_segment = valid & (rank == 0) | real & ((kind_here > 0) | marker | _at(closes, previous))
+    segment_start = _latest(opens_segment)
+
+    # Events: [EVENT] opens one; [NOW] and [EOS'] close the last, so that the user vector never reads the moment.
+    opens_event = source & (kind_here == KIND_NUMBER["event"])
+    ends_event = opens_source | source & ((kind_here == KIND_NUMBER["now"]) | source_end)
+    in_event = source & _at(opens_event, _latest(opens_event | ends_event))
+    event = opens_event.cumsum(1)
+    event = (event - _at(event, _latest(opens_source))) * in_event
+
+    # Written: from the first [TEXT] of a target to the end of that target, whatever follows.
+    text = _latest(~source & (kind_here == KIND_NUMBER["text"]))
+    written = ~structured | ~source & (text >= 0) & (text >= opener)
+    fields = Layout(
+        valid,
+        source,
+        written,
+        opens_source.cumsum(1),
+        opens_target.cumsum(1) * ~source,
+        _at(kind_here, segment_start),
+        event,
+        opens_segment.cumsum(1),
+        rank - _at(rank, segment_start),
+        request_position,
+    )
+    return Layout(*(field * valid for field in fields))
+
+
+def alone(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
+    """Make the layout of rows that hold one segment each, as far as `segment_mask` reads it.
+
+    Args:
+        valid: B x T bool.
+        mode: B x T, as in `Layout.mode`.
+    """
+    zeros = torch.zeros_like(mode)
+    fields = {name: zeros for name in Layout._fields}
+    fields |= {"valid": valid, "written": (mode > 0) & valid, "target": mode == 1, "segment": valid.long()}
+    return Layout(**fields)
+
+
+def segment_mask(lay: Layout, queries: int, config: M6RecConfig) -> torch.Tensor:
+    """Say who sees whom in the segment layers: a token sees its own segment.
+
+    It sees forwards in given segments if `segment_attention` is bidirectional, and in plain rows if
+    `document_attention` is. Returns B x Q x T bool.
+    """
+    query = lay.last(queries)
+    forward = ~query.written & (config.segment_attention == "bidirectional") | _sees_whole_document(query, config)
+    return _equal(query.segment, lay.segment) & lay.valid[:, None] & (forward[:, :, None] | _not_later(lay, queries))
+
+
+def joint_mask(lay: Layout, queries: int, config: M6RecConfig, keys: torch.Tensor) -> torch.Tensor:
+    """Say who sees whom in the joint layers: a token sees its own past in its source and in its own target.
+
+    With bidirectional history, source also sees the rest of the source. `keys` (B x T bool) are the tokens that may
+    be seen at all. Returns B x Q x T bool.
+    """
+    query = lay.last(queries)
+    to_source = lay.source[:, None]
+    whole = (query.source & (config.history_attention == "bidirectional"))[:, :, None] & to_source
+    past = _not_later(lay, queries) & (to_source | _equal(query.target, lay.target))
+    seen = past | whole | _sees_whole_document(query, config)[:, :, None]
+    return _equal(query.request, lay.request) & keys[:, None] & seen
+
+
+def summary_keys(lay: Layout, closing: torch.Tensor, summary: int | None) -> torch.Tensor:
+    """Say which tokens are keys of the joint layers: of a closed given segment only the last `summary` tokens.
+
+    `closing` (B x T bool) marks [SEG]. Written tokens and markers always are keys. Returns B x T bool.
+    """
+    if summary is None:
+        return lay.valid
+    count = lay.segment.new_zeros(lay.segment.shape[0], lay.segment.shape[1] + 1)
+    length = count.scatter_add(1, lay.segment, lay.valid.long()).gather(1, lay.segment)
+    closed = count.scatter_add(1, lay.segment, (closing & lay.valid).long()).gather(1, lay.segment) > 0
+    early = lay.segment_position < length - summary
+    return lay.valid & ~(closed & ~lay.written & early)
+
+
+def attention_bias(
+    mask: torch.Tensor, queries: int, keys: int, dtype: torch.dtype, virtual: int = 0, see_virtual: bool = True
+) -> torch.Tensor:
+    """Turn B x Q x T bool into B x 1 x queries x keys, to be added to attention scores.
+
+    Every token sees itself (padding too: no NaN) and, if `see_virtual`, all P `virtual` tokens, which stand in front of
+    the keys. Virtual tokens that are queries of this very call (prompt tuning: queries > Q) see their own past. Keys
+    beyond P + T are the empty part of a static cache.
+    """
+    rows, tokens = mask.shape[1:]
+    index = torch.arange(tokens, device=mask.device)
+    mask = mask | (index[None] == index[tokens - rows :, None])
+    mask = torch.nn.functional.pad(mask, (virtual, keys - virtual - tokens))
+    mask[..., :virtual] = see_virtual
+    if queries > rows:
+        among_virtual = torch.ones(queries - rows, keys, dtype=torch.bool, device=mask.device).tril()
+        mask = torch.cat((among_virtual.expand(mask.shape[0], -1, -1), mask), 1)
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def last_index(where: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Tensor:
+    """Find the last marked token of each slot: B x T bool and B x T slot numbers -> B x slots, -1 if none."""
+    index = torch.arange(where.shape[1], device=where.device).expand_as(where)
+    found = torch.full((where.shape[0], slots + 1), -1, device=where.device)
+    return found.scatter_reduce(1, slot.masked_fill(~where, slots), index, "amax")[:, :slots]
+
+
+def read(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pick B x N tokens (-1 = absent) out of B x T x D states: B x N x D, NaN where absent."""
+    found = states.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, states.shape[-1]))
+    return found.masked_fill((index < 0)[..., None], float("nan"))
+
+
+def _latest(where: torch.Tensor) -> torch.Tensor:
+    """B x T bool -> index of the latest True at or before each token, -1 if none."""
+    index = torch.arange(where.shape[1], device=where.device).expand_as(where)
+    return index.masked_fill(~where, -1).cummax(1).values
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values[b, index[b, t]], zero where the index is -1."""
+    return values.gather(1, index.clamp_min(0)) * (index >= 0)
+
+
+def _equal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return query[:, :, None] == key[:, None]
+
+
+def _not_later(lay: Layout, queries: int) -> torch.Tensor:
+    index = torch.arange(lay.valid.shape[1], device=lay.valid.device)
+    return (index[None] <= index[len(index) - queries :, None])[None]
+
+
+def _sees_whole_document(query: Layout, config: M6RecConfig) -> torch.Tensor:
+    return query.plain & (config.document_attention == "bidirectional")
+
+
+__all__ = [
+    "KIND_NUMBER",
+    "Layout",
+    "Picked",
+    "alone",
+    "attention_bias",
+    "joint_mask",
+    "last_index",
+    "layout",
+    "pick",
+    "read",
+    "segment_mask",
+    "summary_keys",
+]

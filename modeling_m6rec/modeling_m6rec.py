@@ -1,0 +1,483 @@
+"""M6Rec for recommendation: one network, four heads (score, embed, plausibility, write).
+
+Shapes: B rows, T tokens so far, Q queries (the last Q of the T), N targets of a row, S = config.num_labels outputs of
+the score head, E places of a row where a user is read, M items, H = hidden_size, V = vocab_size, D = embedding_dim.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_m6rec import M6RecConfig
+from .heads_m6rec import item_places, mean_log_likelihood, target_ends, user_places
+from .layers_m6rec import make_norm
+from .layout_m6rec import Layout, layout, read
+from .losses_m6rec import (
+    UNKNOWN,
+    click_loss,
+    interaction_loss,
+    rating_from_logits,
+    rating_loss,
+    retrieval_loss,
+    text_loss,
+    text_targets,
+)
+from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
+from .pipeline_m6rec import RecommendationPipeline
+from .plans_m6rec import encode_segments
+from .segment_cache_m6rec import SegmentCache
+
+
+@dataclass
+class M6RecOutput(ModelOutput):
+    """What M6Rec returns; NaN stands where a row has fewer targets, places or items than the longest.
+
+    Attributes:
+        loss: Weighted sum of the losses whose labels were given.
+        logits: B x Q x V of the writing head; None where only other losses were asked for.
+        scores: B x N x S logits of the score head at each target's [EOS]; `read_scores` makes answers of them.
+        user_vectors: B x E x D, l2-normalised: the user after the source's head, then after each event.
+        item_vectors: B x M x D, l2-normalised: the items of the row in their order.
+        plausibility: B x N mean log-likelihood of each target's written tokens, if asked for.
+        losses: Each loss by name, unweighted.
+        past_key_values: The cache, if one was asked for.
+        layout: Layout of the Q tokens.
+        hidden_states: Output of every layer, if asked for.
+        attentions: Attention weights of every layer, if asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+    user_vectors: torch.FloatTensor | None = None
+    item_vectors: torch.FloatTensor | None = None
+    plausibility: torch.FloatTensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    past_key_values: Cache | None = None
+    layout: Layout | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class M6RecWritingTransform(nn.Module):
+    """What stands between the last state and the writing head: BERT's dense layer, a narrowing one, or nothing."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        narrow, full = config.embedding_size != config.hidden_size, config.lm_head_transform
+        sizes = config.hidden_size, config.embedding_size
+        self.dense = nn.Linear(*sizes, bias=full) if narrow or full else nn.Identity()
+        self.activation = ACT2FN[config.hidden_act] if full else nn.Identity()
+        self.norm = make_norm(config, config.embedding_size) if full else nn.Identity()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map ... x H to ... x embedding_size."""
+        return self.norm(self.activation(self.dense(states)))
+
+
+class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
+    """The recommender that `AutoModel` and `AutoModelForCausalLM` load.
+
+    `forward` returns everything the heads read; `score`, `embed`, `plausibility` and `generate` are its shorter forms.
+    Prefix and prompt tuning act in `forward` only: on a PeftModel of these methods call the PeftModel itself and pass
+    its `scores` to `read_scores`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.model = M6RecModel(config)
+        self.lm_transform = M6RecWritingTransform(config)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias)
+        self.score_head = nn.Linear(size, config.num_labels) if config.score_head == "linear" else None
+        # Item vectors come from the raw residual of the last segment layer, which needs a norm (DESIGN, item vector).
+        self.item_norm = make_norm(config, size)
+        self.user_projection = nn.Linear(size, config.embedding_dim, bias=False)
+        self.item_projection = nn.Linear(size, config.embedding_dim, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(  # noqa: PLR0913 - one argument for each input and label, as the Trainer reads them off the signature
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        layout_ids: torch.LongTensor | None = None,
+        item_ids: torch.LongTensor | None = None,
+        hidden_events: torch.BoolTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        click_labels: torch.Tensor | None = None,
+        rating_labels: torch.Tensor | None = None,
+        interaction_labels: torch.Tensor | None = None,
+        retrieval_labels: torch.LongTensor | None = None,
+        item_input_ids: torch.LongTensor | None = None,
+        item_attention_mask: torch.Tensor | None = None,
+        item_states: torch.FloatTensor | None = None,
+        item_memory_ids: torch.LongTensor | None = None,
+        item_log_frequency: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool | None = None,
+        return_plausibility: bool = False,
+        exit_layer: int | None = None,
+        plan: str | None = None,
+        segment_cache: SegmentCache | None = None,
+        **kwargs: Any,
+    ) -> M6RecOutput:
+        """Read rows and answer with every head; the labels that are given select the losses.
+
+        Args:
+            input_ids: B x Q new ids.
+            attention_mask: B x (P + T), nonzero = not padding; None = padding is where the pad id stands.
+            layout_ids: B x T, all ids so far (P virtual tokens left out); see `M6RecModel.forward`.
+            item_ids: B x T rows of item memory, 0 = none.
+            hidden_events: B x T bool, tokens that no other token sees in the joint layers.
+            past_key_values: A cache to fill or to go on from.
+            inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
+            labels: B x T ids of the tokens to be written, else -100.
+            click_labels: B x N, 0 or 1, -100 = unknown.
+            rating_labels: B x N ratings, -100 = unknown.
+            interaction_labels: B x N x I, 0 or 1, -100 = unknown.
+            retrieval_labels: B x T: where a user is read, the row (among the given items) of the item that came next.
+            item_input_ids: M x L ids of items' segments ([ITEM] ... [SEG], padded right) for the retrieval loss.
+            item_attention_mask: M x L, nonzero = not padding.
+            item_states: M x H segment states of the items' [SEG], in place of `item_input_ids` (frozen text).
+            item_memory_ids: M rows of item memory of these items.
+            item_log_frequency: M log probabilities for the logQ correction.
+            use_cache: Return a cache.
+            logits_to_keep: Only the last so many tokens get logits (0 = all), or the given indices.
+            return_logits: Compute `logits`; None = unless only other heads' labels were given.
+            return_plausibility: Compute `plausibility`.
+            exit_layer: Stop after so many joint layers; None = all.
+            plan: How to run; see `plans_m6rec`.
+            segment_cache: Segment states kept between calls, for plan "cached".
+            **kwargs: Handed on, `num_items_in_batch` to the loss of writing.
+        """
+        count = kwargs.pop("num_items_in_batch", None)
+        score_labels = {"click": click_labels, "rating": rating_labels, "interaction": interaction_labels}
+        score_labels = {task: given for task, given in score_labels.items() if given is not None}
+        out = self.model(
+            input_ids,
+            attention_mask,
+            layout_ids,
+            item_ids,
+            hidden_events,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            plan=plan,
+            segment_cache=segment_cache,
+            exits=self._exits(exit_layer, bool(score_labels)),
+            **kwargs,
+        )
+        lay, rows = out.layout, out.layout.valid.shape[1]
+        ids = (input_ids if layout_ids is None else layout_ids)[:, -rows:]
+        states = out.last_hidden_state[:, -rows:]  # virtual tokens, which stand in front, have no head
+        exit_scores = [self._scores(state[:, -rows:], ids, lay) for state in out.exit_states]
+        found: dict[str, torch.Tensor] = {}
+        if labels is not None:
+            found["text"] = self._text_loss(states, labels[:, -rows:], lay, count)
+        found.update(self._score_losses(exit_scores, score_labels))
+        if retrieval_labels is not None:
+            items = self._items(item_input_ids, item_attention_mask, item_states, item_memory_ids)
+            found["retrieval"] = self._retrieval_loss(
+                states, lay, retrieval_labels[:, -rows:], items, item_log_frequency
+            )
+        if return_logits is None:
+            return_logits = labels is not None or not found
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        whole = layout_ids is None or layout_ids.shape[1] == rows
+        users, item_vectors = self._vectors(out, ids, item_ids, hidden_events) if whole else (None, None)
+        return M6RecOutput(
+            loss=self._total(found),
+            logits=self.write_logits(out.last_hidden_state[:, kept]) if return_logits else None,
+            scores=exit_scores[-1],
+            user_vectors=users,
+            item_vectors=item_vectors,
+            plausibility=mean_log_likelihood(states, ids, lay, self) if return_plausibility else None,
+            losses=found or None,
+            past_key_values=out.past_key_values,
+            layout=lay,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ the heads
+
+    def score(self, task: str = "click", **batch: Any) -> torch.Tensor:
+        """Score every target of every row.
+
+        Args:
+            task: "click" gives B x N probabilities, "rating" B x N expected ratings, "interaction" B x N x I
+                probabilities.
+            **batch: What `forward` takes: `input_ids`, `attention_mask`, `plan`, `segment_cache`, ...
+        """
+        return self.read_scores(self(**batch, return_logits=False).scores, task)
+
+    def read_scores(self, scores: torch.Tensor, task: str) -> torch.Tensor:
+        """Turn B x N x S score logits into the answers of `score`."""
+        if task not in self.config.score_slices:
+            raise ValueError(f"task={task!r} has no score: choose one of {list(self.config.score_slices)}")
+        own = scores[..., self.config.score_slices[task]].float()
+        if task == "click":
+            return own.softmax(-1)[..., 1]
+        return own.sigmoid() if task == "interaction" else rating_from_logits(own, self.config)
+
+    def embed(self, **batch: Any) -> M6RecOutput:
+        """Return `user_vectors` (B x E x D) and `item_vectors` (B x M x D) of rows; arguments as of `forward`."""
+        self._require_segment_layers()
+        return self(**batch, return_logits=False)
+
+    def embed_items(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        states: torch.FloatTensor | None = None,
+        memory_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """Embed items by themselves: M x L ids of [ITEM] ... [SEG] (padded right), or M x H `states` -> M x D."""
+        self._require_segment_layers()
+        if states is None:
+            states = self.item_states(input_ids, attention_mask)
+        return self._project(self.item_projection, self.item_norm(self.model.remember(states, memory_ids)))
+
+    def item_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H states of their [SEG]."""
+        valid = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
+        keys = [(0, tuple(ids[kept].tolist())) for ids, kept in zip(input_ids.cpu(), valid.cpu())]
+        if any(ids[-1:] != (self.config.segment_token_id,) for _, ids in keys):
+            raise ValueError("an item's segment must end with [SEG]: encode items with M6RecProcessor.encode_items")
+        numbers = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        bank, offsets = encode_segments(self.model, list(numbers))
+        last = torch.tensor([int(offsets[numbers[key]]) + len(key[1]) - 1 for key in keys], device=bank.device)
+        return bank[last]
+
+    def plausibility(self, **batch: Any) -> torch.Tensor:
+        """Return B x N mean log-likelihoods of each target's written text, its [EOS] counted (paper, zero-shot)."""
+        return self(**batch, return_logits=False, return_plausibility=True).plausibility
+
+    def write_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Turn ... x H joint states into ... x V logits of the next token."""
+        return self.lm_head(self.lm_transform(states))
+
+    def generate(
+        self, inputs: torch.LongTensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> torch.LongTensor | ModelOutput:
+        """Write on from the last token, which must stand in written text; structure itself is never written.
+
+        Arguments are those of `GenerationMixin.generate`; `suppress_tokens` is added to what is suppressed anyway.
+        """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("generate needs input_ids: the layout is read off them")
+        if kwargs.get("prefill_chunk_size"):
+            raise ValueError("prefill_chunk_size would cut given segments in two: leave it out")
+        lay = layout(input_ids, kwargs.get("attention_mask"), self.config)
+        if not lay.written[:, -1].all():
+            raise ValueError(
+                "every row must end inside written text: pad on the left, and end prompts inside a [TEXT] segment of a "
+                "target, or in plain text"
+            )
+        if self.config.document_attention == "bidirectional" and lay.plain.any():
+            raise ValueError("a document that is read in both directions cannot be written on: use a [TEXT] target")
+        settings = generation_config or self.generation_config
+        own = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens or []
+        kwargs["suppress_tokens"] = sorted({*own, *self.config.structural_token_ids})
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Give `forward` all ids so far, off which it reads the layout."""
+        kwargs["layout_ids"] = input_ids
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """Hand on the 2-D mask: `forward` builds the real ones, for static caches too."""
+        return attention_mask
+
+    # ------------------------------------------------------------------------------------------------ reading states
+
+    def _exits(self, exit_layer: int | None, training_scores: bool) -> Sequence[int]:
+        joint = self.config.num_joint_layers
+        if exit_layer is not None:
+            if not 0 < exit_layer <= joint:
+                raise ValueError(f"exit_layer={exit_layer} is not in 1..{joint} (joint layers)")
+            return [exit_layer]
+        return [*(self.config.exit_layers or []), joint] if training_scores else [joint]
+
+    def _scores(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """B x N x S logits read at the [EOS] of each target."""
+        states = read(states, target_ends(ids, lay, self.config))
+        if self.score_head is not None:
+            return self.score_head(states)
+        first = self.config.first_option_token_id
+        embeds = self.model.embeddings.tokens.weight[first : first + self.config.num_labels]
+        return states @ self.model.embeddings.projection(embeds).T
+
+    def _vectors(
+        self, out: M6RecModelOutput, ids: torch.Tensor, item_ids: torch.Tensor | None, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """User and item vectors of whole rows; None without segment layers."""
+        lay, rows = out.layout, ids.shape[1]
+        if not self.config.num_segment_layers:
+            return None, None
+        seen = None if hidden is None else ~functional.pad(hidden.bool(), (0, rows))[:, :rows]
+        users, items = user_places(ids, lay, self.config, seen), item_places(ids, lay, self.config)
+        states = out.segment_states[:, -rows:]
+        if item_ids is not None:
+            states = self.model.remember(states, functional.pad(item_ids, (0, rows))[:, :rows])
+        return (
+            self._project(self.user_projection, read(out.last_hidden_state[:, -rows:], users)),
+            self._project(self.item_projection, self.item_norm(read(states, items))),
+        )
+
+    def _project(self, projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(projection(states).float(), dim=-1)
+
+    def _require_segment_layers(self) -> None:
+        if not self.config.num_segment_layers:
+            raise ValueError(
+                "item vectors need segment layers: with all layers joint an item's [SEG] has read nothing of its text; "
+                "set num_joint_layers below num_hidden_layers"
+            )
+
+    # ------------------------------------------------------------------------------------------------------- losses
+
+    def _text_loss(
+        self, states: torch.Tensor, labels: torch.Tensor, lay: Layout, count: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        targets = text_targets(labels, lay, self.config)
+        known = targets != UNKNOWN
+        return text_loss(self.write_logits(states[known]), targets[known], count)
+
+    def _score_losses(
+        self, exit_scores: list[torch.Tensor], labels: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Losses over all exits; weights rise with depth and sum to 1 (paper, early exit: 2k / (L (L + 1)))."""
+        found: dict[str, torch.Tensor] = {}
+        compute = {"click": click_loss, "rating": rating_loss, "interaction": interaction_loss}
+        layers = sorted({*(self.config.exit_layers or []), self.config.num_joint_layers})
+        for task, given in labels.items():
+            if given.shape[:2] != exit_scores[-1].shape[:2]:
+                raise ValueError(
+                    f"{task}_labels has shape {tuple(given.shape)}, but the rows hold {tuple(exit_scores[-1].shape[:2])} "
+                    "targets (rows x most targets of a row): pad with -100"
+                )
+            own = [scores[..., self.config.score_slices[task]] for scores in exit_scores]
+            weights = [layer / sum(layers) for layer in layers] if len(own) == len(layers) else [1.0]
+            found[task] = sum(
+                weight * compute[task](logits, given, self.config) for weight, logits in zip(weights, own)
+            )
+        return found
+
+    def _items(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        states: torch.Tensor | None,
+        memory_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if (input_ids is None) == (states is None):
+            raise ValueError(
+                "retrieval_labels point to items: give item_input_ids (M6RecDataCollator makes them), or item_states of "
+                "the whole catalogue"
+            )
+        return self.embed_items(input_ids, attention_mask, states, memory_ids)
+
+    def _retrieval_loss(
+        self,
+        states: torch.Tensor,
+        lay: Layout,
+        labels: torch.Tensor,
+        items: torch.Tensor,
+        log_frequency: torch.Tensor | None,
+    ) -> torch.Tensor:
+        known = labels != UNKNOWN
+        if self.config.history_attention == "bidirectional":
+            last = (lay.event * lay.source).amax(1, keepdim=True)
+            if (known & (lay.event < last)).any():
+                raise ValueError(
+                    "with bidirectional history a user vector before the last event has seen the answer: label the last "
+                    "event only, or set history_attention='causal'"
+                )
+        users = self._project(self.user_projection, states[known])
+        return retrieval_loss(users, items, labels[known], self.config.embedding_temperature, log_frequency)
+
+    def _total(self, found: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        weights = self.config.loss_weights or {}
+        return torch.stack([weights.get(name, 1.0) * loss for name, loss in found.items()]).sum() if found else None
+
+    # ------------------------------------------------------------------------------------------------------- keeping
+
+    @torch.no_grad()
+    def resize_item_memory(self, rows: int) -> None:
+        """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
+        if rows < 0:
+            raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
+        old = self.model.item_memory
+        new = nn.Embedding(rows + 1, self.config.hidden_size, padding_idx=0) if rows else None
+        if new is not None:
+            new = new.to(self.model.embed_kind.weight)
+            init.zeros_(new.weight)
+            if old is not None:
+                kept = min(len(old.weight), rows + 1)
+                new.weight[:kept] = old.weight[:kept]
+        self.model.item_memory, self.config.num_item_memory = new, rows
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
+        digest = hashlib.sha256(repr(sorted(self._vector_settings().items())).encode())
+        groups = {id(self.model.layer(index)) for index in range(self.config.num_segment_layers)}
+        shared = [layer for layer in self.model.layers if id(layer) in groups]
+        parts = [self.model.embeddings, *shared, self.item_norm, self.item_projection]
+        for part in [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])]:
+            for name, tensor in part.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _vector_settings(self) -> dict[str, Any]:
+        """Settings that change item vectors without changing a weight."""
+        names = ("hidden_act", "norm_type", "norm_position", "norm_eps", "num_attention_heads", "num_joint_layers")
+        names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
+        return {name: getattr(self.config, name) for name in names}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save weights and configuration, and beside them the code that loads them without this package."""
+        module = type(self).__module__.rpartition(".")[2]
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            "AutoModel": f"{module}.{type(self).__name__}",
+        }
+        pipeline = RecommendationPipeline
+        self.config.custom_pipelines = {
+            "recommendation": {
+                "impl": f"{pipeline.__module__.rpartition('.')[2]}.{pipeline.__name__}",
+                "pt": ["AutoModelForCausalLM"],
+                "type": "text",
+            }
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        if Path(save_directory).is_dir():
+            custom_object_save(pipeline, save_directory)
+
+
+__all__ = ["M6RecForRecommendation", "M6RecOutput"]

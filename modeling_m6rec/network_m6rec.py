@@ -1,0 +1,286 @@
+"""The two-stage network: segment layers that read every segment alone, joint layers that read all of them together.
+
+Shapes: B rows, T tokens so far, Q queries (the last Q tokens of the T, after P virtual tokens on their first call),
+H = hidden_size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_m6rec import KINDS, M6RecConfig
+from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
+from .layout_m6rec import Layout, attention_bias, joint_mask, layout, segment_mask, summary_keys
+from .plans_m6rec import PLANS, Rows, run
+from .segment_cache_m6rec import SegmentCache
+
+
+@dataclass
+class M6RecModelOutput(ModelOutput):
+    """What the network returns.
+
+    Attributes:
+        last_hidden_state: B x Q x H; plans other than "flat" leave zeros where `segment_summary` drops a token.
+        segment_states: B x Q x H, what the segment layers made of each token.
+        exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
+        past_key_values: The cache, if one was asked for.
+        layout: Layout of the Q tokens, virtual ones left out.
+        hidden_states: Output of every layer, if asked for.
+        attentions: Attention weights of every layer, if asked for (eager attention only).
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    segment_states: torch.FloatTensor | None = None
+    exit_states: tuple[torch.FloatTensor, ...] | None = None
+    past_key_values: Cache | None = None
+    layout: Layout | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class M6RecPreTrainedModel(PreTrainedModel):
+    """What Hugging Face needs to know of every M6Rec class."""
+
+    config: M6RecConfig
+    config_class = M6RecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["M6RecLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": M6RecLayer, "attentions": M6RecAttention}
+
+
+class M6RecModel(M6RecPreTrainedModel):
+    """The bare network. Plans use its parts `segment_stage`, `enter` and `joint_stage`."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.embeddings = M6RecEmbeddings(config)
+        self.embed_kind = nn.Embedding(len(KINDS) + 1, size, padding_idx=0)
+        self.embed_event = nn.Embedding(config.max_events + 1, size, padding_idx=0)
+        rows = config.num_item_memory
+        self.item_memory = nn.Embedding(rows + 1, size, padding_idx=0) if rows else None
+        self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
+        self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
+        self.rotary = M6RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embeddings."""
+        return self.embeddings.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embeddings."""
+        self.embeddings.tokens = value
+
+    def layer(self, index: int) -> M6RecLayer:
+        """Return the weights of layer `index`: consecutive layers share them where there are fewer groups."""
+        group = index * self.config.num_hidden_groups // self.config.num_hidden_layers
+        return cast(M6RecLayer, self.layers[group])
+
+    def segment_stage(
+        self, embeds: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Read every segment alone: B x Q x embedding_size embeddings of tokens -> B x Q x H segment states."""
+        states = self.embeddings(embeds, positions)
+        rotary = None if self.rotary is None else self.rotary(states, positions)
+        for index in range(self.config.num_segment_layers):
+            states = self.layer(index)(states, rotary, bias, layer_idx=index, **kwargs)
+        return states
+
+    def remember(self, states: torch.Tensor, item_ids: torch.Tensor | None) -> torch.Tensor:
+        """Add item memory to ... x H states (`item_ids`: its rows, 0 = none), dropped per occurrence in training."""
+        if self.item_memory is None or item_ids is None:
+            return states
+        if self.training and self.config.item_memory_dropout:
+            kept = torch.rand(item_ids.shape, device=item_ids.device) >= self.config.item_memory_dropout
+            item_ids = item_ids * kept
+        return states + self.item_memory(item_ids)
+
+    def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
+        event = lay.event.clamp_max(self.config.max_events)
+        return self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_ids)
+
+    def joint_positions(self, lay: Layout) -> torch.Tensor:
+        """Return B x Q positions in the request or in the segment, as configured."""
+        return lay.request_position if self.config.joint_positions == "request" else lay.segment_position
+
+    def embedding_positions(self, lay: Layout) -> torch.Tensor:
+        """Return B x Q positions at the embedding and in the segment layers."""
+        return lay.segment_position if self.config.num_segment_layers else self.joint_positions(lay)
+
+    def joint_stage(
+        self,
+        states: torch.Tensor,
+        positions: torch.Tensor,
+        bias: torch.Tensor,
+        exits: Sequence[int],
+        shared: list[SharedKeys] | None = None,
+        **kwargs: Any,
+    ) -> list[torch.Tensor]:
+        """Read all segments together: B x Q x H -> normalised states after each of the joint layers in `exits`.
+
+        Layers after the last exit are not run. `shared` holds a user's keys in each joint layer.
+        """
+        rotary = None if self.rotary is None else self.rotary(states, positions)
+        results, start = [], self.config.num_segment_layers
+        for index in range(exits[-1]):
+            own = None if shared is None else shared[index]
+            states = self.layer(start + index)(states, rotary, bias, layer_idx=start + index, shared=own, **kwargs)
+            if index + 1 in exits:
+                results.append(self.norm(states))
+        return results
+
+    @capture_outputs
+    def forward(  # noqa: PLR0913 - one argument for each input
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        layout_ids: torch.LongTensor | None = None,
+        item_ids: torch.LongTensor | None = None,
+        hidden_events: torch.BoolTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        plan: str | None = None,
+        segment_cache: SegmentCache | None = None,
+        exits: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> M6RecModelOutput:
+        """Read rows.
+
+        Args:
+            input_ids: B x Q new ids.
+            attention_mask: B x (P + T), nonzero = not padding; None = padding is where the pad id stands.
+            layout_ids: B x T, all ids so far; needed with `inputs_embeds` or a filled cache, else it is `input_ids`.
+            item_ids: B x T rows of item memory, 0 = none (DESIGN: non-zero at the [SEG] of an [ITEM] segment only).
+            hidden_events: B x T bool, tokens that no other token sees in the joint layers.
+            past_key_values: A cache to fill or to go on from.
+            inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
+            use_cache: Return a cache.
+            plan: How to run (see `plans_m6rec`); None = "compact" where nothing asks for every state, else "flat".
+            segment_cache: Segment states kept between calls, for plan "cached".
+            exits: Joint layers, from 1, after which states are wanted; None = the last.
+            **kwargs: Handed to the attention function.
+
+        Raises:
+            ValueError: If the arguments contradict each other; the message says what to give.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if layout_ids is None:
+            if input_ids is None or past:
+                raise ValueError("layout_ids (all ids so far) must come with inputs_embeds or a filled cache")
+            layout_ids = input_ids
+        total = layout_ids.shape[1]
+        queries = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+        if past + queries < total:
+            raise ValueError(f"layout_ids holds {total} ids, but only {past + queries} are in the cache and the input")
+        lay = layout(layout_ids, None if attention_mask is None else attention_mask[:, -total:], self.config)
+        keys = summary_keys(lay, layout_ids == self.config.segment_token_id, self.config.segment_summary)
+        hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
+        item_ids = None if item_ids is None else _widen(item_ids, total)
+        exits = sorted(set(exits or [self.config.num_joint_layers]))
+        rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits)
+        whole = not (use_cache or past_key_values is not None or inputs_embeds is not None)
+        plan = self._choose(plan, whole, kwargs)
+        if plan == "flat":
+            embeds = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            return self._flat(embeds, rows, past_key_values, past, **kwargs)
+        read, segment_states = run(self, plan, rows, segment_cache)
+        return M6RecModelOutput(
+            last_hidden_state=read[-1], segment_states=segment_states, exit_states=tuple(read), layout=lay
+        )
+
+    def _choose(self, plan: str | None, whole: bool, kwargs: dict[str, Any]) -> str:
+        """Settle the plan: only the flat one can fill caches, take embeddings or record every layer."""
+        recording = any(
+            kwargs.get(name) or getattr(self.config, name, False)
+            for name in ("output_hidden_states", "output_attentions")
+        )
+        if plan is None:
+            return "compact" if whole and not recording else "flat"
+        if plan not in PLANS:
+            raise ValueError(f"plan={plan!r} is unknown: choose one of {list(PLANS)}")
+        if plan != "flat" and not (whole and not recording):
+            raise ValueError(
+                f"plan={plan!r} takes whole rows of input_ids and records no layer: use plan='flat' with a cache, with "
+                "inputs_embeds, with prefix or prompt tuning, or to get hidden states or attentions"
+            )
+        return plan
+
+    def _flat(
+        self, embeds: torch.Tensor, rows: Rows, past_key_values: Cache | None, past: int, **kwargs: Any
+    ) -> M6RecModelOutput:
+        """The plain plan: every token goes through every layer, masks say who sees whom."""
+        lay, (queries, total) = rows.lay, (embeds.shape[1], rows.lay.valid.shape[1])
+        virtual, new = past + queries - total, min(queries, total)
+        self._refuse_bad_chunks(rows, total - new, virtual, past_key_values)
+        here, ahead = lay.last(new), queries - new
+        width = queries if past_key_values is None else past_key_values.get_mask_sizes(queries, 0)[0]
+        kwargs["past_key_values"] = past_key_values
+
+        def front(field: torch.Tensor) -> torch.Tensor:
+            return functional.pad(field, (ahead, 0))
+
+        order = torch.arange(ahead, device=embeds.device).expand(len(embeds), -1)
+        positions = torch.cat((order, self.embedding_positions(here)), 1)
+        # Virtual tokens are seen from the joint layers on: a segment state depends on its segment alone.
+        bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)
+        segment_states = self.segment_stage(embeds, positions, bias, **kwargs)
+        item_ids = None if rows.item_ids is None else front(rows.item_ids[:, total - new :])
+        states = self.enter(segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_ids)
+        mask = joint_mask(lay, new, self.config, rows.keys & ~rows.hidden)
+        bias = attention_bias(mask, queries, width, states.dtype, virtual)
+        positions = torch.cat((order, self.joint_positions(here)), 1)
+        read = self.joint_stage(states, positions, bias, rows.exits, **kwargs)
+        return M6RecModelOutput(
+            last_hidden_state=read[-1],
+            segment_states=segment_states,
+            exit_states=tuple(read),
+            past_key_values=past_key_values,
+            layout=here,
+        )
+
+    def _refuse_bad_chunks(self, rows: Rows, start: int, virtual: int, cache: Cache | None) -> None:
+        """States of a given segment, or of text that sees forwards, are final only when all of it is there."""
+        if virtual and cache is not None and cache.is_compileable:
+            raise ValueError("a static cache has no room for prefix or prompt tuning: use the default cache")
+        if not start:
+            return
+        lay, old, new = rows.lay, slice(start - 1, start), slice(start, start + 1)
+        same_segment = lay.segment[:, old] == lay.segment[:, new]
+        cut = same_segment & ~lay.written[:, new]
+        same_source = lay.source[:, old] & lay.source[:, new] & (lay.request[:, old] == lay.request[:, new])
+        cut = cut | same_source & (self.config.history_attention == "bidirectional")
+        cut = cut | lay.plain[:, new] & lay.plain[:, old] & (self.config.document_attention == "bidirectional")
+        if cut.any():
+            raise ValueError(
+                "the cache ends inside text that must be read at once (a given segment, a bidirectional source or "
+                "document): begin a chunk where that text ends, or pass the whole row without a cache"
+            )
+
+
+def _widen(field: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Pad a B x T' field with zeros to B x tokens: what is written later has no item and is not hidden."""
+    return functional.pad(field, (0, tokens - field.shape[1]))
+
+
+__all__ = ["M6RecModel", "M6RecModelOutput", "M6RecPreTrainedModel"]

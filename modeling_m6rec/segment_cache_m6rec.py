@@ -1,0 +1,76 @@
+"""Segment states kept between calls: an item's text is read once, for as long as the model does not change."""
+
+from collections import OrderedDict
+
+import torch
+from transformers import PreTrainedModel
+
+SegmentKey = tuple[int, tuple[int, ...]]
+"""(mode, the whole segment's ids): the same ids are read differently as given text, written text or a document."""
+
+
+class SegmentCache:
+    """A bounded store of segment states in memory; the least recently used segments leave first.
+
+    It belongs to one model at a time: when weights, adapters or number type have changed since the last call, or
+    another model asks, everything kept is forgotten. It may lose a state, it never returns a wrong one.
+
+    Args:
+        max_bytes: Bytes of states that are kept at most.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        if max_bytes <= 0:
+            raise ValueError(f"max_bytes={max_bytes} keeps nothing: give a positive number of bytes")
+        self.max_bytes = max_bytes
+        self.num_bytes = self.hits = self.misses = 0
+        self._states: OrderedDict[SegmentKey, torch.Tensor] = OrderedDict()
+        self._owner: tuple | None = None
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def serve(self, model: PreTrainedModel) -> None:
+        """Forget everything unless `model` is, weight for weight, the one that was served last."""
+        owner = _identity(model)
+        if owner != self._owner:
+            self.clear()
+            self._owner = owner
+
+    def get(self, key: SegmentKey) -> torch.Tensor | None:
+        """Return the length x H states of a segment, or None."""
+        states = self._states.get(key)
+        if states is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+            self._states.move_to_end(key)
+        return states
+
+    def put(self, key: SegmentKey, states: torch.Tensor) -> None:
+        """Keep the length x H states of a segment."""
+        replaced = self._states.pop(key, None)
+        self.num_bytes += states.nbytes - (0 if replaced is None else replaced.nbytes)
+        self._states[key] = states
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._states.popitem(last=False)
+            self.num_bytes -= oldest.nbytes
+
+    def clear(self) -> None:
+        """Forget all states."""
+        self._states.clear()
+        self.num_bytes = 0
+
+
+def _identity(model: PreTrainedModel) -> tuple:
+    """What changes whenever the states of a live model may: where its weights stand, how often written, adapters."""
+    weights = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in model.parameters())
+    adapters = tuple(
+        (name, bool(getattr(module, "disable_adapters", False)), tuple(module.active_adapters))
+        for name, module in model.named_modules()
+        if hasattr(module, "active_adapters") and not callable(module.active_adapters)
+    )
+    return id(model), weights, adapters, repr(model.config.to_dict())
+
+
+__all__ = ["SegmentCache", "SegmentKey"]
