@@ -1,1 +1,53 @@
-"""Metrics of ranking and classification."""
+"""Metrics of ranking and classification, in plain NumPy.
+
+The files `evaluate_*.py` offer them to Hugging Face's `evaluate`:
+
+    import evaluate
+    from m6rec.train.metrics import evaluate_ranking
+
+    metric = evaluate.load(evaluate_ranking.__file__)
+"""
+
+from .bootstrap import bootstrap_interval
+from .classification import (
+    accuracy,
+    auc,
+    classification_report,
+    expected_calibration_error,
+    grouped_auc,
+    log_loss,
+    mae,
+    mixed_groups,
+    rmse,
+)
+from .ranking import (
+    coverage,
+    mrr,
+    ndcg_at_k,
+    popularity_bias,
+    ranking_report,
+    recall_at_k,
+    target_ranks,
+    top_items,
+)
+
+__all__ = [
+    "accuracy",
+    "auc",
+    "bootstrap_interval",
+    "classification_report",
+    "coverage",
+    "expected_calibration_error",
+    "grouped_auc",
+    "log_loss",
+    "mae",
+    "mixed_groups",
+    "mrr",
+    "ndcg_at_k",
+    "popularity_bias",
+    "ranking_report",
+    "recall_at_k",
+    "rmse",
+    "target_ranks",
+    "top_items",
+]
