@@ -1,0 +1,289 @@
+"""Reading tables: the same rows from every format, and a named reason for every refusal."""
+
+import datetime
+import os
+import tempfile
+from pathlib import Path
+
+import datasets
+import pandas
+import pyarrow
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m6rec.train.tables import Table, load_table
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def write(frame: pandas.DataFrame, path: Path) -> str:
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    else:
+        Dataset.from_pandas(frame).save_to_disk(path)
+    return str(path)
+
+
+def table(values, kind=None, role="item_id", **columns) -> Table:
+    """A table of one column, of a given Arrow type."""
+    return Table("things", Dataset(pyarrow.table({role: pyarrow.array(values, kind)})), columns)
+
+
+ENDINGS = [".csv", ".parquet", ".jsonl", ""]
+# Without the characters that end a line, which a CSV file may not keep.
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8)
+traps = st.sampled_from(
+    ["007", "7", "1.0", "NA", "nan", "null", "None", "1e5", "用户", "用户购买了一件衬衫", '"', "a,b", " x"]
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(traps | words, traps | words), min_size=1, max_size=6), st.sampled_from(ENDINGS))
+def test_texts_survive_every_format(rows, ending):
+    frame = pandas.DataFrame(rows, columns=["标题", "b"])
+    with tempfile.TemporaryDirectory() as folder:
+        read = Table("t", load_table(write(frame, Path(folder) / f"table{ending}")), {})
+        assert read.text("标题").tolist() == frame["标题"].tolist()
+        assert read.text("b").tolist() == frame["b"].tolist()
+
+
+@pytest.mark.parametrize("ending", ENDINGS[1:])
+def test_missing_texts_are_empty_in_every_format(tmp_path, ending):
+    read = Table("t", load_table(write(pandas.DataFrame({"a": ["x", None]}), tmp_path / f"t{ending}")), {})
+    assert read.text("a").tolist() == ["x", ""]
+
+
+def test_csv_keeps_cells_as_they_are_and_short_rows_end_in_nothing(tmp_path):
+    (tmp_path / "t.csv").write_bytes("\ufeff用户,b,c\r\n007,NA,1995\r\n8,\r\n".encode())  # as Excel writes it
+    read = Table("t", load_table(str(tmp_path / "t.csv")), {})
+    assert [read.text(name).tolist() for name in ("用户", "b", "c")] == [["007", "8"], ["NA", ""], ["1995", ""]]
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write(pandas.DataFrame({"a": ["old"]}), tmp_path / "t.csv")
+    assert load_table(path)["a"][:] == ["old"]
+    write(pandas.DataFrame({"a": ["new"]}), tmp_path / "t.csv")
+    os.utime(path, (2e9, 2e9))
+    assert load_table(path)["a"][:] == ["new"]
+
+
+def test_a_path_with_pattern_characters_is_a_path(tmp_path):
+    folder = tmp_path / "[1] a*"
+    folder.mkdir()
+    assert load_table(write(pandas.DataFrame({"a": ["x"]}), folder / "t?.CSV".lower()))["a"][:] == ["x"]
+
+
+def test_splits_of_a_saved_folder(tmp_path):
+    parts = {name: Dataset.from_dict({"a": [name]}) for name in ("train", "later")}
+    DatasetDict(parts).save_to_disk(tmp_path / "two")
+    assert load_table(f"{tmp_path}/two:later")["a"][:] == ["later"]
+    with pytest.raises(ValueError, match=r"no split is named.*train, later"):
+        load_table(f"{tmp_path}/two")
+    with pytest.raises(ValueError, match=r"no split 'dev'.*train, later"):
+        load_table(f"{tmp_path}/two:dev")
+    DatasetDict({"only": parts["later"]}).save_to_disk(tmp_path / "one")
+    assert load_table(f"{tmp_path}/one")["a"][:] == ["later"]
+
+
+def test_a_hub_dataset_is_asked_for_by_its_name_config_and_split(monkeypatch):
+    asked = []
+
+    def load(*names):
+        asked.append(names)
+        return DatasetDict({"full": Dataset.from_dict({"a": [1]}), "other": Dataset.from_dict({"a": [2]})})
+
+    monkeypatch.setattr("m6rec.train.tables.load_dataset", load)
+    assert load_table("org/films.v1:full")["a"][:] == [1]
+    assert load_table("org/films.v1:5-core:other")["a"][:] == [2]
+    assert asked == [("org/films.v1",), ("org/films.v1", "5-core")]
+
+
+@pytest.mark.parametrize(
+    "location", ["absent.csv", "data/absent.parquet", "data/absent/deep", "absent", "org/absent-films"]
+)
+def test_a_table_that_is_nowhere(monkeypatch, tmp_path, location):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=location):
+        load_table(location)
+
+
+def test_a_folder_that_datasets_did_not_save(tmp_path):
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        load_table(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.xlsx", b"x", r"t\.xlsx: unknown suffix '\.xlsx'.*\.csv, \.parquet"),
+        ("t.csv", b"", r"t\.csv.*no rows"),
+        ("t.csv", b"user_id,item_id\n\n", r"t\.csv.*no rows"),
+        ("t.csv", b"a,b\n1,2,3\n", r"more cells than its header \(a, b\)"),
+        ("t.csv", b"a,b\n1,2\n4,5,6\n", r"Expected 2 fields in line 3, saw 3"),
+        ("t.csv", "用户,b\n1,商品\n".encode("gbk"), "UTF-8.*can't decode byte 0xd3"),
+        ("t.jsonl", b"\n", r"t\.jsonl.*no rows"),
+        ("t.jsonl", b'{"a": 1}\n{"a": ', r"t\.jsonl cannot be read as json"),
+        ("t.parquet", b"not parquet", r"t\.parquet cannot be read as parquet"),
+    ],
+)
+def test_files_that_are_no_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_table(str(tmp_path / name))
+
+
+def test_an_empty_parquet_file_and_an_empty_dataset(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        load_table(write(pandas.DataFrame({"a": []}), tmp_path / "t.parquet"))
+    with pytest.raises(ValueError, match="things: the table is empty"):
+        table([], pyarrow.string())
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "texts"),
+    [
+        ([7, None], None, ["7", ""]),
+        ([2**62 + 1, None], None, [str(2**62 + 1), ""]),
+        ([1995.0, None, 1.5], None, ["1995", "", "1.5"]),
+        ([float("nan"), 2.0**60], None, ["", "1.152921504606847e+18"]),
+        ([True, None], None, ["true", ""]),
+        ([["动作", "喜剧"], None, [], ["a", None]], None, ["动作, 喜剧", "", "", "a"]),
+        ([datetime.date(1995, 1, 31)], None, ["1995-01-31"]),
+        ([datetime.datetime(1995, 1, 31)], pyarrow.timestamp("s"), ["1995-01-31"]),
+        ([datetime.datetime(1995, 1, 31, 20, 15)], None, ["1995-01-31 20:15:00"]),
+        (["a", None, ""], pyarrow.large_string(), ["a", "", ""]),
+    ],
+)
+def test_text_of_every_type(values, kind, texts):
+    assert table(values, kind).text("item_id").tolist() == texts
+
+
+def test_a_date_that_the_json_reader_takes_for_a_time_stays_a_date(tmp_path):
+    path = write(pandas.DataFrame({"released": ["1995-01-31", "2001-12-01"]}), tmp_path / "t.jsonl")
+    assert Table("t", load_table(path), {}).text("released").tolist() == ["1995-01-31", "2001-12-01"]
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, b"a", [b"a"]])
+def test_what_is_no_text(value):
+    with pytest.raises(ValueError, match=r"things: column 'item_id' cannot be read as text.*(dict|bytes)"):
+        table([value]).text("item_id")
+
+
+def test_mixed_types_are_refused_rather_than_guessed(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"user_id": 7}\n{"user_id": "007"}')
+    with pytest.raises(ValueError, match="column 'user_id' mixes types"):
+        Table("t", load_table(str(tmp_path / "t.jsonl")), {}).ids("user_id")
+
+
+def test_ids_keep_their_digits():
+    assert table([7.0, 8.0]).ids("item_id").tolist() == ["7", "8"]
+    assert table([2**63 - 1]).ids("item_id").tolist() == ["9223372036854775807"]
+    assert table(["007", " 7", "7.0"]).ids("item_id").tolist() == ["007", " 7", "7.0"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["a", None, None], r"things: column 'item_id', row 2: expected an id, got '' \(2 of 3 rows"),
+        (["a", " "], r"row 2: expected an id, got ' '"),
+        ([1.0, float("nan")], r"row 2: expected an id, got ''"),
+        ([1.0, 1.5], r"row 2: expected a whole number below 2\*\*53.*got '1\.5'"),
+        ([2.0**53], r"row 1: expected a whole number below 2\*\*53.*got '9007199254740992\.0'"),
+    ],
+)
+def test_what_is_no_id(values, message):
+    with pytest.raises(ValueError, match=message):
+        table(values).ids("item_id")
+
+
+def test_columns_are_found_by_role_or_by_the_name_given():
+    films = table(["a", "b"], role="movieId", item_id="movieId", event="verb")
+    assert films.unique_ids("item_id").tolist() == ["a", "b"]
+    assert [films.has(role) for role in ("item_id", "rating", "event")] == [True, False, True]
+    with pytest.raises(ValueError, match="things: no column 'verb'; the columns are movieId"):
+        films.text(films.column("event"))
+    with pytest.raises(ValueError, match="no column 'user_id'; the columns are movieId"):
+        films.ids("user_id")
+    with pytest.raises(ValueError, match=r"row 3: expected an id that no earlier row has, got 'x'"):
+        table(["x", "y", "x"]).unique_ids("item_id")
+
+
+@pytest.mark.parametrize("values", [["3", " 4.5 ", "1e1"], [3.0, 4.5, 10.0]])
+def test_numbers(values):
+    assert table(values).numbers("item_id").tolist() == [3.0, 4.5, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        (["3", "good"], "'good'"),
+        (["3", ""], "''"),
+        (["1", "inf"], "'inf'"),
+        ([3.0, float("nan")], "nan"),
+        ([3, None], "nan"),
+    ],
+)
+def test_what_is_no_number(values, got):
+    with pytest.raises(ValueError, match=f"column 'item_id', row 2: expected a finite number, got {got}"):
+        table(values).numbers("item_id")
+
+
+NEW_YEAR = 1577836800.0  # 2020-01-01 00:00 UTC
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "seconds"),
+    [
+        ([1, 2.5], None, [1.0, 2.5]),
+        ([-5, 10**11], None, [-5.0, 1e11]),
+        ([1577836800123], None, [NEW_YEAR + 0.123]),
+        ([1577836800000, 0], None, [NEW_YEAR, 0.0]),
+        ([1577836800000000], None, [NEW_YEAR]),
+        ([1577836800000000000], None, [NEW_YEAR]),
+        (["1577836800", "1577836801.5"], None, [NEW_YEAR, NEW_YEAR + 1.5]),
+        (["1577836800000"], None, [NEW_YEAR]),
+        (
+            ["2020-01-01", "2020-01-01 00:00:01", "2020-01-01T08:00:02.5+08:00"],
+            None,
+            [NEW_YEAR + s for s in (0, 1, 2.5)],
+        ),
+        (["9999-12-31"], None, [253402214400.0]),
+        ([datetime.date(2020, 1, 1)], None, [NEW_YEAR]),
+        ([datetime.datetime(2020, 1, 1, 0, 0, 3)], None, [NEW_YEAR + 3]),
+    ],
+)
+def test_times_in_seconds(values, kind, seconds):
+    assert table(values, kind).seconds("item_id").tolist() == pytest.approx(seconds, abs=1e-3)
+
+
+def test_a_time_zone_is_for_showing_only():
+    moments = pyarrow.array([1577836800_500_000_001]).cast(pyarrow.timestamp("ns", "Asia/Shanghai"))
+    assert table(moments).seconds("item_id").tolist() == [NEW_YEAR + 0.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "got"),
+    [
+        (["1", "2", "yesterday"], 3, "'yesterday'"),
+        (["2020-01-01", "2020-13-01"], 2, "'2020-13-01'"),
+        (["2020-01-01", "2020-01-02", "1577836800"], 3, "'1577836800'"),
+        (["1", "2", "2020-01-01"], 3, "'2020-01-01'"),
+        (["1", ""], 2, "''"),
+        (["1", "inf"], 2, "'inf'"),
+        ([1.0, float("inf")], 2, "inf"),
+        ([1, None], 2, "nan"),
+        ([datetime.datetime(2020, 1, 1), None], 2, "NaT"),
+    ],
+)
+def test_what_is_no_time(values, row, got):
+    with pytest.raises(ValueError, match=f"things: column 'item_id', row {row}: expected a time .* got {got}"):
+        table(values).seconds("item_id")

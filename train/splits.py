@@ -1,0 +1,137 @@
+"""Splits of a log into training, validation and test events, and the events of each user.
+
+Events of one user with the same timestamp have no order of their own. The order of the file often follows popularity
+or the item ids and gives the answer away, so they are shuffled: by a hash of seed, user and item, which does not
+depend on how the file was sorted.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy
+import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Three parts of the interactions.
+
+    Each part is ordered by user, then time, and its index is the row's place in `order(interactions, seed)`:
+    `pandas.concat([train, valid]).sort_index()` is in order again.
+    """
+
+    train: pandas.DataFrame
+    valid: pandas.DataFrame
+    test: pandas.DataFrame
+
+
+def order(interactions: pandas.DataFrame, seed: int) -> pandas.DataFrame:
+    """Sorts events by user, then time, then at random.
+
+    Args:
+        interactions: The events of a `Log`. Where no timestamps are given (all NaN: a published split) each user's
+            events keep the order of the table.
+        seed: Seed of the order of events with the same user and time.
+
+    Returns:
+        The same rows with a new index 0, 1, 2, …
+    """
+    users, _ = pandas.factorize(interactions["user_id"], sort=True)
+    if _has_times(interactions):
+        rows = numpy.lexsort((_tie_keys(interactions, seed), interactions["timestamp"].to_numpy(), users))
+    else:
+        rows = numpy.argsort(users, kind="stable")
+    return interactions.iloc[rows].reset_index(drop=True)
+
+
+def leave_one_out(interactions: pandas.DataFrame, seed: int, min_events: int = 3) -> Split:
+    """Keeps each user's last event for the test and the one before it for validation.
+
+    Args:
+        interactions: The events of a `Log`.
+        seed: Seed of the order of events with the same user and time.
+        min_events: Users with fewer events stay in the training part altogether.
+    """
+    if min_events < 3:
+        raise ValueError(f"min_events is {min_events}; expected at least 3: one event for each part")
+    ordered = order(interactions, seed)
+    users = ordered.groupby("user_id", sort=False)["user_id"]
+    left = users.cumcount(ascending=False)  # events of the same user still to come
+    held_out = users.transform("size") >= min_events
+    test, valid = held_out & (left == 0), held_out & (left == 1)
+    return Split(ordered[~(test | valid)], ordered[valid], ordered[test])
+
+
+def by_time(
+    interactions: pandas.DataFrame, valid_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0
+) -> Split:
+    """Cuts the log at two moments: all users' training events are earlier than all validation events, and so on.
+
+    Args:
+        interactions: The events of a `Log`, with timestamps.
+        valid_fraction: Share of the events in the validation part, at least: a moment that lies on a cut belongs to
+            the later part as a whole.
+        test_fraction: Share of the events in the test part, at least.
+        seed: Seed of the order of events with the same user and time.
+    """
+    if not (min(valid_fraction, test_fraction) >= 0 and valid_fraction + test_fraction < 1):
+        raise ValueError(
+            f"valid_fraction {valid_fraction} and test_fraction {test_fraction}: expected shares of 0 or more "
+            "with a sum below 1"
+        )
+    if not _has_times(interactions):
+        raise ValueError("a split by time needs timestamps, and this log has none: use leave-one-out")
+    ordered = order(interactions, seed)
+    times = ordered["timestamp"]
+    moments = numpy.sort(times.to_numpy())
+    test_start = _start_of_last(moments, round(len(moments) * test_fraction))
+    moments = moments[moments < test_start]
+    valid_start = min(test_start, _start_of_last(moments, round(len(times) * valid_fraction)))
+    if not (times < valid_start).any():
+        raise ValueError(
+            f"no training events are left: too many of the {len(times)} events share a timestamp, such as "
+            f"{times.mode()[0]}, and one moment is never split"
+        )
+    train, test = times < valid_start, times >= test_start
+    return Split(ordered[train], ordered[~(train | test)], ordered[test])
+
+
+def histories(frame: pandas.DataFrame) -> dict[str, numpy.ndarray]:
+    """The row positions (for `iloc`) of each user's events, in the order of the rows.
+
+    >>> histories(pandas.DataFrame({"user_id": ["a", "b", "a"]}))
+    {'a': array([0, 2]), 'b': array([1])}
+    """
+    rows = frame.groupby("user_id", sort=False).indices
+    return {str(user): numpy.asarray(positions) for user, positions in rows.items()}
+
+
+def cold_items(split: Split) -> set[str]:
+    """The items of the validation and test events that no training event has."""
+    return (set(split.valid["item_id"]) | set(split.test["item_id"])) - set(split.train["item_id"])
+
+
+def _has_times(interactions: pandas.DataFrame) -> bool:
+    missing = interactions["timestamp"].isna()
+    if missing.any() and not missing.all():
+        raise ValueError(
+            f"{missing.sum()} of {len(missing)} events have no timestamp, the first in row {missing.argmax() + 1}; "
+            "expected all or none"
+        )
+    return not missing.all()
+
+
+def _tie_keys(interactions: pandas.DataFrame, seed: int) -> numpy.ndarray:
+    """A pseudo-random number an event, the same wherever the event stands in the table."""
+    who_what = [name for name in ("user_id", "item_id", "event") if name in interactions]
+    secret = hashlib.sha256(str(seed).encode()).hexdigest()[:16]  # pandas takes keys of 16 characters
+    return pandas.util.hash_pandas_object(interactions[who_what], index=False, hash_key=secret).to_numpy()
+
+
+def _start_of_last(moments: numpy.ndarray, count: int) -> float:
+    """The moment from which on at least `count` of the sorted moments lie, if there are as many."""
+    return float(moments[-min(count, len(moments))]) if count and len(moments) else math.inf
+
+
+__all__ = ["Split", "by_time", "cold_items", "histories", "leave_one_out", "order"]
