@@ -1,0 +1,451 @@
+"""How the parts of a request are worded: a checked template, and the segments it makes."""
+
+import string
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from numbers import Real
+from typing import Any, NamedTuple
+
+from .request_m6rec import (
+    EVENT_KEYS,
+    Kept,
+    check_mapping,
+    check_moment,
+    check_number,
+    check_text,
+    number_text,
+    value_text,
+    wrong_type,
+)
+
+KEPT_ITEMS = 100_000
+"""Items and verbs whose wording is kept, since logs repeat them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One short text of a request.
+
+    `text` is what may be shortened: it is made of `parts` (the worded fields called `names`), put together by `join`
+    and set into `frame`. `lead` stands before it and is never shortened. `row` is the item's row in the item memory.
+    A `written` segment is what the model writes: no [SEG] closes it.
+    """
+
+    kind: str
+    text: str
+    names: tuple[str, ...] = ("text",)
+    parts: tuple[str, ...] = ()
+    join: str = ""
+    frame: tuple[str, str] = ("", "")
+    lead: str = ""
+    row: int = 0
+    written: bool = False
+
+    @property
+    def is_item(self) -> bool:
+        """Whether its parts are an item's fields: an item's own segment, or a text that words an item."""
+        return self.kind in ("item", "text") and bool(self.parts)
+
+    def without(self, index: int) -> "Segment":
+        """Return the segment without one of its fields."""
+        names = self.names[:index] + self.names[index + 1 :]
+        parts = self.parts[:index] + self.parts[index + 1 :]
+        return replace(self, names=names, parts=parts).framed(self.frame)
+
+    def framed(self, frame: tuple[str, str]) -> "Segment":
+        """Return the segment with its parts set into another frame."""
+        return replace(self, text=f"{frame[0]}{self.join.join(self.parts)}{frame[1]}", frame=frame)
+
+
+class Event(NamedTuple):
+    """A worded event: its verb, then an item, a text, or both; and when it was."""
+
+    verb: Segment
+    item: Segment | None
+    text: Segment | None
+    seconds: float | None
+
+
+class Wording:
+    """Turns the parts of a request into segments, as a template says.
+
+    Args:
+        template: A template as `load_template` returns it.
+        item_rows: Rows of the item memory by item id.
+    """
+
+    def __init__(self, template: Mapping[str, Any], item_rows: Mapping[str, int] | None = None) -> None:
+        check_template(template)
+        self.template = template
+        self.words = template["words"]
+        self.item_rows = item_rows or {}
+        self._items = Kept(KEPT_ITEMS)
+        self._verbs = Kept(KEPT_ITEMS)
+        self._gaps = {name: _Table(template[name]) for name in ("gaps", "ago")}
+        self._tables = {name: _Table(table) for name, table in template["stats"]["tables"].items()}
+        self._ages = _Table(template["user"]["ages"])
+
+    def user(self, user: Any) -> Segment | None:
+        """Word who the user is; None where nothing is said. A `user_id` is no text and is left out."""
+        if user is None or isinstance(user, str):
+            return None if user is None else Segment("user", check_text(user, "user"))
+        fields = _present(check_mapping(user, "user"), leave_out=("user_id",))
+        if not fields:
+            return None
+        wording = self.template["user"]
+        gender = fields.get("gender")
+        known = wording["genders"].get(gender.strip().lower(), "unknown") if isinstance(gender, str) else "unknown"
+        subject = wording["subjects"][known]
+        if known != "unknown":
+            del fields["gender"]
+        if isinstance(age := fields.get("age"), Real) or (isinstance(age, str) and age.strip().isdecimal()):
+            years = check_number(int(age) if isinstance(age, str) else age, "user.age")
+            if not 0 <= years <= 150:
+                raise ValueError(f"user.age: expected years from 0 to 150, got {number_text(years)}")
+            subject += wording["age"].format(age=self._ages(int(years)), pronoun=wording["pronouns"][known])
+            del fields["age"]
+        names, parts = self._fields(wording, fields, "user")
+        return self._segment("user", ("subject", *names), (subject, *parts), wording["join"])
+
+    def now(self, now: Any, since: float | None) -> Segment | None:
+        """Word the moment; None where nothing is said.
+
+        Args:
+            now: A text, or fields; `timestamp` is no text and is left out.
+            since: Seconds since the last event, where known.
+        """
+        wording = self.template["now"]
+        names: list[str] = []
+        parts: list[str] = []
+        if isinstance(now, str):
+            names, parts = ["text"], [check_text(now, "now")]
+        elif now is not None:
+            fields = _present(check_mapping(now, "now"), leave_out=("timestamp",))
+            if "date" in fields:
+                fields["date"] = self._month(fields["date"])
+            names, parts = self._fields(wording, fields, "now")
+        if since is not None:
+            names, parts = [*names, "gap"], [*parts, wording["gap"].format(value=self.gap(since, "ago"))]
+        return self._segment("now", tuple(names), tuple(parts), wording["join"]) if parts else None
+
+    def _month(self, value: Any) -> Any:
+        """A date becomes its month, which is what tells of season and holidays; other texts stand as they are."""
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value.strip())
+            except ValueError:
+                return value
+        if not isinstance(value, date):
+            return value
+        check_moment(value, "now.date")  # a missing date of pandas is a datetime too
+        return self.template["now"]["months"][value.month - 1]
+
+    def item(self, item: Any, place: str) -> Segment:
+        """Word an item. Nothing but its own fields is said, so that it is the same segment wherever it stands."""
+        key = _key(item, place)
+        segment = None if key is None else self._items.find(key)
+        if segment is None:
+            segment = self._item(item, place)
+            if key is not None:
+                self._items.keep(key, segment)
+        return segment
+
+    def _item(self, item: Any, place: str) -> Segment:
+        wording = self.template["item"]
+        if isinstance(item, str):
+            text = check_text(item, place)
+            return self._segment("item", ("text",), (text,), wording["join"])
+        fields = check_mapping(item, place)
+        if fields.get("stats") is not None:
+            raise ValueError(f"{place}.stats: statistics vary, so they may stand in a candidate only")
+        names, parts = self._fields(wording, _present(fields, leave_out=("item_id", "stats")), place)
+        if not parts:
+            raise ValueError(f"{place}: the item has no text, give it a field such as `title`; an id says nothing")
+        segment = self._segment("item", tuple(names), tuple(parts), wording["join"])
+        return replace(segment, row=self.item_row(item, place))
+
+    def item_row(self, item: Any, place: str = "item") -> int:
+        """Return an item's row in the item memory, 0 where it has none."""
+        if isinstance(item, str) or check_mapping(item, place).get("item_id") is None:
+            return 0
+        identity = item["item_id"]
+        if isinstance(identity, bool) or not isinstance(identity, str | Real):
+            raise wrong_type(identity, f"{place}.item_id", "a text or a number")
+        return self.item_rows.get(value_text(identity, f"{place}.item_id", self.words), 0)
+
+    def event(self, event: Any, place: str) -> Event:
+        """Word one event of the history, which is an item's text or a mapping."""
+        if isinstance(event, str):
+            return Event(self._verb(None, None, place), self.item(event, place), None, None)
+        check_mapping(event, place, EVENT_KEYS)
+        verb = self._verb(event.get("event"), event.get("rating"), place)
+        item, moment = event.get("item"), event.get("timestamp")
+        text = self._event_text(event, place)
+        if item is None and text is None and ("item" in event or event.get("event") is None):
+            raise ValueError(f"{place}.item: None; an event needs an item, a query or a text, or only a verb")
+        return Event(
+            verb,
+            None if item is None else self.item(item, f"{place}.item"),
+            text,
+            None if moment is None else check_moment(moment, f"{place}.timestamp"),
+        )
+
+    def _event_text(self, event: Mapping[str, Any], place: str) -> Segment | None:
+        given = [name for name in ("query", "text") if event.get(name) is not None]
+        if len(given) == 2:
+            raise ValueError(f"{place}: query and text are the same thing, give one of them")
+        return Segment("text", check_text(event[given[0]], f"{place}.{given[0]}")) if given else None
+
+    def _verb(self, verb: Any, rating: Any, place: str) -> Segment:
+        if not isinstance(verb, str | None):
+            raise wrong_type(verb, f"{place}.event", "a text")
+        if isinstance(rating, bool) or not isinstance(rating, str | Real | None):
+            raise wrong_type(rating, f"{place}.rating", "a number or a text")
+        key = (verb, rating, type(rating))
+        segment = self._verbs.find(key)
+        if segment is None:
+            wording = self.template["events"]
+            name = wording["default"] if verb is None else check_text(verb, f"{place}.event")
+            text = wording["verbs"].get(name.lower().replace("_", " ").replace("-", " "), name)
+            if rating is not None:
+                value = value_text(rating, f"{place}.rating", self.words)
+                text = wording["rated"].format(verb=text, rating=value)
+            segment = Segment("event", text)
+            self._verbs.keep(key, segment)
+        return segment
+
+    def gap(self, seconds: float, table: str = "gaps") -> str:
+        """Word a stretch of time with the table `gaps` (after the event before) or `ago` (before now)."""
+        return self._gaps[table](seconds)
+
+    def stats(self, stats: Any, place: str) -> list[Segment]:
+        """Word statistics: a text, a mapping of statistics by name, or a list of these."""
+        if stats is None:
+            return []
+        if isinstance(stats, list | tuple):
+            return [each for index, stat in enumerate(stats) for each in self._stat(stat, f"{place}[{index}]")]
+        return self._stat(stats, place)
+
+    def _stat(self, stat: Any, place: str) -> list[Segment]:
+        if isinstance(stat, str):
+            return [Segment("stat", check_text(stat, place))]
+        entries = _present(check_mapping(stat, place)).items()
+        return [Segment("stat", self._stat_text(name, value, f"{place}.{name}")) for name, value in entries]
+
+    def _stat_text(self, name: str, value: Any, place: str) -> str:
+        wording = self.template["stats"]
+        pattern = wording["names"].get(name)
+        if pattern is None and isinstance(value, Mapping):
+            known = ", ".join(wording["names"])
+            raise ValueError(f"{place}: the template has no words for this statistic; it has for {known}")
+        if pattern is None:
+            return wording["other"].format(name=_spoken(name, place), value=value_text(value, place, self.words))
+        wanted = _placeholders(pattern)
+        given = check_mapping(value, place) if isinstance(value, Mapping) else dict.fromkeys(wanted[:1], value)
+        if set(given) != set(wanted):
+            raise ValueError(f"{place}: expected the values {', '.join(wanted)}, got {', '.join(given)}")
+        return pattern.format(**{key: self._stat_value(key, each, f"{place}.{key}") for key, each in given.items()})
+
+    def _stat_value(self, name: str, value: Any, place: str) -> str:
+        table = self._tables.get(name)
+        return table(check_number(value, place)) if table else value_text(value, place, self.words)
+
+    def _fields(self, wording: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> tuple[list[str], list[str]]:
+        """Word fields: those the template names in its order, the others sorted, as `name: value`."""
+        known = dict(wording["fields"])
+        names = [name for name in known if name in fields]
+        others = sorted(fields.keys() - known.keys())
+        parts = [known[name].format(value=value_text(fields[name], f"{place}.{name}", self.words)) for name in names]
+        for name in others:
+            value = value_text(fields[name], f"{place}.{name}", self.words)
+            parts.append(wording["other"].format(name=_spoken(name, place), value=value))
+        return names + others, parts
+
+    @staticmethod
+    def _segment(kind: str, names: tuple[str, ...], parts: tuple[str, ...], join: str) -> Segment:
+        return Segment(kind, join.join(parts), names, parts, join)
+
+
+class _Table:
+    """Words by number: the first entry whose limit is not below the number."""
+
+    def __init__(self, entries: list[list[Any]]) -> None:
+        self.limits = [limit for limit, _ in entries[:-1]]
+        self.words = [words for _, words in entries]
+
+    def __call__(self, number: float) -> str:
+        return self.words[bisect_left(self.limits, number)]
+
+
+def _key(item: Any, place: str) -> Any:
+    """Say what makes two items the same; None if that cannot be told. Types count: True == 1 == 1.0."""
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        raise wrong_type(item, place, "a text or a mapping of fields")
+    values = [
+        (tuple(value), *map(type, value)) if isinstance(value, list | tuple) else value for value in item.values()
+    ]
+    key = (tuple(item), tuple(values), tuple(map(type, values)))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _present(fields: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Copy the fields that have a value: tables of several kinds of rows fill the missing ones with None."""
+    return {name: value for name, value in fields.items() if value is not None and name not in leave_out}
+
+
+def _spoken(name: str, place: str) -> str:
+    return check_text(name, f"{place}: the name of a field").replace("_", " ")
+
+
+def _placeholders(pattern: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+
+
+Check = Callable[[Any, str], None]
+
+
+def _text(value: Any, place: str) -> None:
+    check_text(value, place)
+
+
+def _any_text(value: Any, place: str) -> None:
+    if not isinstance(value, str):
+        raise wrong_type(value, place, "a text")
+
+
+def _each(check: Check) -> Check:
+    """Check every value of a mapping of any keys."""
+
+    def run(value: Any, place: str) -> None:
+        for name, entry in check_mapping(value, place).items():
+            check(entry, f"{place}.{name}")
+
+    return run
+
+
+def _pattern(*needed: str, optional: tuple[str, ...] = ()) -> Check:
+    """Check a pattern: each needed {placeholder} stands in it and no other, bare."""
+
+    def run(value: Any, place: str) -> None:
+        _text(value, place)
+        try:
+            found = list(string.Formatter().parse(value))
+        except ValueError as error:
+            raise ValueError(f"{place}: {value!r} is no pattern: {error}") from error
+        names = {name for _, name, _, _ in found if name is not None}
+        bare = not any(spec or conversion for _, _, spec, conversion in found)
+        if not bare or not set(needed) <= names <= {*needed, *optional}:
+            wanted = " ".join(f"{{{name}}}" for name in (*needed, *optional))
+            raise ValueError(f"{place}: {value!r} must hold the placeholders {wanted} and nothing else in braces")
+
+    return run
+
+
+def _stat_pattern(value: Any, place: str) -> None:
+    _text(value, place)
+    names = _placeholders(value)
+    if not names or not all(name.isidentifier() for name in names):
+        raise ValueError(f"{place}: {value!r} must hold a placeholder, such as {{times}}, and only plain names")
+    _pattern(*names)(value, place)
+
+
+def _table(value: Any, place: str) -> None:
+    """Check a table: [limit, words] entries, limits rising, the last one null."""
+    _pairs(value, place, "[limit, words]")
+    if not value:
+        raise ValueError(f"{place}: the table is empty")
+    for _, words in value:
+        _text(words, place)
+    limits = [check_number(limit, place) for limit, _ in value[:-1]]
+    if limits != sorted(set(limits)) or value[-1][0] is not None:
+        raise ValueError(f"{place}: limits must rise and end with null, got {[limit for limit, _ in value]}")
+
+
+def _fields(value: Any, place: str) -> None:
+    """Check [name, pattern] entries: a list, since the keys of a saved mapping come back sorted."""
+    pairs = _pairs(value, place, "[name, pattern]")
+    for name, pattern in pairs:
+        _text(name, place)
+        _pattern("value")(pattern, f"{place}.{name}")
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{place}: a field is named twice among {', '.join(names)}")
+
+
+def _pairs(value: Any, place: str, expected: str) -> list[list[Any]]:
+    if not isinstance(value, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
+        raise ValueError(f"{place}: expected a list of {expected}, got {value!r}")
+    return value
+
+
+def _months(value: Any, place: str) -> None:
+    if not isinstance(value, list) or len(value) != 12:
+        raise ValueError(f"{place}: expected twelve names, got {value!r}")
+    for name in value:
+        _text(name, place)
+
+
+_FIELDS = {"fields": _fields, "other": _pattern("name", "value"), "join": _any_text}
+_BY_GENDER = {"unknown": _any_text, "male": _any_text, "female": _any_text}
+SCHEMA: dict[str, Any] = {
+    "domain": _text,
+    "language": _text,
+    "words": {"true": _text, "false": _text, "list": _any_text},
+    "user": {
+        **_FIELDS,
+        "genders": _each(_text),
+        "subjects": _BY_GENDER,
+        "pronouns": _BY_GENDER,
+        "age": _pattern("age", optional=("pronoun",)),
+        "ages": _table,
+    },
+    "now": {**_FIELDS, "months": _months, "gap": _pattern("value")},
+    "gaps": _table,
+    "ago": _table,
+    "events": {"default": _text, "verbs": _each(_text), "rated": _pattern("verb", "rating")},
+    "item": _FIELDS,
+    "stats": {"names": _each(_stat_pattern), "other": _pattern("name", "value"), "tables": _each(_table)},
+    "tasks": {
+        "plausibility": _pattern("item"),
+        "explanation": _text,
+        "query": _text,
+        "item_text": _text,
+        "speakers": {"user": _text, "system": _text},
+        "join": _any_text,
+    },
+}
+"""What a template holds: a mapping has exactly these keys, anything else passes the check that stands there."""
+
+
+def check_template(template: Any, schema: Mapping[str, Any] = SCHEMA, place: str = "template") -> None:
+    """Check a template.
+
+    Raises:
+        ValueError: A key is unknown or missing, or holds something that cannot be used there.
+        TypeError: A value has the wrong type.
+    """
+    given = check_mapping(template, place)
+    for key in given.keys() - schema.keys():
+        raise ValueError(f"{place}: unknown key {key!r}; known keys: {', '.join(schema)}")
+    for key in schema.keys() - given.keys():
+        raise ValueError(f"{place}: missing key {key!r}")
+    for key, expected in schema.items():
+        if isinstance(expected, Mapping):
+            check_template(given[key], expected, f"{place}.{key}")
+        else:
+            expected(given[key], f"{place}.{key}")
+    if place == "template":
+        wrong = {*given["user"]["genders"].values()} - {"male", "female"}
+        if wrong:
+            raise ValueError(f"template.user.genders: {sorted(wrong)} are neither male nor female")
+
+
+__all__ = ["SCHEMA", "Event", "Segment", "Wording", "check_template"]
