@@ -14,6 +14,27 @@ from .losses_m6rec import UNKNOWN
 
 if TYPE_CHECKING:
     from .modeling_m6rec import M6RecForRecommendation
+    from .network_m6rec import M6RecModelOutput
+
+
+class Beside:
+    """Picks, out of what stands beside the T tokens of rows, what stands beside those that have states.
+
+    These are the kept tokens of a plan, or the last of the T where a cache holds the others.
+    """
+
+    def __init__(self, total: int, out: "M6RecModelOutput") -> None:
+        self.total, self.tokens, self.kept = total, out.layout.valid.shape[1], out.kept
+
+    @property
+    def is_part(self) -> bool:
+        """Whether a cache holds earlier tokens."""
+        return self.kept is None and self.tokens < self.total
+
+    def __call__(self, field: torch.Tensor, fill: int) -> torch.Tensor:
+        """Pick from a field of up to T columns, B x T; `fill` stands where it ends or nothing is present."""
+        field = functional.pad(field, (0, self.total - field.shape[1]), value=fill)
+        return field[:, -self.tokens :] if self.kept is None else self.kept.of(field, fill)
 
 
 def target_ends(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
@@ -77,4 +98,4 @@ def _slots(numbers: torch.Tensor) -> int:
     return int(numbers.max()) if numbers.numel() else 0
 
 
-__all__ = ["item_places", "mean_log_likelihood", "target_ends", "user_places"]
+__all__ = ["Beside", "item_places", "mean_log_likelihood", "target_ends", "user_places"]

@@ -265,6 +265,22 @@ class M6RecEmbeddings(nn.Module):
         return self.projection(self.dropout(self.norm(embeds)))
 
 
+class M6RecWritingTransform(nn.Module):
+    """What stands between the last state and the writing head: BERT's dense layer, a narrowing one, or nothing."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        super().__init__()
+        narrow, full = config.embedding_size != config.hidden_size, config.lm_head_transform
+        sizes = config.hidden_size, config.embedding_size
+        self.dense = nn.Linear(*sizes, bias=full) if narrow or full else nn.Identity()
+        self.activation = ACT2FN[config.hidden_act] if full else nn.Identity()
+        self.norm = make_norm(config, config.embedding_size) if full else nn.Identity()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map ... x H to ... x embedding_size."""
+        return self.norm(self.activation(self.dense(states)))
+
+
 __all__ = [
     "M6RecAttention",
     "M6RecEmbeddings",
@@ -272,6 +288,7 @@ __all__ = [
     "M6RecMLP",
     "M6RecRMSNorm",
     "M6RecRotaryEmbedding",
+    "M6RecWritingTransform",
     "SharedKeys",
     "make_norm",
 ]

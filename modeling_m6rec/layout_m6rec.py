@@ -62,10 +62,11 @@ class Picked(NamedTuple):
     index: torch.Tensor
     present: torch.Tensor
 
-    def of(self, values: torch.Tensor) -> torch.Tensor:
-        """Gather the picked tokens: B x T (x H) -> B x n (x H); what is not present repeats token 0."""
+    def of(self, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
+        """Gather the picked tokens: B x T (x H) -> B x n (x H); what is not present is `fill`, or repeats token 0."""
         index = self.index if values.dim() == 2 else self.index[..., None].expand(-1, -1, values.shape[-1])
-        return values.gather(1, index)
+        found = values.gather(1, index)
+        return found if fill is None else found.masked_fill(~self.present, fill)
 
     def back(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
         """Put B x n x H states where they came from: B x T x H, zero elsewhere."""

@@ -1,6 +1,7 @@
 """Losses of the four heads. A label of -100 is unknown and takes no part; an empty batch gives a loss of zero.
 
-Shapes: B rows, T tokens, N targets of a row, I interactions, U user vectors, M items, D = embedding_dim, V = vocab_size.
+Shapes: B rows, T tokens, N targets of a row, I interactions, U user vectors, M items, D = embedding_dim,
+V = vocab_size.
 """
 
 import torch

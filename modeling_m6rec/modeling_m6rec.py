@@ -14,15 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_m6rec import M6RecConfig
-from .heads_m6rec import item_places, mean_log_likelihood, target_ends, user_places
-from .layers_m6rec import make_norm
+from .heads_m6rec import Beside, item_places, mean_log_likelihood, target_ends, user_places
+from .layers_m6rec import M6RecWritingTransform, make_norm
 from .layout_m6rec import Layout, layout, read
 from .losses_m6rec import (
     UNKNOWN,
@@ -36,8 +35,8 @@ from .losses_m6rec import (
 )
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
 from .pipeline_m6rec import RecommendationPipeline
-from .plans_m6rec import encode_segments
-from .segment_cache_m6rec import SegmentCache
+from .plans_m6rec import last_states
+from .segment_cache_m6rec import SegmentCache, SegmentKey
 
 
 @dataclass
@@ -69,22 +68,6 @@ class M6RecOutput(ModelOutput):
     layout: Layout | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class M6RecWritingTransform(nn.Module):
-    """What stands between the last state and the writing head: BERT's dense layer, a narrowing one, or nothing."""
-
-    def __init__(self, config: M6RecConfig) -> None:
-        super().__init__()
-        narrow, full = config.embedding_size != config.hidden_size, config.lm_head_transform
-        sizes = config.hidden_size, config.embedding_size
-        self.dense = nn.Linear(*sizes, bias=full) if narrow or full else nn.Identity()
-        self.activation = ACT2FN[config.hidden_act] if full else nn.Identity()
-        self.norm = make_norm(config, config.embedding_size) if full else nn.Identity()
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map ... x H to ... x embedding_size."""
-        return self.norm(self.activation(self.dense(states)))
 
 
 class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
@@ -184,33 +167,33 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             plan=plan,
             segment_cache=segment_cache,
             exits=self._exits(exit_layer, bool(score_labels)),
+            alone=() if item_input_ids is None else self._item_keys(item_input_ids, item_attention_mask),
+            compact_output=True,
             **kwargs,
         )
-        lay, rows = out.layout, out.layout.valid.shape[1]
-        ids = (input_ids if layout_ids is None else layout_ids)[:, -rows:]
-        states = out.last_hidden_state[:, -rows:]  # virtual tokens, which stand in front, have no head
-        exit_scores = [self._scores(state[:, -rows:], ids, lay) for state in out.exit_states]
+        ids = input_ids if layout_ids is None else layout_ids
+        beside = Beside(ids.shape[1], out)
+        chosen, lay = beside(ids, self.config.pad_token_id), out.layout
+        states, *exits = (state[:, -beside.tokens :] for state in (out.last_hidden_state, *out.exit_states))
+        exit_scores = [self._scores(state, chosen, lay) for state in exits]
         found: dict[str, torch.Tensor] = {}
         if labels is not None:
-            found["text"] = self._text_loss(states, labels[:, -rows:], lay, count)
+            found["text"] = self._text_loss(states, beside(labels, UNKNOWN), lay, count)
         found.update(self._score_losses(exit_scores, score_labels))
         if retrieval_labels is not None:
-            items = self._items(item_input_ids, item_attention_mask, item_states, item_memory_ids)
-            found["retrieval"] = self._retrieval_loss(
-                states, lay, retrieval_labels[:, -rows:], items, item_log_frequency
-            )
+            items = self._items(item_states if item_input_ids is None else out.alone_states, item_memory_ids)
+            wanted = beside(retrieval_labels, UNKNOWN)
+            found["retrieval"] = self._retrieval_loss(states, lay, wanted, items, item_log_frequency)
         if return_logits is None:
             return_logits = labels is not None or not found
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        whole = layout_ids is None or layout_ids.shape[1] == rows
-        users, item_vectors = self._vectors(out, ids, item_ids, hidden_events) if whole else (None, None)
+        users, item_vectors = self._vectors(out, chosen, beside, item_ids, hidden_events)
         return M6RecOutput(
             loss=self._total(found),
-            logits=self.write_logits(out.last_hidden_state[:, kept]) if return_logits else None,
+            logits=self._logits(out, ids.shape[1], logits_to_keep) if return_logits else None,
             scores=exit_scores[-1],
             user_vectors=users,
             item_vectors=item_vectors,
-            plausibility=mean_log_likelihood(states, ids, lay, self) if return_plausibility else None,
+            plausibility=mean_log_likelihood(states, chosen, lay, self) if return_plausibility else None,
             losses=found or None,
             past_key_values=out.past_key_values,
             layout=lay,
@@ -259,14 +242,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def item_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H states of their [SEG]."""
-        valid = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
-        keys = [(0, tuple(ids[kept].tolist())) for ids, kept in zip(input_ids.cpu(), valid.cpu())]
-        if any(ids[-1:] != (self.config.segment_token_id,) for _, ids in keys):
-            raise ValueError("an item's segment must end with [SEG]: encode items with M6RecProcessor.encode_items")
-        numbers = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        bank, offsets = encode_segments(self.model, list(numbers))
-        last = torch.tensor([int(offsets[numbers[key]]) + len(key[1]) - 1 for key in keys], device=bank.device)
-        return bank[last]
+        return last_states(self.model, self._item_keys(input_ids, attention_mask))
 
     def plausibility(self, **batch: Any) -> torch.Tensor:
         """Return B x N mean log-likelihoods of each target's written text, its [EOS] counted (paper, zero-shot)."""
@@ -332,21 +308,31 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         embeds = self.model.embeddings.tokens.weight[first : first + self.config.num_labels]
         return states @ self.model.embeddings.projection(embeds).T
 
+    def _logits(self, out: M6RecModelOutput, tokens: int, to_keep: int | torch.Tensor) -> torch.Tensor:
+        """B x Q x V logits; of tokens that were left out they mean nothing."""
+        states = out.last_hidden_state if out.kept is None else out.kept.back(out.last_hidden_state, tokens)
+        return self.write_logits(states[:, slice(-to_keep, None) if isinstance(to_keep, int) else to_keep])
+
     def _vectors(
-        self, out: M6RecModelOutput, ids: torch.Tensor, item_ids: torch.Tensor | None, hidden: torch.Tensor | None
+        self,
+        out: M6RecModelOutput,
+        ids: torch.Tensor,
+        beside: Beside,
+        item_ids: torch.Tensor | None,
+        hidden: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """User and item vectors of whole rows; None without segment layers."""
-        lay, rows = out.layout, ids.shape[1]
-        if not self.config.num_segment_layers:
+        """User and item vectors; None without segment layers, or when going on from a cache."""
+        lay = out.layout
+        if not self.config.num_segment_layers or beside.is_part:
             return None, None
-        seen = None if hidden is None else ~functional.pad(hidden.bool(), (0, rows))[:, :rows]
+        seen = None if hidden is None else ~beside(hidden.bool(), 0)
         users, items = user_places(ids, lay, self.config, seen), item_places(ids, lay, self.config)
-        states = out.segment_states[:, -rows:]
-        if item_ids is not None:
-            states = self.model.remember(states, functional.pad(item_ids, (0, rows))[:, :rows])
+        memory = None if item_ids is None else read(beside(item_ids, 0)[..., None].float(), items).nan_to_num()
+        states = read(out.segment_states[:, -beside.tokens :], items)
+        states = self.model.remember(states, None if memory is None else memory[..., 0].long())
         return (
-            self._project(self.user_projection, read(out.last_hidden_state[:, -rows:], users)),
-            self._project(self.item_projection, self.item_norm(read(states, items))),
+            self._project(self.user_projection, read(out.last_hidden_state[:, -beside.tokens :], users)),
+            self._project(self.item_projection, self.item_norm(states)),
         )
 
     def _project(self, projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -364,6 +350,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def _text_loss(
         self, states: torch.Tensor, labels: torch.Tensor, lay: Layout, count: torch.Tensor | int | None
     ) -> torch.Tensor:
+        if ((labels != UNKNOWN) & ~lay.written).any():
+            raise ValueError(
+                "labels mark tokens that are given, not written: label what follows [TEXT] in a target, or plain text, "
+                "and -100 elsewhere (M6RecProcessor.labels does)"
+            )
         targets = text_targets(labels, lay, self.config)
         known = targets != UNKNOWN
         return text_loss(self.write_logits(states[known]), targets[known], count)
@@ -378,8 +369,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         for task, given in labels.items():
             if given.shape[:2] != exit_scores[-1].shape[:2]:
                 raise ValueError(
-                    f"{task}_labels has shape {tuple(given.shape)}, but the rows hold {tuple(exit_scores[-1].shape[:2])} "
-                    "targets (rows x most targets of a row): pad with -100"
+                    f"{task}_labels has shape {tuple(given.shape)}, but rows and most targets of a row are "
+                    f"{tuple(exit_scores[-1].shape[:2])}: pad with -100"
                 )
             own = [scores[..., self.config.score_slices[task]] for scores in exit_scores]
             weights = [layer / sum(layers) for layer in layers] if len(own) == len(layers) else [1.0]
@@ -388,19 +379,21 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             )
         return found
 
-    def _items(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        states: torch.Tensor | None,
-        memory_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if (input_ids is None) == (states is None):
+    def _items(self, states: torch.Tensor | None, memory_ids: torch.Tensor | None) -> torch.Tensor:
+        if states is None:
             raise ValueError(
-                "retrieval_labels point to items: give item_input_ids (M6RecDataCollator makes them), or item_states of "
-                "the whole catalogue"
+                "retrieval_labels point to items: give item_input_ids (M6RecDataCollator makes them), or item_states "
+                "of the whole catalogue"
             )
-        return self.embed_items(input_ids, attention_mask, states, memory_ids)
+        return self.embed_items(states=states, memory_ids=memory_ids)
+
+    def _item_keys(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[SegmentKey]:
+        """M x L ids of items' segments, padded right -> the segments as plans take them."""
+        valid = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
+        keys = [(0, tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), valid.sum(1).tolist())]
+        if any(ids[-1:] != (self.config.segment_token_id,) for _, ids in keys):
+            raise ValueError("an item's segment must end with [SEG]: encode items with M6RecProcessor.encode_items")
+        return keys
 
     def _retrieval_loss(
         self,
@@ -415,8 +408,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             last = (lay.event * lay.source).amax(1, keepdim=True)
             if (known & (lay.event < last)).any():
                 raise ValueError(
-                    "with bidirectional history a user vector before the last event has seen the answer: label the last "
-                    "event only, or set history_attention='causal'"
+                    "with bidirectional history a user vector before the last event has seen the answer: label the "
+                    "last event only, or set history_attention='causal'"
                 )
         users = self._project(self.user_projection, states[known])
         return retrieval_loss(users, items, labels[known], self.config.embedding_temperature, log_frequency)

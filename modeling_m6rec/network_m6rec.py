@@ -18,9 +18,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m6rec import KINDS, M6RecConfig
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
-from .layout_m6rec import Layout, attention_bias, joint_mask, layout, segment_mask, summary_keys
-from .plans_m6rec import PLANS, Rows, run
-from .segment_cache_m6rec import SegmentCache
+from .layout_m6rec import Layout, Picked, attention_bias, joint_mask, layout, segment_mask, summary_keys
+from .plans_m6rec import PLANS, Rows, last_states, run
+from .segment_cache_m6rec import SegmentCache, SegmentKey
 
 
 @dataclass
@@ -30,18 +30,22 @@ class M6RecModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: B x Q x H; plans other than "flat" leave zeros where `segment_summary` drops a token.
         segment_states: B x Q x H, what the segment layers made of each token.
+        alone_states: M x H, the last states of the segments that were given to be read alone.
         exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
         past_key_values: The cache, if one was asked for.
         layout: Layout of the Q tokens, virtual ones left out.
+        kept: With `compact_output`, which tokens of the row the Q are.
         hidden_states: Output of every layer, if asked for.
         attentions: Attention weights of every layer, if asked for (eager attention only).
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     segment_states: torch.FloatTensor | None = None
+    alone_states: torch.FloatTensor | None = None
     exit_states: tuple[torch.FloatTensor, ...] | None = None
     past_key_values: Cache | None = None
     layout: Layout | None = None
+    kept: Picked | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -159,6 +163,8 @@ class M6RecModel(M6RecPreTrainedModel):
         plan: str | None = None,
         segment_cache: SegmentCache | None = None,
         exits: Sequence[int] | None = None,
+        alone: Sequence[SegmentKey] = (),
+        compact_output: bool = False,
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Read rows.
@@ -175,6 +181,9 @@ class M6RecModel(M6RecPreTrainedModel):
             plan: How to run (see `plans_m6rec`); None = "compact" where nothing asks for every state, else "flat".
             segment_cache: Segment states kept between calls, for plan "cached".
             exits: Joint layers, from 1, after which states are wanted; None = the last.
+            alone: Segments that stand in no row, (mode, ids) each, to be read as well.
+            compact_output: Return states and layout of the kept tokens only (Q = the most of a row), where a plan
+                leaves tokens out; `kept` says which.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -196,7 +205,7 @@ class M6RecModel(M6RecPreTrainedModel):
         hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
         item_ids = None if item_ids is None else _widen(item_ids, total)
         exits = sorted(set(exits or [self.config.num_joint_layers]))
-        rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits)
+        rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone)
         whole = not (use_cache or past_key_values is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
         if plan == "flat":
@@ -204,9 +213,16 @@ class M6RecModel(M6RecPreTrainedModel):
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
             return self._flat(embeds, rows, past_key_values, past, **kwargs)
-        read, segment_states = run(self, plan, rows, segment_cache)
+        read, segment_states, alone_states, kept = run(self, plan, rows, segment_cache)
+        if not compact_output:
+            read, segment_states = [kept.back(state, total) for state in read], kept.back(segment_states, total)
         return M6RecModelOutput(
-            last_hidden_state=read[-1], segment_states=segment_states, exit_states=tuple(read), layout=lay
+            last_hidden_state=read[-1],
+            segment_states=segment_states,
+            alone_states=alone_states,
+            exit_states=tuple(read),
+            layout=lay.take(*kept) if compact_output else lay,
+            kept=kept if compact_output else None,
         )
 
     def _choose(self, plan: str | None, whole: bool, kwargs: dict[str, Any]) -> str:
@@ -254,6 +270,7 @@ class M6RecModel(M6RecPreTrainedModel):
         return M6RecModelOutput(
             last_hidden_state=read[-1],
             segment_states=segment_states,
+            alone_states=last_states(self, rows.alone),
             exit_states=tuple(read),
             past_key_values=past_key_values,
             layout=here,

@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .layers_m6rec import SharedKeys
-from .layout_m6rec import Layout, alone, attention_bias, joint_mask, pick, segment_mask
+from .layout_m6rec import Layout, Picked, alone, attention_bias, joint_mask, pick, segment_mask
 from .segment_cache_m6rec import SegmentCache, SegmentKey
 
 if TYPE_CHECKING:
@@ -47,24 +47,29 @@ class Rows(NamedTuple):
     """B x T bool: tokens that stay, but are seen by no other."""
     exits: Sequence[int]
     """Joint layers after which states are wanted, ascending."""
+    alone: Sequence[SegmentKey] = ()
+    """Segments that stand in no row (items to choose among), read together with those that do."""
 
 
 def segment_states(
-    model: "M6RecModel", input_ids: torch.Tensor, lay: Layout, distinct: bool, cache: SegmentCache | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read all segments of B x T ids.
+    model: "M6RecModel", rows: Rows, distinct: bool, cache: SegmentCache | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read all segments of rows, and those that stand alone.
 
     Returns:
-        The bank, W x H segment states, and B x T: the place of each token's state in it.
+        The bank, W x H segment states; B x T: the place of each token's state in it; and the last state of each
+        segment that stands alone.
     """
+    input_ids, lay = rows.input_ids, rows.lay
     if distinct and model.config.num_segment_layers:
-        return _distinct_segments(model, input_ids, lay, cache)
+        return _distinct_segments(model, rows, cache)
     positions = model.embedding_positions(lay)
     embeds = model.embeddings.tokens(input_ids)
     size = input_ids.shape[1]
     bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
     bank = model.segment_stage(embeds, positions, bias).flatten(0, 1)
-    return bank, torch.arange(len(bank), device=bank.device).view(input_ids.shape)
+    place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
+    return bank, place, last_states(model, rows.alone)
 
 
 def joint_rows(
@@ -134,9 +139,10 @@ def _read_targets(
 
 
 def _distinct_segments(
-    model: "M6RecModel", input_ids: torch.Tensor, lay: Layout, cache: SegmentCache | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: "M6RecModel", rows: Rows, cache: SegmentCache | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read each distinct segment once, or take its states from the cache."""
+    input_ids, lay = rows.input_ids, rows.lay
     row = torch.arange(len(input_ids), device=input_ids.device)[:, None] * (input_ids.shape[1] + 1)
     _, lengths = torch.unique_consecutive((lay.segment + row)[lay.valid], return_counts=True)
     ids, modes = input_ids[lay.valid].tolist(), lay.mode[lay.valid].tolist()
@@ -146,11 +152,24 @@ def _distinct_segments(
         key = (modes[start], tuple(ids[start : start + length]))
         order.append(numbers.setdefault(key, len(numbers)))
         start += length
+    alone = [numbers.setdefault(key, len(numbers)) for key in rows.alone]
     bank, offsets = encode_segments(model, list(numbers), cache)
-    first = offsets.to(input_ids.device)[torch.tensor(order, device=input_ids.device)]
+    offsets = offsets.to(input_ids.device)
+    first = offsets[torch.tensor(order, device=input_ids.device)]
     place = torch.zeros_like(input_ids)
     place[lay.valid] = first.repeat_interleave(lengths) + lay.segment_position[lay.valid]
-    return bank, place
+    ends = [len(ids) - 1 for _, ids in rows.alone]
+    return bank, place, bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
+
+
+def last_states(model: "M6RecModel", segments: Sequence[SegmentKey]) -> torch.Tensor:
+    """Read segments by themselves: the state of the last token of each, M x H."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(segments))}
+    if not numbers:
+        return model.embed_kind.weight.new_zeros(0, model.config.hidden_size)
+    bank, offsets = encode_segments(model, list(numbers))
+    ends = [int(offsets[numbers[key]]) + len(key[1]) - 1 for key in segments]
+    return bank[torch.tensor(ends, device=bank.device)]
 
 
 def encode_segments(
@@ -214,21 +233,20 @@ def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
 
 def run(
     model: "M6RecModel", plan: str, rows: Rows, cache: SegmentCache | None
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Picked]:
     """Run the plan "compact", "reuse" or "cached"; only the last uses the cache.
 
     Returns:
-        Joint states of each exit and segment states, all B x T x H; zero for tokens that were left out.
+        Joint states of each exit and segment states, all B x n x H, of the n tokens of a row that were kept; the last
+        states of segments that stand alone, M x H; and which tokens were kept.
     """
-    distinct = plan != "reuse"
-    bank, place = segment_states(model, rows.input_ids, rows.lay, distinct, cache if plan == "cached" else None)
+    bank, place, alone = segment_states(model, rows, plan != "reuse", cache if plan == "cached" else None)
     kept = pick(torch.where(rows.keys, 0, -1), 1)
     states, here = bank[kept.of(place)], rows.lay.take(*kept)
     entered = model.enter(states, here, None if rows.item_ids is None else kept.of(rows.item_ids) * kept.present)
     join = joint_rows if plan == "compact" else joint_shared
     read = join(model, entered, here, kept.of(rows.keys & ~rows.hidden) & kept.present, rows.exits)
-    tokens = rows.input_ids.shape[1]
-    return [kept.back(state, tokens) for state in read], kept.back(states, tokens)
+    return read, states, alone, kept
 
 
-__all__ = ["PLANS", "Rows", "encode_segments", "run"]
+__all__ = ["PLANS", "Rows", "encode_segments", "last_states", "run"]

@@ -1,0 +1,142 @@
+"""From rows to batches: padding by the processor, and the items that retrieval is learnt against."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_m6rec import M6RecConfig
+from ..heads_m6rec import user_places
+from ..layout_m6rec import layout
+from ..tokenization import M6RecProcessor
+from .recipe import TaskArguments
+
+UNKNOWN = -100
+
+
+@dataclass(frozen=True)
+class CatalogueRows:
+    """The items of a catalogue as the model reads them, one entry a row.
+
+    Attributes:
+        input_ids: Ids of [ITEM] ... [SEG].
+        memory_ids: Rows of the item memory, 0 = none.
+        counts: Training events of each item.
+    """
+
+    input_ids: list[list[int]]
+    memory_ids: list[int]
+    counts: np.ndarray
+
+    @classmethod
+    def read(cls, items: Sequence[dict[str, Any]], counts: np.ndarray, processor: M6RecProcessor) -> "CatalogueRows":
+        """Read items with a processor."""
+        return cls(processor.encode_items(items), [processor.item_row(item) for item in items], counts)
+
+
+class M6RecDataCollator:
+    """Makes a batch of rows.
+
+    Rows with `next_items` become `retrieval_labels`, and the batch then holds the items to choose among, each distinct
+    one once: two items that read the same share a place, so that none is its own negative.
+
+    Args:
+        processor: Pads.
+        config: Says where in a row a user is read.
+        catalogue: The items; needed for rows with `next_items`.
+        task: Which items are negatives.
+        seed: Of the sampled negatives, which depend on the seed and on the rows of the batch only.
+        padding_side: "right" or "left".
+    """
+
+    def __init__(
+        self,
+        processor: M6RecProcessor,
+        config: M6RecConfig,
+        catalogue: CatalogueRows | None = None,
+        task: TaskArguments | None = None,
+        seed: int = 0,
+        padding_side: str = "right",
+    ) -> None:
+        self.processor, self.config, self.catalogue = processor, config, catalogue
+        self.task, self.seed, self.padding_side = task or TaskArguments(), seed, padding_side
+        self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make the batch that `M6RecForRecommendation.forward` takes."""
+        next_items = [row.get("next_items") for row in rows]
+        batch = self.processor.pad(
+            [{name: value for name, value in row.items() if name != "next_items"} for row in rows], self.padding_side
+        )
+        if any(entry is not None for entry in next_items):
+            if self.catalogue is None:
+                raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
+            batch |= self._retrieval(batch, next_items)
+        return batch
+
+    def _retrieval(self, batch: dict[str, torch.Tensor], next_items: list[list[int] | None]) -> dict[str, torch.Tensor]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        places = user_places(ids, layout(ids, mask, self.config), self.config)
+        wanted = torch.full_like(places, UNKNOWN)
+        for row, items in enumerate(next_items):
+            if items:
+                kept = int((places[row] >= 0).sum())  # old events may have been dropped: the head then knows nothing
+                wanted[row, :kept] = torch.tensor(items[-kept:])
+                if kept < len(items):
+                    wanted[row, 0] = UNKNOWN
+                if self.config.history_attention == "bidirectional":
+                    wanted[row, : kept - 1] = UNKNOWN  # earlier places have seen what came next
+        known = (wanted != UNKNOWN) & (places >= 0)
+        rows, positives = self._choose(wanted[known].numpy())
+        labels = torch.full_like(ids, UNKNOWN)
+        labels[known.nonzero()[:, 0], places[known]] = torch.from_numpy(positives)
+        return {"retrieval_labels": labels, **self._items(rows, len(positives))}
+
+    def _choose(self, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct catalogue rows to choose among, and the place of each positive among them."""
+        positives = self._same[positives]
+        if self.task.negatives == "catalogue":
+            rows = np.unique(self._same)
+        else:
+            rows = np.unique(positives)
+            if self.task.negatives == "sampled":
+                drawn = np.random.default_rng([self.seed, *positives.tolist()]).integers(
+                    len(self._same), size=self.task.num_sampled
+                )
+                rows = np.union1d(rows, self._same[drawn])
+        return rows, np.searchsorted(rows, positives)
+
+    def _items(self, rows: np.ndarray, num_positives: int) -> dict[str, torch.Tensor]:
+        catalogue = self.catalogue
+        assert catalogue is not None
+        padded = self.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
+        found = {
+            "item_input_ids": padded["input_ids"],
+            "item_attention_mask": padded["attention_mask"],
+            "item_memory_ids": torch.tensor([catalogue.memory_ids[row] for row in rows]),
+        }
+        if self.task.negatives != "catalogue" and self.task.correct_popularity:
+            found["item_log_frequency"] = torch.from_numpy(self._log_frequency(num_positives)[rows]).float()
+        return found
+
+    def _log_frequency(self, num_positives: int) -> np.ndarray:
+        """Log of how many times each item is expected among the items of a batch: as a positive, and as a draw."""
+        assert self.catalogue is not None
+        counts = np.bincount(self._same, weights=self.catalogue.counts, minlength=len(self._same))
+        expected = num_positives * counts / max(counts.sum(), 1)
+        if self.task.negatives == "sampled":
+            drawn = np.bincount(self._same, minlength=len(self._same)) / len(self._same)
+            expected = expected + self.task.num_sampled * drawn
+        return np.log(np.maximum(expected, 1e-12))
+
+    def _first_alike(self) -> np.ndarray:
+        """For each item the first one that reads the same and shares its memory."""
+        assert self.catalogue is not None
+        first: dict[tuple, int] = {}
+        pairs = zip(self.catalogue.input_ids, self.catalogue.memory_ids)
+        return np.array([first.setdefault((memory, *ids), row) for row, (ids, memory) in enumerate(pairs)])
+
+
+__all__ = ["CatalogueRows", "M6RecDataCollator"]

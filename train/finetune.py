@@ -1,0 +1,120 @@
+"""Behaviour fine-tuning: retrieval, clicks, ratings and interactions, alone or together (paper, task formats).
+
+m6rec finetune movielens training.output_dir=runs/films
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from . import evaluation
+from .build import Run, has_bf16, prepare
+from .examples import training_rows
+from .recipe import Recipe, write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Rows(Dataset):
+    """Rows in memory, as the Trainer takes them."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+class M6RecTrainer(Trainer):
+    """A Trainer whose evaluation is ours: full ranking and predictions on held-out events."""
+
+    def __init__(self, run: Run, **kwargs: Any) -> None:
+        # The Trainer insists on evaluation rows; ours are the examples below, which `evaluate` reads.
+        super().__init__(eval_dataset=Rows([]), **kwargs)
+        self.run = run
+        self.examples = {task: _examples(run, "valid", task) for task in measured(run)}
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Measure the validation part; keys are `eval_ndcg@10`, `eval_click_auc`, `eval_rating_rmse` and so on."""
+        found: dict[str, float] = {}
+        for task, examples in self.examples.items():
+            report = measure(self.run, examples, task, self.args.bf16)
+            prefix = metric_key_prefix if task == "retrieval" else f"{metric_key_prefix}_{task}"
+            found |= {f"{prefix}_{name}": value for name, value in report.items() if isinstance(value, (int, float))}
+        self.run.model.train()
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+def measured(run: Run) -> list[str]:
+    """Tasks of a run that are measured."""
+    return [task for task in run.recipe.task.learn if task != "interaction"]
+
+
+def _examples(run: Run, part: str, task: str) -> Any:
+    if task == "retrieval":
+        return evaluation.ranking_examples(
+            run.writer, run.processor, run.split, part, run.recipe.evaluation, run.recipe.seed
+        )
+    return evaluation.scoring_examples(run.writer, run.processor, run.split, part, task, run.recipe.task)
+
+
+def measure(run: Run, examples: Any, task: str, bf16: bool = False) -> dict[str, Any]:
+    """Measure the model of a run on prepared examples of a task."""
+    if task == "retrieval":
+        scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16)
+        return evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, run.recipe.evaluation)
+    predicted = evaluation.predictions(run.model, examples, task, run.collator, bf16)
+    return evaluation.scoring_report(predicted, examples, task)
+
+
+def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure model and baselines on a part: task -> who -> metrics."""
+    report: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in measured(run):
+        examples = _examples(run, part, task)
+        rows = {"m6rec": measure(run, examples, task, bf16)}
+        if task == "retrieval":
+            rows |= evaluation.ranking_baselines(run.texts, examples, run.catalogue.counts, run.recipe.evaluation)
+        else:
+            rows |= evaluation.scoring_baselines(run.split, examples, part, task, run.recipe.task)
+        report[task] = rows
+    return report
+
+
+def fit(run: Run) -> M6RecTrainer:
+    """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept."""
+    rows = training_rows(run.writer, run.split.train, run.processor, run.recipe.task)
+    on_cpu = not torch.cuda.is_available()
+    arguments = run.recipe.training_arguments(use_cpu=on_cpu, bf16=has_bf16("cpu" if on_cpu else "cuda"))
+    trainer = M6RecTrainer(run, model=run.model, args=arguments, train_dataset=Rows(rows), data_collator=run.collator)
+    trainer.train()
+    run.model.config.trained_tasks = sorted({*(run.model.config.trained_tasks or []), *run.recipe.task.learn})
+    return trainer
+
+
+def save(run: Run) -> None:
+    """Write model, processor and resolved recipe into the output folder."""
+    run.model.save_pretrained(run.recipe.output_dir)
+    run.processor.save_pretrained(run.recipe.output_dir)
+    run.recipe.save(run.recipe.output_dir)
+
+
+def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
+    """Run a recipe from data to saved model; returns and writes the report on the test part."""
+    run = prepare(recipe)
+    fit(run)
+    save(run)
+    report = full_report(run)
+    write_json(recipe.output_dir / "metrics.json", report)
+    return report
+
+
+__all__ = ["M6RecTrainer", "Rows", "finetune", "fit", "full_report", "measure", "measured", "save"]
