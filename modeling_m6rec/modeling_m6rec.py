@@ -438,9 +438,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def fingerprint(self) -> str:
         """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
         digest = hashlib.sha256(repr(sorted(self._vector_settings().items())).encode())
-        groups = {id(self.model.layer(index)) for index in range(self.config.num_segment_layers)}
-        shared = [layer for layer in self.model.layers if id(layer) in groups]
-        parts = [self.model.embeddings, *shared, self.item_norm, self.item_projection]
+        parts = [*self.model.segment_modules(), self.item_norm, self.item_projection]
         for part in [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])]:
             for name, tensor in part.state_dict().items():
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

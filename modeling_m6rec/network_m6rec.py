@@ -95,6 +95,43 @@ class M6RecModel(M6RecPreTrainedModel):
         group = index * self.config.num_hidden_groups // self.config.num_hidden_layers
         return cast(M6RecLayer, self.layers[group])
 
+    def segment_modules(self) -> list[nn.Module]:
+        """Return what decides segment states: the embeddings and the weights of the segment layers."""
+        used = {id(layer): layer for layer in map(self.layer, range(self.config.num_segment_layers))}
+        return [self.embeddings, *used.values()]
+
+    def freeze_segments(self) -> None:
+        """Stop learning in embeddings and segment layers: states can then be kept while the rest is trained.
+
+        Raises:
+            ValueError: If joint layers share their weights with segment layers.
+        """
+        joint = {
+            id(self.layer(index)) for index in range(self.config.num_segment_layers, self.config.num_hidden_layers)
+        }
+        modules = self.segment_modules()
+        if any(id(module) in joint for module in modules):
+            raise ValueError(
+                f"num_hidden_groups={self.config.num_hidden_groups}: joint layers share weights with segment layers, "
+                "which cannot be frozen alone"
+            )
+        for module in modules:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def segments_are_frozen(self) -> bool:
+        """Whether no weight that decides segment states is being trained."""
+        return not any(weight.requires_grad for module in self.segment_modules() for weight in module.parameters())
+
+    def train(self, mode: bool = True) -> "M6RecModel":
+        """Switch drop-out on or off; frozen segments are read without, as they will be when serving."""
+        super().train(mode)
+        if mode and self.segments_are_frozen:
+            for module in self.segment_modules():
+                module.eval()
+        return self
+
     def segment_stage(
         self, embeds: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:

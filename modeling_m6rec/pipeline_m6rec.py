@@ -1,7 +1,223 @@
-"""Recommendation pipeline (being written)."""
+"""The pipeline "recommendation": requests in, ranked items out, with reasons if asked."""
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
 from transformers.pipelines.base import Pipeline
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from .catalogue_files_m6rec import ITEMS, MANIFEST, VECTORS
+from .catalogue_m6rec import Catalogue
+from .items_m6rec import plain, reading, table_rows
+from .ranking_m6rec import Ranker
+from .scoring_m6rec import Scorer
+from .segment_cache_m6rec import SegmentCache
+
+logger = logging.get_logger(__name__)
+
+RANKING_TASKS = ("click", "rating", "interaction", "retrieval", "plausibility")
+"""Tasks that rank, the preferred ones first."""
+PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain")
+FOLDER = "catalogue"
+"""Where a checkpoint keeps its catalogue."""
 
 
 class RecommendationPipeline(Pipeline):
-    """To come."""
+    """Ranks the candidates of a request, or finds items for it in a catalogue.
+
+    ```python
+    recommend = pipeline("recommendation", model="path or name")
+    recommend({"user": "A woman in her thirties", "history": ["hiking socks"], "candidates": ["shoes", "mat"]}, top_k=1)
+    ```
+
+    Requests are texts or mappings, as `M6RecProcessor` takes them. The answer to one is a list of
+    `{"rank", "item", "item_id", "score", "because"}`: `item` is the item's text, `item_id` is there where it is known,
+    `because` if `explain` is set. A score is a probability for "click" and "interaction" (the mean of several, which
+    stand beside it as `interactions`), the expected rating for "rating", a cosine for "retrieval", and the mean
+    log-likelihood of a token for "plausibility".
+
+    Args:
+        *args: As of every pipeline.
+        catalogue: The catalogue to recommend from, or its folder; None = the checkpoint's own, if it has one.
+        segment_cache: Where the states of texts are kept between calls; None = one of its own.
+        **kwargs: As of every pipeline, and defaults for the parameters of a call.
+    """
+
+    processor: Any
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
+
+    def __init__(
+        self,
+        *args: Any,
+        catalogue: Catalogue | str | Path | None = None,
+        segment_cache: SegmentCache | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._local_files_only = kwargs.pop("local_files_only", False)  # `pipeline` hands it on
+        super().__init__(*args, **kwargs)
+        self._check_ids()
+        self.segment_cache = SegmentCache() if segment_cache is None else segment_cache
+        self._catalogue = Catalogue.load(catalogue) if isinstance(catalogue, str | Path) else catalogue
+        self._checked: tuple | None = None
+        if catalogue is not None:
+            self._fitting_catalogue()
+
+    def _check_ids(self) -> None:
+        """Make sure that processor and model agree on the ids that structure a row."""
+        for name, index in self.processor.tokenizer.structural_ids.items():
+            expected = getattr(self.model.config, name)
+            if name != "vocab_size" and index != expected:
+                raise ValueError(
+                    f"the processor's tokenizer has {name}={index}, the model {name}={expected}: take the processor "
+                    "saved with the model, or make the model with the fields of tokenizer.structural_ids"
+                )
+
+    # ------------------------------------------------------------------------------------------------- one call's way
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Recommend.
+
+        Args:
+            inputs: A request, or several: a list or data frame (the answers are a list), a generator or dataset (the
+                answers are an iterator).
+            *args: Nothing; every pipeline ignores them.
+            **kwargs: `batch_size` and `num_workers` as of every pipeline, and
+
+                - `task`: "click", "rating", "interaction", "retrieval" or "plausibility"; by default the first of these
+                  that the model was trained for, but retrieval where there are no candidates.
+                - `top_k`: how many items; by default all candidates, or 10 of a catalogue.
+                - `exclude_seen`: leave out what the history holds, by id, else by text; by default of a catalogue only.
+                - `filter`: says of an item's fields whether it may be recommended; a text's only field is `item`.
+                - `explain`: say what each event adds, which is the score minus the score with the event unseen.
+
+        Raises:
+            ValueError: A request or a parameter cannot be used; the message names it.
+            TypeError: One has the wrong type.
+        """
+        if isinstance(inputs, str | Mapping):
+            return super().__call__(inputs, *args, **kwargs)
+        rows = table_rows(inputs)
+        if isinstance(rows, list | tuple):
+            return super().__call__(list(rows), *args, **kwargs) if rows else []
+        indexed = isinstance(rows, Dataset) and not isinstance(rows, IterableDataset)
+        return super().__call__(rows if indexed else (row for row in rows), *args, **kwargs)
+
+    def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
+        unknown = [name for name in given if name not in PARAMETERS]
+        if unknown:
+            raise TypeError(f"unknown parameter {unknown[0]!r}: a call takes {', '.join(PARAMETERS)}")
+        task, top_k, predicate = given.get("task"), given.get("top_k"), given.get("filter")
+        if task is not None and task not in RANKING_TASKS:
+            raise ValueError(f"task={task!r} ranks nothing: choose one of {list(RANKING_TASKS)}")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r}: give a whole number from 1 up, or None")
+        if predicate is not None and not callable(predicate):
+            raise TypeError(f"filter={predicate!r}: give a function that says of an item's fields True or False")
+        return {}, given, {}
+
+    def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
+        """Check the type of a request. All else is left to the whole batch, which shares what its requests share."""
+        if not isinstance(input_, str | Mapping):
+            raise TypeError(f"expected a request, a text or a mapping, got {type(input_).__name__} ({input_!r})")
+        return {"request": plain(input_)}
+
+    def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
+        given, task = input_tensors["request"], options.pop("task", None)
+        options["predicate"] = options.pop("filter", None)
+        requests = given if isinstance(given, list) else [given]
+        tasks = [self._task(request, task) for request in requests]
+        answers: list[Any] = [None] * len(requests)
+        scorer = Scorer(self.model, self.processor, self.segment_cache)
+        with reading(self.model):
+            for name in dict.fromkeys(tasks):
+                places = [place for place, own in enumerate(tasks) if own == name]
+                ranker = Ranker(scorer, name, self._fitting_catalogue, **options)
+                for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
+                    answers[place] = answer
+        return {"answers": answers if isinstance(given, list) else answers[0]}
+
+    def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:
+        """Hand on the answer to one request."""
+        return model_outputs["answers"]
+
+    def _task(self, request: str | Mapping[str, Any], task: str | None) -> str:
+        """Settle what a request is ranked by."""
+        trained = self.model.config.trained_tasks
+        if task is None and (isinstance(request, str) or request.get("candidates") is None):
+            task = "retrieval"
+        elif task is None:
+            preferred = [name for name in RANKING_TASKS if trained is None or name in trained]
+            task = preferred[0] if preferred else "plausibility"
+        enough = {task, "writing"} if task == "plausibility" else {task}
+        if trained is not None and enough.isdisjoint(trained):
+            logger.warning_once(f"task {task!r} is not among those that this model was trained for: {trained}")
+        return task
+
+    # ----------------------------------------------------------------------------------------------------- catalogue
+
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """The catalogue that was given, else the checkpoint's own, else None."""
+        if self._catalogue is None:
+            folder = self._own_catalogue()
+            self._catalogue = None if folder is None else Catalogue.load(folder)
+        return self._catalogue
+
+    @catalogue.setter
+    def catalogue(self, catalogue: Catalogue | None) -> None:
+        self._catalogue = catalogue
+
+    def _own_catalogue(self) -> Path | None:
+        """Find the catalogue of the checkpoint that the model came from: in its folder, or on the Hub."""
+        name = getattr(self.model, "name_or_path", "")
+        paths = [
+            cached_file(
+                name,
+                file,
+                subfolder=FOLDER,
+                revision=getattr(self.model, "revision", None),
+                local_files_only=self._local_files_only,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for file in (ITEMS, VECTORS, MANIFEST)
+            if name
+        ]
+        return Path(paths[-1]).parent if paths and paths[-1] is not None else None
+
+    def _fitting_catalogue(self) -> Catalogue:
+        """Return the catalogue, after making sure that the model, as it is now, made its vectors."""
+        catalogue = self.catalogue
+        if catalogue is None:
+            raise ValueError(
+                "there is nothing to recommend from: give the request `candidates`, or the pipeline a `catalogue` "
+                "(Catalogue.from_dataset makes one)"
+            )
+        weights = tuple((weight.data_ptr(), weight._version) for weight in self.model.parameters())
+        state = (catalogue.fingerprint, weights)
+        if state != self._checked:
+            catalogue.check(self.model)
+            self._checked = state
+        return catalogue
+
+    # -------------------------------------------------------------------------------------------------------- keeping
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model, processor and, if there is one, catalogue: all that makes the same pipeline again."""
+        catalogue = self.catalogue
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if catalogue is not None:
+            catalogue.save(Path(save_directory) / FOLDER)
+
+
+__all__ = ["RecommendationPipeline"]

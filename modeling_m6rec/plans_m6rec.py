@@ -180,20 +180,22 @@ def encode_segments(
     Args:
         model: The network.
         segments: (mode, ids) of each.
-        cache: Where states are looked up and kept; it takes no part while gradients are recorded.
+        cache: Where states are looked up and kept; it takes no part while the segment layers learn.
 
     Returns:
         The bank, W x H states one segment after another, and the place of each segment's first state in it.
     """
-    use_cache = cache is not None and not torch.is_grad_enabled()
+    learning = torch.is_grad_enabled() and not model.segments_are_frozen
     found: dict[int, torch.Tensor] = {}
+    use_cache = cache is not None and not learning
     if use_cache:
         cache.serve(model)
         found = {index: states for index, key in enumerate(segments) if (states := cache.get(key)) is not None}
     missing = [index for index in range(len(segments)) if index not in found]
     order, parts = list(found), list(found.values())
     for batch in _batches(missing, segments):
-        states, lengths = _encode(model, [segments[index] for index in batch])
+        with torch.set_grad_enabled(learning):
+            states, lengths = _encode(model, [segments[index] for index in batch])
         if use_cache:
             for index, own in zip(batch, states.split(lengths)):
                 cache.put(segments[index], own.clone())

@@ -1,9 +1,12 @@
 """Segment states kept between calls: an item's text is read once, for as long as the model does not change."""
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from .network_m6rec import M6RecModel
 
 SegmentKey = tuple[int, tuple[int, ...]]
 """(mode, the whole segment's ids): the same ids are read differently as given text, written text or a document."""
@@ -12,8 +15,8 @@ SegmentKey = tuple[int, tuple[int, ...]]
 class SegmentCache:
     """A bounded store of segment states in memory; the least recently used segments leave first.
 
-    It belongs to one model at a time: when weights, adapters or number type have changed since the last call, or
-    another model asks, everything kept is forgotten. It may lose a state, it never returns a wrong one.
+    It belongs to one model at a time: when weights that decide segment states, adapters or number type have changed
+    since the last call, or another model asks, everything kept is forgotten. It may lose a state, it never returns a wrong one.
 
     Args:
         max_bytes: Bytes of states that are kept at most.
@@ -30,7 +33,7 @@ class SegmentCache:
     def __len__(self) -> int:
         return len(self._states)
 
-    def serve(self, model: PreTrainedModel) -> None:
+    def serve(self, model: "M6RecModel") -> None:
         """Forget everything unless `model` is, weight for weight, the one that was served last."""
         owner = _identity(model)
         if owner != self._owner:
@@ -62,15 +65,19 @@ class SegmentCache:
         self.num_bytes = 0
 
 
-def _identity(model: PreTrainedModel) -> tuple:
+def _identity(model: "M6RecModel") -> tuple:
     """What changes whenever the states of a live model may: where its weights stand, how often written, adapters."""
-    weights = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in model.parameters())
-    adapters = tuple(
-        (name, bool(getattr(module, "disable_adapters", False)), tuple(module.active_adapters))
-        for name, module in model.named_modules()
-        if hasattr(module, "active_adapters") and not callable(module.active_adapters)
+    modules = model.segment_modules()
+    weights = tuple(
+        (weight.data_ptr(), weight._version, weight.dtype) for module in modules for weight in module.parameters()
     )
-    return id(model), weights, adapters, repr(model.config.to_dict())
+    adapters = tuple(
+        (bool(getattr(part, "disable_adapters", False)), tuple(part.active_adapters))
+        for module in modules
+        for part in module.modules()
+        if isinstance(getattr(part, "active_adapters", None), (list, tuple))
+    )
+    return id(model), weights, adapters, modules[0].training, repr(model.config.to_dict())
 
 
 __all__ = ["SegmentCache", "SegmentKey"]

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ..segment_cache_m6rec import SegmentCache
 from . import evaluation
 from .build import Run, has_bf16, prepare
 from .examples import training_rows
@@ -38,7 +39,14 @@ class M6RecTrainer(Trainer):
         # The Trainer insists on evaluation rows; ours are the examples below, which `evaluate` reads.
         super().__init__(eval_dataset=Rows([]), **kwargs)
         self.run = run
+        self.segment_cache = SegmentCache() if run.model.model.segments_are_frozen else None
         self.examples = {task: _examples(run, "valid", task) for task in measured(run)}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Read frozen texts through the cache; else as the Trainer does."""
+        if self.segment_cache is not None:
+            inputs = {**inputs, "plan": "cached", "segment_cache": self.segment_cache}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Measure the validation part; keys are `eval_ndcg@10`, `eval_click_auc`, `eval_rating_rmse` and so on."""

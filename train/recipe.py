@@ -56,6 +56,8 @@ class ModelArguments:
     """Fields of M6RecConfig that differ from the preset."""
     attention: str | None = None
     """Attention implementation: sdpa, eager, ...; None: the library's choice."""
+    freeze_segments: bool = False
+    """Do not train embeddings and segment layers: each text is then read once, and its state kept."""
     item_memory: bool = False
     """Give every item of the catalogue a row of item memory."""
 

@@ -1,0 +1,101 @@
+"""Items and tables of them, as users hold them: texts or mappings of fields, in lists, data frames and datasets."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+
+Item = str | dict[str, Any]
+"""A text, or fields; `item_id` among them is never worded."""
+Model = Any
+"""An M6RecForRecommendation, also within a PeftModel, which hands on what it lacks."""
+
+
+def identity(value: Any, place: str) -> str:
+    """Return an item id as text, by the rule of the processor: 7, 7.0 and "7" are one item.
+
+    >>> identity(7.0, "item_id")
+    '7'
+    """
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)
+        return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+    raise ValueError(f"{place}: {value!r} is no item_id: give a text that is not empty, or a number")
+
+
+def item_identity(item: Any, place: str = "item") -> str | None:
+    """Return the id of an item, None if it carries none."""
+    known = isinstance(item, Mapping) and item.get("item_id") is not None
+    return identity(item["item_id"], f"{place}.item_id") if known else None
+
+
+def without_stats(item: Any) -> Any:
+    """Return an item without its statistics, which vary and so are no part of it."""
+    if isinstance(item, Mapping) and "stats" in item:
+        return {name: value for name, value in item.items() if name != "stats"}
+    return item
+
+
+def item_texts(processor: Any, items: Iterable[Any]) -> list[str]:
+    """Word items as the processor's template does."""
+    requests = [{"history": [{"item": without_stats(item)}]} for item in items]
+    return [reading.segments[-1][1] for reading in processor.read_many(requests, "retrieval")]
+
+
+def plain(value: Any) -> Any:
+    """Turn tensors, arrays and tuples, at any depth, into numbers and lists."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
+
+
+def table_rows(table: Any) -> Iterable[Any]:
+    """Return the rows of a pandas data frame, or of anything that yields rows, such as a list or a dataset.
+
+    Raises:
+        TypeError: It is one row, or no table at all.
+    """
+    if hasattr(table, "iloc") and hasattr(table, "columns"):
+        # None in place of NaN, NaT and NA: a field that is missing.
+        return table.astype(object).where(table.notna(), None).to_dict("records")
+    if isinstance(table, str | bytes | Mapping) or not (hasattr(table, "__iter__") or hasattr(table, "__getitem__")):
+        raise TypeError(f"expected a list, a data frame or a dataset of rows, got {type(table).__name__}")
+    return table
+
+
+@contextmanager
+def reading(model: Model) -> Iterator[None]:
+    """Let the model read without drop-out and gradients, and leave each of its modules in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+__all__ = [
+    "Item",
+    "Model",
+    "identity",
+    "item_identity",
+    "item_texts",
+    "plain",
+    "reading",
+    "table_rows",
+    "without_stats",
+]

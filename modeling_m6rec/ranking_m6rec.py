@@ -1,0 +1,203 @@
+"""From requests to ranked items: which items are ranked, by what, and why each stands where it stands.
+
+Shapes: E events of a request, N items of an answer, I values of a score (1, or one an interaction), D = embedding_dim.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .catalogue_m6rec import Catalogue, Predicate, cosines, embed
+from .items_m6rec import Item, item_identity, item_texts, without_stats
+from .scoring_m6rec import Scorer, Told
+
+FROM_CATALOGUE = 10
+"""Items found in a catalogue, unless told otherwise."""
+
+
+class Candidate(NamedTuple):
+    """An item that is ranked, and its id as it was given, if it was."""
+
+    item: Item
+    item_id: Any
+
+
+@dataclass
+class Query:
+    """One request on its way to an answer."""
+
+    request: dict[str, Any]
+    """What the processor reads, without candidates."""
+    told: Told
+    candidates: list[Candidate]
+    seen: set[str] | None = None
+    """Where candidates are still to be found in the catalogue: ids that are left out."""
+    best: list[tuple[int, float]] = field(default_factory=list)
+    """Numbers of the candidates that are answered, and scores, the best first."""
+    details: list[list[float]] = field(default_factory=list)
+    """I values of each of the best."""
+    vectors: torch.Tensor | None = None
+    """N x D vectors of the best, for retrieval."""
+
+
+@dataclass
+class Ranker:
+    """Answers requests by one task."""
+
+    scorer: Scorer
+    task: str
+    catalogue: Callable[[], Catalogue]
+    """Returns the catalogue, or raises the error that says what is missing."""
+    top_k: int | None = None
+    exclude_seen: bool | None = None
+    predicate: Predicate | None = None
+    explain: bool = False
+
+    def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Answer requests."""
+        split = [{"user": request} if isinstance(request, str) else dict(request) for request in requests]
+        given = [request.pop("candidates", None) for request in split]
+        # Read first, which checks the requests.
+        told = self.scorer.tell(split, "retrieval")
+        queries = [self._query(*parts) for parts in zip(split, given, told)]
+        if self.task == "retrieval":
+            self._retrieve(queries)
+        else:
+            self._score([query for query in queries if query.candidates])
+        return [self._rows(query) for query in queries]
+
+    # ---------------------------------------------------------------------------------------------- what can be chosen
+
+    def _query(self, request: dict[str, Any], given: Any, told: Told) -> Query:
+        if given is not None:
+            return Query(request, told, self._allowed(_checked(given), request))
+        catalogue = self.catalogue()
+        seen = set() if self.exclude_seen is False else self._seen_in(catalogue, request)
+        if self.task == "retrieval":
+            return Query(request, told, [], seen)
+        names = [name for name in catalogue if name not in seen]
+        kept = [name for name in names if self.predicate is None or self.predicate(catalogue.fields(name))]
+        return Query(request, told, [Candidate(catalogue.item(name), name) for name in kept])
+
+    def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
+        """Leave out candidates that the history holds, if asked, or that the filter refuses."""
+        if self.exclude_seen:
+            past = _past_items(request)
+            ids, texts = {item_identity(item) for item in past}, item_texts(self.scorer.processor, past)
+            nameless = {text for item, text in zip(past, texts) if item_identity(item) is None}
+            words = item_texts(self.scorer.processor, [item for item, _ in candidates])
+            known = [item_identity(item) for item, _ in candidates]
+            candidates = [
+                candidate
+                for candidate, item_id, text in zip(candidates, known, words)
+                if not (text in texts if item_id is None else item_id in ids or text in nameless)
+            ]
+        if self.predicate is None:
+            return candidates
+        fields = [{"item": item} if isinstance(item, str) else item for item, _ in candidates]
+        return [candidate for candidate, own in zip(candidates, fields) if self.predicate(own)]
+
+    def _seen_in(self, catalogue: Catalogue, request: Mapping[str, Any]) -> set[str]:
+        """Ids of the catalogue's items that the history holds: by their id, else by their text."""
+        past = _past_items(request)
+        ids = {item_id for item in past if (item_id := item_identity(item)) is not None}
+        nameless = [item for item in past if item_identity(item) is None]
+        if nameless:
+            texts = set(item_texts(self.scorer.processor, nameless))
+            ids.update(catalogue.worded(texts, self.scorer.processor))
+        return ids
+
+    # --------------------------------------------------------------------------------------------------------- ranking
+
+    def _score(self, queries: list[Query]) -> None:
+        requests = [{**query.request, "candidates": [item for item, _ in query.candidates]} for query in queries]
+        told = self.scorer.tell(requests, self.task)
+        for query, own, values in zip(queries, told, self.scorer.scores(told, self.task)):
+            query.told = own
+            query.best = _best(values.mean(-1), self.top_k)
+            query.details = [values[number].tolist() for number, _ in query.best]
+
+    def _retrieve(self, queries: list[Query]) -> None:
+        users = self.scorer.users([query.told for query in queries])
+        for query, user in zip(queries, users):
+            if query.seen is None:
+                items = [without_stats(item) for item, _ in query.candidates]
+                vectors = embed(items, self.scorer.model, self.scorer.processor)
+                query.best = _best(cosines(user[None], vectors)[0], self.top_k)
+                query.vectors = vectors[[number for number, _ in query.best]]
+        searching = [number for number, query in enumerate(queries) if query.seen is not None]
+        if not searching:
+            return
+        catalogue, seen = self.catalogue(), [queries[number].seen for number in searching]
+        found = catalogue.search(users[searching], self.top_k or FROM_CATALOGUE, seen, self.predicate)
+        for number, pairs in zip(searching, found):
+            names = [name for name, _ in pairs]
+            queries[number].candidates = [Candidate(catalogue.item(name), name) for name in names]
+            queries[number].best = [(place, score) for place, (_, score) in enumerate(pairs)]
+            queries[number].vectors = catalogue.vectors(names)
+
+    # -------------------------------------------------------------------------------------------------------- answering
+
+    def _rows(self, query: Query) -> list[dict[str, Any]]:
+        chosen = [query.candidates[number] for number, _ in query.best]
+        texts = iter(item_texts(self.scorer.processor, [item for item, _ in chosen if not isinstance(item, str)]))
+        rows = []
+        for rank, ((item, item_id), (_, score)) in enumerate(zip(chosen, query.best), 1):
+            row = {"rank": rank, "item": item if isinstance(item, str) else next(texts)}
+            row |= {} if item_id is None else {"item_id": item_id}
+            rows.append(row | {"score": score})
+        if self.task == "interaction":
+            for row, values in zip(rows, query.details):
+                row["interactions"] = dict(zip(self.scorer.config.interactions, values))
+        if self.explain and rows:
+            for row, reasons in zip(rows, self._reasons(query)):
+                row["because"] = reasons
+        return rows
+
+    def _reasons(self, query: Query) -> list[list[dict[str, Any]]]:
+        """Say for each of the best what each event adds: the score minus the score with the event unseen."""
+        told = query.told
+        if not told.events:
+            return [[] for _ in query.best]
+        if query.vectors is not None:
+            without = cosines(self.scorer.users_without(told), query.vectors)
+        else:
+            without = self.scorer.scores_without(told, [number for number, _ in query.best], self.task).mean(-1)
+        events = [{"event": text} for text in told.events]
+        for event, entry in zip(events, query.request["history"][-len(events) :]):
+            item = entry.get("item") if isinstance(entry, Mapping) else None
+            if isinstance(item, Mapping) and item.get("item_id") is not None:
+                event["item_id"] = item["item_id"]
+        reasons = []
+        for (_, score), others in zip(query.best, without.T.tolist()):
+            added = [{**event, "contribution": score - other} for event, other in zip(events, others)]
+            reasons.append(sorted(added, key=lambda reason: -reason["contribution"]))
+        return reasons
+
+
+def _checked(given: Any) -> list[Candidate]:
+    if not isinstance(given, list):
+        raise TypeError(f"candidates: expected a list, got {type(given).__name__} ({given!r})")
+    for number, item in enumerate(given):
+        if not isinstance(item, str | Mapping):
+            raise TypeError(
+                f"candidates[{number}]: expected a text or a mapping of fields, got {type(item).__name__} ({item!r})"
+            )
+    return [Candidate(item, None if isinstance(item, str) else item.get("item_id")) for item in given]
+
+
+def _past_items(request: Mapping[str, Any]) -> list[Item]:
+    """Return the items of a history that the processor has read."""
+    items = [event if isinstance(event, str) else event.get("item") for event in request.get("history") or ()]
+    return [item for item in items if item is not None]
+
+
+def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
+    """Number and score of the best; equal ones keep their order."""
+    order = scores.argsort(descending=True, stable=True)[:top_k]
+    return list(zip(order.tolist(), scores[order].tolist()))
+
+
+__all__ = ["Ranker"]
