@@ -451,6 +451,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
         return {name: getattr(self.config, name) for name in names}
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, revision: str = "main", **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does, and remember the revision: the catalogue's is the same."""
+        loaded = super().from_pretrained(name, *args, revision=revision, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.revision = revision
+        return loaded
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save weights and configuration, and beside them the code that loads them without this package."""
         module = type(self).__module__.rpartition(".")[2]

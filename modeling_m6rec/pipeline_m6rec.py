@@ -34,7 +34,8 @@ class RecommendationPipeline(Pipeline):
     recommend({"user": "A woman in her thirties", "history": ["hiking socks"], "candidates": ["shoes", "mat"]}, top_k=1)
     ```
 
-    Requests are texts or mappings, as `M6RecProcessor` takes them. The answer to one is a list of
+    Requests are texts or mappings, as `M6RecProcessor` takes them; an item that is in the catalogue may be given by its
+    `item_id` alone. The answer to one is a list of
     `{"rank", "item", "item_id", "score", "because"}`: `item` is the item's text, `item_id` is there where it is known,
     `because` if `explain` is set. A score is a probability for "click" and "interaction" (the mean of several, which
     stand beside it as `interactions`), the expected rating for "rating", a cosine for "retrieval", and the mean

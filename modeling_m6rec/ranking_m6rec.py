@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .catalogue_m6rec import Catalogue, Predicate, cosines, embed
-from .items_m6rec import Item, item_identity, item_texts, without_stats
+from .items_m6rec import Item, identity, item_identity, item_texts, without_stats
 from .scoring_m6rec import Scorer, Told
 
 FROM_CATALOGUE = 10
@@ -57,7 +57,7 @@ class Ranker:
 
     def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Answer requests."""
-        split = [{"user": request} if isinstance(request, str) else dict(request) for request in requests]
+        split = [{"user": request} if isinstance(request, str) else self._described(request) for request in requests]
         given = [request.pop("candidates", None) for request in split]
         # Read first, which checks the requests.
         told = self.scorer.tell(split, "retrieval")
@@ -67,6 +67,31 @@ class Ranker:
         else:
             self._score([query for query in queries if query.candidates])
         return [self._rows(query) for query in queries]
+
+    def _described(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy a request, and describe the items that it names by their id alone with what the catalogue holds."""
+        found = dict(request)
+        if isinstance(found.get("candidates"), list):
+            items = enumerate(found["candidates"])
+            found["candidates"] = [self._described_item(item, f"candidates[{place}]") for place, item in items]
+        if isinstance(found.get("history"), list):
+            found["history"] = [
+                {**event, "item": self._described_item(event["item"], f"history[{place}].item")}
+                if isinstance(event, Mapping) and "item" in event
+                else event
+                for place, event in enumerate(found["history"])
+            ]
+        return found
+
+    def _described_item(self, item: Any, place: str) -> Any:
+        if not isinstance(item, Mapping) or set(item) - {"stats"} != {"item_id"} or item["item_id"] is None:
+            return item
+        item_id, catalogue = identity(item["item_id"], f"{place}.item_id"), self.catalogue()
+        if item_id not in catalogue:
+            raise ValueError(
+                f"{place}: item_id {item_id!r} alone says nothing, and is not in the catalogue: give its text as well"
+            )
+        return {**catalogue.fields(item_id), **item}
 
     # ---------------------------------------------------------------------------------------------- what can be chosen
 

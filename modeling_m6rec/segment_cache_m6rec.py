@@ -16,7 +16,8 @@ class SegmentCache:
     """A bounded store of segment states in memory; the least recently used segments leave first.
 
     It belongs to one model at a time: when weights that decide segment states, adapters or number type have changed
-    since the last call, or another model asks, everything kept is forgotten. It may lose a state, it never returns a wrong one.
+    since the last call, or another model asks, everything kept is forgotten. It may lose a state, it never returns a wrong
+    one.
 
     Args:
         max_bytes: Bytes of states that are kept at most.

@@ -297,8 +297,14 @@ def _key(item: Any, place: str) -> Any:
 
 
 def _present(fields: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Copy the fields that have a value: tables of several kinds of rows fill the missing ones with None."""
-    return {name: value for name, value in fields.items() if value is not None and name not in leave_out}
+    """Copy the fields that have a value: real tables are full of empty cells, which come as None, "" or []."""
+    return {name: value for name, value in fields.items() if not _is_empty(value) and name not in leave_out}
+
+
+def _is_empty(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, str) and not value.strip() or isinstance(value, list | tuple) and not value
+    )
 
 
 def _spoken(name: str, place: str) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-WORD = re.compile(r"[a-z0-9]+|[^\W\da-z_]", re.IGNORECASE)
-"""A word of Latin letters or digits, or a single character of any other script (Chinese has no spaces)."""
+UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Characters of Chinese and Japanese, which are written without spaces."""
+WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
+"""A word of any script with spaces, or a single character of one without."""
 
 
 def popularity_scores(counts: np.ndarray, num_users: int) -> np.ndarray:
@@ -48,18 +50,19 @@ class SimilarText:
         rarity = torch.log((1 + len(texts)) / (1 + frequency.double()))
         weights = (1 + torch.tensor(counts, dtype=torch.double).log()) * rarity[places[1]]
         norms = torch.zeros(len(texts), dtype=torch.double).index_add(0, places[0], weights**2).sqrt().clamp_min(1e-12)
-        self.matrix = torch.sparse_coo_tensor(places, weights / norms[places[0]], shape).to_sparse_csr()
+        self.matrix = torch.sparse_coo_tensor(
+            places, weights / norms[places[0]], shape, check_invariants=False
+        ).coalesce()
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         items = [torch.as_tensor(np.asarray(history, dtype=int)) for history in histories]
-        sizes = torch.tensor([len(history) for history in items], dtype=torch.long)
-        owner = torch.arange(len(items)).repeat_interleave(sizes)
-        places = torch.stack((owner, torch.cat(items) if items else owner))
-        shape = (len(items), self.matrix.shape[0])
-        share = torch.sparse_coo_tensor(places, 1.0 / sizes[owner].double(), shape).coalesce()
-        users = (share.to_sparse_csr() @ self.matrix).to_dense()
-        return (self.matrix @ users.T).T.numpy()
+        share = torch.zeros(self.matrix.shape[0], len(items), dtype=torch.double)
+        for user, history in enumerate(items):
+            share[:, user].index_add_(
+                0, history, torch.full((len(history),), 1 / max(len(history), 1), dtype=torch.double)
+            )
+        return (self.matrix @ (self.matrix.t() @ share)).T.numpy()
 
 
 def like_rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray, strength: float = 5.0) -> np.ndarray:

@@ -1,12 +1,12 @@
 """From a recipe to what a run needs: log, split, tokenizer, processor, model."""
 
 import logging
-import random
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from ..configuration_m6rec import M6RecConfig
@@ -42,14 +42,18 @@ class Run:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch."""
-    random.seed(seed)
     set_seed(seed)
 
 
-def has_bf16(device: str = "cpu") -> bool:
-    """Say whether this machine multiplies bfloat16 in hardware."""
-    if device != "cpu":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def on_cpu() -> bool:
+    """Say whether a run computes on the CPU, because there is no GPU."""
+    return not torch.cuda.is_available()
+
+
+def use_bf16() -> bool:
+    """Say whether the device of a run multiplies bfloat16 in hardware."""
+    if not on_cpu():
+        return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
@@ -75,8 +79,8 @@ def make_processor(recipe: Recipe, log: Log, writer: RequestWriter) -> M6RecProc
     text = recipe.text
     if recipe.model.checkpoint:
         processor = AutoProcessor.from_pretrained(recipe.model.checkpoint)
-        tokenizer, settings = processor.tokenizer, {"template": processor.template, "time": processor.time}
-        rows = processor.item_rows
+        tokenizer, rows = processor.tokenizer, processor.item_rows
+        settings = {name: getattr(processor, name) for name in ("template", "time", "options")}
     else:
         template, rows = load_template(text.domain, text.language), None
         # Appending an event must not change what earlier ones say, where history is causal.
@@ -85,14 +89,14 @@ def make_processor(recipe: Recipe, log: Log, writer: RequestWriter) -> M6RecProc
         tokenizer = M6RecTokenizer.train(_training_texts(log, template), vocab_size=text.vocab_size)
     if recipe.model.item_memory:
         rows = dict(rows or {})
-        for item_id in writer.item_ids:
-            rows.setdefault(item_id, len(rows) + 1)
+        new = [item_id for item_id in writer.item_ids if item_id not in rows]
+        rows |= {item_id: row for row, item_id in enumerate(new, max(rows.values(), default=0) + 1)}
     return M6RecProcessor(tokenizer, max_length=text.max_length, max_events=text.max_events, item_rows=rows, **settings)
 
 
 def _training_texts(log: Log, template: dict[str, Any]) -> list[str]:
     """Texts a new tokenizer learns from: items, users, and all words of the template."""
-    users = [] if log.users is None else log.users.astype(str).agg(" ".join, axis=1).tolist()
+    users = [] if log.users is None else [" ".join(texts) for texts in log.users.itertuples(index=False, name=None)]
     return [*item_texts(log), *users, *_words(template)]
 
 
@@ -110,7 +114,10 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     if recipe.task.interactions:
         fields["interactions"] = list(recipe.task.interactions)
     if arguments.checkpoint:
-        model = AutoModel.from_pretrained(arguments.checkpoint, **fields)
+        scored = {name: fields.pop(name) for name in ("interactions", "rating_values", "rating_loss") if name in fields}
+        # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
+        model = AutoModel.from_pretrained(arguments.checkpoint, **{"dtype": "float32", **fields})
+        _change_scores(model, scored)
     else:
         lengths = {"max_position_embeddings": max(processor.max_length, fields.pop("max_position_embeddings", 0))}
         ids = processor.tokenizer.structural_ids
@@ -122,6 +129,26 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     if rows and max(rows.values()) != model.config.num_item_memory:
         model.resize_item_memory(max(rows.values()))
     return model
+
+
+def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> None:
+    """Let a loaded model score what the recipe names; outputs that keep their name keep their weights."""
+    config, before = model.config, model.config.score_names
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.validate()
+    names = config.score_names
+    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    if model.score_head is None or names == before:
+        return
+    old, new = model.score_head, nn.Linear(config.hidden_size, len(names)).to(model.score_head.weight)
+    nn.init.normal_(new.weight, std=config.initializer_range)
+    nn.init.zeros_(new.bias)
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            if name in before:
+                new.weight[row], new.bias[row] = old.weight[before.index(name)], old.bias[before.index(name)]
+    model.score_head = new
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -140,4 +167,22 @@ def prepare(recipe: Recipe) -> Run:
     return Run(recipe, log, split, writer, processor, model, catalogue, collator)
 
 
-__all__ = ["Run", "has_bf16", "item_texts", "make_model", "make_processor", "make_split", "prepare", "seed_everything"]
+def save(run: Run) -> None:
+    """Write model, processor and resolved recipe into the output folder."""
+    run.model.save_pretrained(run.recipe.output_dir)
+    run.processor.save_pretrained(run.recipe.output_dir)
+    run.recipe.save(run.recipe.output_dir)
+
+
+__all__ = [
+    "Run",
+    "item_texts",
+    "make_model",
+    "make_processor",
+    "make_split",
+    "on_cpu",
+    "prepare",
+    "save",
+    "seed_everything",
+    "use_bf16",
+]

@@ -100,7 +100,7 @@ class M6RecDataCollator:
         if self.task.negatives == "catalogue":
             rows = np.unique(self._same)
         else:
-            rows = np.unique(positives)
+            rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
             if self.task.negatives == "sampled":
                 drawn = np.random.default_rng([self.seed, *positives.tolist()]).integers(
                     len(self._same), size=self.task.num_sampled

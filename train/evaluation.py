@@ -18,6 +18,7 @@ from .metrics import (
     classification_report,
     coverage,
     mae,
+    mixed_groups,
     popularity_bias,
     ranking_report,
     rmse,
@@ -81,10 +82,7 @@ def ranking_examples(
     """Prepare the ranking of each user's first event in the part "valid" or "test"."""
     known, held_out = before_and_in(split, part)
     before, after = histories(known), histories(held_out)
-    users = [user for user in after if user in before]
-    if arguments.max_users is not None and len(users) > arguments.max_users:
-        drawn = np.random.default_rng(seed).choice(len(users), arguments.max_users, replace=False)
-        users = [users[place] for place in sorted(drawn)]
+    users = _drawn([user for user in after if user in before], arguments, seed)
     catalogue_rows = np.array([writer.rows[item_id] for item_id in known["item_id"]], dtype=int)
     requests, seen = [], []
     for user in users:
@@ -102,17 +100,31 @@ def ranking_examples(
     )
 
 
+def _drawn(users: list[str], arguments: EvaluationArguments, seed: int) -> list[str]:
+    """Draw `max_users` of the users; they keep their order."""
+    if arguments.max_users is None or len(users) <= arguments.max_users:
+        return users
+    drawn = np.random.default_rng(seed).choice(len(users), arguments.max_users, replace=False)
+    return [users[place] for place in sorted(drawn)]
+
+
 def scoring_examples(
-    writer: RequestWriter, processor: M6RecProcessor, split: Split, part: str, task: str, arguments: TaskArguments
+    writer: RequestWriter,
+    processor: M6RecProcessor,
+    split: Split,
+    part: str,
+    task: str,
+    arguments: TaskArguments,
+    evaluation: EvaluationArguments,
+    seed: int,
 ) -> ScoringExamples:
-    """Prepare the prediction of what "click" or "rating" says of every event in the part."""
+    """Prepare the prediction of what "click" or "rating" says of the users' events in the part."""
     known, held_out = before_and_in(split, part)
     labels = target_labels(held_out, task, arguments)
+    heard = {user: own[labels[own] != UNKNOWN] for user, own in histories(held_out).items()}
     before, requests, places = histories(known), [], []
-    for user, own in histories(held_out).items():
-        own = own[labels[own] != UNKNOWN]
-        if not len(own):
-            continue
+    for user in _drawn([user for user, own in heard.items() if len(own)], evaluation, seed):
+        own = heard[user]
         history = known.iloc[before[user][-processor.max_events :]] if user in before else known.iloc[:0]
         candidates = [writer.item(item_id) for item_id in held_out["item_id"].iloc[own]]
         requests.append(writer.request(user, writer.events(history), candidates))
@@ -131,6 +143,7 @@ def catalogue_vectors(
     model: M6RecForRecommendation, catalogue: CatalogueRows, collator: M6RecDataCollator
 ) -> torch.Tensor:
     """Embed a catalogue: M x D."""
+    model.eval()
     order = np.argsort([len(ids) for ids in catalogue.input_ids], kind="stable")
     vectors = []
     for start in range(0, len(order), 1024):
@@ -171,7 +184,9 @@ def user_vectors(
 ) -> torch.Tensor:
     """Embed users as of the end of their histories: U x D."""
     vectors = answers(model, rows, collator, "user_vectors", bf16)
-    return torch.stack([own[own.isfinite().all(-1)][-1] for own in vectors])
+    # Behind a row's last place stands NaN; a model that has diverged has nothing else, and the metrics refuse it.
+    lengths = [int(own.isfinite().all(-1).sum()) for own in vectors]
+    return torch.stack([own[max(length - 1, 0)] for own, length in zip(vectors, lengths)])
 
 
 def rank_catalogue(
@@ -182,7 +197,6 @@ def rank_catalogue(
     bf16: bool,
 ) -> np.ndarray:
     """Score the whole catalogue for each user: U x M cosines."""
-    model.eval()
     items = catalogue_vectors(model, catalogue, collator)
     return (user_vectors(model, examples.rows, collator, bf16) @ items.T).numpy().astype(np.float64)
 
@@ -216,14 +230,17 @@ def predictions(
 ) -> np.ndarray:
     """Predict the N events' click probabilities or ratings."""
     scores = answers(model, examples.rows, collator, "scores", bf16)
-    found = [model.read_scores(own[own.isfinite().all(-1)], task) for own in scores]
+    lengths = [row["input_ids"].count(model.config.bos_token_id) for row in examples.rows]
+    found = [model.read_scores(own[:length], task) for own, length in zip(scores, lengths)]
     return torch.cat(found).double().numpy()
 
 
 def scoring_report(predicted: np.ndarray, examples: ScoringExamples, task: str) -> dict[str, Any]:
     """Measure predictions: AUC, GAUC, log-loss and calibration of clicks; RMSE and MAE of ratings."""
     if task == "click":
-        return classification_report(predicted, examples.labels, examples.user_ids)
+        # With one held-out event a user nothing can be compared within a user: the report then has no GAUC.
+        comparable = mixed_groups(examples.labels, examples.user_ids).any()
+        return classification_report(predicted, examples.labels, examples.user_ids if comparable else None)
     return {
         "rmse": rmse(predicted, examples.labels),
         "mae": mae(predicted, examples.labels),

@@ -101,38 +101,63 @@ def windows(num_events: int, max_events: int, targets: int, step: int) -> Iterat
 
 
 def training_rows(
-    writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, task: TaskArguments
+    writer: RequestWriter,
+    frame: pandas.DataFrame,
+    processor: M6RecProcessor,
+    task: TaskArguments,
+    bidirectional: bool = False,
 ) -> list[dict[str, Any]]:
-    """Read the training events of all users as rows.
+    """Read the training events of all users as rows: some for retrieval, others whose candidates are scored.
 
     Args:
         writer: Writes the requests.
         frame: Training events, ordered.
         processor: Reads the requests.
         task: What is learnt.
+        bidirectional: History is read in both directions, so that only what comes after its end can be learnt.
 
     Returns:
-        Rows of `input_ids`, `item_ids`, labels of targets, and for retrieval `next_items`: the catalogue rows that
-        came next after the head of the source and after each event, -100 where it is not learnt here.
+        Rows of `input_ids` and `item_ids`; with labels of targets, or for retrieval with `next_items`: the catalogue
+        rows that came next after the head of the source and after each event, -100 where it is not learnt here.
     """
-    retrieval, scoring = "retrieval" in task.learn, [name for name in task.learn if name != "retrieval"]
-    targets = task.targets if scoring else 1
-    step = processor.max_events if retrieval else targets
-    labels = {name: target_labels(frame, name, task) for name in scoring}
-    requests: list[dict[str, Any]] = []
-    extras: list[dict[str, Any]] = []
+    rows = _retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
+    scoring = [name for name in task.learn if name != "retrieval"]
+    return rows + _scoring_rows(writer, frame, processor, task, scoring) if scoring else rows
+
+
+def _retrieval_rows(
+    writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool
+) -> list[dict[str, Any]]:
+    requests, extras = [], []
+    step = 1 if bidirectional else processor.max_events
     for user_id, places in histories(frame).items():
         own = frame.iloc[places]
         events, rows = writer.events(own), [writer.rows[item_id] for item_id in own["item_id"]]
-        for window in windows(len(events), processor.max_events, targets, step):
-            candidates = [event["item"] for event in events[window.cut : window.stop]] if scoring else []
+        for window in windows(len(events), processor.max_events, 1, step):
+            requests.append(writer.request(user_id, events[window.start : window.cut]))
+            following = rows[window.start : window.cut + 1]
+            if window.start:  # the head has not read what came before: only a user's first event is learnt there
+                following[0] = UNKNOWN
+            extras.append({"next_items": following})
+    readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
+    return [{**row, **extra} for row, extra in zip(readings, extras)]
+
+
+def _scoring_rows(
+    writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, task: TaskArguments, names: list[str]
+) -> list[dict[str, Any]]:
+    labels = {name: target_labels(frame, name, task) for name in names}
+    for name, values in labels.items():
+        _refuse_equal(values, name, task)
+    requests, extras = [], []
+    for user_id, places in histories(frame).items():
+        events = writer.events(frame.iloc[places])
+        for window in windows(len(events), processor.max_events, task.targets, task.targets):
+            candidates = [event["item"] for event in events[window.cut : window.stop]]
             requests.append(writer.request(user_id, events[window.start : window.cut], candidates))
             asked = places[window.cut : window.stop]
-            extra = {f"{name}_labels": values[asked].tolist() for name, values in labels.items()}
-            if retrieval:
-                extra["next_items"] = rows[window.start : window.cut + 1]
-            extras.append(extra)
-    readings = read_requests(processor, requests, scoring[0] if scoring else "retrieval", "Reading training rows")
+            extras.append({f"{name}_labels": values[asked].tolist() for name, values in labels.items()})
+    readings = read_requests(processor, requests, names[0], "Reading training rows of candidates")
     return [{**row, **extra} for row, extra in zip(readings, extras)]
 
 
@@ -157,21 +182,29 @@ def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) 
     """Return what each event says about a task: N labels, or N x interactions; -100 where it says nothing.
 
     Raises:
-        ValueError: If the log has no column for the task, or all its labels are equal: there is nothing to learn.
+        ValueError: If the log has no column for the task.
     """
-    if task == "interaction":
-        if "event" not in frame:
-            raise ValueError("task 'interaction' is learnt from the events of a log, and this log has none")
-        events = frame["event"].to_numpy()
-        return np.stack([np.isin(events, names).astype(int) for names in arguments.interactions.values()], 1)
-    column = {"click": "label", "rating": "rating"}[task]
+    column = {"click": "label", "rating": "rating", "interaction": "event"}[task]
     if column not in frame:
         raise ValueError(f"task {task!r} is learnt from column {column!r}, which the interactions do not have")
+    if task == "interaction":
+        events = frame[column].to_numpy()
+        labels = np.stack([np.isin(events, names).astype(int) for names in arguments.interactions.values()], 1)
+        return np.where((events == "")[:, None], UNKNOWN, labels)
     values = frame[column].to_numpy(dtype=float)
-    known = values[~np.isnan(values)]
-    if len(known) and (known == known[0]).all():
-        raise ValueError(f"all {len(known)} values of {column!r} are {known[0]:g}: there is nothing to learn from them")
     return np.where(np.isnan(values), UNKNOWN, values)
+
+
+def _refuse_equal(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
+    """Raise if all known labels of a task, or of one of its interactions, are equal: there is nothing to learn."""
+    named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
+    for name, values in named:
+        known = np.unique(values[values != UNKNOWN])
+        if len(known) < 2:
+            found = f"are {known[0]:g}" if len(known) else "are missing"
+            raise ValueError(
+                f"all labels of {name!r} {found} in the training part: there is nothing to learn from them"
+            )
 
 
 def _absent(value: Any) -> bool:

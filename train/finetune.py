@@ -6,13 +6,12 @@ m6rec finetune movielens training.output_dir=runs/films
 import logging
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from ..segment_cache_m6rec import SegmentCache
 from . import evaluation
-from .build import Run, has_bf16, prepare
+from .build import Run, on_cpu, prepare, save, use_bf16
 from .examples import training_rows
 from .recipe import Recipe, write_json
 
@@ -55,7 +54,6 @@ class M6RecTrainer(Trainer):
             report = measure(self.run, examples, task, self.args.bf16)
             prefix = metric_key_prefix if task == "retrieval" else f"{metric_key_prefix}_{task}"
             found |= {f"{prefix}_{name}": value for name, value in report.items() if isinstance(value, (int, float))}
-        self.run.model.train()
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -71,11 +69,18 @@ def _examples(run: Run, part: str, task: str) -> Any:
         return evaluation.ranking_examples(
             run.writer, run.processor, run.split, part, run.recipe.evaluation, run.recipe.seed
         )
-    return evaluation.scoring_examples(run.writer, run.processor, run.split, part, task, run.recipe.task)
+    return evaluation.scoring_examples(
+        run.writer, run.processor, run.split, part, task, run.recipe.task, run.recipe.evaluation, run.recipe.seed
+    )
 
 
 def measure(run: Run, examples: Any, task: str, bf16: bool = False) -> dict[str, Any]:
     """Measure the model of a run on prepared examples of a task."""
+    if not examples.rows:
+        raise ValueError(
+            f"there is no event to measure {task!r} on: hold out more (evaluation.valid_fraction, test_fraction), or "
+            "set training.eval_strategy to no"
+        )
     if task == "retrieval":
         scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16)
         return evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, run.recipe.evaluation)
@@ -99,20 +104,14 @@ def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, d
 
 def fit(run: Run) -> M6RecTrainer:
     """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept."""
-    rows = training_rows(run.writer, run.split.train, run.processor, run.recipe.task)
-    on_cpu = not torch.cuda.is_available()
-    arguments = run.recipe.training_arguments(use_cpu=on_cpu, bf16=has_bf16("cpu" if on_cpu else "cuda"))
+    bidirectional = run.model.config.history_attention == "bidirectional"
+    rows = training_rows(run.writer, run.split.train, run.processor, run.recipe.task, bidirectional)
+    arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
     trainer = M6RecTrainer(run, model=run.model, args=arguments, train_dataset=Rows(rows), data_collator=run.collator)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    run.model.eval()
     run.model.config.trained_tasks = sorted({*(run.model.config.trained_tasks or []), *run.recipe.task.learn})
     return trainer
-
-
-def save(run: Run) -> None:
-    """Write model, processor and resolved recipe into the output folder."""
-    run.model.save_pretrained(run.recipe.output_dir)
-    run.processor.save_pretrained(run.recipe.output_dir)
-    run.recipe.save(run.recipe.output_dir)
 
 
 def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
@@ -125,4 +124,4 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     return report
 
 
-__all__ = ["M6RecTrainer", "Rows", "finetune", "fit", "full_report", "measure", "measured", "save"]
+__all__ = ["M6RecTrainer", "Rows", "finetune", "fit", "full_report", "measure", "measured"]

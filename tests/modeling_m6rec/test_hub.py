@@ -211,7 +211,6 @@ from transformers import AutoModel, pipeline
 recommend = pipeline("recommendation", model="org/m6rec", device="cpu", trust_remote_code=True)
 origin = type(AutoModel.from_pretrained("org/m6rec", trust_remote_code=True)).__module__
 other = pipeline("recommendation", model="org/m6rec", device="cpu", revision="f" * 40, trust_remote_code=True)
-other.model.revision = "f" * 40
 modules = [name.partition(".")[0] for name in (origin, type(recommend).__module__)]
 result = [ask(recommend), other.catalogue is None, *modules]
 """

@@ -412,8 +412,8 @@ def by_hand_outermost(tuned, request, task):
         ({**SIMPLE, "candidates": "tent"}, {}, TypeError, "tent"),
         ({**SIMPLE, "candidates": {"title": "tent"}}, {}, TypeError, "got dict"),
         ({**SIMPLE, "candidates": ["tent", 7]}, {}, TypeError, r"candidates\[1\].*int"),
-        ({**SIMPLE, "candidates": ["tent", {"item_id": 7}]}, {}, ValueError, "no text"),
-        ({**SIMPLE, "candidates": ["tent", {"item_id": 7}]}, {"task": "retrieval"}, ValueError, "no text"),
+        ({**SIMPLE, "candidates": ["tent", {"item_id": 7}]}, {}, ValueError, "not in the catalogue"),
+        ({**SIMPLE, "candidates": ["tent", {"item_id": 7}]}, {"task": "retrieval"}, ValueError, "not in the catalogue"),
         ({**SIMPLE, "history": "tent"}, {}, TypeError, "history"),
         ({**SIMPLE, "history": [{"item": 7}]}, {"exclude_seen": True}, TypeError, r"history\[0\]"),
         (SOURCE, {}, ValueError, r"candidates.*catalogue"),
@@ -466,3 +466,19 @@ def test_whatever_is_asked_ends_in_an_error_or_an_answer(recommend, request, tas
 
 def test_the_tokenizer_is_the_processors(recommend):
     assert recommend.tokenizer is tokenizer()
+
+
+def test_items_of_the_catalogue_may_be_given_by_their_id_alone(recommend, catalogue):
+    first, second, third = list(catalogue)[:3]
+    by_id = {"history": [{"item": {"item_id": first}}], "candidates": [{"item_id": second}, {"item_id": third}]}
+    whole = {
+        "history": [{"item": catalogue.fields(first)}],
+        "candidates": [catalogue.fields(second), catalogue.fields(third)],
+    }
+    assert recommend(by_id) == recommend(whole)
+    del by_id["candidates"], whole["candidates"]
+    found = recommend(by_id, explain=True)
+    assert found == recommend(whole, explain=True) and first not in [row["item_id"] for row in found]
+    with pytest.raises(ValueError, match="'nowhere' alone says nothing"):
+        recommend({"history": [{"item": {"item_id": "nowhere"}}]})
+    assert by_id["history"] == [{"item": {"item_id": first}}]

@@ -177,7 +177,7 @@ def test_a_statistic_of_one_value_may_come_bare():
         ("user", "\ud800", r"user.*ud800"),
         ("user", {"mood": {}}, r"user\.mood.*dict"),
         ("item", {"name": float("nan")}, r"place\.name.*nan"),
-        ("item", {"name": " "}, r"place\.name.*empty"),
+        ("item", {"name": " "}, "no text"),
         ("item", {"item_id": 7}, "place: the item has no text"),
         ("item", {"item_id": [7], "name": "x"}, r"place\.item_id.*list"),
         ("item", {"name": "x", "stats": "y"}, r"place\.stats"),
@@ -205,3 +205,8 @@ def test_errors_name_the_place(shop, part, value, error):
     arguments = (value,) if part == "user" else (value, "place")
     with pytest.raises((ValueError, TypeError), match=error):
         getattr(shop, part)(*arguments)
+
+
+def test_empty_cells_of_a_table_count_as_absent(shop):
+    empty = {"name": "boots", "brand": "", "category": None, "colours": [], "note": "  "}
+    assert shop.item(empty, "place").text == shop.item({"name": "boots"}, "place").text

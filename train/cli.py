@@ -1,0 +1,165 @@
+"""The command `m6rec`: pretrain, finetune, evaluate, recommend, quickstart.
+
+A recipe is a YAML file or the name of one of the package's; whatever follows it overrides it, as in
+`m6rec finetune movielens training.learning_rate=1e-3`.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+USER_ERRORS = (ValueError, FileNotFoundError, KeyError, TypeError, StrictDataclassError)
+"""What a user can mend: shown as a message, without a traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 = done, 2 = the input cannot be used."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "urllib3", "fsspec", "matplotlib", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        options.run(options)
+    except USER_ERRORS as error:
+        if options.verbose:
+            raise
+        print(f"m6rec {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="m6rec", description="A generative language model that is also a recommender."
+    )
+    parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("pretrain", _pretrain, "learn the items' texts"),
+        ("finetune", _finetune, "learn behaviour: retrieval, clicks, ratings, interactions"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("recipe", help="a YAML file, or the name of a recipe of the package")
+        command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
+        command.set_defaults(run=run)
+    evaluate = commands.add_parser("evaluate", help="measure a trained model beside the baselines")
+    evaluate.add_argument("model", help="the folder of a trained model, with its recipe.yaml")
+    evaluate.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from its recipe")
+    evaluate.set_defaults(run=_evaluate)
+    _add_recommend(commands.add_parser("recommend", help="recommend items to a user"))
+    quick = commands.add_parser("quickstart", help="train on MovieLens-100K, evaluate, recommend")
+    quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
+    quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
+    quick.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from its recipe")
+    quick.set_defaults(run=_quickstart)
+    return parser
+
+
+def _add_recommend(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="the folder or the Hub id of a trained model")
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--user", metavar="ID", help="a user of the log that the model was trained on")
+    asked.add_argument("--request", metavar="JSON", help="a request as JSON, or who the user is in words")
+    asked.add_argument("--input", metavar="FILE", help="requests, one a line (.jsonl) or a row (.parquet)")
+    command.add_argument("--output", metavar="FILE", help="with --input: answers, one a line (.jsonl)")
+    command.add_argument("--task", help="click, rating, interaction, retrieval or plausibility")
+    command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed")
+    command.add_argument("--explain", action="store_true", help="say which events spoke for an item")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
+    command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="with --user: where the log is")
+    command.set_defaults(run=_recommend)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from .pretrain import pretrain
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for objective, value in pretrain(recipe).items():
+        print(f"{objective:12} perplexity {value:.2f}")
+    print(f"written to {recipe.output_dir}")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from .finetune import finetune
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(tables(finetune(recipe)))
+    print(f"written to {recipe.output_dir}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .build import prepare
+    from .finetune import full_report
+    from .recipe import load_recipe, write_json
+
+    recipe = load_recipe(options.model, [*options.overrides, f"model.checkpoint={options.model}"])
+    report = full_report(prepare(recipe))
+    write_json(Path(options.model) / "metrics.json", report)
+    print(tables(report))
+
+
+def _recommend(options: argparse.Namespace) -> None:
+    from . import recommend as commands
+
+    recommend = commands.load_pipeline(options.model)
+    asked: dict[str, Any] = {"explain": options.explain}
+    asked |= {"task": options.task} if options.task else {}
+    asked |= {"top_k": options.top_k} if options.top_k is not None else {}
+    if options.input:
+        if not options.output:
+            raise ValueError("--input needs --output: name the .jsonl file that is written")
+        requests = commands.read_requests(options.input)
+        count = commands.write_answers(recommend, requests, Path(options.output), options.batch_size, **asked)
+        print(f"{count} requests answered in {options.output}")
+        return
+    if options.user is not None:
+        request = commands.user_request(options.model, options.user, options.overrides)
+    else:
+        request = commands.parse_request(options.request)
+    print(json.dumps(recommend(request, **asked), indent=2, ensure_ascii=False))
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from .quickstart import quickstart
+
+    quickstart(Path(options.output), options.data, options.overrides, print)
+
+
+def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Lay out a report of `full_report`: a table a task, a row a model.
+
+    >>> print(tables({"rating": {"m6rec": {"rmse": 1.0, "examples": 3}, "item_mean": {"rmse": 1.25, "examples": 3}}}))
+    rating (3 examples)
+                rmse
+    m6rec     1.0000
+    item_mean 1.2500
+    """
+    parts = []
+    for task, rows in report.items():
+        first = next(iter(rows.values()))
+        names = [name for name, value in first.items() if isinstance(value, float) and "/" not in name]
+        seen = f", seen items {first['seen']}" if "seen" in first else ""
+        width = max(map(len, rows))
+        sizes = [max(len(name), 6) for name in names]
+        lines = [f"{task} ({first['examples']} examples{seen})"]
+        lines.append(" ".join([" " * width, *(name.rjust(size) for name, size in zip(names, sizes))]))
+        for who, values in rows.items():
+            cells = (f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes))
+            lines.append(" ".join([who.ljust(width), *cells]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+__all__ = ["main", "tables"]
