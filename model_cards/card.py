@@ -132,9 +132,10 @@ def render_card(facts: CardFacts, language: str = "en") -> str:
         user=_python(example),
         candidates=_python(candidates),
         results={task: _table(report) for task, report in _known(facts.results).items()},
+        seconds=_known(facts.seconds),
         evaluation=recipe.get("evaluation") or {},
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
-        command=f"`{facts.command}`" if facts.command  else None,
+        command=f"`{facts.command}`" if facts.command and not _is_place(facts.command) else None,
         versions=", ".join(f"{package} {version}" for package, version in facts.versions.items()) or None,
         scored=next((task for task in ("click", "rating", "interaction") if task in facts.tasks), None),
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import m6rec.model_cards
 from m6rec import Catalogue, M6RecConfig, M6RecForRecommendation, M6RecProcessor, M6RecTokenizer
 from m6rec.model_cards import LANGUAGES, CardFacts, DataFacts, card, hardware, render_card, write_card
-from m6rec.train.recipe import load_recipe
+from m6rec.train.recipe import RECIPES, load_recipe
 
 FACTS = CardFacts(
     name="org/films",
@@ -215,7 +215,7 @@ def test_a_card_of_what_is_unknown():
     assert head(text) == {"library_name": "transformers", "tags": ["recommendation", "recommender-system", "m6rec"]}
     assert re.findall(r"^#+ .*", text, re.MULTILINE) == ["# x", "## How to use it"]
     nothing = {"retrieval": {"m6rec": {"mrr": None}}, "click": {"m6rec": {"auc": float("nan")}}, "rating": {}}
-    assert render_card(CardFacts(name="x", results=nothing, recipe={"hub_token": "hf_1"}, command="")) == text
+    assert render_card(CardFacts(name="x", results=nothing, recipe={"hub_token": "hf_1"}, seconds={"a": None})) == text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -329,8 +329,9 @@ def test_secrets_stay_out():
     assert "hf_1" not in text and "token" not in text and "seed: 1" in text
 
 
-def test_the_recipe_of_a_card_is_a_recipe():
-    recipe = load_recipe("movielens", ["training.learning_rate=1e-5", "model.config.num_joint_layers=null"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_the_recipe_of_a_card_is_a_recipe(name):
+    recipe = load_recipe(name, ["training.output_dir=runs/x", "model.config.num_joint_layers=null"])
     text = render_card(CardFacts(name="x", recipe=dataclasses.asdict(recipe)))
     assert load_recipe(yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])) == recipe
 
