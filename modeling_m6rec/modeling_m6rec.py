@@ -229,10 +229,10 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def embed_items(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        states: torch.FloatTensor | None = None,
-        memory_ids: torch.LongTensor | None = None,
+        states: torch.Tensor | None = None,
+        memory_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed items by themselves: M x L ids of [ITEM] ... [SEG] (padded right), or M x H `states` -> M x D."""
         self._require_segment_layers()
@@ -240,7 +240,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             states = self.item_states(input_ids, attention_mask)
         return self._project(self.item_projection, self.item_norm(self.model.remember(states, memory_ids)))
 
-    def item_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def item_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H states of their [SEG]."""
         return last_states(self.model, self._item_keys(input_ids, attention_mask))
 

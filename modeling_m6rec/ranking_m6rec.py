@@ -86,7 +86,11 @@ class Ranker:
     def _described_item(self, item: Any, place: str) -> Any:
         if not isinstance(item, Mapping) or set(item) - {"stats"} != {"item_id"} or item["item_id"] is None:
             return item
-        item_id, catalogue = identity(item["item_id"], f"{place}.item_id"), self.catalogue()
+        item_id = identity(item["item_id"], f"{place}.item_id")
+        try:
+            catalogue = self.catalogue()
+        except ValueError as error:
+            raise ValueError(f"{place}: item_id {item_id!r} alone says nothing, and {error}") from error
         if item_id not in catalogue:
             raise ValueError(
                 f"{place}: item_id {item_id!r} alone says nothing, and is not in the catalogue: give its text as well"

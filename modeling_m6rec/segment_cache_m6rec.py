@@ -16,8 +16,8 @@ class SegmentCache:
     """A bounded store of segment states in memory; the least recently used segments leave first.
 
     It belongs to one model at a time: when weights that decide segment states, adapters or number type have changed
-    since the last call, or another model asks, everything kept is forgotten. It may lose a state, it never returns a wrong
-    one.
+    since the last call, or another model asks, everything kept is forgotten. It may lose a state, it never returns a
+    wrong one.
 
     Args:
         max_bytes: Bytes of states that are kept at most.
@@ -72,13 +72,12 @@ def _identity(model: "M6RecModel") -> tuple:
     weights = tuple(
         (weight.data_ptr(), weight._version, weight.dtype) for module in modules for weight in module.parameters()
     )
-    adapters = tuple(
-        (bool(getattr(part, "disable_adapters", False)), tuple(part.active_adapters))
-        for module in modules
-        for part in module.modules()
-        if isinstance(getattr(part, "active_adapters", None), (list, tuple))
-    )
-    return id(model), weights, adapters, modules[0].training, repr(model.config.to_dict())
+    adapters = []
+    for part in (part for module in modules for part in module.modules()):
+        active = getattr(part, "active_adapters", None)
+        if isinstance(active, list | tuple):
+            adapters.append((bool(getattr(part, "disable_adapters", False)), tuple(active)))
+    return id(model), weights, tuple(adapters), modules[0].training, repr(model.config.to_dict())
 
 
 __all__ = ["SegmentCache", "SegmentKey"]
