@@ -49,11 +49,12 @@ def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch
     A source has one place for its head (the last [SEG] of [USER], else [BOS']), then one for each event (its last
     [SEG]). Places of several requests in a row are numbered on. `seen` (B x T bool) leaves out hidden tokens.
     """
-    opens_source = lay.source & (ids == config.source_token_id)
-    opens_event = lay.source & (lay.kind == KIND_NUMBER["event"]) & (lay.segment_position == 0)
     told = (lay.event > 0) | lay.source & (lay.kind == KIND_NUMBER["user"])
-    reads = (ids == config.segment_token_id) & told | opens_source
-    place = (opens_source | opens_event).cumsum(1)
+    reads = (ids == config.segment_token_id) & told | lay.source & (ids == config.source_token_id)
+    # A place begins where request or event rise above all before: that holds for the kept tokens of a plan as well.
+    number = (lay.request * (ids.shape[1] + 1) + lay.event) * lay.source
+    highest = functional.pad(number.cummax(1).values, (1, -1))
+    place = (number > highest).cumsum(1)
     return last_index(reads if seen is None else reads & seen, place - 1, _slots(place))
 
 

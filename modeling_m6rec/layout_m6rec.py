@@ -226,10 +226,19 @@ def last_index(where: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Ten
     return found.scatter_reduce(1, slot.masked_fill(~where, slots), index, "amax")[:, :slots]
 
 
-def read(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pick B x N tokens (-1 = absent) out of B x T x D states: B x N x D, NaN where absent."""
-    found = states.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, states.shape[-1]))
-    return found.masked_fill((index < 0)[..., None], float("nan"))
+def read(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pick B x N tokens (-1 = absent) out of B x T (x D) values: B x N (x D), zero where absent."""
+    place = index.clamp_min(0)
+    found = values.gather(1, place if values.dim() == 2 else place[..., None].expand(-1, -1, values.shape[-1]))
+    return found.masked_fill((index < 0).view(index.shape + (1,) * (values.dim() - 2)), 0)
+
+
+def blank(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Put NaN into B x N x D values where the B x N index is -1.
+
+    To be done last: a weight whose input holds NaN gets a gradient of NaN, even from outputs that no loss sees.
+    """
+    return values.masked_fill((index < 0)[..., None], float("nan"))
 
 
 def _latest(where: torch.Tensor) -> torch.Tensor:
@@ -262,6 +271,7 @@ __all__ = [
     "Picked",
     "alone",
     "attention_bias",
+    "blank",
     "joint_mask",
     "last_index",
     "layout",

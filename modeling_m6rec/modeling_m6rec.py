@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_m6rec import M6RecConfig
 from .heads_m6rec import Beside, item_places, mean_log_likelihood, target_ends, user_places
 from .layers_m6rec import M6RecWritingTransform, make_norm
-from .layout_m6rec import Layout, layout, read
+from .layout_m6rec import Layout, blank, layout, read
 from .losses_m6rec import (
     UNKNOWN,
     click_loss,
@@ -301,12 +301,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def _scores(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
         """B x N x S logits read at the [EOS] of each target."""
-        states = read(states, target_ends(ids, lay, self.config))
+        ends = target_ends(ids, lay, self.config)
+        states = read(states, ends)
         if self.score_head is not None:
-            return self.score_head(states)
+            return blank(self.score_head(states), ends)
         first = self.config.first_option_token_id
         embeds = self.model.embeddings.tokens.weight[first : first + self.config.num_labels]
-        return states @ self.model.embeddings.projection(embeds).T
+        return blank(states @ self.model.embeddings.projection(embeds).T, ends)
 
     def _logits(self, out: M6RecModelOutput, tokens: int, to_keep: int | torch.Tensor) -> torch.Tensor:
         """B x Q x V logits; of tokens that were left out they mean nothing."""
@@ -327,12 +328,12 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             return None, None
         seen = None if hidden is None else ~beside(hidden.bool(), 0)
         users, items = user_places(ids, lay, self.config, seen), item_places(ids, lay, self.config)
-        memory = None if item_ids is None else read(beside(item_ids, 0)[..., None].float(), items).nan_to_num()
-        states = read(out.segment_states[:, -beside.tokens :], items)
-        states = self.model.remember(states, None if memory is None else memory[..., 0].long())
+        memory = None if item_ids is None else read(beside(item_ids, 0), items)
+        states = self.model.remember(read(out.segment_states[:, -beside.tokens :], items), memory)
+        user_states = read(out.last_hidden_state[:, -beside.tokens :], users)
         return (
-            self._project(self.user_projection, read(out.last_hidden_state[:, -beside.tokens :], users)),
-            self._project(self.item_projection, self.item_norm(states)),
+            blank(self._project(self.user_projection, user_states), users),
+            blank(self._project(self.item_projection, self.item_norm(states)), items),
         )
 
     def _project(self, projection: nn.Module, states: torch.Tensor) -> torch.Tensor:

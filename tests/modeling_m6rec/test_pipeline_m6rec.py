@@ -413,7 +413,12 @@ def by_hand_outermost(tuned, request, task):
         ({**SIMPLE, "candidates": {"title": "tent"}}, {}, TypeError, "got dict"),
         ({**SIMPLE, "candidates": ["tent", 7]}, {}, TypeError, r"candidates\[1\].*int"),
         ({**SIMPLE, "candidates": ["tent", {"item_id": 7}]}, {}, ValueError, "'7' alone says nothing"),
-        ({**SIMPLE, "candidates": ["tent", {"item_id": 7}]}, {"task": "retrieval"}, ValueError, "'7' alone says nothing"),
+        (
+            {**SIMPLE, "candidates": ["tent", {"item_id": 7}]},
+            {"task": "retrieval"},
+            ValueError,
+            "'7' alone says nothing",
+        ),
         ({**SIMPLE, "history": "tent"}, {}, TypeError, "history"),
         ({**SIMPLE, "history": [{"item": 7}]}, {"exclude_seen": True}, TypeError, r"history\[0\]"),
         (SOURCE, {}, ValueError, r"candidates.*catalogue"),

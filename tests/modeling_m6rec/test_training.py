@@ -80,6 +80,23 @@ def test_every_parameter_moves_in_one_step_of_all_losses(settings, plan):
         assert set(moved.nonzero().flatten().tolist()) <= set(ids.tolist())
 
 
+@everywhere
+def test_absent_targets_and_places_leave_gradients_finite(settings):
+    """Rows with fewer targets, events or items than others hold NaN in the output, and none in any gradient."""
+    model, writer = build(settings).train(), Writer(31)
+    batch = pad([writer.source(3) + writer.candidate() + writer.candidate(), writer.source(0) + writer.candidate()])
+    out = model(**batch, click_labels=torch.tensor([[1, 0], [1, -100]]), item_ids=item_rows(batch["input_ids"]))
+    loss = out.loss
+    for vectors in (out.user_vectors, out.item_vectors):
+        if vectors is not None:
+            assert vectors.isnan().any()
+            loss = loss + vectors[vectors.isfinite().all(-1)].square().sum(0).mean()
+    assert out.scores.isnan().any()
+    loss.backward()
+    for key, value in model.named_parameters():
+        assert value.grad is None or value.grad.isfinite().all(), key
+
+
 @small
 def test_checkpointing_changes_no_gradient(settings):
     grads = []

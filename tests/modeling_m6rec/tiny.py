@@ -59,7 +59,6 @@ BERT = {
     "mlp_bias": True,
     "lm_head_transform": True,
     "lm_head_bias": True,
-    "initializer_range": 0.6,
 }
 BLOCKS = [
     {**BERT, "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 1},

@@ -1,0 +1,98 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("modeling_m6rec", "tokenization", "train", "model_cards")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+TRAVELLING = [path for path in FILES if path.stem.endswith("_m6rec")]
+MODULES = sorted(
+    ".".join(["m6rec", *path.relative_to(ROOT).with_suffix("").parts]).replace("m6rec.modeling_m6rec", "m6rec")
+    for path in FILES
+    if path.name != "__init__.py"
+)
+LONG_BY_NATURE = {"M6RecForRecommendation.forward", "M6RecModel.forward"}
+"""One line in the signature and one in the docstring for each input."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests_and_exports(name):
+    module = importlib.import_module(name)
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    assert doctest.testmod(module, optionflags=flags).failed == 0
+    assert [entry for entry in getattr(module, "__all__", ()) if not hasattr(module, entry)] == []
+
+
+@pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
+def test_files_that_travel_import_only_siblings(path):
+    """transformers copies flat files and follows `from .sibling import name` only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] != "m6rec", node.lineno
+            assert node.level <= 1 and not (node.level == 1 and (not node.module or "." in node.module)), node.lineno
+        if isinstance(node, ast.Import):
+            assert all(entry.name.split(".")[0] != "m6rec" for entry in node.names), node.lineno
+
+
+def test_model_and_text_do_not_import_each_other():
+    for path in FILES:
+        imported = re.findall(r"^\s*from (\S+) import", path.read_text(), re.M)
+        if path.parent.name == "modeling_m6rec" and path.name != "__init__.py":  # the package's door registers both
+            assert not any("tokenization" in name or "train" in name for name in imported), path
+        if path.parent.name == "tokenization":
+            assert not any(name.startswith("..") for name in imported), path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for owner in ast.walk(ast.parse(text)):
+        for node in getattr(owner, "body", ()) if isinstance(getattr(owner, "body", ()), list) else ():
+            if isinstance(node, ast.FunctionDef):
+                name = f"{owner.name}.{node.name}" if isinstance(owner, ast.ClassDef) else node.name
+                assert name in LONG_BY_NATURE or node.end_lineno - node.lineno < 60, name
+
+
+def test_messages_with_braces_are_f_strings():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                for text in (each for each in node.exc.args if isinstance(each, ast.Constant)):
+                    assert "{" not in str(text.value), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_name_the_source_of_their_numbers(path):
+    """Each number of a recipe is the paper's or ours, and says so (the template for own data explains instead)."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        value = re.match(r"\s+(\w+): *[-\d.e]+ *(#.*)?$", line)
+        if value and path.stem != "own-data" and value[1] not in ("seed", "save_total_limit"):
+            assert value[2], f"{path.name}, line {number}: where does {value[1]} come from?"
+
+
+def test_every_symbol_of_the_paper_index_exists():
+    index = (ROOT / "docs" / "paper_index.md").read_text()
+    rows = re.findall(r"`(\w+/[\w/]+\.py)::([\w.]+)`", index)
+    tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", index)
+    assert len(rows) > 20 and len(tests) > 10
+    for file, name in tests:
+        assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").rglob(file)), f"{file}::{name}"
+    for file, symbol in rows:
+        names = set()
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.ClassDef):
+                methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+                fields = [each.target.id for each in node.body if isinstance(each, ast.AnnAssign)]
+                names |= {node.name, *(f"{node.name}.{name}" for name in methods + fields)}
+            if isinstance(node, ast.FunctionDef):
+                names.add(node.name)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+        assert symbol in names, f"{file}::{symbol}"
