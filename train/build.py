@@ -19,6 +19,8 @@ from .recipe import Recipe
 from .splits import Split, by_time, leave_one_out
 
 logger = logging.getLogger(__name__)
+SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
+"""Fields of the configuration that decide the outputs of the score head."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     if recipe.task.interactions:
         fields["interactions"] = list(recipe.task.interactions)
     if arguments.checkpoint:
-        scored = {name: fields.pop(name) for name in ("interactions", "rating_values", "rating_loss") if name in fields}
+        scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
         # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
         model = AutoModel.from_pretrained(arguments.checkpoint, **{"dtype": "float32", **fields})
         _change_scores(model, scored)

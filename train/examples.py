@@ -71,32 +71,36 @@ class Window:
     stop: int
 
 
-def windows(num_events: int, max_events: int, targets: int, step: int) -> Iterator[Window]:
-    """Lay windows over a user's events so that each event is a target of learning.
+def windows(num_events: int, max_events: int, targets: int = 1, learn_history: bool = False) -> Iterator[Window]:
+    """Lay windows over a user's events so that each event is learnt once.
 
     Args:
         num_events: Events of the user.
         max_events: Events of a history, at most.
         targets: Events after it that are targets.
-        step: How far apart windows begin: `max_events` where every event of the history is learnt (retrieval),
-            `targets` where only the targets are.
+        learn_history: The events of the history are learnt along with the targets (retrieval), all but its first where
+            earlier ones are left out: then windows are `max_events` apart. Else they are `targets` apart.
 
     Yields:
         Windows with at least one target; a user's first ones have short histories.
 
-    >>> [(w.start, w.cut, w.stop) for w in windows(7, max_events=3, targets=1, step=3)]
+    >>> [(w.start, w.cut, w.stop) for w in windows(7, max_events=3, learn_history=True)]
     [(0, 3, 4), (3, 6, 7)]
-    >>> [(w.start, w.cut, w.stop) for w in windows(5, max_events=3, targets=2, step=2)]
-    [(0, 1, 3), (0, 3, 5)]
-    >>> [(w.start, w.cut, w.stop) for w in windows(1, max_events=3, targets=2, step=2)]
+    >>> [(w.start, w.cut, w.stop) for w in windows(5, max_events=3, targets=2)]
+    [(0, 0, 1), (0, 1, 3), (0, 3, 5)]
+    >>> [(w.start, w.cut, w.stop) for w in windows(1, max_events=3, targets=2)]
     [(0, 0, 1)]
     """
     stop = num_events
     found = []
     while stop > 0:
         cut = max(stop - targets, 0)
-        found.append(Window(max(cut - max_events, 0), cut, stop))
-        stop -= step
+        start = max(cut - max_events, 0)
+        found.append(Window(start, cut, stop))
+        if learn_history:
+            stop = start + 1 if start else 0
+        else:
+            stop = cut
     yield from reversed(found)
 
 
@@ -129,11 +133,10 @@ def _retrieval_rows(
     writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool
 ) -> list[dict[str, Any]]:
     requests, extras = [], []
-    step = 1 if bidirectional else processor.max_events
     for user_id, places in histories(frame).items():
         own = frame.iloc[places]
         events, rows = writer.events(own), [writer.rows[item_id] for item_id in own["item_id"]]
-        for window in windows(len(events), processor.max_events, 1, step):
+        for window in windows(len(events), processor.max_events, learn_history=not bidirectional):
             requests.append(writer.request(user_id, events[window.start : window.cut]))
             following = rows[window.start : window.cut + 1]
             if window.start:  # the head has not read what came before: only a user's first event is learnt there
@@ -152,7 +155,7 @@ def _scoring_rows(
     requests, extras = [], []
     for user_id, places in histories(frame).items():
         events = writer.events(frame.iloc[places])
-        for window in windows(len(events), processor.max_events, task.targets, task.targets):
+        for window in windows(len(events), processor.max_events, task.targets):
             candidates = [event["item"] for event in events[window.cut : window.stop]]
             requests.append(writer.request(user_id, events[window.start : window.cut], candidates))
             asked = places[window.cut : window.stop]

@@ -18,6 +18,10 @@ from .recipe import Recipe, write_json
 logger = logging.getLogger(__name__)
 
 
+LOGGED = ("ndcg@10", "recall@10", "auc", "rmse")
+"""Metrics that are shown during training; all are returned, and can choose the best checkpoint."""
+
+
 class Rows(Dataset):
     """Rows in memory, as the Trainer takes them."""
 
@@ -54,7 +58,7 @@ class M6RecTrainer(Trainer):
             report = measure(self.run, examples, task, self.args.bf16)
             prefix = metric_key_prefix if task == "retrieval" else f"{metric_key_prefix}_{task}"
             found |= {f"{prefix}_{name}": value for name, value in report.items() if isinstance(value, (int, float))}
-        self.log(found)
+        self.log({name: value for name, value in found.items() if name.rpartition("_")[2] in LOGGED})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 

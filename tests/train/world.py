@@ -49,7 +49,7 @@ def write_tables(folder: Path, **tables: list[dict[str, Any]]) -> dict[str, str]
     return paths
 
 
-def recipe_of(data: dict[str, str], output_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(data: dict[str, str], output_dir: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A recipe that is done within a second; `sections` add to it, key by key."""
     tree: dict[str, dict[str, Any]] = {
         "data": data,
