@@ -60,7 +60,7 @@ class M6RecPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["M6RecLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flex_attn = True
+    _supports_flex_attn = False  # torch 2.13 crashes in it on a CPU, with masks such as ours
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": M6RecLayer, "attentions": M6RecAttention}
 
@@ -149,7 +149,7 @@ class M6RecModel(M6RecPreTrainedModel):
         if self.training and self.config.item_memory_dropout:
             kept = torch.rand(item_ids.shape, device=item_ids.device) >= self.config.item_memory_dropout
             item_ids = item_ids * kept
-        return states + self.item_memory(item_ids)
+        return states + self.item_memory(item_ids) * self.config.hidden_size**0.5
 
     def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""

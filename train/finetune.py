@@ -14,6 +14,7 @@ from . import evaluation
 from .build import Run, on_cpu, prepare, save, use_bf16
 from .examples import training_rows
 from .recipe import Recipe, write_json
+from .recommend import build_catalogue
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +120,12 @@ def fit(run: Run) -> M6RecTrainer:
 
 
 def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
-    """Run a recipe from data to saved model; returns and writes the report on the test part."""
+    """Run a recipe from data to saved model and catalogue; returns and writes the report on the test part."""
     run = prepare(recipe)
     fit(run)
     save(run)
+    if run.model.config.num_segment_layers:
+        build_catalogue(recipe.output_dir, run.writer.items)
     report = full_report(run)
     write_json(recipe.output_dir / "metrics.json", report)
     return report

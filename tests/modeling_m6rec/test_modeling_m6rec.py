@@ -457,3 +457,9 @@ def test_presets_have_the_papers_sizes():
         base, edge = (M6RecForRecommendation(M6RecConfig.preset(size, vocab_size=30000)) for size in ("base", "edge"))
     assert 300e6 < base.num_parameters() < 360e6
     assert 10e6 < edge.num_parameters() < 14e6
+
+
+def test_attention_that_cannot_take_our_masks_is_refused():
+    for kind in ("flex_attention", "flash_attention_2"):
+        with pytest.raises((ValueError, ImportError)):
+            build(SMALL[0], attn_implementation=kind)
