@@ -149,7 +149,7 @@ class M6RecModel(M6RecPreTrainedModel):
         if self.training and self.config.item_memory_dropout:
             kept = torch.rand(item_ids.shape, device=item_ids.device) >= self.config.item_memory_dropout
             item_ids = item_ids * kept
-        return states + self.item_memory(item_ids) * self.config.hidden_size**0.5
+        return states + self.item_memory(item_ids)
 
     def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""

@@ -126,8 +126,6 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         model = M6RecForRecommendation(M6RecConfig.preset(arguments.preset, **{**ids, **lengths, **fields}))
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
-    if arguments.freeze_segments:
-        model.model.freeze_segments()
     if rows and max(rows.values()) != model.config.num_item_memory:
         model.resize_item_memory(max(rows.values()))
     return model

@@ -1,33 +1,39 @@
 """The command `m6rec`: pretrain, finetune, evaluate, recommend, quickstart.
 
 A recipe is a YAML file or the name of one of the package's; whatever follows it overrides it, as in
-`m6rec finetune movielens training.learning_rate=1e-3`.
+`m6rec finetune quickstart training.learning_rate=1e-3`, with dashes in front or without.
 """
 
 import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-USER_ERRORS = (ValueError, FileNotFoundError, KeyError, TypeError, StrictDataclassError)
+USER_ERRORS = (ValueError, TypeError, OSError, StrictDataclassError)
 """What a user can mend: shown as a message, without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 = done, 2 = the input cannot be used."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.INFO, format="%(message)s")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, more = _parser().parse_known_args(given)
+    # argparse takes overrides before the options only: those behind them, or with dashes, are left over.
+    options.overrides = sorted([*options.overrides, *more], key=given.index)
+    verbose = "verbose" in options
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s")
     for noisy in ("httpx", "datasets", "urllib3", "fsspec", "matplotlib", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Warns of tied weights, of which a checkpoint holds one.
+    logging.getLogger("transformers.trainer").setLevel(logging.WARNING if verbose else logging.ERROR)
     try:
         options.run(options)
     except USER_ERRORS as error:
-        if options.verbose:
+        if verbose:
             raise
         print(f"m6rec {options.command}: {error}", file=sys.stderr)
         return 2
@@ -35,29 +41,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="m6rec", description="A generative language model that is also a recommender."
+    anywhere = argparse.ArgumentParser(add_help=False)
+    anywhere.add_argument(
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,  # else a command's default would undo what stands before the command
+        help="log more, and show the traceback of an error",
     )
-    parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="m6rec", description="A generative language model that is also a recommender.", parents=[anywhere]
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("pretrain", _pretrain, "learn the items' texts"),
-        ("finetune", _finetune, "learn behaviour: retrieval, clicks, ratings, interactions"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("recipe", help="a YAML file, or the name of a recipe of the package")
-        command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[anywhere])
         command.set_defaults(run=run)
-    evaluate = commands.add_parser("evaluate", help="measure a trained model beside the baselines")
+        return command
+
+    learn = (
+        add("pretrain", _pretrain, "learn the items' texts"),
+        add("finetune", _finetune, "learn behaviour: retrieval, clicks, ratings, interactions"),
+    )
+    for command in learn:
+        command.add_argument("recipe", help="a YAML file, or the name of a recipe of the package")
+    evaluate = add("evaluate", _evaluate, "measure a trained model beside the baselines")
     evaluate.add_argument("model", help="the folder of a trained model, with its recipe.yaml")
-    evaluate.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from its recipe")
-    evaluate.set_defaults(run=_evaluate)
-    _add_recommend(commands.add_parser("recommend", help="recommend items to a user"))
-    quick = commands.add_parser("quickstart", help="train on MovieLens-100K, evaluate, recommend")
+    recommend = add("recommend", _recommend, "recommend items to a user")
+    _add_recommend(recommend)
+    quick = add("quickstart", _quickstart, "train on MovieLens-100K, evaluate, recommend")
     quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
     quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
-    quick.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from its recipe")
-    quick.set_defaults(run=_quickstart)
+    for command in (*learn, evaluate, recommend, quick):
+        command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
     return parser
 
 
@@ -72,8 +87,6 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed")
     command.add_argument("--explain", action="store_true", help="say which events spoke for an item")
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
-    command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="with --user: where the log is")
-    command.set_defaults(run=_recommend)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -100,7 +113,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .finetune import full_report
     from .recipe import load_recipe, write_json
 
-    recipe = load_recipe(options.model, [*options.overrides, f"model.checkpoint={options.model}"])
+    recipe = load_recipe(options.model, [*options.overrides, f"model.checkpoint={json.dumps(options.model)}"])
     report = full_report(prepare(recipe))
     write_json(Path(options.model) / "metrics.json", report)
     print(tables(report))
@@ -109,13 +122,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _recommend(options: argparse.Namespace) -> None:
     from . import recommend as commands
 
+    if bool(options.input) != bool(options.output):
+        raise ValueError("--input and --output go together: the file of requests, and the .jsonl file that is written")
+    if options.overrides and options.user is None:
+        raise ValueError(f"{options.overrides[0]!r}: overrides say where the log is, which only --user reads")
     recommend = commands.load_pipeline(options.model)
     asked: dict[str, Any] = {"explain": options.explain}
     asked |= {"task": options.task} if options.task else {}
     asked |= {"top_k": options.top_k} if options.top_k is not None else {}
     if options.input:
-        if not options.output:
-            raise ValueError("--input needs --output: name the .jsonl file that is written")
         requests = commands.read_requests(options.input)
         count = commands.write_answers(recommend, requests, Path(options.output), options.batch_size, **asked)
         print(f"{count} requests answered in {options.output}")

@@ -109,6 +109,8 @@ def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, d
 
 def fit(run: Run) -> M6RecTrainer:
     """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept."""
+    if run.recipe.model.freeze_segments:
+        run.model.model.freeze_segments()
     bidirectional = run.model.config.history_attention == "bidirectional"
     rows = training_rows(run.writer, run.split.train, run.processor, run.recipe.task, bidirectional)
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())

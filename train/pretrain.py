@@ -3,22 +3,22 @@
 m6rec pretrain movielens training.output_dir=runs/films-pretrained
 """
 
-import logging
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..items_m6rec import item_texts
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization import M6RecProcessor
 from .build import Run, on_cpu, prepare, save, use_bf16
-from .collator import M6RecDataCollator
+from .collator import UNKNOWN, M6RecDataCollator
 from .recipe import Recipe, write_json
 
-logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 64
 
 
@@ -39,10 +39,10 @@ class TextRows(Dataset):
         self.names = [name for name, weight in objectives.items() if weight > 0]
         weights = np.array([objectives[name] for name in self.names])
         self.weights = weights / weights.sum()
-        self.texts = [item_text(processor, item) for item in items]
+        self.texts = item_texts(processor, items)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew; the Trainer calls this before each epoch."""
+        """Draw anew."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -54,11 +54,19 @@ class TextRows(Dataset):
         return text_row(self.processor, self.items[index], self.texts[index], objective, rng)
 
 
-def item_text(processor: M6RecProcessor, item: dict[str, Any]) -> str:
-    """Return an item's text as the processor words it."""
-    return next(
-        text for kind, text in processor.read({"history": [{"item": item}]}, "retrieval").segments if kind == "item"
-    )
+class EachEpochAnew(TrainerCallback):
+    """Tells rows of text which epoch it is; with several processes the data loader does not.
+
+    Args:
+        rows: The rows that are trained on.
+    """
+
+    def __init__(self, rows: TextRows) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch, also where training is resumed within one."""
+        self.rows.set_epoch(int(state.epoch))
 
 
 def text_row(
@@ -87,10 +95,22 @@ def perplexity(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = model(**batch, num_items_in_batch=1, return_logits=False).loss
         total += float(loss)
-        # A document's first token has nothing before it that could predict it.
-        shifted = batch["labels"] if model.config.document_attention == "bidirectional" else batch["labels"][:, 1:]
-        count += int((shifted != -100).sum())
+        # Nothing stands before a row's first token that could predict it.
+        count += int((batch["labels"][:, 1:] != UNKNOWN).sum())
     return math.exp(total / count)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Make the Trainer's arguments; what a recipe says of evaluation during training is meant for fine-tuning."""
+    never = {"eval_strategy": "no", "load_best_model_at_end": False}
+    recipe = dataclasses.replace(recipe, training={**recipe.training, **never})
+    return recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
+
+
+def plain_forward(model: torch.nn.Module) -> None:
+    """Take back what bf16 training leaves: a `forward` of the instance that computes in bfloat16 ever after."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
 
 
 def fit(run: Run) -> dict[str, float]:
@@ -99,19 +119,27 @@ def fit(run: Run) -> dict[str, float]:
     The collator is that of fine-tuning; labels are what tells the two apart.
     """
     arguments, seed = run.recipe.pretraining, run.recipe.seed
-    order = np.random.default_rng(seed).permutation(len(run.writer.items))
+    items = run.writer.items
+    order = np.random.default_rng(seed).permutation(len(items))
     held_out = int(len(order) * arguments.valid_fraction)
-    valid, train = ([run.writer.items[index] for index in part] for part in (order[:held_out], order[held_out:]))
+    valid, train = ([items[index] for index in part] for part in (order[:held_out], order[held_out:]))
     rows = TextRows(train, run.processor, arguments.objectives, seed)
+    if "text" in rows.names and run.model.config.document_attention == "bidirectional":
+        raise ValueError(
+            "pretraining.objectives 'text' writes a text on, but with document_attention 'bidirectional' every token "
+            "sees itself: give it the weight 0"
+        )
+    settings = training_arguments(run.recipe)
     trainer = Trainer(
         model=run.model,
-        args=run.recipe.training_arguments(
-            use_cpu=on_cpu(), bf16=use_bf16(), eval_strategy="no", load_best_model_at_end=False
-        ),
+        args=settings,
         train_dataset=rows,
         data_collator=run.collator,
+        callbacks=[EachEpochAnew(rows)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    plain_forward(run.model)
+    run.model.eval()
     found = {}
     for objective in rows.names if valid else []:
         fixed = TextRows(valid, run.processor, {objective: 1.0}, seed)
@@ -130,4 +158,13 @@ def pretrain(recipe: Recipe) -> dict[str, float]:
     return found
 
 
-__all__ = ["TextRows", "fit", "item_text", "perplexity", "pretrain", "text_row"]
+__all__ = [
+    "EachEpochAnew",
+    "TextRows",
+    "fit",
+    "perplexity",
+    "plain_forward",
+    "pretrain",
+    "text_row",
+    "training_arguments",
+]

@@ -5,28 +5,38 @@ m6rec quickstart
 
 import dataclasses
 import importlib.metadata
-import logging
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from ..model_cards import CardFacts, DataFacts, hardware, write_card
 from ..pipeline_m6rec import RecommendationPipeline
 from . import finetune
 from .build import Run, prepare, save
+from .pretrain import plain_forward
 from .recipe import VERSIONED, Recipe, load_recipe, write_json
-from .recommend import build_catalogue, load_pipeline
-from .splits import histories
+from .recommend import build_catalogue
+from .splits import histories, order
 
-logger = logging.getLogger(__name__)
 SHOWN_USERS = 3
 SHOWN_EVENTS = 5
 SHOWN_ITEMS = 3
 LICENCE = "MovieLens-100K by GroupLens: research use, no redistribution"
+EXAMPLE = {
+    "user": {"age": 34, "gender": "female", "occupation": "engineer"},
+    "history": [
+        {"event": "rate", "rating": 5, "item": {"title": "Star Wars", "year": 1977, "genres": "Action, Sci-Fi"}},
+        {"event": "rate", "rating": 4, "item": {"title": "Aliens", "year": 1986, "genres": "Action, Sci-Fi"}},
+    ],
+    "candidates": [
+        {"title": "The Terminator", "year": 1984, "genres": "Action, Sci-Fi"},
+        {"title": "Pretty Woman", "year": 1990, "genres": "Comedy, Romance"},
+    ],
+}
 LIMITS = (
     "Trained on 943 users of 1997 and 1998 and 1,682 films; it knows no later film and no other taste.",
     "A film it never saw in training is recommended by its text alone, which this small model has read little of.",
@@ -38,39 +48,44 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
     """Train, evaluate and show a recommender of films.
 
     Args:
-        output: Folder that is written: model, processor, catalogue, model card, report.json.
+        output: Folder that is written: model, processor, catalogue, model card, metrics.json, report.json.
         data: Folder of ml-100k; None = RecBole's wheel, else the folder M6REC_DATA.
         overrides: What differs from the recipe `quickstart`.
         say: Prints a line.
     """
-    transformers_logging.set_verbosity_error()
+    given = {"training.output_dir": str(output), "data.directory": data}
+    recipe = load_recipe("quickstart", [*(f"{name}={json.dumps(value)}" for name, value in given.items()), *overrides])
+    if "retrieval" not in recipe.task.learn or 10 not in recipe.evaluation.ks:
+        raise ValueError(
+            f"task.learn is {recipe.task.learn} and evaluation.ks {recipe.evaluation.ks}: the quickstart shows "
+            "retrieval at 10; use `m6rec finetune quickstart` for anything else"
+        )
+    output = recipe.output_dir
     seconds: dict[str, float] = {}
-    given = [f"training.output_dir={output}", *([f"data.directory={data}"] if data else [])]
-    recipe = load_recipe("quickstart", [*given, *overrides])
 
     with stage("data", seconds, say):
         run = prepare(recipe)
-        events = len(run.log.interactions)
-        say(
-            f"{events:,} ratings of {len(run.writer.items):,} films by {run.log.interactions['user_id'].nunique():,} users"
-        )
+        events, users = len(run.log.interactions), run.log.interactions["user_id"].nunique()
+        say(f"{events:,} ratings of {len(run.writer.items):,} films by {users:,} users")
     with stage("training", seconds, say):
         trainer = finetune.fit(run)
+        plain_forward(run.model)
         say(f"{trainer.state.max_steps} steps, {run.model.num_parameters():,} parameters")
+        for checkpoint in output.glob("checkpoint-*"):  # the best one is in memory, and saved below
+            shutil.rmtree(checkpoint)
     with stage("evaluation", seconds, say):
         report = finetune.full_report(run)
         say(ranking_table(report["retrieval"]))
     with stage("saving", seconds, say):
         save(run)
-        recommend = load_pipeline(str(output))
-        catalogue = build_catalogue(output, recommend, run.writer.items)
-        say(f"{len(catalogue):,} films in the catalogue")
+        recommend = build_catalogue(output, run.writer.items)
+        say(f"{len(run.writer.items):,} films in the catalogue")
     with stage("recommendations", seconds, say):
         show_users(run, recommend, say)
     write_json(output / "metrics.json", report)
     write_json(output / "report.json", {"rows": report_rows(report["retrieval"]), "seconds": seconds})
-    write_card(card_facts(run, report, seconds, len(catalogue)), output)
-    say("\n" + closing(output, seconds))
+    write_card(card_facts(run, report, seconds), output)
+    say("\n" + closing(run, seconds))
 
 
 @contextmanager
@@ -93,7 +108,8 @@ def ranking_table(retrieval: dict[str, dict[str, Any]]) -> str:
     """Lay out Recall@10 and NDCG@10 of model and baselines."""
     first = next(iter(retrieval.values()))
     lines = [
-        f"last film of each of {first['examples']} users, ranked against the whole catalogue, seen films left out:",
+        f"a held-out film of each of {first['examples']} users, ranked against the whole catalogue, "
+        f"seen films {'left out' if first['seen'] == 'out' else 'among them'}:",
         f"{'':14}{'Recall@10':>10}{'NDCG@10':>10}{'coverage':>10}",
     ]
     cover = next(name for name in first if name.startswith("coverage@"))
@@ -107,28 +123,29 @@ def ranking_table(retrieval: dict[str, dict[str, Any]]) -> str:
 
 def show_users(run: Run, recommend: RecommendationPipeline, say: Callable[[str], None]) -> None:
     """Print some users: what they watched, what is recommended, and which films spoke for it."""
-    held_out = histories(run.split.test)
-    known = histories(run.log.interactions)
-    for user_id in sorted(held_out, key=lambda user: (len(known[user]), user))[:: len(held_out) // SHOWN_USERS][
-        :SHOWN_USERS
-    ]:
-        earlier = run.log.interactions.iloc[known[user_id]].sort_values("timestamp", kind="stable")
-        request = run.writer.request(user_id, run.writer.events(earlier))
+    ordered = order(run.log.interactions, run.recipe.data.seed)
+    known = histories(ordered)
+    users = sorted(histories(run.split.test), key=lambda user: (len(known[user]), user))
+    for user_id in users[:: max(1, len(users) // SHOWN_USERS)][:SHOWN_USERS]:
+        request = run.writer.request(user_id, run.writer.events(ordered.iloc[known[user_id]]))
         watched = [
             f"{event['item']['title']} ({event['rating']:g} stars)" for event in request["history"][-SHOWN_EVENTS:]
         ]
         about = ", ".join(run.writer.user(user_id).values())
         say(f"\nuser {user_id} ({about}), {len(request['history'])} films, the last ones:\n  {'; '.join(watched)}")
         for row in recommend(request, top_k=SHOWN_ITEMS, explain=True):
-            reasons = ", ".join(f"{reason['event']} ({reason['contribution']:+.3f})" for reason in row["because"][:2])
+            reasons = ", ".join(
+                f"{run.writer.item(reason['item_id'])['title']} ({reason['contribution']:+.3f})"
+                for reason in row["because"][:2]
+            )
             say(f"  {row['rank']}. {row['item']}  score {row['score']:.3f}  because of {reasons}")
 
 
-def card_facts(run: Run, report: dict[str, Any], seconds: dict[str, float], catalogue_size: int) -> CardFacts:
+def card_facts(run: Run, report: dict[str, Any], seconds: dict[str, float]) -> CardFacts:
     """Gather what the model card says."""
     recipe: Recipe = run.recipe
     return CardFacts(
-        name=recipe.output_dir.name,
+        name=recipe.output_dir.resolve().name,
         data=DataFacts(
             "MovieLens-100K",
             licence=LICENCE,
@@ -139,30 +156,35 @@ def card_facts(run: Run, report: dict[str, Any], seconds: dict[str, float], cata
         recipe=dataclasses.asdict(recipe),
         command="m6rec quickstart",
         seed=recipe.seed,
-        tasks=recipe.task.learn,
+        tasks=run.model.config.trained_tasks or (),
+        example=EXAMPLE,
         languages=[recipe.text.language],
         intended_use=("A first look at m6rec, and a start for experiments on MovieLens-100K.",),
         limits=LIMITS,
         results=report,
         seconds=seconds,
         parameters=run.model.num_parameters(),
-        catalogue_size=catalogue_size,
+        catalogue_size=len(run.writer.items),
         versions={name: importlib.metadata.version(name) for name in ("m6rec", *VERSIONED)},
         hardware=hardware(),
     )
 
 
-def closing(output: Path, seconds: dict[str, float]) -> str:
+def closing(run: Run, seconds: dict[str, float]) -> str:
     """Say what was written and how to load it."""
+    output = run.recipe.output_dir
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    first, second = (run.writer.items[row] for row in run.catalogue.counts.argsort()[:-3:-1])
+    history = json.dumps([{"item": {"item_id": item["item_id"]}} for item in (first, second)], ensure_ascii=False)
     return f"""== done in {sum(seconds.values()):.0f} s ({spent}) ==
 {output}/ holds the model, its processor, the catalogue, README.md (the model card) and report.json. To use it:
 
     from transformers import pipeline
     import m6rec
 
-    recommend = pipeline("recommendation", model="{output}")
-    recommend({{"history": ["Star Wars", "The Empire Strikes Back"]}}, top_k=5, explain=True)"""
+    recommend = pipeline("recommendation", model={json.dumps(str(output), ensure_ascii=False)})
+    # who has watched {first["title"]} and {second["title"]} might like
+    recommend({{"history": {history}}}, top_k=5, explain=True)"""
 
 
 __all__ = ["quickstart", "ranking_table", "report_rows"]

@@ -1,12 +1,12 @@
 """Recommendations of a trained model, from the command line: for a request, a file of them, or a user of the log."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas
+import pyarrow
+import pyarrow.parquet
 from transformers import AutoModel, AutoProcessor
 
 from ..catalogue_m6rec import Catalogue
@@ -16,47 +16,72 @@ from .examples import RequestWriter
 from .recipe import load_recipe
 from .splits import histories, order
 
-logger = logging.getLogger(__name__)
-
 
 def load_pipeline(model: str) -> RecommendationPipeline:
     """Load a trained model as a pipeline, with its catalogue if it has one."""
-    return RecommendationPipeline(
-        model=AutoModel.from_pretrained(model).eval(), processor=AutoProcessor.from_pretrained(model)
-    )
+    try:
+        processor, network = AutoProcessor.from_pretrained(model), AutoModel.from_pretrained(model)
+    except OSError as error:
+        raise OSError(f"{model!r} is no folder of a model here, and the Hub does not give it: {error}") from error
+    return RecommendationPipeline(model=network.eval(), processor=processor)
 
 
-def build_catalogue(directory: Path, recommend: RecommendationPipeline, items: list[dict[str, Any]]) -> Catalogue:
-    """Embed a log's items with the model in `directory` and save them beside it."""
-    catalogue = Catalogue.from_dataset(items, recommend.model, recommend.processor)
-    catalogue.save(directory / FOLDER)
-    recommend.catalogue = catalogue
-    return catalogue
+def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> RecommendationPipeline:
+    """Embed items with the model in a folder, save them there as its catalogue, and load it all as a pipeline."""
+    recommend = load_pipeline(str(directory))
+    recommend.catalogue = Catalogue.from_dataset(items, recommend.model, recommend.processor)
+    recommend.catalogue.save(Path(directory) / FOLDER)
+    return recommend
 
 
 def read_requests(path: str | Path) -> Iterator[Any]:
-    """Read requests one by one: a JSON value a line (.jsonl), or a row of a Parquet table."""
+    """Read requests one by one: a JSON value a line (.jsonl), or a row of a table (.parquet)."""
     path = Path(path)
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path} is neither .jsonl nor .parquet: give requests as JSON, one a line, or as a table")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}: give requests as .jsonl or .parquet")
-    if path.suffix == ".parquet":
-        for row in pandas.read_parquet(path).to_dict("records"):
-            yield {name: value for name, value in row.items() if value is not None}
-        return
-    with path.open(encoding="utf-8") as lines:
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield parse_request(line, f"{path.name}, line {number}")
+                yield _from_json(line, f"{path}, line {number}")
 
 
-def parse_request(text: str, place: str = "the request") -> Any:
-    """Read a request given as JSON, or as the bare text of who the user is."""
-    if not text.lstrip().startswith(("{", '"')):
-        return text.strip()
+def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is no valid Parquet: {error}") from error
+    columns = [name for name in table.schema_arrow.names if not name.startswith("__index_level_")]  # pandas' own
+    with table:
+        for batch in table.iter_batches(columns=columns):
+            yield from map(_given, batch.to_pylist())
+
+
+def _given(value: Any) -> Any:
+    """Leave out, at any depth, the keys that hold null: a table has no other way to say that a row lacks a field."""
+    if isinstance(value, dict):
+        return {name: _given(entry) for name, entry in value.items() if entry is not None}
+    return [_given(entry) for entry in value] if isinstance(value, list) else value
+
+
+def parse_request(text: str) -> Any:
+    """Read a request given as JSON, or as the bare text of who the user is."""
+    return _from_json(text, "the request") if text.lstrip().startswith(("{", '"')) else text.strip()
+
+
+def _from_json(text: str | bytes, place: str) -> Any:
+    try:
+        request = json.loads(text)
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{place} is no valid JSON: {error}") from error
+    if not isinstance(request, str | dict):
+        raise ValueError(f"{place} is {request!r}: expected a request, an object or a text")
+    return request
 
 
 def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, Any]:
@@ -66,7 +91,8 @@ def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, An
     ordered = order(log.interactions, recipe.data.seed)
     places = histories(ordered).get(user_id)
     if places is None:
-        raise ValueError(f"user {user_id!r} is not in the log; the first users are {ordered['user_id'].unique()[:5]}")
+        known = ", ".join(map(repr, ordered["user_id"].unique()[:5]))
+        raise ValueError(f"user {user_id!r} is not in the log, which begins with the users {known}")
     writer = RequestWriter(log)
     return writer.request(user_id, writer.events(ordered.iloc[places]))
 
@@ -74,7 +100,14 @@ def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, An
 def write_answers(
     recommend: RecommendationPipeline, requests: Iterator[Any], output: Path, batch_size: int, **options: Any
 ) -> int:
-    """Answer requests into a .jsonl file, in their order; nothing is left behind if it fails half way."""
+    """Answer requests into a .jsonl file, in their order; if one fails, the file stays as it was, or absent.
+
+    Returns:
+        How many requests there were.
+
+    Raises:
+        ValueError: A request cannot be used; the message says among which it is.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     count = 0
@@ -84,6 +117,8 @@ def write_answers(
                 lines.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 count += 1
         partial.replace(output)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"among requests {count + 1} to {count + batch_size}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return count

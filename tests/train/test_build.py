@@ -214,11 +214,8 @@ def test_the_same_seed_makes_the_same_model_and_another_seed_another(make_recipe
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_the_attention_and_what_is_frozen_are_the_recipes(make_recipe):
-    run = prepare(make_recipe(model={"attention": "eager", "freeze_segments": True}))
-    assert run.model.config._attn_implementation == "eager"
-    assert run.model.model.segments_are_frozen
-    assert not prepare(make_recipe()).model.model.segments_are_frozen
+def test_the_attention_is_the_recipes(make_recipe):
+    assert prepare(make_recipe(model={"attention": "eager"})).model.config._attn_implementation == "eager"
 
 
 def test_a_run_is_saved_whole(saved):
