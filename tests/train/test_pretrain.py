@@ -238,6 +238,15 @@ def test_without_held_out_texts_there_is_no_perplexity(make_recipe, watched):
     assert sorted(index for _, index in watched[0].asked) == list(range(15))
 
 
+def test_a_model_trained_in_bfloat16_answers_in_float32_as_it_does_when_loaded(make_recipe):
+    run = prepare(make_recipe(training={"bf16": True}))
+    fit(run)
+    loaded = type(run.model)(run.model.config).eval()
+    loaded.load_state_dict(run.model.state_dict())
+    rows = [TextRows(run.writer.items, run.processor, {"item": 1.0}, 0)[index] for index in range(15)]
+    assert perplexity(run.model, rows, run.collator) == perplexity(loaded, rows, run.collator)
+
+
 def test_a_text_is_learnt_by_heart(make_recipe, tmp_path):
     recipe = make_recipe(
         pretraining={"valid_fraction": 0.0},

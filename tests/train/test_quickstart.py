@@ -25,7 +25,7 @@ TINY = [
     "model.config.embedding_dim=16",
     "text.vocab_size=500",
     "text.max_events=10",
-    "training.num_train_epochs=8",
+    "training.num_train_epochs=30",
     "training.per_device_train_batch_size=8",
     "training.learning_rate=1e-2",
 ]
@@ -98,7 +98,7 @@ def test_folder_holds_all_that_is_promised_and_no_pickle(done):
     assert not [name for name in names if name.startswith((".", "checkpoint-"))]
     assert not [path for path in output.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert isinstance(AutoModel.from_pretrained(output), M6RecForRecommendation)
-    assert AutoModel.from_pretrained(output).config.trained_tasks == ["plausibility", "retrieval", "writing"]
+    assert AutoModel.from_pretrained(output).config.trained_tasks == ["retrieval"]
     assert output.name in (output / "README.md").read_text(encoding="utf-8")
 
 
@@ -163,7 +163,7 @@ def test_screen_shows_table_and_seconds(done):
         assert f"({value:.1f} s)" in screen
         assert f"{name} {value:.0f} s" in screen.partition("== done")[2]
     assert "399 ratings of 30 films by 40 users" in screen
-    assert "40/40" in bars, "progress of training"
+    assert "150/150" in bars, "progress of training"
     assert "missing keys" not in bars
 
 
