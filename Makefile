@@ -24,7 +24,7 @@ $(VENV)/.movielens: $(VENV)/.installed
 	@touch $@
 
 quickstart: $(VENV)/.movielens ## install, train on MovieLens-100K, evaluate and recommend (10 minutes on 2 cores)
-	HF_HUB_OFFLINE=1 $(BIN)/m6rec quickstart $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/m6rec quickstart $(ARGS)
 
 test: $(VENV)/.installed lint types ## lint, types and the fast tests (15 minutes)
 	$(PYTEST)

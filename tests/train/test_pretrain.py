@@ -274,7 +274,7 @@ def test_what_a_bidirectional_document_gives_away_is_refused(make_recipe):
     assert fit(prepare(make_recipe(model={"config": config}, pretraining={"objectives": objectives}))) == {}
 
 
-def test_training_is_resumed(make_recipe, monkeypatch, tmp_path):
+def test_training_is_resumed(make_recipe, watched, monkeypatch, tmp_path):
     """Stopped after one epoch of two and resumed, the weights are those of a run in one go."""
 
     class Stop(TrainerCallback):
@@ -296,6 +296,7 @@ def test_training_is_resumed(make_recipe, monkeypatch, tmp_path):
     trained("parts", stop=True)
     (checkpoint,) = (tmp_path / "parts").glob("checkpoint-*")
     resumed = trained("parts", resume_from_checkpoint=str(checkpoint))
+    assert {epoch for epoch, _ in watched[-1].asked} == {1}, "the first is not run again"
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 

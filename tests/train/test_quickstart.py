@@ -14,8 +14,13 @@ import pytest
 from transformers import AutoModel, pipeline
 
 from m6rec import M6RecForRecommendation
+from m6rec.train import finetune
+from m6rec.train.build import prepare
 from m6rec.train.cli import main
+from m6rec.train.evaluation import rank_catalogue, ranking_examples
+from m6rec.train.finetune import full_report
 from m6rec.train.quickstart import ranking_table
+from m6rec.train.recipe import load_recipe
 from tests.conftest import real_data
 
 STAGES = ["data", "training", "evaluation", "saving", "recommendations"]
@@ -228,12 +233,28 @@ def test_what_cannot_be_shown_is_refused_before_training(films, tmp_path, capsys
     assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_seen_films_may_stay_in(films, tmp_path, capsys):
+def test_seen_films_may_stay_in(films, tmp_path, capsys, monkeypatch):
     few = ["evaluation.exclude_seen=false", "training.max_steps=2", "evaluation.max_users=2"]
-    assert main(["quickstart", "--data", str(films), "--output", str(tmp_path / "model"), *TINY, *few]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--data", str(films), "--output", "1997", *TINY, *few]) == 0
     assert "of each of 2 users" in (screen := capsys.readouterr().out)
     assert "seen films among them" in screen
-    assert {row["seen"] for row in read_json(tmp_path / "model" / "report.json")["rows"]} == {"in"}
+    assert {row["seen"] for row in read_json(tmp_path / "1997" / "report.json")["rows"]} == {"in"}
+
+
+def test_what_is_measured_after_training_in_bfloat16_is_what_is_saved(films, tmp_path, monkeypatch):
+    def scores(run):
+        examples = ranking_examples(
+            run.writer, run.processor, run.split, "test", run.recipe.evaluation, run.recipe.seed
+        )
+        return rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16=False)
+
+    measured = []
+    monkeypatch.setattr(finetune, "full_report", lambda run: measured.append(scores(run)) or full_report(run))
+    few = ["training.bf16=true", "training.max_steps=5"]
+    assert main(["quickstart", "--data", str(films), "--output", str(tmp_path / "model"), *TINY, *few]) == 0
+    saved = load_recipe(tmp_path / "model", [f"model.checkpoint={tmp_path / 'model'}"])
+    numpy.testing.assert_allclose(measured[0], scores(prepare(saved)), rtol=0, atol=1e-6)
 
 
 def test_table_by_hand():

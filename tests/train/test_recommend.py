@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pandas
+import pyarrow.parquet
 import pytest
 
 from m6rec.catalogue_m6rec import Catalogue
@@ -81,9 +82,11 @@ def test_rows_of_parquet_are_read_as_lines_are(tmp_path):
 
 
 def test_an_index_of_pandas_is_no_field(tmp_path):
-    frame = pandas.DataFrame({"user": ["a", "b", "c"], "facts": [["x"], [], None]})
+    frame = pandas.DataFrame({"user": ["a", "b", "c", "d"], "facts": [["x"], [], None, []]})
     frame[frame["user"] != "b"].to_parquet(tmp_path / "some.parquet")
-    assert list(read_requests(tmp_path / "some.parquet")) == [{"user": "a", "facts": ["x"]}, {"user": "c"}]
+    assert "__index_level_0__" in pyarrow.parquet.read_schema(tmp_path / "some.parquet").names
+    rows = list(read_requests(tmp_path / "some.parquet"))
+    assert rows == [{"user": "a", "facts": ["x"]}, {"user": "c"}, {"user": "d", "facts": []}]
 
 
 def test_large_tables_and_files_are_read_one_by_one(tmp_path):

@@ -19,9 +19,8 @@ def bootstrap_interval(
     """Return the percentile bootstrap interval of a statistic.
 
     The rows are drawn with replacement, as many as there are, `samples` times; the interval holds the middle `level` of
-    the statistic's values (quantiles (1 - level) / 2 and (1 + level) / 2, interpolated). With groups whole groups are
-    drawn, as many as there are, with all their rows: the rows of one user are no independent evidence. A single row or
-    group gives an interval without width. For a metric, resample what it is computed from:
+    the statistic's values. With groups whole groups are drawn, as many as there are, with all their rows: the rows of
+    one user are no independent evidence. For a metric, resample what it is computed from:
     `bootstrap_interval(ranks, lambda r: ndcg_at_k(r, 10))`, or
     `bootstrap_interval(np.column_stack([scores, labels]), lambda rows: auc(*rows.T), groups=users)`. To compare two
     models on the same examples, give the differences of their values.
