@@ -167,6 +167,12 @@ def prepare(recipe: Recipe) -> Run:
     return Run(recipe, log, split, writer, processor, model, catalogue, collator)
 
 
+def plain_forward(model: torch.nn.Module) -> None:
+    """Take back what bf16 training leaves: a `forward` of the instance that computes in bfloat16 ever after."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+
+
 def save(run: Run) -> None:
     """Write model, processor and resolved recipe into the output folder."""
     run.model.save_pretrained(run.recipe.output_dir)
@@ -181,6 +187,7 @@ __all__ = [
     "make_processor",
     "make_split",
     "on_cpu",
+    "plain_forward",
     "prepare",
     "save",
     "seed_everything",

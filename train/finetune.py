@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ..segment_cache_m6rec import SegmentCache
 from . import evaluation
-from .build import Run, on_cpu, prepare, save, use_bf16
+from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .examples import training_rows
 from .recipe import Recipe, write_json
 from .recommend import build_catalogue
@@ -116,6 +116,7 @@ def fit(run: Run) -> M6RecTrainer:
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
     trainer = M6RecTrainer(run, model=run.model, args=arguments, train_dataset=Rows(rows), data_collator=run.collator)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    plain_forward(run.model)
     run.model.eval()
     run.model.config.trained_tasks = sorted({*(run.model.config.trained_tasks or []), *run.recipe.task.learn})
     return trainer

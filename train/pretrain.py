@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..items_m6rec import item_texts
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization import M6RecProcessor
-from .build import Run, on_cpu, prepare, save, use_bf16
+from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .collator import UNKNOWN, M6RecDataCollator
 from .recipe import Recipe, write_json
 
@@ -107,12 +107,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
 
 
-def plain_forward(model: torch.nn.Module) -> None:
-    """Take back what bf16 training leaves: a `forward` of the instance that computes in bfloat16 ever after."""
-    for name in ("forward", "_original_forward"):
-        vars(model).pop(name, None)
-
-
 def fit(run: Run) -> dict[str, float]:
     """Train on the texts of the items; returns the perplexity of each objective on held-out texts.
 
@@ -163,7 +157,6 @@ __all__ = [
     "TextRows",
     "fit",
     "perplexity",
-    "plain_forward",
     "pretrain",
     "text_row",
     "training_arguments",

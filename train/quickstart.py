@@ -17,7 +17,6 @@ from ..model_cards import CardFacts, DataFacts, hardware, write_card
 from ..pipeline_m6rec import RecommendationPipeline
 from . import finetune
 from .build import Run, prepare, save
-from .pretrain import plain_forward
 from .recipe import VERSIONED, Recipe, load_recipe, write_json
 from .recommend import build_catalogue
 from .splits import histories, order
@@ -69,7 +68,6 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
         say(f"{events:,} ratings of {len(run.writer.items):,} films by {users:,} users")
     with stage("training", seconds, say):
         trainer = finetune.fit(run)
-        plain_forward(run.model)
         say(f"{trainer.state.max_steps} steps, {run.model.num_parameters():,} parameters")
         for checkpoint in output.glob("checkpoint-*"):  # the best one is in memory, and saved below
             shutil.rmtree(checkpoint)
