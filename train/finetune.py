@@ -3,7 +3,6 @@
 m6rec finetune movielens training.output_dir=runs/films
 """
 
-import logging
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -15,9 +14,6 @@ from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .examples import training_rows
 from .recipe import Recipe, write_json
 from .recommend import build_catalogue
-
-logger = logging.getLogger(__name__)
-
 
 LOGGED = ("ndcg@10", "recall@10", "auc", "rmse")
 """Metrics that are shown during training; all are returned, and can choose the best checkpoint."""
