@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .beside_peft import register_beside_peft
 from .catalogue_m6rec import Catalogue
 from .configuration_m6rec import KINDS, PRESETS, TASKS, M6RecConfig
 from .modeling_m6rec import M6RecForRecommendation, M6RecOutput
@@ -20,6 +21,7 @@ AutoProcessor.register(M6RecConfig, M6RecProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline("recommendation", RecommendationPipeline, AutoModelForCausalLM, type="text")
 M6RecConfig.register_for_auto_class("AutoConfig")
 M6RecForRecommendation.register_for_auto_class("AutoModelForCausalLM")
+register_beside_peft()
 
 __all__ = [
     "KINDS",

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     written: torch.Tensor
     """bool: text that the model writes (causal, carries the loss of writing); plain rows are written."""
     request: torch.Tensor
-    """1, 2, ... in the row; 0 = before any request (a lone target, a plain row)."""
+    """1, 2, ... in the row; 0 = before any request (a lone target). The documents of a plain row: 0, 1, ..."""
     target: torch.Tensor
     """1, 2, ... in the row; 0 = source, or a plain row."""
     kind: torch.Tensor
@@ -90,22 +90,26 @@ def pick(slot: torch.Tensor, slots: int) -> Picked:
 def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: M6RecConfig) -> Layout:
     """Read the structure of each row off its ids. A later token never changes the place of an earlier one.
 
-    A row is structured iff its first token that is not padding is [BOS'] or [BOS]; else it is a plain document.
+    A row is structured iff its first token that is not padding is [BOS'] or [BOS]; else it is a plain document, or
+    several (packing): there a new number in the mask begins a new document, as in a mask of 1 1 1 2 2 3 3 3 0.
 
     Args:
         input_ids: B x T ids.
         attention_mask: B x T, nonzero = not padding; None = padding is where the pad id stands.
         config: Says which ids open and close what.
     """
-    valid = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
+    number = (input_ids != config.pad_token_id) if attention_mask is None else attention_mask
+    valid = number.bool()
     rank = valid.cumsum(1) - 1
     opens_source, opens_target = input_ids == config.source_token_id, input_ids == config.bos_token_id
     structured = ((opens_source | opens_target) & valid & (rank == 0)).any(1, keepdim=True)
     real = valid & structured
     opens_source, opens_target = opens_source & real, opens_target & real
+    previous = torch.nn.functional.pad(_latest(valid), (1, -1), value=-1)
+    opens_document = valid & ~structured & (number != _at(number, previous))
 
     # Regions: the latest opener decides. Targets of one request share its source and its positions after it.
-    opener = _latest(opens_source | opens_target)
+    opener = _latest(opens_source | opens_target | opens_document)
     before = torch.nn.functional.pad(opener, (1, -1), value=-1)
     source = _at(opens_source, opener)
     first_target = _latest(opens_target & _at(opens_source, before))
@@ -117,8 +121,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
     source_end = (input_ids == config.source_end_token_id) & real
     marker = opens_source | opens_target | source_end | (input_ids == config.eos_token_id) & real
     closes = marker | (input_ids == config.segment_token_id) & real
-    previous = torch.nn.functional.pad(_latest(valid), (1, -1), value=-1)
-    opens_segment = valid & (rank == 0) | real & ((kind_here > 0) | marker | _at(closes, previous))
+    opens_segment = opens_document | real & ((kind_here > 0) | marker | _at(closes, previous))
     segment_start = _latest(opens_segment)
 
     # Events: [EVENT] opens one; [NOW] and [EOS'] close the last, so that the user vector never reads the moment.
@@ -135,7 +138,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
         valid,
         source,
         written,
-        opens_source.cumsum(1),
+        opens_source.cumsum(1) + (opens_document.cumsum(1) - 1).clamp_min(0),
         opens_target.cumsum(1) * ~source,
         _at(kind_here, segment_start),
         event,

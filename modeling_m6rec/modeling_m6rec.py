@@ -5,7 +5,8 @@ the score head, E places of a row where a user is read, M items, H = hidden_size
 """
 
 import hashlib
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,23 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .adapters_m6rec import adapter_settings, load_adapted
 from .configuration_m6rec import M6RecConfig
 from .heads_m6rec import Beside, item_places, mean_log_likelihood, target_ends, user_places
 from .layers_m6rec import M6RecWritingTransform, make_norm
 from .layout_m6rec import Layout, blank, layout, read
 from .losses_m6rec import (
     UNKNOWN,
-    click_loss,
-    interaction_loss,
     rating_from_logits,
-    rating_loss,
     retrieval_loss,
+    score_losses,
     text_loss,
     text_targets,
 )
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
 from .pipeline_m6rec import RecommendationPipeline
 from .plans_m6rec import last_states
-from .segment_cache_m6rec import SegmentCache, SegmentKey
+from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters
 
 
 @dataclass
@@ -79,6 +79,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"^score_head\."]  # of a checkpoint whose scores are now read by options
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__(config)
@@ -121,6 +122,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         exit_layer: int | None = None,
         plan: str | None = None,
         segment_cache: SegmentCache | None = None,
+        only_losses: bool = False,
+        contrast: Callable[..., torch.Tensor] = retrieval_loss,
         **kwargs: Any,
     ) -> M6RecOutput:
         """Read rows and answer with every head; the labels that are given select the losses.
@@ -150,9 +153,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             exit_layer: Stop after so many joint layers; None = all.
             plan: How to run; see `plans_m6rec`.
             segment_cache: Segment states kept between calls, for plan "cached".
-            **kwargs: Handed on, `num_items_in_batch` to the loss of writing.
+            only_losses: Return the losses and compute nothing else: what training reads.
+            contrast: Computes the retrieval loss; arguments as of `retrieval_loss`.
+            **kwargs: Handed on; `num_items_in_batch` to the losses: a number of tokens to be written, or for each loss
+                by name the weight of its labels (`label_weights`) in the whole optimizer step.
         """
-        count = kwargs.pop("num_items_in_batch", None)
+        step = kwargs.pop("num_items_in_batch", None)
+        step = step if isinstance(step, Mapping) else {"text": step}
         score_labels = {"click": click_labels, "rating": rating_labels, "interaction": interaction_labels}
         score_labels = {task: given for task, given in score_labels.items() if given is not None}
         out = self.model(
@@ -178,12 +185,16 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         exit_scores = [self._scores(state, chosen, lay) for state in exits]
         found: dict[str, torch.Tensor] = {}
         if labels is not None:
-            found["text"] = self._text_loss(states, beside(labels, UNKNOWN), lay, count)
-        found.update(self._score_losses(exit_scores, score_labels))
+            found["text"] = self._text_loss(states, beside(labels[:, -ids.shape[1] :], UNKNOWN), lay, step.get("text"))
+        found.update(score_losses(exit_scores, score_labels, self.config, step))
         if retrieval_labels is not None:
             items = self._items(item_states if item_input_ids is None else out.alone_states, item_memory_ids)
             wanted = beside(retrieval_labels, UNKNOWN)
-            found["retrieval"] = self._retrieval_loss(states, lay, wanted, items, item_log_frequency)
+            users = self._labelled_users(states, lay, wanted)
+            against = (items, wanted[wanted != UNKNOWN], self.config.embedding_temperature, item_log_frequency)
+            found["retrieval"] = contrast(users, *against, step.get("retrieval"))
+        if only_losses:
+            return M6RecOutput(loss=self._total(found), losses=found)
         if return_logits is None:
             return_logits = labels is not None or not found
         users, item_vectors = self._vectors(out, chosen, beside, item_ids, hidden_events)
@@ -306,8 +317,10 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         if self.score_head is not None:
             return blank(self.score_head(states), ends)
         first = self.config.first_option_token_id
-        embeds = self.model.embeddings.tokens.weight[first : first + self.config.num_labels]
-        return blank(states @ self.model.embeddings.projection(embeds).T, ends)
+        # The module is asked, not its weight: an adapter may have trained these tokens.
+        options = torch.arange(first, first + self.config.num_labels, device=ids.device)
+        embeds = self.model.embeddings.projection(self.model.embeddings.tokens(options))
+        return blank(states @ embeds.T, ends)
 
     def _logits(self, out: M6RecModelOutput, tokens: int, to_keep: int | torch.Tensor) -> torch.Tensor:
         """B x Q x V logits; of tokens that were left out they mean nothing."""
@@ -360,26 +373,6 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         known = targets != UNKNOWN
         return text_loss(self.write_logits(states[known]), targets[known], count)
 
-    def _score_losses(
-        self, exit_scores: list[torch.Tensor], labels: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Losses over all exits; weights rise with depth and sum to 1 (paper, early exit: 2k / (L (L + 1)))."""
-        found: dict[str, torch.Tensor] = {}
-        compute = {"click": click_loss, "rating": rating_loss, "interaction": interaction_loss}
-        layers = sorted({*(self.config.exit_layers or []), self.config.num_joint_layers})
-        for task, given in labels.items():
-            if given.shape[:2] != exit_scores[-1].shape[:2]:
-                raise ValueError(
-                    f"{task}_labels has shape {tuple(given.shape)}, but rows and most targets of a row are "
-                    f"{tuple(exit_scores[-1].shape[:2])}: pad with -100"
-                )
-            own = [scores[..., self.config.score_slices[task]] for scores in exit_scores]
-            weights = [layer / sum(layers) for layer in layers] if len(own) == len(layers) else [1.0]
-            found[task] = sum(
-                weight * compute[task](logits, given, self.config) for weight, logits in zip(weights, own)
-            )
-        return found
-
     def _items(self, states: torch.Tensor | None, memory_ids: torch.Tensor | None) -> torch.Tensor:
         if states is None:
             raise ValueError(
@@ -396,14 +389,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             raise ValueError("an item's segment must end with [SEG]: encode items with M6RecProcessor.encode_items")
         return keys
 
-    def _retrieval_loss(
-        self,
-        states: torch.Tensor,
-        lay: Layout,
-        labels: torch.Tensor,
-        items: torch.Tensor,
-        log_frequency: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _labelled_users(self, states: torch.Tensor, lay: Layout, labels: torch.Tensor) -> torch.Tensor:
         known = labels != UNKNOWN
         if self.config.history_attention == "bidirectional":
             last = (lay.event * lay.source).amax(1, keepdim=True)
@@ -412,8 +398,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                     "with bidirectional history a user vector before the last event has seen the answer: label the "
                     "last event only, or set history_attention='causal'"
                 )
-        users = self._project(self.user_projection, states[known])
-        return retrieval_loss(users, items, labels[known], self.config.embedding_temperature, log_frequency)
+        return self._project(self.user_projection, states[known])
 
     def _total(self, found: dict[str, torch.Tensor]) -> torch.Tensor | None:
         weights = self.config.loss_weights or {}
@@ -438,8 +423,9 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
-        digest = hashlib.sha256(repr(sorted(self._vector_settings().items())).encode())
         parts = [*self.model.segment_modules(), self.item_norm, self.item_projection]
+        settings = sorted(self._vector_settings().items()), active_adapters(parts)
+        digest = hashlib.sha256(repr(settings).encode())
         for part in [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])]:
             for name, tensor in part.state_dict().items():
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -455,10 +441,27 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, revision: str = "main", **kwargs: Any) -> Any:
         """Load as `PreTrainedModel.from_pretrained` does, and remember the revision: the catalogue's is the same."""
-        loaded = super().from_pretrained(name, *args, revision=revision, **kwargs)
+        adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or name
+        settings = adapter_settings(adapter, revision=revision)
+        if settings is None:
+            loaded = super().from_pretrained(name, *args, revision=revision, **kwargs)
+        else:
+            kwargs.pop("adapter_kwargs", None)
+            loaded = load_adapted(cls, adapter, settings, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.revision = revision
         return loaded
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: Any, num_joint_layers: int | None = None, tokenizer: Any = None, **fields: Any
+    ) -> Any:
+        """Make an M6Rec of a published language model; arguments as of `m6rec.conversion.from_backbone`."""
+        try:
+            conversion = importlib.import_module("m6rec.conversion")
+        except ImportError as error:
+            raise ImportError("only the package can read other models' weights: install m6rec") from error
+        return conversion.from_backbone(backbone, num_joint_layers, tokenizer, **fields)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save weights and configuration, and beside them the code that loads them without this package."""

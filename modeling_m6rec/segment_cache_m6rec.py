@@ -1,9 +1,11 @@
 """Segment states kept between calls: an item's text is read once, for as long as the model does not change."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from .network_m6rec import M6RecModel
@@ -72,12 +74,18 @@ def _identity(model: "M6RecModel") -> tuple:
     weights = tuple(
         (weight.data_ptr(), weight._version, weight.dtype) for module in modules for weight in module.parameters()
     )
-    adapters = []
+    return id(model), weights, active_adapters(modules), modules[0].training, repr(model.config.to_dict())
+
+
+def active_adapters(modules: Iterable[nn.Module]) -> tuple:
+    """Say of each place with adapters of PEFT which are active, or that they are disabled, and how they are scaled."""
+    found = []
     for part in (part for module in modules for part in module.modules()):
         active = getattr(part, "active_adapters", None)
         if isinstance(active, list | tuple):
-            adapters.append((bool(getattr(part, "disable_adapters", False)), tuple(active)))
-    return id(model), weights, tuple(adapters), modules[0].training, repr(model.config.to_dict())
+            scales = getattr(part, "scaling", None)
+            found.append((bool(getattr(part, "disable_adapters", False)), tuple(active), repr(scales)))
+    return tuple(found)
 
 
-__all__ = ["SegmentCache", "SegmentKey"]
+__all__ = ["SegmentCache", "SegmentKey", "active_adapters"]

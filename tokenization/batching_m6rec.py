@@ -1,4 +1,4 @@
-"""Rows side by side: labels of written text, padding, and text infilling."""
+"""Rows side by side: labels of written text, padding, text infilling, and masked texts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +10,8 @@ IGNORED = -100
 """The label that no loss counts."""
 PER_TARGET = frozenset({"click_labels", "rating_labels", "interaction_labels"})
 MASKED_SHARE, MEAN_SPAN = 0.15, 3  # not given in the paper; ours (as in T5)
+HIDDEN, REPLACED = 0.8, 0.1
+"""Shares of a masked text's chosen tokens that [MASK] or any other token stands for; the rest stay (as in BERT)."""
 
 
 def written_labels(input_ids: Sequence[int], ids: Mapping[str, int], text_token_id: int) -> list[int]:
@@ -98,6 +100,31 @@ def infilling(
     return [*opened, ids["bos_token_id"], text_token_id, *target[:-1], ids["eos_token_id"]]
 
 
+def masking(
+    text_ids: Sequence[int], mask_token_id: int, ordinary: Sequence[int], rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Hide some tokens of a text for a model that reads it in both directions.
+
+    Args:
+        text_ids: The text, one token at least.
+        mask_token_id: The id of [MASK].
+        ordinary: Ids of text, out of which replacements are drawn.
+        rng: Where every draw comes from.
+
+    Returns:
+        The row as it is read, and its labels: the hidden ids at their own places.
+    """
+    row, labels = list(text_ids), [IGNORED] * len(text_ids)
+    places = rng.choice(len(row), max(1, round(MASKED_SHARE * len(row))), replace=False)
+    for place, draw in zip(places.tolist(), rng.random(len(places)).tolist()):
+        labels[place] = row[place]
+        if draw < HIDDEN:
+            row[place] = mask_token_id
+        elif draw < HIDDEN + REPLACED:
+            row[place] = ordinary[int(rng.integers(len(ordinary)))]
+    return row, labels
+
+
 def _spans(length: int) -> tuple[int, int]:
     """How many spans to mask in a text of so many tokens, and how many tokens in all."""
     masked = max(1, round(MASKED_SHARE * length))
@@ -175,4 +202,4 @@ def _dtype(values: Iterable[Any]) -> type:
     return np.float32 if "f" in kinds else np.int64
 
 
-__all__ = ["IGNORED", "infilling", "pad", "written_labels"]
+__all__ = ["IGNORED", "infilling", "masking", "pad", "written_labels"]

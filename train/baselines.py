@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Characters of Chinese and Japanese, which are written without spaces."""
+from .metrics import UNSPACED
+
 WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
 """A word of any script with spaces, or a single character of one without."""
 

@@ -1,22 +1,29 @@
 """From a recipe to what a run needs: log, split, tokenizer, processor, model."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, AutoProcessor, set_seed
+from transformers import AutoProcessor, TokenizersBackend, set_seed
 
 from ..configuration_m6rec import M6RecConfig
+from ..conversion import load_tokenizer
 from ..modeling_m6rec import M6RecForRecommendation
-from ..tokenization import M6RecProcessor, M6RecTokenizer, load_template
+from ..tokenization import M6RecProcessor, M6RecTokenizer
+from ..tuning import load_model, quantized
+from .checkpoints import files_written_whole
 from .collator import CatalogueRows, M6RecDataCollator
 from .data import Log, read_log
 from .examples import RequestWriter
 from .recipe import Recipe
-from .splits import Split, by_time, leave_one_out
+from .sections import ModelArguments
+from .splits import Split, by_time, given, leave_one_out
+from .tuning import save_model
 
 logger = logging.getLogger(__name__)
 SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
@@ -32,9 +39,15 @@ class Run:
     split: Split
     writer: RequestWriter
     processor: M6RecProcessor
-    model: M6RecForRecommendation
+    model: Any
+    """What is called: the M6Rec model, or the PeftModel around it."""
     catalogue: CatalogueRows
     collator: M6RecDataCollator
+
+    @property
+    def base_model(self) -> M6RecForRecommendation:
+        """The M6Rec model, which stands within a PeftModel where an adapter is trained."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def texts(self) -> list[str]:
@@ -70,25 +83,34 @@ def make_split(recipe: Recipe, log: Log) -> Split:
     arguments = recipe.evaluation
     if arguments.split == "leave-one-out":
         return leave_one_out(log.interactions, recipe.data.seed)
+    if arguments.split == "given":
+        return given(log.interactions, recipe.data.seed)
     return by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, recipe.data.seed)
 
 
-def make_processor(recipe: Recipe, log: Log, writer: RequestWriter) -> M6RecProcessor:
-    """Take the checkpoint's processor, or train a tokenizer on the log's texts and make a new one.
+def make_processor(
+    recipe: Recipe, log: Log, writer: RequestWriter, texts: Iterable[str] | None = None
+) -> M6RecProcessor:
+    """Take the checkpoint's processor, or make a new one: with the backbone's tokenizer, or one trained on texts.
 
-    The texts are those of items and users; nothing of the events is read, so that no held-out event can leak.
+    The texts are those of users and, unless others are given, of items; nothing of the events is read, so that no
+    held-out event can leak.
     """
     text = recipe.text
     if recipe.model.checkpoint:
         processor = AutoProcessor.from_pretrained(recipe.model.checkpoint)
         tokenizer, rows = processor.tokenizer, processor.item_rows
-        settings = {name: getattr(processor, name) for name in ("template", "time", "options")}
+        settings = {"time": processor.time, "options": processor.options}
+        settings["template"] = text.template(processor.template)
     else:
-        template, rows = load_template(text.domain, text.language), None
+        template, rows = text.template(), None
         # Appending an event must not change what earlier ones say, where history is causal.
         both_ways = recipe.model.config.get("history_attention") == "bidirectional"
         settings = {"template": template, "time": "ago" if both_ways else "gap"}
-        tokenizer = M6RecTokenizer.train(_training_texts(log, template), vocab_size=text.vocab_size)
+        if recipe.model.backbone:
+            tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone))
+        else:
+            tokenizer = M6RecTokenizer.train(_training_texts(log, template, texts), vocab_size=text.vocab_size)
     if recipe.model.item_memory:
         rows = dict(rows or {})
         new = [item_id for item_id in writer.item_ids if item_id not in rows]
@@ -96,10 +118,16 @@ def make_processor(recipe: Recipe, log: Log, writer: RequestWriter) -> M6RecProc
     return M6RecProcessor(tokenizer, max_length=text.max_length, max_events=text.max_events, item_rows=rows, **settings)
 
 
-def _training_texts(log: Log, template: dict[str, Any]) -> list[str]:
-    """Texts a new tokenizer learns from: items, users, and all words of the template."""
+def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend) -> M6RecTokenizer:
+    """Make the tokenizer of a model that begins as a backbone, of the backbone's own."""
+    chosen = {name: value for name, value in arguments.config.items() if name == "num_options"}
+    return M6RecTokenizer.from_backbone(own, **chosen)
+
+
+def _training_texts(log: Log, template: dict[str, Any], texts: Iterable[str] | None) -> Iterator[str]:
+    """Texts a new tokenizer learns from: items (or the given ones), users, and all words of the template."""
     users = [] if log.users is None else [" ".join(texts) for texts in log.users.itertuples(index=False, name=None)]
-    return [*item_texts(log), *users, *_words(template)]
+    return chain(item_texts(log) if texts is None else texts, users, _words(template))
 
 
 def _words(template: Any) -> list[str]:
@@ -115,11 +143,16 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     fields = dict(arguments.config)
     if recipe.task.interactions:
         fields["interactions"] = list(recipe.task.interactions)
+    fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
     if arguments.checkpoint:
         scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
         # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
-        model = AutoModel.from_pretrained(arguments.checkpoint, **{"dtype": "float32", **fields})
+        fields = {"dtype": "float32", **fields, **quantized(recipe.tuning.quantization)}
+        model = load_model(arguments.checkpoint, **fields)
         _change_scores(model, scored)
+    elif arguments.backbone:
+        model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
+        check_length(model.config, processor.max_length)
     else:
         lengths = {"max_position_embeddings": max(processor.max_length, fields.pop("max_position_embeddings", 0))}
         ids = processor.tokenizer.structural_ids
@@ -129,6 +162,14 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     if rows and max(rows.values()) != model.config.num_item_memory:
         model.resize_item_memory(max(rows.values()))
     return model
+
+
+def check_length(config: M6RecConfig, max_length: int) -> None:
+    """Refuse rows for which a backbone has not learnt enough positions."""
+    learnt = config.max_position_embeddings
+    counts_on = config.position_embedding_type == "learned" and config.joint_positions == "request"
+    if counts_on and max_length > learnt:
+        raise ValueError(f"text.max_length={max_length}, but the backbone knows {learnt} positions: set it to {learnt}")
 
 
 def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> None:
@@ -151,20 +192,31 @@ def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> Non
     model.score_head = new
 
 
-def prepare(recipe: Recipe) -> Run:
-    """Read the data, hold out what is evaluated, and make processor and model."""
+def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None = None) -> Run:
+    """Read the data, hold out what is evaluated, and make processor and model.
+
+    Args:
+        recipe: Says all of it.
+        log: The data, if they have been read.
+        texts: What a new tokenizer learns from in place of the items' texts.
+    """
     seed_everything(recipe.seed)
-    log = read_log(recipe.data)
+    log = read_log(recipe.data) if log is None else log
     split = make_split(recipe, log)
     writer = RequestWriter(log)
-    processor = make_processor(recipe, log, writer)
+    processor = make_processor(recipe, log, writer, texts)
     model = make_model(recipe, processor)
-    rows = [writer.rows[item_id] for item_id in split.train["item_id"]]
-    counts = np.bincount(rows, minlength=len(writer.item_ids))
-    catalogue = CatalogueRows.read(writer.items, counts, processor)
+    catalogue = catalogue_rows(writer, split, processor)
     collator = M6RecDataCollator(processor, model.config, catalogue, recipe.task, recipe.seed)
-    logger.info("%d parameters, %d items, %d training events", model.num_parameters(), len(counts), len(split.train))
+    sizes = (model.num_parameters(), len(writer.items), len(split.train))
+    logger.info("%d parameters, %d items, %d training events", *sizes)
     return Run(recipe, log, split, writer, processor, model, catalogue, collator)
+
+
+def catalogue_rows(writer: RequestWriter, split: Split, processor: M6RecProcessor) -> CatalogueRows:
+    """Read all items, and count their training events."""
+    rows = [writer.rows[item_id] for item_id in split.train["item_id"]]
+    return CatalogueRows.read(writer.items, np.bincount(rows, minlength=len(writer.item_ids)), processor)
 
 
 def plain_forward(model: torch.nn.Module) -> None:
@@ -174,14 +226,18 @@ def plain_forward(model: torch.nn.Module) -> None:
 
 
 def save(run: Run) -> None:
-    """Write model, processor and resolved recipe into the output folder."""
-    run.model.save_pretrained(run.recipe.output_dir)
-    run.processor.save_pretrained(run.recipe.output_dir)
-    run.recipe.save(run.recipe.output_dir)
+    """Write model, processor and resolved recipe into the output folder, all of it or nothing."""
+    with files_written_whole(run.recipe.output_dir) as folder:
+        save_model(run, folder)
+        run.processor.save_pretrained(folder)
+        run.recipe.save(folder)
 
 
 __all__ = [
     "Run",
+    "backbone_tokenizer",
+    "catalogue_rows",
+    "check_length",
     "item_texts",
     "make_model",
     "make_processor",

@@ -1,4 +1,4 @@
-"""The command `m6rec`: pretrain, finetune, evaluate, recommend, quickstart.
+"""The command `m6rec`: prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart.
 
 A recipe is a YAML file or the name of one of the package's; whatever follows it overrides it, as in
 `m6rec finetune quickstart training.learning_rate=1e-3`, with dashes in front or without.
@@ -7,8 +7,10 @@ A recipe is a YAML file or the name of one of the package's; whatever follows it
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse takes overrides before the options only: those behind them, or with dashes, are left over.
     options.overrides = sorted([*options.overrides, *more], key=given.index)
     verbose = "verbose" in options
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s")
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes that train together one does
+    level = logging.DEBUG if verbose else logging.INFO if speaks else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "urllib3", "fsspec", "matplotlib", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Warns of tied weights, of which a checkpoint holds one.
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING if verbose else logging.ERROR)
     try:
-        options.run(options)
+        with redirect_stdout(sys.stdout if speaks else None):
+            options.run(options)
     except USER_ERRORS as error:
         if verbose:
             raise
@@ -58,12 +63,22 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    learn = (
-        add("pretrain", _pretrain, "learn the items' texts"),
-        add("finetune", _finetune, "learn behaviour: retrieval, clicks, ratings, interactions"),
+    of_recipes = (
+        add("prepare", _prepare, "check a recipe's tables and report what is in them"),
+        add("pretrain", _pretrain, "learn texts: raw ones, items, whole histories"),
+        add("finetune", _finetune, "learn behaviour: retrieval, clicks, ratings, interactions, writing"),
+        add("run", _run, "all steps of a recipe: prepare, pretrain, finetune, recommend"),
     )
-    for command in learn:
+    for command in of_recipes:
         command.add_argument("recipe", help="a YAML file, or the name of a recipe of the package")
+    for command in of_recipes[1:]:
+        command.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
+    convert = add("convert", _convert, "make an M6Rec model of a published language model")
+    convert.add_argument("backbone", help="the folder or the Hub id of the language model")
+    convert.add_argument("output", help="the folder that is written")
+    convert.add_argument(
+        "--num-joint-layers", type=int, metavar="L", help="last layers that read all segments together"
+    )
     evaluate = add("evaluate", _evaluate, "measure a trained model beside the baselines")
     evaluate.add_argument("model", help="the folder of a trained model, with its recipe.yaml")
     recommend = add("recommend", _recommend, "recommend items to a user")
@@ -71,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     quick = add("quickstart", _quickstart, "train on MovieLens-100K, evaluate, recommend")
     quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
     quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
-    for command in (*learn, evaluate, recommend, quick):
+    for command in (*of_recipes, convert, evaluate, recommend, quick):
         command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
     return parser
 
@@ -89,28 +104,54 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
 
 
-def _pretrain(options: argparse.Namespace) -> None:
-    from .pretrain import pretrain
+def _prepare(options: argparse.Namespace) -> None:
+    from .preparation import report
     from .recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    print(report(load_recipe(options.recipe, options.overrides)))
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    from .recipe import load_recipe
+
+    resume = ["training.resume_from_checkpoint=true"] if options.resume else []
+    return load_recipe(options.recipe, [*options.overrides, *resume])
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from .pretrain import pretrain
+
+    recipe = _recipe(options)
     for objective, value in pretrain(recipe).items():
-        print(f"{objective:12} perplexity {value:.2f}")
-    print(f"written to {recipe.output_dir}")
+        print(f"{objective:12} perplexity {value['before']:.2f} before, {value['after']:.2f} after")
+    print(f"written to {recipe.for_pretraining().output_dir}")
 
 
 def _finetune(options: argparse.Namespace) -> None:
     from .finetune import finetune
-    from .recipe import load_recipe
+    from .printing import tables
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = _recipe(options)
     print(tables(finetune(recipe)))
     print(f"written to {recipe.output_dir}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from .run import run
+
+    run(_recipe(options), print)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    print(convert(options.backbone, options.output, options.num_joint_layers, options.overrides))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from .build import prepare
     from .finetune import full_report
+    from .printing import tables
     from .recipe import load_recipe, write_json
 
     recipe = load_recipe(options.model, [*options.overrides, f"model.checkpoint={json.dumps(options.model)}"])
@@ -148,33 +189,8 @@ def _quickstart(options: argparse.Namespace) -> None:
     quickstart(Path(options.output), options.data, options.overrides, print)
 
 
-def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Lay out a report of `full_report`: a table a task, a row a model.
-
-    >>> print(tables({"rating": {"m6rec": {"rmse": 1.0, "examples": 3}, "item_mean": {"rmse": 1.25, "examples": 3}}}))
-    rating (3 examples)
-                rmse
-    m6rec     1.0000
-    item_mean 1.2500
-    """
-    parts = []
-    for task, rows in report.items():
-        first = next(iter(rows.values()))
-        names = [name for name, value in first.items() if isinstance(value, float) and "/" not in name]
-        seen = f", seen items {first['seen']}" if "seen" in first else ""
-        width = max(map(len, rows))
-        sizes = [max(len(name), 6) for name in names]
-        lines = [f"{task} ({first['examples']} examples{seen})"]
-        lines.append(" ".join([" " * width, *(name.rjust(size) for name, size in zip(names, sizes))]))
-        for who, values in rows.items():
-            cells = (f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes))
-            lines.append(" ".join([who.ljust(width), *cells]))
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
 if __name__ == "__main__":
     sys.exit(main())
 
 
-__all__ = ["main", "tables"]
+__all__ = ["main"]

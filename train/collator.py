@@ -11,7 +11,7 @@ from ..configuration_m6rec import M6RecConfig
 from ..heads_m6rec import user_places
 from ..layout_m6rec import layout
 from ..tokenization import M6RecProcessor
-from .recipe import TaskArguments
+from .sections import TaskArguments
 
 UNKNOWN = -100
 
@@ -47,7 +47,8 @@ class M6RecDataCollator:
         config: Says where in a row a user is read.
         catalogue: The items; needed for rows with `next_items`.
         task: Which items are negatives.
-        seed: Of the sampled negatives, which depend on the seed and on the rows of the batch only.
+        seed: Of the sampled negatives, which depend on the seed and on the rows of the batch only: on their `number`,
+            the epoch and index that the Trainer gives them, and where they have none on what came next.
         padding_side: "right" or "left".
     """
 
@@ -66,17 +67,18 @@ class M6RecDataCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the batch that `M6RecForRecommendation.forward` takes."""
-        next_items = [row.get("next_items") for row in rows]
-        batch = self.processor.pad(
-            [{name: value for name, value in row.items() if name != "next_items"} for row in rows], self.padding_side
-        )
+        next_items, numbers = ([row.get(name) for row in rows] for name in ("next_items", "number"))
+        read = [{name: value for name, value in row.items() if name not in ("next_items", "number")} for row in rows]
+        batch = self.processor.pad(read, self.padding_side)
         if any(entry is not None for entry in next_items):
             if self.catalogue is None:
                 raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
-            batch |= self._retrieval(batch, next_items)
+            batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
         return batch
 
-    def _retrieval(self, batch: dict[str, torch.Tensor], next_items: list[list[int] | None]) -> dict[str, torch.Tensor]:
+    def _retrieval(
+        self, batch: dict[str, torch.Tensor], next_items: list[list[int] | None], numbers: list[int]
+    ) -> dict[str, torch.Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         places = user_places(ids, layout(ids, mask, self.config), self.config)
         wanted = torch.full_like(places, UNKNOWN)
@@ -89,12 +91,12 @@ class M6RecDataCollator:
                 if self.config.history_attention == "bidirectional":
                     wanted[row, : kept - 1] = UNKNOWN  # earlier places have seen what came next
         known = (wanted != UNKNOWN) & (places >= 0)
-        rows, positives = self._choose(wanted[known].numpy())
+        rows, positives = self._choose(wanted[known].numpy(), numbers)
         labels = torch.full_like(ids, UNKNOWN)
         labels[known.nonzero()[:, 0], places[known]] = torch.from_numpy(positives)
         return {"retrieval_labels": labels, **self._items(rows, len(positives))}
 
-    def _choose(self, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _choose(self, positives: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Distinct catalogue rows to choose among, and the place of each positive among them."""
         positives = self._same[positives]
         if self.task.negatives == "catalogue":
@@ -102,7 +104,7 @@ class M6RecDataCollator:
         else:
             rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
             if self.task.negatives == "sampled":
-                drawn = np.random.default_rng([self.seed, *positives.tolist()]).integers(
+                drawn = np.random.default_rng([self.seed, *(numbers or positives.tolist())]).integers(
                     len(self._same), size=self.task.num_sampled
                 )
                 rows = np.union1d(rows, self._same[drawn])

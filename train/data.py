@@ -1,21 +1,52 @@
-"""What a recommender learns from: one `Log`, read from the user's own tables or from MovieLens-100K."""
+"""What a recommender learns from: one `Log`, read from the user's own tables or from a data set known by name."""
 
+import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
+import numpy
 import pandas
 from datasets import Dataset
 
+from .beauty import beauty_tables
+from .lastfm import lastfm_tables
 from .movielens import find_movielens, movielens_tables
-from .tables import Table, load_table
+from .splits import PARTS
+from .tables import Table, find_folder, load_table
+from .tallrec import tallrec_tables
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("user_id", "item_id", "timestamp", "rating", "event", "label", "text")
-Source = Literal["tables", "ml-100k"]
+ROLES = ("user_id", "item_id", "timestamp", "rating", "event", "label", "text", "part")
+Frames = tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is known by its name."""
+
+    read: Callable[[Path, int], Frames]
+    """From its folder and `data.seed` to interactions, items and users."""
+    find: Callable[[], Path]
+    """Finds its folder where the recipe names none."""
+
+
+SOURCES = {
+    "ml-100k": Source(lambda folder, seed: movielens_tables(folder), find_movielens),
+    "amazon-beauty": Source(
+        lambda folder, seed: beauty_tables(folder),
+        partial(find_folder, "amazon-beauty", "P5's Amazon Beauty (sequential.txt, datamaps.json), with its titles"),
+    ),
+    "lastfm": Source(lastfm_tables, partial(find_folder, "lastfm", "hetrec2011-lastfm-2k of grouplens.org")),
+    "tallrec": Source(
+        lambda folder, seed: tallrec_tables(folder),
+        partial(find_folder, "tallrec-movie", "the folder data/movie of TALLRec's repository"),
+    ),
+}
 
 
 @dataclass
@@ -26,8 +57,8 @@ class DataArguments:
     split is named as `name:split` or `name:config:split`.
     """
 
-    source: Source = "tables"
-    """Where the log comes from: the user's own `tables`, or `ml-100k`."""
+    source: str = "tables"
+    """Where the log comes from: the user's own `tables`, or one of SOURCES by its name."""
     interactions: str | None = None
     """Table of what users did: user_id, item_id, and as far as there are any timestamp, rating, event, label, text."""
     items: str | None = None
@@ -35,29 +66,33 @@ class DataArguments:
     users: str | None = None
     """Table of users: user_id and text columns. None: nothing is known of users."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Role -> column, for each role whose column is not called like it; an id's is the same in all tables."""
+    """Role -> column, for each role whose column is not called like it; an id's is the same in all tables. The role
+    `part` (train, valid or test, for `evaluation.split: given`) is read only where it is named here."""
     item_columns: list[str] | None = None
     """Columns of the items table that the model reads, in this order. None: all but the id."""
+    drop_invalid: bool = False
+    """Leave rows out that cannot be used, and count them by reason, instead of refusing the table."""
     directory: str | None = None
-    """Folder of ml-100k. None: RecBole's wheel, else the folder M6REC_DATA."""
+    """Folder of a data set known by name. None: looked for in the folder M6REC_DATA (ml-100k first in RecBole's
+    wheel)."""
     min_rating_liked: float = 4.0
     """Lowest rating that counts as label 1, where there are ratings and no labels."""
     seed: int = 0
     """Seed of the order in which events of the same user and time are taken."""
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
-            raise ValueError(f"data.source is {self.source!r}; expected one of {', '.join(get_args(Source))}")
+        if self.source != "tables" and self.source not in SOURCES:
+            raise ValueError(f"data.source is {self.source!r}; expected one of tables, {', '.join(SOURCES)}")
         unknown = [role for role in self.columns if role not in ROLES]
         if unknown:
             raise ValueError(f"data.columns: unknown role {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
         if not math.isfinite(self.min_rating_liked):
             raise ValueError(f"data.min_rating_liked is {self.min_rating_liked}; expected a finite number")
         tables = [name for name in ("interactions", "items", "users", "columns") if getattr(self, name)]
-        if self.source == "ml-100k" and tables:
-            raise ValueError(f"data.source 'ml-100k' has its own tables; remove data.{', data.'.join(tables)}")
+        if self.source in SOURCES and tables:
+            raise ValueError(f"data.source {self.source!r} has its own tables; remove data.{', data.'.join(tables)}")
         if self.source == "tables" and self.directory:
-            raise ValueError(f"data.directory {self.directory!r} is read by data.source 'ml-100k' only")
+            raise ValueError(f"data.directory {self.directory!r} is read by data.source {', '.join(SOURCES)} only")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +101,14 @@ class Log:
 
     interactions: pandas.DataFrame
     """user_id, item_id, timestamp (seconds since 1970, UTC; NaN everywhere where the table has no times); where given
-    also rating, event, label (0 or 1) and text (empty where missing). Rows keep the table's order."""
+    also rating (NaN where unknown), event, label (0 or 1, NaN where unknown), text (empty where missing) and part. Rows
+    keep the table's order. Ids, events and parts are categories: some 30 bytes a row, and what its text takes."""
     items: pandas.DataFrame
     """Text columns by item_id; what is missing is empty, and no row is empty altogether."""
     users: pandas.DataFrame | None = None
     """Text columns by user_id; what is missing is empty."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows that were left out for it."""
 
     def item_fields(self, item_id: str) -> dict[str, str]:
         """The texts of an item by column, in order, without the empty ones."""
@@ -91,17 +129,23 @@ def _filled(texts: pandas.DataFrame, row: str) -> dict[str, str]:
 
 def read_log(arguments: DataArguments) -> Log:
     """Reads what the `data:` section of a recipe names."""
-    if arguments.source == "ml-100k":
-        directory = Path(arguments.directory) if arguments.directory else find_movielens()
-        interactions, items, users = (Dataset.from_pandas(table) for table in movielens_tables(directory))
-        return build_log(interactions, items, users, arguments)
-    if not (arguments.interactions and arguments.items):
+    if arguments.source in SOURCES:
+        source = SOURCES[arguments.source]
+        frames = source.read(Path(arguments.directory) if arguments.directory else source.find(), arguments.seed)
+        if "part" in frames[0]:
+            arguments = dataclasses.replace(arguments, source="tables", directory=None, columns={"part": "part"})
+        interactions, items, users = (
+            None if frame is None else Dataset.from_pandas(frame, preserve_index=False) for frame in frames
+        )
+    elif arguments.interactions and arguments.items:
+        interactions, items = load_table(arguments.interactions), load_table(arguments.items)
+        users = load_table(arguments.users) if arguments.users else None
+    else:
         raise ValueError(
             "data.source 'tables' needs data.interactions and data.items, each a file or a dataset; got "
             f"{arguments.interactions!r} and {arguments.items!r}"
         )
-    users = load_table(arguments.users) if arguments.users else None
-    return build_log(load_table(arguments.interactions), load_table(arguments.items), users, arguments)
+    return build_log(interactions, items, users, arguments)
 
 
 def read_movielens(directory: str | Path) -> Log:
@@ -116,63 +160,103 @@ def build_log(interactions: Dataset, items: Dataset, users: Dataset | None, argu
         interactions: One row an event.
         items: One row an item.
         users: One row a user.
-        arguments: `columns`, `item_columns` and `min_rating_liked` are heeded.
+        arguments: `columns`, `item_columns`, `drop_invalid` and `min_rating_liked` are heeded.
 
     Returns:
         The log. An event that is there twice (same user, item, time and, where given, kind of event) is kept once;
         without times a repetition is an event of its own.
     """
-    described = _texts(Table("items", items, arguments.columns), "item_id", arguments.item_columns)
-    events = _events(Table("interactions", interactions, arguments.columns), described.index)
+    described = _described("items", items, arguments)
+    table = Table("interactions", interactions, arguments.columns, arguments.drop_invalid)
+    events = _events(table, described.texts.index)
     if "label" not in events and "rating" in events:
-        events["label"] = (events["rating"] >= arguments.min_rating_liked).astype(int)
-    profiles = None if users is None else _texts(Table("users", users, arguments.columns), "user_id", None)
-    return Log(events, described, profiles)
+        liked = (events["rating"] >= arguments.min_rating_liked).astype(float)
+        events["label"] = _smallest(liked.where(events["rating"].notna()))
+    kept = events
+    if not events["timestamp"].isna().all():
+        known = [name for name in ("user_id", "item_id", "timestamp", "event") if name in events]
+        repeated = repeated_rows(events[known])
+        if repeated.any():
+            kept = events[~repeated].reset_index(drop=True)
+            table.dropped[f"interactions: repeats another row's {', '.join(known)}"] = int(repeated.sum())
+    profiles = None if users is None else _described("users", users, arguments)
+    dropped = {**described.dropped, **table.dropped, **(profiles.dropped if profiles else {})}
+    for reason, count in dropped.items():
+        logger.warning("dropped %d rows: %s", count, reason)
+    return Log(kept, described.texts, profiles.texts if profiles else None, dropped)
 
 
-def _texts(table: Table, role: str, columns: list[str] | None) -> pandas.DataFrame:
+def repeated_rows(rows: pandas.DataFrame) -> numpy.ndarray:
+    """Which rows are there before; only rows of equal hashes are compared, for pandas takes 70 bytes for each."""
+    hashes = pandas.util.hash_pandas_object(rows, index=False).to_numpy()
+    ordered = numpy.sort(hashes)
+    twice = numpy.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    repeated = numpy.zeros(len(rows), dtype=bool)
+    if len(twice):
+        suspects = numpy.flatnonzero(numpy.isin(hashes, twice))
+        repeated[suspects] = rows.iloc[suspects].duplicated().to_numpy()
+    return repeated
+
+
+@dataclass(frozen=True)
+class _Described:
+    texts: pandas.DataFrame
+    dropped: dict[str, int]
+
+
+def _described(name: str, rows: Dataset, arguments: DataArguments) -> _Described:
+    """Takes the texts of items or users out of their table, by id."""
+    table = Table(name, rows, arguments.columns, arguments.drop_invalid)
+    role, columns = name.removesuffix("s") + "_id", arguments.item_columns if name == "items" else None
     ids = table.unique_ids(role)
     if columns is None:
-        columns = [name for name in table.rows.column_names if name != table.column(role)]
-    texts = pandas.DataFrame({name: table.text(name).str.strip().to_numpy() for name in columns}, index=ids)
-    if role == "item_id":
-        empty = (texts == "").all(axis=1).reset_index(drop=True)
+        columns = [column for column in rows.column_names if column != table.column(role)]
+    texts = pandas.DataFrame({column: table.text(column).str.strip().to_numpy() for column in columns}, index=ids)
+    if name == "items":
         read = ", ".join(columns) or "no column"
-        table.refuse(empty, table.column(role), ids.to_series(), f"an item with some text in {read}")
-    return texts
+        table.refuse((texts == "").all(axis=1), table.column(role), f"an item with some text in {read}")
+    return _Described(table.kept(texts), table.dropped)
 
 
 def _events(table: Table, item_ids: pandas.Index) -> pandas.DataFrame:
     events = pandas.DataFrame({role: table.ids(role) for role in ("user_id", "item_id")})
-    unknown = ~events["item_id"].isin(item_ids)
-    if unknown.any():
-        missing = events["item_id"][unknown].unique()
-        raise ValueError(
-            f"{table.name}: {unknown.sum()} rows name {len(missing)} items that the items table does not have, "
-            f"such as {', '.join(map(repr, missing[:5]))}"
-        )
-    timed = table.has("timestamp")
-    if not timed:
+    table.refuse(~events["item_id"].isin(item_ids), table.column("item_id"), "an item of the items table")
+    if table.has("timestamp"):
+        events["timestamp"] = table.seconds("timestamp")
+    else:
         logger.warning("%s: no column 'timestamp': each user's events keep the order of the table", table.name)
-    events["timestamp"] = table.seconds("timestamp") if timed else math.nan
-    if table.has("rating"):
-        events["rating"] = table.numbers("rating")
-    if table.has("label"):
-        labels = table.numbers("label")
-        table.refuse(~labels.isin([0, 1]), table.column("label"), labels, "label 0 or 1")
-        events["label"] = labels.astype(int)
-    for role in ("event", "text"):
+        events["timestamp"] = math.nan
+    for role in ("rating", "label"):
         if table.has(role):
-            events[role] = table.text(table.column(role)).str.strip()
-    return _without_duplicates(events) if timed else events
+            events[role] = table.numbers(role)
+    if "label" in events:
+        table.refuse(~(events["label"].isin([0, 1]) | events["label"].isna()), table.column("label"), "label 0 or 1")
+    if table.has("event"):
+        events["event"] = table.words(table.column("event"), strip=True)
+    if table.has("text"):
+        events["text"] = table.text(table.column("text")).str.strip()
+    if "part" in table.columns:  # so called by chance it may mean anything
+        events["part"] = table.words(table.column("part"))
+        table.refuse(~events["part"].isin(PARTS), table.column("part"), f"one of {', '.join(PARTS)}")
+    events = table.kept(events).reset_index(drop=True)
+    if "label" in events:
+        events["label"] = _smallest(events["label"])
+    return events
 
 
-def _without_duplicates(events: pandas.DataFrame) -> pandas.DataFrame:
-    known = [name for name in ("user_id", "item_id", "timestamp", "event") if name in events]
-    kept = events.drop_duplicates(known, ignore_index=True)
-    if len(kept) < len(events):
-        logger.warning("interactions: dropped %d rows that repeat another's %s", len(events) - len(kept), known)
-    return kept
+def _smallest(labels: pandas.Series) -> pandas.Series:
+    """Labels as small numbers: whole ones where all are known."""
+    return labels.astype("float32" if labels.hasnans else "int8")
 
 
-__all__ = ["ROLES", "DataArguments", "Log", "build_log", "find_movielens", "read_log", "read_movielens"]
+__all__ = [
+    "ROLES",
+    "SOURCES",
+    "DataArguments",
+    "Log",
+    "Source",
+    "build_log",
+    "read_log",
+    "read_movielens",
+    "repeated_rows",
+]

@@ -1,7 +1,8 @@
-"""What a model is measured on: full ranking of held-out events, and clicks and ratings, beside the baselines."""
+"""What a model is measured on: rankings, clicks, ratings and interactions of held-out events, beside the baselines."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization import M6RecProcessor
 from .baselines import SimilarText, like_rates, popularity_scores
 from .collator import CatalogueRows, M6RecDataCollator
-from .examples import UNKNOWN, RequestWriter, read_requests, target_labels
+from .examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
 from .metrics import (
     classification_report,
     coverage,
@@ -25,10 +26,13 @@ from .metrics import (
     target_ranks,
     top_items,
 )
-from .recipe import EvaluationArguments, TaskArguments
+from .sections import EvaluationArguments, TaskArguments
 from .splits import Split, histories
 
+logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 64
+LIKE_STRENGTH = 5.0
+"""How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
 SHOWS_PROGRESS = 2000
 """Rows from which on an evaluation shows a progress bar."""
 
@@ -54,19 +58,42 @@ class RankingExamples:
 
 @dataclass(frozen=True)
 class ScoringExamples:
-    """Held-out events whose label or rating is predicted.
+    """Held-out events whose label or rating is predicted, and the negatives beside them.
 
     Attributes:
-        rows: What the model reads: a user's history with the held-out events as candidates.
-        user_ids: Of the N events.
-        item_ids: Of the N events.
-        labels: N labels or ratings.
+        rows: What the model reads: a user's history with candidates.
+        user_ids: Of the N candidates.
+        item_ids: Of the N candidates.
+        labels: N labels or ratings, or N x interactions, -100 where nothing is known.
+        interactions: Names of the interactions.
+        history_means: What the candidates' own histories say, in the shape of the labels: the share of likes, or the
+            mean rating, drawn towards that of all as in `like_rates`; None where negatives are drawn, since a history
+            then holds positives only.
+        negatives_per_event: How many negatives were drawn for an event.
     """
 
     rows: list[dict[str, Any]]
     user_ids: np.ndarray
     item_ids: np.ndarray
     labels: np.ndarray
+    interactions: list[str] = field(default_factory=list)
+    history_means: np.ndarray | None = None
+    negatives_per_event: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """Held-out events of a user, and what is known when they are asked about.
+
+    Attributes:
+        user_id: The user.
+        history: Places of the history's events in `all_events`.
+        asked: Places of the held-out events.
+    """
+
+    user_id: str
+    history: np.ndarray
+    asked: np.ndarray
 
 
 def before_and_in(split: Split, part: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
@@ -108,6 +135,43 @@ def _drawn(users: list[str], arguments: EvaluationArguments, seed: int) -> list[
     return [users[place] for place in sorted(drawn)]
 
 
+def all_events(split: Split) -> pandas.DataFrame:
+    """Return the events of all parts, in order."""
+    return pandas.concat([split.train, split.valid, split.test]).sort_index()
+
+
+def questions(
+    split: Split, part: str, heard: np.ndarray, max_events: int, evaluation: EvaluationArguments, seed: int
+) -> list[Question]:
+    """Say which held-out events are asked about, and after which history.
+
+    All of a user's are asked at once after the last events of the earlier parts (of the test: training and
+    validation); so a user's later held-out events are asked without the earlier ones. With `rolling` each is asked by
+    itself after the last events before it, of whatever part, as a service would be.
+
+    Args:
+        split: The parts.
+        part: "valid" or "test".
+        heard: For each of `all_events` whether it says something that can be asked.
+        max_events: Events of a history, at most.
+        evaluation: Says whether to roll, and how many users to draw.
+        seed: Of the draw.
+    """
+    everything = all_events(split)
+    known, held_out = (everything.index.isin(frame.index) for frame in before_and_in(split, part))
+    asked = held_out & heard
+    places = {user: own for user, own in histories(everything).items() if asked[own].any()}
+    found = []
+    for user in _drawn(list(places), evaluation, seed):
+        own = places[user]
+        if evaluation.rolling:
+            wanted = np.flatnonzero(asked[own])
+            found += [Question(user, own[max(at - max_events, 0) : at], own[[at]]) for at in wanted]
+        else:
+            found.append(Question(user, own[known[own]][-max_events:], own[asked[own]]))
+    return found
+
+
 def scoring_examples(
     writer: RequestWriter,
     processor: M6RecProcessor,
@@ -118,24 +182,44 @@ def scoring_examples(
     evaluation: EvaluationArguments,
     seed: int,
 ) -> ScoringExamples:
-    """Prepare the prediction of what "click" or "rating" says of the users' events in the part."""
-    known, held_out = before_and_in(split, part)
-    labels = target_labels(held_out, task, arguments)
-    heard = {user: own[labels[own] != UNKNOWN] for user, own in histories(held_out).items()}
-    before, requests, places = histories(known), [], []
-    for user in _drawn([user for user, own in heard.items() if len(own)], evaluation, seed):
-        own = heard[user]
-        history = known.iloc[before[user][-processor.max_events :]] if user in before else known.iloc[:0]
-        candidates = [writer.item(item_id) for item_id in held_out["item_id"].iloc[own]]
-        requests.append(writer.request(user, writer.events(history), candidates))
-        places.append(own)
-    order = np.concatenate(places) if places else np.empty(0, dtype=int)
+    """Prepare the prediction of what "click", "rating" or "interaction" says of the users' events in the part.
+
+    Negatives are drawn from the items that the user meets in no part, the same for every model.
+    """
+    everything, per_event = all_events(split), _negatives_per_event(task, arguments)
+    negatives = Negatives(writer, everything, per_event, seed) if per_event else None
+    candidates = Candidates(writer, everything, [task], arguments, negatives)
+    values = candidates.labels[task]
+    overall = _means(target_labels(before_and_in(split, part)[0], task, arguments))
+    requests, users, rows, labels, means = [], [], [], [], []
+    for question in questions(split, part, candidates.known, processor.max_events, evaluation, seed):
+        asked, own = candidates.of(question.asked)
+        history = writer.events(everything.iloc[question.history])
+        requests.append(writer.request(question.user_id, history, [writer.items[row] for row in asked]))
+        users += [question.user_id] * len(asked)
+        rows += [writer.item_ids[row] for row in asked]
+        labels.append(own[task])
+        means += [_means(values[question.history], overall, LIKE_STRENGTH)] * len(asked)
     return ScoringExamples(
         read_requests(processor, requests, task, f"Reading {part} candidates"),
-        held_out["user_id"].to_numpy()[order],
-        held_out["item_id"].to_numpy()[order],
-        labels[order],
+        np.array(users, dtype=object),
+        np.array(rows, dtype=object),
+        np.concatenate(labels) if labels else values[:0],
+        list(arguments.interactions) if task == "interaction" else [],
+        None if per_event else np.array(means),
+        per_event,
     )
+
+
+def _negatives_per_event(task: str, arguments: TaskArguments) -> int:
+    return 0 if task == "rating" else arguments.negatives_per_event
+
+
+def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.ndarray:
+    """Mean of the known labels, of each interaction apart, drawn towards `overall`; NaN where there is nothing."""
+    heard = labels != UNKNOWN
+    with np.errstate(invalid="ignore"):
+        return ((labels * heard).sum(0) + strength * overall) / (heard.sum(0) + strength)
 
 
 @torch.no_grad()
@@ -228,7 +312,7 @@ def ranking_baselines(
 def predictions(
     model: M6RecForRecommendation, examples: ScoringExamples, task: str, collator: M6RecDataCollator, bf16: bool = False
 ) -> np.ndarray:
-    """Predict the N events' click probabilities or ratings."""
+    """Predict the N candidates' click probabilities or ratings, or N x interactions probabilities."""
     scores = answers(model, examples.rows, collator, "scores", bf16)
     lengths = [row["input_ids"].count(model.config.bos_token_id) for row in examples.rows]
     found = [model.read_scores(own[:length], task) for own, length in zip(scores, lengths)]
@@ -236,39 +320,99 @@ def predictions(
 
 
 def scoring_report(predicted: np.ndarray, examples: ScoringExamples, task: str) -> dict[str, Any]:
-    """Measure predictions: AUC, GAUC, log-loss and calibration of clicks; RMSE and MAE of ratings."""
+    """Measure predictions: RMSE and MAE of ratings; AUC, GAUC, log-loss and calibration of clicks and interactions.
+
+    Interactions are measured one by one (`like/auc`), and `auc`, `log_loss` and `calibration_error` are their means.
+    What cannot be measured is left out, and a warning says why.
+    """
+    if task == "rating":
+        return {
+            "rmse": rmse(predicted, examples.labels),
+            "mae": mae(predicted, examples.labels),
+            "examples": len(predicted),
+        }
+    drawn = {"negatives_per_event": examples.negatives_per_event, "negatives": "uniform"}
+    report: dict[str, Any] = drawn if examples.negatives_per_event else {}
     if task == "click":
-        # With one held-out event a user nothing can be compared within a user: the report then has no GAUC.
-        comparable = mixed_groups(examples.labels, examples.user_ids).any()
-        return classification_report(predicted, examples.labels, examples.user_ids if comparable else None)
-    return {
-        "rmse": rmse(predicted, examples.labels),
-        "mae": mae(predicted, examples.labels),
-        "examples": len(predicted),
+        return {**_chances_report("click", predicted, examples.labels, examples.user_ids), **report}
+    reports = {
+        name: _chances_report(name, predicted[:, place], examples.labels[:, place], examples.user_ids)
+        for place, name in enumerate(examples.interactions)
     }
+    found: dict[str, Any] = {}
+    for metric in ("auc", "log_loss", "calibration_error"):
+        values = [own[metric] for own in reports.values() if metric in own]
+        found |= {metric: float(np.mean(values))} if values else {}
+    for name, own in reports.items():
+        found |= {f"{name}/{metric}": value for metric, value in own.items()}
+    return {**found, "examples": len(predicted), **report}
+
+
+def _chances_report(name: str, chances: np.ndarray, labels: np.ndarray, users: np.ndarray) -> dict[str, Any]:
+    known = labels != UNKNOWN
+    if not known.any():
+        logger.warning("%s is not measured: no held-out event says anything of it", name)
+        return {"examples": 0}
+    chances, labels, users = chances[known], labels[known], users[known]
+    if labels.min() == labels.max():
+        logger.warning("%s has no AUC: all held-out labels are %g, and an AUC compares two classes", name, labels[0])
+    # With one held-out event a user nothing can be compared within a user: the report then has no GAUC.
+    return dict(classification_report(chances, labels, users if mixed_groups(labels, users).any() else None))
 
 
 def scoring_baselines(
-    split: Split, examples: ScoringExamples, part: str, task: str, arguments: TaskArguments
+    split: Split,
+    writer: RequestWriter,
+    examples: ScoringExamples,
+    part: str,
+    task: str,
+    arguments: TaskArguments,
+    seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Measure the share of likes (or the mean rating) of the user and of the item on the same events."""
+    """Measure means of known labels on the same candidates: the user's, the item's, and the request's own history's.
+
+    What is known are the events of the earlier parts and, where negatives are drawn, negatives beside them, so that
+    `item_mean` is the item's popularity, read as a probability. `history_mean` is what the candidate's own history
+    says (with `rolling` it holds earlier held-out events), `history_and_item` the mean of both.
+    """
     known, _ = before_and_in(split, part)
-    labels = target_labels(known, task, arguments)
+    per_event = _negatives_per_event(task, arguments)
+    negatives = Negatives(writer, known, per_event, seed) if per_event else None
+    candidates = Candidates(writer, known, [task], arguments, negatives)
+    rows, users, labels = [], [], []
+    for user_id, places in histories(known).items():
+        own_rows, own = candidates.of(places)
+        rows.append(own_rows)
+        users += [user_id] * len(own_rows)
+        labels.append(own[task])
+    item_ids = np.array(writer.item_ids, dtype=object)[np.concatenate(rows)]
+    groups = {
+        "user_mean": (np.array(users, dtype=object), examples.user_ids),
+        "item_mean": (item_ids, examples.item_ids),
+    }
+    means = {name: _rates(np.concatenate(labels), given, asked) for name, (given, asked) in groups.items()}
+    if examples.history_means is not None:
+        means["history_mean"] = examples.history_means
+        means["history_and_item"] = (means["history_mean"] + means["item_mean"]) / 2
+    return {name: scoring_report(own, examples, task) for name, own in means.items()}
+
+
+def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """`like_rates` of the known labels, of each interaction apart."""
+    if labels.ndim == 2:
+        return np.stack([_rates(column, groups, asked) for column in labels.T], 1)
     heard = labels != UNKNOWN
-    found = {}
-    asked_ids = {"user_id": examples.user_ids, "item_id": examples.item_ids}
-    for name, column in (("user_mean", "user_id"), ("item_mean", "item_id")):
-        asked = asked_ids[column]
-        means = like_rates(labels[heard], known[column].to_numpy()[heard], asked)
-        found[name] = scoring_report(means, examples, task)
-    return found
+    return like_rates(labels[heard], groups[heard], asked, LIKE_STRENGTH)
 
 
 __all__ = [
+    "Question",
     "RankingExamples",
     "ScoringExamples",
+    "all_events",
     "catalogue_vectors",
     "predictions",
+    "questions",
     "rank_catalogue",
     "ranking_baselines",
     "ranking_examples",

@@ -1,19 +1,21 @@
 """From a log to requests, and from requests to training rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..tokenization import M6RecProcessor
 from .data import Log
-from .recipe import TaskArguments
+from .sections import TaskArguments
 from .splits import histories
 
 UNKNOWN = -100
+SCORED = ("click", "rating", "interaction")
 READ_AT_ONCE = 256
 """Requests that the processor reads together."""
 
@@ -104,12 +106,165 @@ def windows(num_events: int, max_events: int, targets: int = 1, learn_history: b
     yield from reversed(found)
 
 
+class Negatives:
+    """Draws the items that stand beside an event with label 0, where a log holds no refusals.
+
+    They are drawn uniformly, none twice, from the items that occur with the event's verb and that the user has never
+    met. By verb, since in a log where artists are listened to and users are followed it says nothing of anyone's taste
+    that they did not follow an artist. A user who has met nearly all of them gets fewer.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        events: What has been met, and what occurs: the training events in training, so that nothing later is told; in
+            evaluation the whole log, so that no negative is a positive of another part.
+        per_event: How many are drawn for an event.
+        seed: Every draw depends on (seed, epoch, event) and on nothing else.
+    """
+
+    def __init__(self, writer: RequestWriter, events: pandas.DataFrame, per_event: int, seed: int) -> None:
+        self.per_event, self.seed = per_event, seed
+        rows = np.array([writer.rows[item_id] for item_id in events["item_id"]], dtype=int)
+        self._met = {user: np.unique(rows[places]) for user, places in histories(events).items()}
+        verbs = _verbs(events)
+        self._pools = {verb: np.unique(rows[verbs == verb]) for verb in np.unique(verbs)}
+
+    def draw(self, user_id: str, verb: str, event: int, epoch: int) -> np.ndarray:
+        """Draw catalogue rows for an event of a user.
+
+        Args:
+            user_id: Who the event is of.
+            verb: What happened.
+            event: The event's number in the log.
+            epoch: Each has its own draws.
+        """
+        free = np.setdiff1d(self._pools[verb], self._met[user_id], assume_unique=True)
+        rng = np.random.default_rng([self.seed, epoch, event])
+        return rng.choice(free, min(self.per_event, len(free)), replace=False, shuffle=False)
+
+
+class Candidates:
+    """Events as candidates: their items, what they say of each task, and behind each its negatives.
+
+    A negative has label 0 where its event has label 1; where the event says nothing, so does the negative.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        frame: The events.
+        names: Tasks: click, rating, interaction.
+        task: How events are read as labels.
+        negatives: Draws them; None: there are none.
+    """
+
+    def __init__(
+        self,
+        writer: RequestWriter,
+        frame: pandas.DataFrame,
+        names: Iterable[str],
+        task: TaskArguments,
+        negatives: Negatives | None = None,
+    ) -> None:
+        self.labels = {name: target_labels(frame, name, task) for name in names}
+        self.negatives = negatives
+        self._rows = np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int)
+        self._users, self._verbs, self._events = frame["user_id"].to_numpy(), _verbs(frame), frame.index.to_numpy()
+
+    @property
+    def known(self) -> np.ndarray:
+        """Which events say something of at least one task."""
+        found = np.zeros(len(self._rows), dtype=bool)
+        for values in self.labels.values():
+            found |= (values != UNKNOWN).reshape(len(values), -1).any(1)
+        return found
+
+    def of(self, places: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the catalogue rows of the candidates that the events at these places make, and their labels."""
+        if self.negatives is None:
+            return self._rows[places], {name: values[places] for name, values in self.labels.items()}
+        rows: list[int] = []
+        labels: dict[str, list[Any]] = {name: [] for name in self.labels}
+        for place in places:
+            own = {name: values[place] for name, values in self.labels.items()}
+            against = {name: _against(name, value) for name, value in own.items()}
+            drawn = np.empty(0, dtype=int)
+            if any((value != UNKNOWN).any() for value in against.values()):
+                event = (str(self._users[place]), self._verbs[place], int(self._events[place]))
+                drawn = self.negatives.draw(*event, epoch)
+            rows += [self._rows[place], *drawn]
+            for name in labels:
+                labels[name] += [own[name], *[against[name]] * len(drawn)]
+        return np.array(rows, dtype=int), {name: np.array(values) for name, values in labels.items()}
+
+
+def _against(name: str, own: Any) -> np.ndarray:
+    """What a negative says, beside an event that says `own`: a rating of what was never met is unknown."""
+    return np.where((np.asarray(own) == 1) & (name != "rating"), 0, UNKNOWN)
+
+
+def _verbs(frame: pandas.DataFrame) -> np.ndarray:
+    return frame["event"].to_numpy(dtype=object) if "event" in frame else np.full(len(frame), "", dtype=object)
+
+
+class ScoringRows(Dataset):
+    """Training rows whose candidates are scored: some of a user's events after those that came before them.
+
+    Rows are read when asked for, since each epoch draws its own negatives.
+
+    Args:
+        writer: Writes the requests.
+        frame: Training events, ordered.
+        processor: Reads the requests.
+        task: What is learnt.
+        seed: Of the negatives.
+    """
+
+    def __init__(
+        self, writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, task: TaskArguments, seed: int
+    ) -> None:
+        self.writer, self.processor, self.epoch = writer, processor, 0
+        self.names = [name for name in task.learn if name in SCORED]
+        negatives = Negatives(writer, frame, task.negatives_per_event, seed) if task.negatives_per_event else None
+        self.candidates = Candidates(writer, frame, self.names, task, negatives)
+        for name, values in self.candidates.labels.items():
+            _refuse_equal(values, name, task)
+        known, self._windows = self.candidates.known, []
+        self._events: dict[str, list[dict[str, Any]]] = {}
+        for user_id, places in histories(frame).items():
+            self._events[user_id] = writer.events(frame.iloc[places])
+            for window in windows(len(places), processor.max_events, task.targets):
+                asked = places[window.cut : window.stop]
+                if known[asked].any():
+                    self._windows.append((user_id, window, asked))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw negatives anew."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Read several rows at once, which is faster than one by one."""
+        requests, labels = [], []
+        for index in indices:
+            user_id, window, asked = self._windows[index]
+            rows, own = self.candidates.of(asked, self.epoch)
+            history = self._events[user_id][window.start : window.cut]
+            requests.append(self.writer.request(user_id, history, [self.writer.items[row] for row in rows]))
+            labels.append({f"{name}_labels": values.tolist() for name, values in own.items()})
+        readings = read_requests(self.processor, requests, self.names[0], "Reading training rows of candidates")
+        return [{**row, **own} for row, own in zip(readings, labels)]
+
+
 def training_rows(
     writer: RequestWriter,
     frame: pandas.DataFrame,
     processor: M6RecProcessor,
     task: TaskArguments,
     bidirectional: bool = False,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Read the training events of all users as rows: some for retrieval, others whose candidates are scored.
 
@@ -119,19 +274,23 @@ def training_rows(
         processor: Reads the requests.
         task: What is learnt.
         bidirectional: History is read in both directions, so that only what comes after its end can be learnt.
+        seed: Of negatives, which are here those of the first epoch.
 
     Returns:
         Rows of `input_ids` and `item_ids`; with labels of targets, or for retrieval with `next_items`: the catalogue
         rows that came next after the head of the source and after each event, -100 where it is not learnt here.
     """
-    rows = _retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
-    scoring = [name for name in task.learn if name != "retrieval"]
-    return rows + _scoring_rows(writer, frame, processor, task, scoring) if scoring else rows
+    rows = retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
+    if any(name in SCORED for name in task.learn):
+        scoring = ScoringRows(writer, frame, processor, task, seed)
+        rows += scoring.read(range(len(scoring)))
+    return rows
 
 
-def _retrieval_rows(
+def retrieval_rows(
     writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool
 ) -> list[dict[str, Any]]:
+    """Read the training events of all users as rows of retrieval; see `training_rows`."""
     requests, extras = [], []
     for user_id, places in histories(frame).items():
         own = frame.iloc[places]
@@ -143,24 +302,6 @@ def _retrieval_rows(
                 following[0] = UNKNOWN
             extras.append({"next_items": following})
     readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
-    return [{**row, **extra} for row, extra in zip(readings, extras)]
-
-
-def _scoring_rows(
-    writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, task: TaskArguments, names: list[str]
-) -> list[dict[str, Any]]:
-    labels = {name: target_labels(frame, name, task) for name in names}
-    for name, values in labels.items():
-        _refuse_equal(values, name, task)
-    requests, extras = [], []
-    for user_id, places in histories(frame).items():
-        events = writer.events(frame.iloc[places])
-        for window in windows(len(events), processor.max_events, task.targets):
-            candidates = [event["item"] for event in events[window.cut : window.stop]]
-            requests.append(writer.request(user_id, events[window.start : window.cut], candidates))
-            asked = places[window.cut : window.stop]
-            extras.append({f"{name}_labels": values[asked].tolist() for name, values in labels.items()})
-    readings = read_requests(processor, requests, names[0], "Reading training rows of candidates")
     return [{**row, **extra} for row, extra in zip(readings, extras)]
 
 
@@ -184,16 +325,23 @@ def read_requests(
 def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) -> np.ndarray:
     """Return what each event says about a task: N labels, or N x interactions; -100 where it says nothing.
 
+    With negatives drawn (`negatives_per_event`) the log holds no refusals: an event without a label is a click, and an
+    event says something of its own interactions only.
+
     Raises:
         ValueError: If the log has no column for the task.
     """
     column = {"click": "label", "rating": "rating", "interaction": "event"}[task]
+    if column not in frame and task == "click" and arguments.negatives_per_event:
+        return np.ones(len(frame))
     if column not in frame:
-        raise ValueError(f"task {task!r} is learnt from column {column!r}, which the interactions do not have")
+        hint = ", unless task.negatives_per_event draws what was not clicked" if task == "click" else ""
+        raise ValueError(f"task {task!r} is learnt from column {column!r}, which the interactions do not have{hint}")
     if task == "interaction":
         events = frame[column].to_numpy()
         labels = np.stack([np.isin(events, names).astype(int) for names in arguments.interactions.values()], 1)
-        return np.where((events == "")[:, None], UNKNOWN, labels)
+        unknown = labels == 0 if arguments.negatives_per_event else (events == "")[:, None]
+        return np.where(unknown, UNKNOWN, labels)
     values = frame[column].to_numpy(dtype=float)
     return np.where(np.isnan(values), UNKNOWN, values)
 
@@ -203,10 +351,13 @@ def _refuse_equal(labels: np.ndarray, task: str, arguments: TaskArguments) -> No
     named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
     for name, values in named:
         known = np.unique(values[values != UNKNOWN])
+        if arguments.negatives_per_event and task != "rating" and 1 in known:
+            continue
         if len(known) < 2:
             found = f"are {known[0]:g}" if len(known) else "are missing"
+            hint = "; task.negatives_per_event draws what was not met" if task != "rating" and 1 in known else ""
             raise ValueError(
-                f"all labels of {name!r} {found} in the training part: there is nothing to learn from them"
+                f"all labels of {name!r} {found} in the training part: there is nothing to learn from them{hint}"
             )
 
 
@@ -214,4 +365,16 @@ def _absent(value: Any) -> bool:
     return value is None or value == "" or isinstance(value, float) and np.isnan(value)
 
 
-__all__ = ["RequestWriter", "Window", "read_requests", "target_labels", "training_rows", "windows"]
+__all__ = [
+    "SCORED",
+    "Candidates",
+    "Negatives",
+    "RequestWriter",
+    "ScoringRows",
+    "Window",
+    "read_requests",
+    "retrieval_rows",
+    "target_labels",
+    "training_rows",
+    "windows",
+]

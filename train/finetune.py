@@ -1,71 +1,67 @@
-"""Behaviour fine-tuning: retrieval, clicks, ratings and interactions, alone or together (paper, task formats).
+"""Behaviour fine-tuning: retrieval, clicks, ratings, interactions and writing, alone or together (paper, task formats).
 
 m6rec finetune movielens training.output_dir=runs/films
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import Dataset
-from transformers import Trainer
-
-from ..segment_cache_m6rec import SegmentCache
-from . import evaluation
+from . import evaluation, writing
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
-from .examples import training_rows
 from .recipe import Recipe, write_json
 from .recommend import build_catalogue
+from .replay import earlier_runs, training_set
+from .trainer import M6RecTrainer
+from .tuning import attach, callbacks
 
-LOGGED = ("ndcg@10", "recall@10", "auc", "rmse")
+logger = logging.getLogger(__name__)
+LOGGED = ("ndcg@10", "recall@10", "auc", "rmse", "perplexity")
 """Metrics that are shown during training; all are returned, and can choose the best checkpoint."""
 
 
-class Rows(Dataset):
-    """Rows in memory, as the Trainer takes them."""
+class Figures:
+    """Measures the validation part of a run, and those of the earlier runs that it replays: `replay_films_click_auc`.
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
+    An earlier run whose validation part holds nothing for a task is not measured in it.
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    Args:
+        run: The run that is trained.
+        earlier: Earlier runs, by name.
+        bf16: Compute in bfloat16.
+    """
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+    def __init__(self, run: Run, earlier: Mapping[str, Run], bf16: bool) -> None:
+        self.bf16 = bf16
+        runs = {"": run, **{f"replay_{name}_": each for name, each in earlier.items()}}
+        self.examples = [
+            (prefix, each, task, examples_of(each, "valid", task))
+            for prefix, each in runs.items()
+            for task in measured(each)
+        ]
 
-
-class M6RecTrainer(Trainer):
-    """A Trainer whose evaluation is ours: full ranking and predictions on held-out events."""
-
-    def __init__(self, run: Run, **kwargs: Any) -> None:
-        # The Trainer insists on evaluation rows; ours are the examples below, which `evaluate` reads.
-        super().__init__(eval_dataset=Rows([]), **kwargs)
-        self.run = run
-        self.segment_cache = SegmentCache() if run.model.model.segments_are_frozen else None
-        self.examples = {task: _examples(run, "valid", task) for task in measured(run)}
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Read frozen texts through the cache; else as the Trainer does."""
-        if self.segment_cache is not None:
-            inputs = {**inputs, "plan": "cached", "segment_cache": self.segment_cache}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Measure the validation part; keys are `eval_ndcg@10`, `eval_click_auc`, `eval_rating_rmse` and so on."""
+    def __call__(self) -> dict[str, float]:
+        """Measure; figures by name."""
         found: dict[str, float] = {}
-        for task, examples in self.examples.items():
-            report = measure(self.run, examples, task, self.args.bf16)
-            prefix = metric_key_prefix if task == "retrieval" else f"{metric_key_prefix}_{task}"
-            found |= {f"{prefix}_{name}": value for name, value in report.items() if isinstance(value, (int, float))}
-        self.log({name: value for name, value in found.items() if name.rpartition("_")[2] in LOGGED})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        for prefix, run, task, examples in self.examples:
+            if prefix and not examples.rows:
+                continue
+            report = measure(run, examples, task, self.bf16)
+            own = prefix if task == "retrieval" else f"{prefix}{task}_"
+            found |= {f"{own}{name}": value for name, value in report.items() if isinstance(value, (int, float))}
         return found
 
 
 def measured(run: Run) -> list[str]:
     """Tasks of a run that are measured."""
-    return [task for task in run.recipe.task.learn if task != "interaction"]
+    return list(run.recipe.task.learn)
 
 
-def _examples(run: Run, part: str, task: str) -> Any:
+def examples_of(run: Run, part: str, task: str) -> Any:
+    """Prepare what a task is measured on, or for writing also the part "train"."""
+    if task == "writing":
+        arguments = (run.recipe.task, run.recipe.evaluation, run.recipe.seed)
+        return writing.writing_examples(run.writer, run.processor, run.split, part, *arguments)
     if task == "retrieval":
         return evaluation.ranking_examples(
             run.writer, run.processor, run.split, part, run.recipe.evaluation, run.recipe.seed
@@ -85,20 +81,39 @@ def measure(run: Run, examples: Any, task: str, bf16: bool = False) -> dict[str,
     if task == "retrieval":
         scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16)
         return evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, run.recipe.evaluation)
+    if task == "writing":
+        return writing.measure_writing(run.model, examples, run.collator, bf16)
     predicted = evaluation.predictions(run.model, examples, task, run.collator, bf16)
     return evaluation.scoring_report(predicted, examples, task)
 
 
 def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure model and baselines on a part: task -> who -> metrics."""
+    """Measure model and baselines on a part: task -> who -> metrics; of replayed runs `replay/NAME/TASK`."""
+    report = _own_report(run, part, bf16)
+    for name, each in earlier_runs(run).items():
+        report |= {f"replay/{name}/{task}": rows for task, rows in _own_report(each, part, bf16).items()}
+    return report
+
+
+def _own_report(run: Run, part: str, bf16: bool) -> dict[str, dict[str, dict[str, Any]]]:
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for task in measured(run):
-        examples = _examples(run, part, task)
+        examples = examples_of(run, part, task)
+        if not examples.rows:
+            logger.warning("%s is not measured: the %s part holds no event for it", task, part)
+            continue
         rows = {"m6rec": measure(run, examples, task, bf16)}
         if task == "retrieval":
             rows |= evaluation.ranking_baselines(run.texts, examples, run.catalogue.counts, run.recipe.evaluation)
+        elif task == "writing":
+            most = run.recipe.evaluation.max_texts
+            rows["m6rec"] |= writing.measure_texts(run.model, examples, run.processor, most, run.recipe.seed)
+            learnt = examples_of(run, "train", task)
+            rows["unigram"] = writing.unigram_perplexity(learnt, examples, len(run.processor.tokenizer))
         else:
-            rows |= evaluation.scoring_baselines(run.split, examples, part, task, run.recipe.task)
+            rows |= evaluation.scoring_baselines(
+                run.split, run.writer, examples, part, task, run.recipe.task, run.recipe.seed
+            )
         report[task] = rows
     return report
 
@@ -106,11 +121,20 @@ def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, d
 def fit(run: Run) -> M6RecTrainer:
     """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept."""
     if run.recipe.model.freeze_segments:
-        run.model.model.freeze_segments()
-    bidirectional = run.model.config.history_attention == "bidirectional"
-    rows = training_rows(run.writer, run.split.train, run.processor, run.recipe.task, bidirectional)
+        run.base_model.model.freeze_segments()
+    attach(run)
+    earlier = earlier_runs(run)
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
-    trainer = M6RecTrainer(run, model=run.model, args=arguments, train_dataset=Rows(rows), data_collator=run.collator)
+    trainer = M6RecTrainer(
+        run,
+        figures=Figures(run, earlier, arguments.bf16),
+        logged=LOGGED,
+        model=run.model,
+        args=arguments,
+        train_dataset=training_set(run, earlier),
+        data_collator=run.collator,
+        callbacks=callbacks(run),
+    )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     plain_forward(run.model)
     run.model.eval()
@@ -119,15 +143,23 @@ def fit(run: Run) -> M6RecTrainer:
 
 
 def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
-    """Run a recipe from data to saved model and catalogue; returns and writes the report on the test part."""
+    """Run a recipe from data to saved model and catalogue; returns and writes the report on the test part.
+
+    Of several processes one measures and writes; the others return an empty report.
+    """
+    recipe = recipe.for_finetuning()
     run = prepare(recipe)
-    fit(run)
-    save(run)
-    if run.model.config.num_segment_layers:
-        build_catalogue(recipe.output_dir, run.writer.items)
+    trainer = fit(run)
+    if trainer.is_world_process_zero():
+        save(run)
+        if run.model.config.num_segment_layers:
+            build_catalogue(recipe.output_dir, run.writer.items)
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():  # of several processes one measures
+        return {}
     report = full_report(run)
     write_json(recipe.output_dir / "metrics.json", report)
     return report
 
 
-__all__ = ["M6RecTrainer", "Rows", "finetune", "fit", "full_report", "measure", "measured"]
+__all__ = ["Figures", "examples_of", "finetune", "fit", "full_report", "measure", "measured"]

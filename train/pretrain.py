@@ -1,163 +1,385 @@
-"""Generative pretraining on the items' texts (paper, backbone: text infilling and autoregressive language modelling).
+"""Generative pretraining on raw texts, items and histories (paper, backbone: text infilling and autoregression).
 
-m6rec pretrain movielens training.output_dir=runs/films-pretrained
+m6rec pretrain pretrain-text pretraining.texts=[english.txt,chinese.txt]
 """
 
-import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pandas
 import torch
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate import PartialState
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..items_m6rec import item_texts
+from ..configuration_m6rec import KINDS, M6RecConfig
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization import M6RecProcessor
+from ..tokenization.batching_m6rec import infilling, masking
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .collator import UNKNOWN, M6RecDataCollator
+from .corpus import (
+    HISTORIES,
+    ITEMS,
+    AnySource,
+    Document,
+    Source,
+    StreamedSource,
+    held_out,
+    history_source,
+    item_keys,
+    item_source,
+    raw_source,
+    vocabulary_texts,
+)
+from .data import Log, read_log
+from .packing import PackingCollator
 from .recipe import Recipe, write_json
+from .sections import PretrainingArguments
+from .trainer import M6RecTrainer
 
-ROWS_AT_ONCE = 64
 
-
-class TextRows(Dataset):
-    """Rows of text, one objective a text and epoch; every draw depends on (seed, epoch, index) and on nothing else.
+class RowMaker:
+    """Makes the row of a document for an objective; every draw comes from the generator that is given with it.
 
     Args:
-        items: Items with their fields.
-        processor: Words and encodes them.
-        objectives: Objective -> weight.
-        seed: Of objectives and masks.
+        processor: Words and encodes.
+        length: Tokens of a plain document or an infilling row, at most.
     """
 
-    def __init__(
-        self, items: list[dict[str, Any]], processor: M6RecProcessor, objectives: dict[str, float], seed: int
-    ) -> None:
-        self.items, self.processor, self.seed, self.epoch = items, processor, seed, 0
-        self.names = [name for name, weight in objectives.items() if weight > 0]
-        weights = np.array([objectives[name] for name in self.names])
-        self.weights = weights / weights.sum()
-        self.texts = item_texts(processor, items)
+    def __init__(self, processor: M6RecProcessor, length: int) -> None:
+        self.processor, self.length = processor, length
+        self.ids = processor.tokenizer.structural_ids
+        special = {index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
+        self.ordinary = [index for index in range(self.ids["vocab_size"]) if index not in special]
+
+    def __call__(self, objective: str, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """Return `input_ids` and `labels`, and `item_ids` where a history has item memory."""
+        make = {
+            "text": self._text,
+            "infilling": self._infilling,
+            "masked": self._masked,
+            "item": self._item,
+            "behaviour": self._behaviour,
+        }[objective]
+        return make(document, rng)
+
+    def _stretch(self, document: Document, rng: np.random.Generator, end: Sequence[int] = ()) -> list[int]:
+        """Encode a text, ended by `end`; of a longer one than `length` take a stretch."""
+        ids = [*self.processor.tokenizer.encode_text(document["text"]), *end]
+        start = int(rng.integers(max(len(ids) - self.length, 0) + 1))
+        return ids[start : start + self.length]
+
+    def _text(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """A text is written on, to its end; nothing stands before its first token that could predict it."""
+        ids = self._stretch(document, rng, [self.ids["eos_token_id"]])
+        return {"input_ids": ids, "labels": [UNKNOWN, *ids[1:]]}
+
+    def _infilling(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        text_token_id = self.ids["first_kind_token_id"] + KINDS.index("text")
+        ids = infilling(self._stretch(document, rng), self.ids, text_token_id, rng, self.length)
+        return {"input_ids": ids, "labels": self.processor.labels(ids)}
+
+    def _masked(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        ids = self._stretch(document, rng, [self.ids["eos_token_id"]])
+        ended = ids[-1] == self.ids["eos_token_id"]
+        end = ids[len(ids) - ended :]
+        row, labels = masking(ids[: len(ids) - ended], self.ids["mask_token_id"], self.ordinary, rng)
+        return {"input_ids": row + end, "labels": labels + [UNKNOWN] * ended}
+
+    def _item(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """An item's text is written from its segment; its memory, which could stand in for the text, is left out."""
+        reading = self.processor.read({"candidates": [document["item"]], "text": document["text"]}, "item_text")
+        return {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
+
+    def _behaviour(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """What a user did next is written as it is asked for without training (paper, zero-shot scoring)."""
+        reading = self.processor.read(document["request"], "plausibility")
+        row = {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
+        return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+
+
+class Share(NamedTuple):
+    """How much of the training an objective has of a source."""
+
+    objective: str
+    source: AnySource
+    share: float
+    """All of them sum to 1."""
+
+
+def mix(sources: Sequence[AnySource], arguments: PretrainingArguments) -> list[Share]:
+    """Divide the rows among objectives, by weight, and those of an objective among its sources.
+
+    Raises:
+        ValueError: If an objective has no source.
+    """
+    weights = arguments.texts if isinstance(arguments.texts, dict) else None
+    total, found = sum(arguments.objectives.values()), []
+    for objective, weight in arguments.objectives.items():
+        if not weight:
+            continue
+        own = [source for source in sources if _teaches(source, objective)]
+        mass: list[float] = [len(source) for source in own]
+        if any(isinstance(source, StreamedSource) for source in own):  # whose sizes nobody knows: they take turns
+            mass = [min(size, 1) for size in mass]
+        if weights and objective in ("text", "infilling", "masked"):
+            mass = [weights.get(source.name, 0) if len(source) else 0 for source in own]
+        if not sum(mass):
+            needed = {"item": "items", "behaviour": "training events"}.get(objective, "texts")
+            raise ValueError(
+                f"pretraining.objectives {objective!r} has no {needed} to learn from: name them (data, "
+                "pretraining.texts), hold fewer out, or give it the weight 0"
+            )
+        found += [Share(objective, s, weight / total * each / sum(mass)) for s, each in zip(own, mass) if each]
+    return found
+
+
+def _teaches(source: AnySource, objective: str) -> bool:
+    if objective == "behaviour":
+        return source.name == HISTORIES
+    return source.name == ITEMS if objective == "item" else source.name != HISTORIES
+
+
+class MixedRows(Dataset):
+    """An epoch of rows: as many as the sources have documents, in the given shares.
+
+    Each source is walked in an order of its own, from the start again where its share asks for more than it has. Every
+    draw depends on (seed, epoch) or (seed, epoch, index), and on nothing else.
+
+    Args:
+        shares: Objectives and sources.
+        make: Makes a row.
+        seed: Of all draws.
+    """
+
+    def __init__(self, shares: Sequence[Share], make: RowMaker, seed: int) -> None:
+        self.shares, self.make, self.seed = list(shares), make, seed
+        self.sources = [cast(Source, share.source) for share in shares]
+        self.size = sum(len(source) for source in {id(source): source for source in self.sources}.values())
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw anew."""
         self.epoch = epoch
+        rng = np.random.default_rng([self.seed, epoch])
+        # What a share has beyond whole rows it gets in some epochs: on average all have their due.
+        edges = np.cumsum([0.0, *(share.share for share in self.shares)]) * self.size
+        edges = np.floor(edges + rng.random()).astype(int)
+        edges[-1] = self.size
+        walks = {id(source): source.order(rng) for source in self.sources}
+        parts = [
+            np.stack([np.full(rows, number), np.fromiter(walks[id(source)], int, rows)])
+            for number, (source, rows) in enumerate(zip(self.sources, np.diff(edges).tolist()))
+        ]
+        self.plan = rng.permutation(np.concatenate(parts, axis=1), axis=1)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        number, place = self.plan[:, index].tolist()
         rng = np.random.default_rng([self.seed, self.epoch, index])
-        objective = self.names[int(rng.choice(len(self.names), p=self.weights))]
-        return text_row(self.processor, self.items[index], self.texts[index], objective, rng)
+        return self.make(self.shares[number].objective, self.sources[number][place], rng)
 
 
-class EachEpochAnew(TrainerCallback):
-    """Tells rows of text which epoch it is; with several processes the data loader does not.
+class MixedStream(IterableDataset):
+    """Rows without an end, in the given shares; every draw depends on (seed, number of the row).
+
+    The processes of a training take turns with the rows (the Trainer sees to it), and so do a data loader's workers:
+    none has a row that another has.
 
     Args:
-        rows: The rows that are trained on.
+        shares: Objectives and sources.
+        make: Makes a row.
+        seed: Of all draws.
     """
 
-    def __init__(self, rows: TextRows) -> None:
-        self.rows = rows
+    def __init__(self, shares: Sequence[Share], make: RowMaker, seed: int) -> None:
+        self.shares, self.make, self.seed = list(shares), make, seed
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch, also where training is resumed within one."""
-        self.rows.set_epoch(int(state.epoch))
-
-
-def text_row(
-    processor: M6RecProcessor, item: dict[str, Any], text: str, objective: str, rng: np.random.Generator
-) -> dict[str, Any]:
-    """Make the row of one text for an objective of `PretrainingArguments`."""
-    if objective == "text":
-        ids, labels = processor.document(text)
-    elif objective == "infilling":
-        ids, labels = processor.infill(text, rng)
-    else:
-        reading = processor.read({"candidates": [item], "text": text}, "item_text")
-        ids, labels = reading.input_ids, processor.labels(reading)
-    return {"input_ids": ids, "labels": labels}
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        walks = {id(share.source): share.source.walk(self.seed) for share in self.shares}
+        odds = [share.share for share in self.shares]
+        for number in count():
+            rng = np.random.default_rng([self.seed, number])
+            share = self.shares[int(rng.choice(len(odds), p=odds))]
+            document = next(walks[id(share.source)])
+            if number % workers == own:
+                yield self.make(share.objective, document, rng)
 
 
 @torch.no_grad()
 def perplexity(
-    model: M6RecForRecommendation, rows: list[dict[str, Any]], collator: M6RecDataCollator, bf16: bool = False
+    model: M6RecForRecommendation,
+    rows: Sequence[dict[str, Any]],
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    rows_at_once: int = 8,
 ) -> float:
     """Return exp of the mean negative log-likelihood of a labelled token."""
     model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + ROWS_AT_ONCE]).items()}
+    total, labelled = 0.0, 0
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(rows), rows_at_once):
+        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + rows_at_once]).items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = model(**batch, num_items_in_batch=1, return_logits=False).loss
         total += float(loss)
-        # Nothing stands before a row's first token that could predict it.
-        count += int((batch["labels"][:, 1:] != UNKNOWN).sum())
-    return math.exp(total / count)
+        labelled += int((batch["labels"] != UNKNOWN).sum())
+    return math.exp(total / labelled)
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Make the Trainer's arguments; what a recipe says of evaluation during training is meant for fine-tuning."""
-    never = {"eval_strategy": "no", "load_best_model_at_end": False}
-    recipe = dataclasses.replace(recipe, training={**recipe.training, **never})
-    return recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
+def validation_rows(
+    shares: Sequence[Share], make: RowMaker, arguments: PretrainingArguments, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the held-out rows of each objective, the same ones whatever is learnt before."""
+    found = {}
+    for objective in dict.fromkeys(share.objective for share in shares):
+        own = [share.source for share in shares if share.objective == objective]
+        rows = -(-arguments.valid_rows // len(own))
+        documents = [document for source in own for document in source.validation(rows, seed)]
+        if documents:
+            draws = (np.random.default_rng([seed, index]) for index in count())
+            found[objective] = [make(objective, document, rng) for document, rng in zip(documents, draws)]
+    return found
 
 
-def fit(run: Run) -> dict[str, float]:
-    """Train on the texts of the items; returns the perplexity of each objective on held-out texts.
+def check(recipe: Recipe, config: M6RecConfig) -> None:
+    """Raise if a model cannot learn what a recipe asks of it, naming all that is wrong.
+
+    Raises:
+        ValueError: If so.
+    """
+    arguments = recipe.pretraining
+    wanted = {name for name, weight in arguments.objectives.items() if weight}
+    both_ways = config.document_attention == "bidirectional"
+    longest = config.max_position_embeddings
+    problems = {
+        "pretraining.objectives 'text' writes a text on, but with document_attention 'bidirectional' every token sees "
+        "itself: give it the weight 0, and `masked` its own": both_ways and "text" in wanted,
+        "pretraining.objectives 'masked' needs a model that reads documents in both directions, but document_attention "
+        "is 'causal': give it the weight 0, and `text` its own": not both_ways and "masked" in wanted,
+        "pretraining.streaming goes on without an end: set training.max_steps (or pretraining.training.max_steps), "
+        f"which is {recipe.training.get('max_steps', -1)}": arguments.streaming
+        and recipe.training.get("max_steps", -1) < 1,
+        f"pretraining.length={arguments.length}, but the model has learned positions for {longest} tokens only": bool(
+            arguments.length and config.position_embedding_type == "learned" and arguments.length > longest
+        ),
+    }
+    if any(problems.values()):
+        raise ValueError("; ".join(text for text, wrong in problems.items() if wrong))
+
+
+def raw_sources(arguments: PretrainingArguments) -> list[AnySource]:
+    """Open the raw texts that a recipe names."""
+    names = [name for name in arguments.texts if name != ITEMS]
+    return [raw_source(name, arguments.valid_fraction, arguments.streaming) for name in names]
+
+
+def all_sources(run: Run, raw: Sequence[AnySource]) -> list[AnySource]:
+    """Put beside raw texts what the log of a run has; of its events only those that are trained on."""
+    if not len(run.log.items):
+        return list(raw)
+    share, task = run.recipe.pretraining.valid_fraction, run.recipe.task
+    items = item_source(run.log, run.writer, run.processor, share)
+    events = history_source(run.writer, run.split.train, run.processor.max_events, task.targets, share)
+    return [*raw, items, events]
+
+
+def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str, float]]:
+    """Train; returns the perplexity of each objective on held-out texts, `before` and `after`.
 
     The collator is that of fine-tuning; labels are what tells the two apart.
+
+    Args:
+        run: Model, processor and log.
+        raw: Raw texts that are open already; None: those of the recipe.
     """
-    arguments, seed = run.recipe.pretraining, run.recipe.seed
-    items = run.writer.items
-    order = np.random.default_rng(seed).permutation(len(items))
-    held_out = int(len(order) * arguments.valid_fraction)
-    valid, train = ([items[index] for index in part] for part in (order[:held_out], order[held_out:]))
-    rows = TextRows(train, run.processor, arguments.objectives, seed)
-    if "text" in rows.names and run.model.config.document_attention == "bidirectional":
-        raise ValueError(
-            "pretraining.objectives 'text' writes a text on, but with document_attention 'bidirectional' every token "
-            "sees itself: give it the weight 0"
-        )
-    settings = training_arguments(run.recipe)
-    trainer = Trainer(
+    arguments, seed, config = run.recipe.pretraining, run.recipe.seed, run.model.config
+    check(run.recipe, config)
+    shares = mix(all_sources(run, raw_sources(arguments) if raw is None else raw), arguments)
+    longest = config.max_position_embeddings if config.position_embedding_type == "learned" else math.inf
+    make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)))
+    settings = run.recipe.training_arguments(
+        use_cpu=on_cpu(), bf16=use_bf16(), accelerator_config={"dispatch_batches": False}
+    )
+    rows = MixedStream(shares, make, seed) if arguments.streaming else MixedRows(shares, make, seed)
+    structured = frozenset((make.ids["source_token_id"], make.ids["bos_token_id"]))
+    main = settings.process_index == 0  # of several processes one measures
+    valid = validation_rows(shares, make, arguments, seed) if main else {}
+
+    def measure() -> dict[str, float]:
+        return {
+            objective: perplexity(run.model, own, run.collator, settings.bf16, settings.per_device_eval_batch_size)
+            for objective, own in valid.items()
+        }
+
+    trainer = M6RecTrainer(
+        run,
+        stage="pretrain",
+        figures=lambda: {f"{objective}_perplexity": value for objective, value in measure().items()},
         model=run.model,
         args=settings,
         train_dataset=rows,
-        data_collator=run.collator,
-        callbacks=[EachEpochAnew(rows)],
+        data_collator=PackingCollator(run.collator, make.length, structured) if arguments.pack else run.collator,
     )
+    before = measure()
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     plain_forward(run.model)
+    after = measure()
     run.model.eval()
-    found = {}
-    for objective in rows.names if valid else []:
-        fixed = TextRows(valid, run.processor, {objective: 1.0}, seed)
-        found[objective] = perplexity(run.model, [fixed[i] for i in range(len(fixed))], run.collator, use_bf16())
-    trained = {*(run.model.config.trained_tasks or []), "writing", "plausibility"}
-    run.model.config.trained_tasks = sorted(trained)
+    run.model.config.trained_tasks = sorted({*(config.trained_tasks or []), "writing", "plausibility"})
+    return {objective: {"before": before[objective], "after": after[objective]} for objective in valid}
+
+
+def pretrain(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Run a recipe's pretraining from data to saved model; returns and writes the perplexities.
+
+    Of several processes one measures and writes; the others return nothing.
+    """
+    recipe = recipe.for_pretraining()
+    raw = raw_sources(recipe.pretraining)
+    log = _log(recipe)
+    run = prepare(recipe, log, _vocabulary(raw, log, recipe))
+    found = fit(run, raw)
+    if PartialState().is_main_process:
+        save(run)
+        write_json(recipe.output_dir / "metrics.json", {"perplexity": found})
+    PartialState().wait_for_everyone()
     return found
 
 
-def pretrain(recipe: Recipe) -> dict[str, float]:
-    """Run a recipe's pretraining from data to saved model; returns and writes the perplexities."""
-    run = prepare(recipe)
-    found = fit(run)
-    save(run)
-    write_json(recipe.output_dir / "metrics.json", {"perplexity": found})
-    return found
+def _log(recipe: Recipe) -> Log:
+    """Read the log; where a recipe names raw texts only, it is empty."""
+    data = recipe.data
+    if data.source != "tables" or data.interactions or data.items or not recipe.pretraining.texts:
+        return read_log(data)
+    events = pandas.DataFrame({"user_id": [], "item_id": [], "timestamp": []}, dtype=object)
+    return Log(events, pandas.DataFrame(index=pandas.Index([], name="item_id")))
+
+
+def _vocabulary(raw: Sequence[AnySource], log: Log, recipe: Recipe) -> Iterator[str]:
+    """Texts that a new tokenizer learns from: none that is held out."""
+    items = (text for text in item_keys(log) if not held_out(text, recipe.pretraining.valid_fraction))
+    return chain(items, *(vocabulary_texts(source, recipe.seed) for source in raw))
 
 
 __all__ = [
-    "EachEpochAnew",
-    "TextRows",
+    "MixedRows",
+    "MixedStream",
+    "RowMaker",
+    "Share",
+    "all_sources",
+    "check",
     "fit",
+    "mix",
     "perplexity",
     "pretrain",
-    "text_row",
-    "training_arguments",
+    "raw_sources",
+    "validation_rows",
 ]

@@ -156,7 +156,7 @@ def card_facts(run: Run, report: dict[str, Any], seconds: dict[str, float]) -> C
         seed=recipe.seed,
         tasks=run.model.config.trained_tasks or (),
         example=EXAMPLE,
-        languages=[recipe.text.language],
+        languages=[recipe.text.language or "en"],
         intended_use=("A first look at m6rec, and a start for experiments on MovieLens-100K.",),
         limits=LIMITS,
         results=report,

@@ -1,8 +1,9 @@
 """Recipes: what a run does, as dataclasses that are read from YAML and overridden on the command line.
 
 A recipe has one section a question: `data` (what is read), `text` (how it is worded), `model` (what learns),
-`pretraining` (what is learnt of texts), `task` (what is learnt of behaviour), `evaluation` (what is measured), and
-`training`, the fields of `transformers.TrainingArguments`.
+`pretraining` (what is learnt of texts), `tuning` (which weights learn), `task` (what is learnt of behaviour),
+`evaluation` (what is measured), `recommend` (what is asked in the end), and `training`, the fields of
+`transformers.TrainingArguments`.
 """
 
 import copy
@@ -19,129 +20,24 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from transformers import TrainingArguments
 
-from ..configuration_m6rec import M6RecConfig
 from .data import DataArguments
+from .sections import (
+    EvaluationArguments,
+    ModelArguments,
+    PretrainingArguments,
+    RecommendArguments,
+    TaskArguments,
+    TextArguments,
+    TuningArguments,
+    refuse_unknown,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_FILE = "recipe.yaml"
 """Where a run keeps its resolved recipe, beside the weights."""
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "peft", "accelerate", "numpy", "pandas")
-LEARNT = ("retrieval", "click", "rating", "interaction")
-LESS_IS_BETTER = ("loss", "error", "rmse", "mae")
+LESS_IS_BETTER = ("loss", "error", "rmse", "mae", "perplexity")
 """How the names of metrics end of which less is better."""
-Negatives = Literal["batch", "sampled", "catalogue"]
-SplitName = Literal["leave-one-out", "time"]
-
-
-@dataclass
-class TextArguments:
-    """The `text:` section: how requests are worded and tokenised."""
-
-    domain: str = "ecommerce"
-    """Domain of the template."""
-    language: str = "en"
-    """Language of the template."""
-    max_length: int = 1024
-    """Tokens of a source with its longest target, at most."""
-    max_events: int = 50
-    """Events of a history, at most."""
-    vocab_size: int = 8000
-    """Tokens of a tokenizer that is trained on the items' texts."""
-
-
-@dataclass
-class ModelArguments:
-    """The `model:` section: what learns."""
-
-    checkpoint: str | None = None
-    """Folder or Hub id of an M6Rec model to go on from. None: a new model."""
-    preset: str = "tiny"
-    """Named size of a new model."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Fields of M6RecConfig that differ from the preset."""
-    attention: str | None = None
-    """Attention implementation: sdpa, eager, ...; None: the library's choice."""
-    freeze_segments: bool = False
-    """Do not train embeddings and segment layers: each text is then read once, and its state kept."""
-    item_memory: bool = False
-    """Give every item of the catalogue a row of item memory."""
-
-    def __post_init__(self) -> None:
-        fields = {entry.name for entry in dataclasses.fields(M6RecConfig)}
-        refuse_unknown(self.config, fields, "model.config")
-
-
-@dataclass
-class TaskArguments:
-    """The `task:` section: what is learnt."""
-
-    learn: list[str] = field(default_factory=lambda: ["retrieval"])
-    """Tasks, of retrieval, click, rating, interaction."""
-    targets: int = 8
-    """Candidates of a training row, for click, rating and interaction."""
-    interactions: dict[str, list[str]] = field(default_factory=dict)
-    """For interaction: name of an interaction -> events of the log that count as it."""
-    negatives: Negatives = "catalogue"
-    """Against which items retrieval is learnt: those of the `batch`, a sample beside, or the whole catalogue."""
-    num_sampled: int = 512
-    """Items drawn for each batch with sampled negatives."""
-    correct_popularity: bool = True
-    """Correct batch and sampled negatives for how often an item gets among them (logQ)."""
-
-    def __post_init__(self) -> None:
-        unknown = [task for task in self.learn if task not in LEARNT]
-        if unknown or not self.learn:
-            raise ValueError(f"task.learn is {self.learn}; expected some of {', '.join(LEARNT)}")
-        if self.negatives not in get_args(Negatives):
-            raise ValueError(f"task.negatives is {self.negatives!r}; expected one of {', '.join(get_args(Negatives))}")
-        if self.targets < 1 or self.num_sampled < 1:
-            raise ValueError(f"task.targets={self.targets} and task.num_sampled={self.num_sampled} must be positive")
-        if ("interaction" in self.learn) != bool(self.interactions):
-            raise ValueError("task.interactions names what task.learn 'interaction' learns: give both or none")
-
-
-@dataclass
-class PretrainingArguments:
-    """The `pretraining:` section: how `m6rec pretrain` learns the items' texts."""
-
-    objectives: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "infilling": 1.0, "item": 2.0})
-    """Objective -> weight: `text` writes a text on, `infilling` writes its masked spans (the paper's two), `item`
-    writes an item's text from its segment (ours: with a segment summary, the summary then has to hold the text)."""
-    valid_fraction: float = 0.05
-    """Share of the texts held out for the perplexity."""
-
-    def __post_init__(self) -> None:
-        refuse_unknown(self.objectives, {"text", "infilling", "item"}, "pretraining.objectives")
-        if not any(weight > 0 for weight in self.objectives.values()) or min(self.objectives.values()) < 0:
-            raise ValueError(f"pretraining.objectives is {self.objectives}; expected weights, at least one positive")
-        if not 0 <= self.valid_fraction < 1:
-            raise ValueError(f"pretraining.valid_fraction={self.valid_fraction} is not in [0, 1)")
-
-
-@dataclass
-class EvaluationArguments:
-    """The `evaluation:` section: what is measured."""
-
-    split: SplitName = "leave-one-out"
-    """Which events are held out: each user's last two, or all after two moments in time."""
-    valid_fraction: float = 0.1
-    """Share of the events used for validation, with the split by time."""
-    test_fraction: float = 0.1
-    """Share of the events used for the test, with the split by time."""
-    ks: list[int] = field(default_factory=lambda: [5, 10, 20])
-    """Cut-offs of the ranking metrics."""
-    exclude_seen: bool = True
-    """Leave the items out that the user has met before."""
-    max_users: int | None = None
-    """Evaluate on so many users, drawn by the seed; None: all."""
-
-    def __post_init__(self) -> None:
-        if self.split not in get_args(SplitName):
-            raise ValueError(f"evaluation.split is {self.split!r}; expected one of {', '.join(get_args(SplitName))}")
-        if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"evaluation.ks is {self.ks}; expected cut-offs of 1 or more")
-        if self.max_users is not None and self.max_users < 1:
-            raise ValueError(f"evaluation.max_users is {self.max_users}; expected 1 or more, or null for all users")
 
 
 @dataclass
@@ -152,12 +48,15 @@ class Recipe:
     text: TextArguments = field(default_factory=TextArguments)
     model: ModelArguments = field(default_factory=ModelArguments)
     pretraining: PretrainingArguments = field(default_factory=PretrainingArguments)
+    tuning: TuningArguments = field(default_factory=TuningArguments)
     task: TaskArguments = field(default_factory=TaskArguments)
     evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
+    recommend: RecommendArguments = field(default_factory=RecommendArguments)
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(TrainingArguments, self.training, "training")
+        _check(TrainingArguments, self.pretraining.training, "pretraining.training")
         if not self.training.get("output_dir"):
             raise ValueError("training.output_dir is missing: name the folder that the run writes")
 
@@ -171,9 +70,36 @@ class Recipe:
         """The seed of everything drawn at random."""
         return int(self.training.get("seed", 42))
 
+    def for_pretraining(self) -> "Recipe":
+        """Return the recipe of the pretraining: with its own settings of the Trainer, in its own folder if it has one.
+
+        What a recipe says of tuning, and of evaluation during training, is meant for fine-tuning.
+        """
+        own = {"eval_strategy": "no", "load_best_model_at_end": False, **self.pretraining.training}
+        own |= {"output_dir": self.pretraining.output_dir} if self.pretraining.output_dir else {}
+        return dataclasses.replace(self, training={**self.training, **own}, tuning=TuningArguments())
+
+    def for_finetuning(self) -> "Recipe":
+        """Return the recipe of the fine-tuning, which goes on from the pretraining's folder if the recipe names one.
+
+        Raises:
+            FileNotFoundError: If that folder holds no model.
+        """
+        folder = self.pretraining.output_dir
+        if not folder:
+            return self
+        if not (Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"pretraining.output_dir {folder!r} holds no model to fine-tune: run `m6rec pretrain` with this recipe "
+                "first, or `m6rec run` for all its steps, or set pretraining.output_dir=null to begin anew"
+            )
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, checkpoint=folder, backbone=None))
+
     def training_arguments(self, **defaults: Any) -> TrainingArguments:
         """Make the Trainer's arguments; `defaults` give way to the recipe."""
         ours: dict[str, Any] = {"report_to": "none", "remove_unused_columns": False, "label_names": ["labels"]}
+        ours["logging_steps"] = 0.01  # a hundred points for the curves
+        ours["ddp_find_unused_parameters"] = True  # heads that a batch has no labels for
         if metric := self.training.get("metric_for_best_model"):  # the library knows only of losses that less is better
             ours["greater_is_better"] = not metric.endswith(LESS_IS_BETTER)
         return TrainingArguments(**{**ours, **defaults, **self.training})
@@ -192,8 +118,10 @@ SECTIONS = {
     "text": TextArguments,
     "model": ModelArguments,
     "pretraining": PretrainingArguments,
+    "tuning": TuningArguments,
     "task": TaskArguments,
     "evaluation": EvaluationArguments,
+    "recommend": RecommendArguments,
 }
 
 
@@ -228,18 +156,13 @@ def find_recipe(source: str | Path) -> Path:
     raise FileNotFoundError(f"there is no recipe {str(source)!r}: give a YAML file, a run's folder, or one of {known}")
 
 
-def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raise if a mapping has keys that nobody reads: a typo must not pass in silence."""
-    unknown = sorted(map(str, set(given) - known))
-    if unknown:
-        raise ValueError(f"{where} has unknown keys {', '.join(unknown)}; known keys are {', '.join(sorted(known))}")
-
-
 def _check(cls: type, values: Any, section: str) -> None:
     """Refuse what a dataclass has no field for, or none of that type."""
     if not isinstance(values, Mapping):
         raise ValueError(f"section {section} is {values!r}; expected keys with values")
     kinds = {entry.name: entry.type for entry in dataclasses.fields(cls) if entry.init}
+    if cls is TrainingArguments:
+        kinds["resume_from_checkpoint"] = kinds["fsdp"] = str | bool | None  # true: the newest one; shard
     refuse_unknown(values, set(kinds), section)
     for name, value in values.items():
         kind = kinds[name]
@@ -326,16 +249,4 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-__all__ = [
-    "LEARNT",
-    "EvaluationArguments",
-    "ModelArguments",
-    "PretrainingArguments",
-    "Recipe",
-    "TaskArguments",
-    "TextArguments",
-    "find_recipe",
-    "load_recipe",
-    "refuse_unknown",
-    "write_json",
-]
+__all__ = ["Recipe", "find_recipe", "load_recipe", "write_json"]

@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
 
 from ..catalogue_m6rec import Catalogue
 from ..pipeline_m6rec import FOLDER, RecommendationPipeline
+from ..tuning import load_model
 from .data import read_log
 from .examples import RequestWriter
 from .recipe import load_recipe
@@ -20,7 +21,7 @@ from .splits import histories, order
 def load_pipeline(model: str) -> RecommendationPipeline:
     """Load a trained model as a pipeline, with its catalogue if it has one."""
     try:
-        processor, network = AutoProcessor.from_pretrained(model), AutoModel.from_pretrained(model)
+        processor, network = AutoProcessor.from_pretrained(model), load_model(model)
     except OSError as error:
         raise OSError(f"{model!r} is no folder of a model here, and the Hub does not give it: {error}") from error
     return RecommendationPipeline(model=network.eval(), processor=processor)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy
 import pandas
 
+PARTS = ("train", "valid", "test")
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -27,7 +29,7 @@ class Split:
 
 
 def order(interactions: pandas.DataFrame, seed: int) -> pandas.DataFrame:
-    """Sorts events by user, then time, then at random.
+    """Sorts events by user, then time, then part if the log names parts, then at random.
 
     Args:
         interactions: The events of a `Log`. Where no timestamps are given (all NaN: a published split) each user's
@@ -39,7 +41,8 @@ def order(interactions: pandas.DataFrame, seed: int) -> pandas.DataFrame:
     """
     users, _ = pandas.factorize(interactions["user_id"], sort=True)
     if _has_times(interactions):
-        rows = numpy.lexsort((_tie_keys(interactions, seed), interactions["timestamp"].to_numpy(), users))
+        keys = (_tie_keys(interactions, seed), _part_ranks(interactions), interactions["timestamp"].to_numpy(), users)
+        rows = numpy.lexsort(keys)
     else:
         rows = numpy.argsort(users, kind="stable")
     return interactions.iloc[rows].reset_index(drop=True)
@@ -56,7 +59,7 @@ def leave_one_out(interactions: pandas.DataFrame, seed: int, min_events: int = 3
     if min_events < 3:
         raise ValueError(f"min_events is {min_events}; expected at least 3: one event for each part")
     ordered = order(interactions, seed)
-    users = ordered.groupby("user_id", sort=False)["user_id"]
+    users = ordered.groupby("user_id", sort=False, observed=True)["user_id"]
     left = users.cumcount(ascending=False)  # events of the same user still to come
     held_out = users.transform("size") >= min_events
     test, valid = held_out & (left == 0), held_out & (left == 1)
@@ -97,13 +100,42 @@ def by_time(
     return Split(ordered[train], ordered[~(train | test)], ordered[test])
 
 
+def given(interactions: pandas.DataFrame, seed: int = 0) -> Split:
+    """Takes the parts that the log itself names, in its column `part`.
+
+    Args:
+        interactions: The events of a `Log`. No user's event may come before one of an earlier part: to predict it the
+            future would be read.
+        seed: Seed of the order of events with the same user, time and part.
+    """
+    if "part" not in interactions:
+        raise ValueError(
+            "evaluation.split 'given' needs a column that says train, valid or test for each event: name it in "
+            "data.columns as `part`"
+        )
+    ordered = order(interactions, seed)
+    ranks = _part_ranks(ordered)
+    same_user = ordered["user_id"].to_numpy()[1:] == ordered["user_id"].to_numpy()[:-1]
+    early = same_user & (ranks[1:] < ranks[:-1])
+    if early.any():
+        user, part = ordered[["user_id", "part"]].iloc[int(early.argmax()) + 1]
+        raise ValueError(
+            f"user {user!r} has an event of part {part!r} after one of a later part ({early.sum()} such events): "
+            "expected each user's parts in the order train, valid, test; use evaluation.split time or leave-one-out"
+        )
+    train, valid, test = (ordered[ranks == rank] for rank in range(len(PARTS)))
+    if train.empty:
+        raise ValueError("no event is of part 'train': there is nothing to learn from")
+    return Split(train, valid, test)
+
+
 def histories(frame: pandas.DataFrame) -> dict[str, numpy.ndarray]:
     """The row positions (for `iloc`) of each user's events, in the order of the rows.
 
     >>> histories(pandas.DataFrame({"user_id": ["a", "b", "a"]}))
     {'a': array([0, 2]), 'b': array([1])}
     """
-    rows = frame.groupby("user_id", sort=False).indices
+    rows = frame.groupby("user_id", sort=False, observed=True).indices
     return {str(user): numpy.asarray(positions) for user, positions in rows.items()}
 
 
@@ -122,6 +154,12 @@ def _has_times(interactions: pandas.DataFrame) -> bool:
     return not missing.all()
 
 
+def _part_ranks(interactions: pandas.DataFrame) -> numpy.ndarray:
+    if "part" not in interactions:
+        return numpy.zeros(len(interactions), dtype=numpy.int8)
+    return pandas.Categorical(interactions["part"], categories=list(PARTS)).codes
+
+
 def _tie_keys(interactions: pandas.DataFrame, seed: int) -> numpy.ndarray:
     """A pseudo-random number an event, the same wherever the event stands in the table."""
     who_what = [name for name in ("user_id", "item_id", "event") if name in interactions]
@@ -134,4 +172,4 @@ def _start_of_last(moments: numpy.ndarray, count: int) -> float:
     return float(moments[-min(count, len(moments))]) if count and len(moments) else math.inf
 
 
-__all__ = ["Split", "by_time", "cold_items", "histories", "leave_one_out", "order"]
+__all__ = ["PARTS", "Split", "by_time", "cold_items", "given", "histories", "leave_one_out", "order"]

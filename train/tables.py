@@ -1,26 +1,55 @@
 """Tables of any kind (CSV, Parquet, JSONL, a folder saved by `datasets`, a Hub dataset) and their columns, checked.
 
-Everything is read into Arrow by `datasets` and left there until a column is asked for.
+Everything is read into Arrow files by `datasets`, in pieces, and stays on the disk until a column is asked for.
 """
 
 import glob
 import math
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-FORMATS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _LARGEST_SECONDS = 1e11  # the year 5138; as milliseconds it is 1973
 _EXACT_FLOAT = 2**53  # above it a float no longer tells neighbouring whole numbers apart
+_SEPARATORS = ",;\t"
+_ROWS_AT_ONCE = 250_000
+"""Rows whose texts are parsed together: as Python's texts they take some 60 bytes each."""
+
+
+def find_folder(name: str, contents: str) -> Path:
+    """The folder of a data set in the folder that the environment variable M6REC_DATA names.
+
+    Args:
+        name: What it is called there.
+        contents: What is to be put there, for the error.
+    """
+    root = os.environ.get("M6REC_DATA")
+    if root and (Path(root) / name).is_dir():
+        return Path(root) / name
+    where = f"no folder {name!r} in M6REC_DATA ({root})" if root else "M6REC_DATA is not set"
+    raise FileNotFoundError(
+        f"the data set {name} is not here: {where}. Get {contents}, and name its folder as data.directory, or put it "
+        f"as {name!r} into the folder that M6REC_DATA names"
+    )
+
+
+def require_files(directory: Path, names: Iterable[str], what: str) -> None:
+    """Raises if a data set's folder lacks one of its files."""
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{directory}: no {', '.join(missing)}; expected the folder of {what}")
 
 
 def load_table(location: str) -> Dataset:
@@ -31,8 +60,14 @@ def load_table(location: str) -> Dataset:
             folder saved by `datasets` or a Hub dataset id. The split may be left out where there is only one.
 
     Returns:
-        The rows. Every column of a CSV file is text (so "007" and "NA" stay what they are), empty where a cell is.
+        The rows. Every column of a CSV file is text (so "007" and "NA" stay what they are), empty where a cell is; its
+        cells are separated by what stands most often in its first line, of comma, semicolon and tab. A field within a
+        field is a column of its own, called `outer.inner`.
     """
+    return _load(location).flatten()
+
+
+def _load(location: str) -> Dataset:
     if Path(location).is_file():
         return _load_file(Path(location))
     name, *parts = location.split(":")
@@ -78,10 +113,14 @@ def _holds_nothing(path: Path, kind: str) -> bool:
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
-    head = pandas.read_csv(path, dtype=str, nrows=1)
+    with path.open(encoding="utf-8-sig") as file:
+        line = file.readline()
+    separator = max(_SEPARATORS, key=line.count)
+    head = pandas.read_csv(path, sep=separator, dtype=str, nrows=1)
     if not isinstance(head.index, pandas.RangeIndex):  # pandas would take the first column for row names
         raise ValueError(f"its first row has more cells than its header ({', '.join(head.columns)})")
-    return {"features": Features({name: Value("string") for name in head.columns}), "keep_default_na": False}
+    features = Features({name: Value("string") for name in head.columns})
+    return {"features": features, "keep_default_na": False, "sep": separator}
 
 
 def _one_split(loaded: DatasetDict, split: str | None, name: str) -> Dataset:
@@ -93,7 +132,7 @@ def _one_split(loaded: DatasetDict, split: str | None, name: str) -> Dataset:
     return loaded[split]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
     """A table while its columns are taken out, each by a method that checks it and names what it refuses."""
 
@@ -103,10 +142,15 @@ class Table:
     """All of it; not in memory."""
     columns: Mapping[str, str]
     """Role -> column, for the roles whose column is not called like the role."""
+    drop: bool = False
+    """Whether rows that are refused are left out, and counted, instead of ending it all."""
+    dropped: dict[str, int] = field(default_factory=dict, init=False)
+    """Reason -> rows left out for it; a row is counted once, under the first."""
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
             raise ValueError(f"{self.name}: the table is empty; expected at least one row")
+        self._bad = numpy.zeros(len(self.rows), dtype=bool)
 
     def has(self, role: str) -> bool:
         """Whether the table has a column for the role; a column that the user named must be there."""
@@ -122,14 +166,27 @@ class Table:
             raise ValueError(f"{self.name}: no column {column!r}; the columns are {', '.join(self.rows.column_names)}")
         return column
 
-    def refuse(self, bad: pandas.Series, column: str, values: pandas.Series, expected: str) -> None:
-        """Raises on the first bad row, counted from 1 after any header."""
-        if bad.any():
-            row = int(bad.to_numpy().argmax())
-            raise ValueError(
-                f"{self.name}: column {column!r}, row {row + 1}: expected {expected}, got {values.tolist()[row]!r} "
-                f"({int(bad.sum())} of {len(bad)} rows are refused)"
-            )
+    def refuse(self, bad: Any, column: str, expected: str) -> None:
+        """Raises on the first bad row, counted from 1 after any header; or notes the bad rows as dropped."""
+        bad = numpy.asarray(bad, dtype=bool)
+        if not bad.any():
+            return
+        if self.drop:
+            self.dropped[f"{self.name}: column {column!r}: not {expected}"] = int((bad & ~self._bad).sum())
+            self._bad |= bad
+            return
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{self.name}: column {column!r}, row {row + 1}: expected {expected}, got {self.rows[row][column]!r} "
+            f"({int(bad.sum())} of {len(bad)} rows are refused; data.drop_invalid: true leaves them out)"
+        )
+
+    def kept(self, taken: pandas.DataFrame) -> pandas.DataFrame:
+        """What was taken out, without the rows that were refused."""
+        if self._bad.all():
+            reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            raise ValueError(f"{self.name}: no row is left, all were dropped: {reasons}")
+        return taken[~self._bad] if self._bad.any() else taken
 
     def text(self, column: str) -> pandas.Series:
         """A column as text.
@@ -137,43 +194,57 @@ class Table:
         Whole numbers lose a decimal point (a column with gaps often comes as 7.0), lists are joined by commas, times
         are written in ISO form, and what is missing is the empty text.
         """
-        feature = self.rows.features[self.named(column)]
+        return pandas.concat([self._text(column, piece) for piece in self._pieces(column)], ignore_index=True)
+
+    def words(self, column: str, strip: bool = False) -> pandas.Series:
+        """A column of few texts that come often, as categories in the order of the alphabet; else like `text`.
+
+        In memory each row is a number of at most four bytes, and each text is there once.
+        """
+        self.named(column)
         values = self._arrow(column)
+        if pyarrow.types.is_nested(values.type):
+            values = pyarrow.chunked_array([pyarrow.array(self.text(column), pyarrow.large_string())])
+        encoded = values.dictionary_encode("encode").combine_chunks()
+        texts = self._text(column, pyarrow.chunked_array([encoded.dictionary]))
+        texts = texts.str.strip() if strip else texts
+        categories = pandas.Index(sorted(set(texts)), dtype="str")
+        place = categories.get_indexer(pandas.Index(texts)).astype(numpy.int32)
+        codes = place[encoded.indices.to_numpy(zero_copy_only=False)]
+        return pandas.Series(pandas.Categorical.from_codes(codes, categories))
+
+    def _text(self, column: str, values: pyarrow.ChunkedArray) -> pandas.Series:
         if _is_exact(values.type):
             return pandas.Series(values.cast(pyarrow.large_string()).fill_null("").to_pandas(), dtype="str")
-        if type(feature).__name__ == "Json":  # `datasets` could not find one type, and has dropped quotation marks
-            raise ValueError(f"{self.name}: column {column!r} mixes types; write all its values as text or null")
         try:
             return pandas.Series([_plain(value) for value in values.to_pylist()], dtype="str")
         except TypeError as error:
             raise ValueError(f"{self.name}: column {column!r} cannot be read as text: {error}") from error
 
     def ids(self, role: str) -> pandas.Series:
-        """An id column as text, unchanged."""
+        """An id column as text, unchanged, in categories."""
         column = self.column(role)
-        ids = self.text(column)
-        self.refuse(ids.str.strip() == "", column, ids, "an id")
+        ids = self.words(column)
+        names = ids.cat.categories
+        self.refuse(ids.isin(names[names.str.strip() == ""]), column, "an id")
         if pyarrow.types.is_floating(self.rows.features.arrow_schema.field(column).type):
-            inexact = ~ids.str.fullmatch(r"-?\d+")
-            self.refuse(inexact, column, ids, "a whole number below 2**53 (store other ids as text)")
+            inexact = ids.isin(names[~names.str.fullmatch(r"-?\d*")])
+            self.refuse(inexact, column, "a whole number below 2**53 (store other ids as text)")
         return ids
 
     def unique_ids(self, role: str) -> pandas.Index:
-        """An id column without repetition."""
+        """An id column without repetition; where bad rows are dropped, all rows but the first of an id are bad."""
         ids = self.ids(role)
-        self.refuse(ids.duplicated(), self.column(role), ids, "an id that no earlier row has")
-        return pandas.Index(ids, name=role)
+        self.refuse(ids.duplicated(), self.column(role), "an id that no earlier row has")
+        return pandas.Index(ids.astype("str"), name=role)
 
     def numbers(self, role: str) -> pandas.Series:
-        """A numeric column as finite floats."""
+        """A numeric column as finite floats; NaN where a cell is empty, but not everywhere."""
         column = self.column(role)
-        values = self._arrow(column)
-        if _is_number(values.type):
-            given = numbers = values.cast(pyarrow.float64(), safe=False).to_pandas()
-        else:
-            given = self.text(column)
-            numbers = pandas.to_numeric(given, errors="coerce").astype(float)
-        self.refuse(~_finite(numbers), column, given, "a finite number")
+        numbers, missing = self._floats(column), self._missing(column)
+        self.refuse(~(_finite(numbers) | missing), column, "a finite number or nothing")
+        if missing.all():
+            raise ValueError(f"{self.name}: column {column!r} is empty in all {len(numbers)} rows: leave it out")
         return numbers
 
     def seconds(self, role: str) -> pandas.Series:
@@ -184,24 +255,44 @@ class Table:
         time, in UTC unless it says otherwise. Which of the two a column is, most of its rows decide.
         """
         column = self.column(role)
-        values = self._arrow(column)
-        if pyarrow.types.is_timestamp(values.type) or pyarrow.types.is_date(values.type):
-            given = values.cast(pyarrow.timestamp("us"), safe=False).to_pandas()
-            seconds = _since_1970(given)
-        elif _is_number(values.type):
-            given = values.cast(pyarrow.float64(), safe=False).to_pandas()
-            seconds = _to_seconds(given)
+        kind = self.rows.features.arrow_schema.field(column).type
+        if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
+            seconds = _since_1970(self._arrow(column).cast(pyarrow.timestamp("us"), safe=False).to_pandas())
         else:
-            given = self.text(column)
-            numbers = pandas.to_numeric(given, errors="coerce").astype(float)
-            if numbers.isna().mean() > 0.5:
-                seconds = _since_1970(pandas.to_datetime(given, format="ISO8601", utc=True, errors="coerce"))
+            numbers = self._floats(column)
+            if not _is_number(kind) and numbers.isna().mean() > 0.5:
+                seconds = self._parsed(column, _since_1970_in_words)
             else:
                 seconds = _to_seconds(numbers)
-        self.refuse(~_finite(seconds), column, given, "a time (seconds or ISO 8601, one of them in all rows)")
+        self.refuse(~_finite(seconds), column, "a time (seconds or ISO 8601, one of them in all rows)")
         return seconds
 
+    def _floats(self, column: str) -> pandas.Series:
+        """A column as floats, NaN where a cell is no number."""
+        values = self._arrow(column)
+        if _is_number(values.type):
+            return values.cast(pyarrow.float64(), safe=False).to_pandas()
+        return self._parsed(column, lambda texts: pandas.to_numeric(texts, errors="coerce").astype(float))
+
+    def _missing(self, column: str) -> pandas.Series:
+        """Whether a cell says nothing: it is null, or an empty text."""
+        values = self._arrow(column)
+        if _is_number(values.type):
+            return values.is_null().to_pandas()
+        return self._parsed(column, lambda texts: texts.str.strip() == "")
+
+    def _parsed(self, column: str, parse: Callable[[pandas.Series], pandas.Series]) -> pandas.Series:
+        found = [parse(self._text(column, piece)) for piece in self._pieces(column)]
+        return pandas.concat(found, ignore_index=True)
+
+    def _pieces(self, column: str) -> Iterator[pyarrow.ChunkedArray]:
+        values = self._arrow(self.named(column))
+        for start in range(0, len(values), _ROWS_AT_ONCE):
+            yield values.slice(start, _ROWS_AT_ONCE)
+
     def _arrow(self, column: str) -> pyarrow.ChunkedArray:
+        if type(self.rows.features[column]).__name__ == "Json":  # `datasets` found no one type, and dropped quotes
+            raise ValueError(f"{self.name}: column {column!r} mixes types; write all its values as text or null")
         return self.rows.with_format("arrow").select_columns([column])[:].column(0)
 
 
@@ -236,10 +327,15 @@ def _since_1970(times: pandas.Series) -> pandas.Series:
     return (times - pandas.Timestamp("1970-01-01", tz=times.dt.tz)) / pandas.Timedelta(seconds=1)
 
 
+def _since_1970_in_words(texts: pandas.Series) -> pandas.Series:
+    return _since_1970(pandas.to_datetime(texts, format="ISO8601", utc=True, errors="coerce"))
+
+
 def _to_seconds(numbers: pandas.Series) -> pandas.Series:
-    while _LARGEST_SECONDS < numbers.abs().max() < math.inf:
-        numbers = numbers / 1000
+    largest = numbers[_finite(numbers)].abs().max()  # NaN if there is none
+    while largest > _LARGEST_SECONDS:
+        numbers, largest = numbers / 1000, largest / 1000
     return numbers
 
 
-__all__ = ["FORMATS", "Table", "load_table"]
+__all__ = ["FORMATS", "Table", "find_folder", "load_table", "require_files"]

@@ -32,6 +32,7 @@ def slow_layout(row, mask):
     }
     structured = next((token in (SOURCE, BOS) for token, real in zip(row, mask) if real), False)
     region = request = target = event = segment = place = source_length = kind = 0
+    document = -1
     in_event = text = False
     fresh = True
     for t, (token, real) in enumerate(zip(row, mask)):
@@ -53,8 +54,9 @@ def slow_layout(row, mask):
                 in_event = False
             text |= region == 2 and token == TEXT
             fresh = marker or token == SEG
-        elif fresh:
-            segment, pos, fresh = 1, 0, False
+        elif real != document:
+            request, document = (0 if segment == 0 else request + 1), real
+            segment, pos, place = segment + 1, 0, 0
         source = structured and region == 1
         values = dict(
             source=source,
@@ -91,6 +93,8 @@ def random_rows(seed):
         mask[row, 40 - rng.randint(0, 6) :] = 0
         if row % 3 == 0:
             mask[row, 20 : 20 + rng.randint(0, 4)] = 0
+        if row % 2:  # several documents, where the row is plain; else the numbers say nothing
+            mask[row] *= torch.tensor(sorted(rng.choices((1, 2, 3, 7), k=40)))
     return torch.tensor(rows), mask
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec.tokenization import M6RecProcessor
-from m6rec.tokenization.batching_m6rec import infilling, pad, written_labels
+from m6rec.tokenization.batching_m6rec import infilling, masking, pad, written_labels
 
 IDS = {
     "pad_token_id": 9,
@@ -134,3 +134,25 @@ def test_documents(tokenizer):
     assert row == labels and tokenizer.decode(row) == "hiking [EOS][EOS]" and row.count(tokenizer.eos_token_id) == 1
     row, _ = M6RecProcessor(tokenizer, max_length=8).document("hiking shoes " * 20)
     assert len(row) == 8 and row[-1] == tokenizer.eos_token_id
+
+
+@given(st.integers(1, 80), st.integers(0, 1000))
+def test_masking_hides_the_stated_share_and_tells_what_was_there(length, seed):
+    text = list(range(100, 100 + length))
+    row, labels = masking(text, 2, [50, 51], np.random.default_rng(seed))
+    asked = [place for place, label in enumerate(labels) if label != -100]
+    assert len(row) == len(labels) == length and len(asked) == max(1, round(0.15 * length))
+    for place in range(length):
+        assert labels[place] == text[place] if place in asked else row[place] == text[place]
+        assert row[place] in (2, 50, 51, text[place])
+    assert text == list(range(100, 100 + length)), "the text is left as it was"
+    assert masking(text, 2, [50, 51], np.random.default_rng(seed)) == (row, labels)
+
+
+def test_masked_tokens_mostly_are_masks():
+    text = list(range(100, 200))
+    found = [masking(text, 2, [50, 51], np.random.default_rng(seed))[0] for seed in range(400)]
+    count = 400 * 15
+    masks, others = (sum(row.count(each) for row in found for each in ids) / count for ids in ([2], [50, 51]))
+    assert abs(masks - 0.8) < 5 * (0.16 / count) ** 0.5
+    assert abs(others - 0.1) < 5 * (0.09 / count) ** 0.5

@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from m6rec import Catalogue, M6RecForRecommendation
-from m6rec.train.cli import main, tables
+from m6rec.train.cli import main
+from m6rec.train.printing import tables
 from m6rec.train.recipe import load_recipe
 from tests.train.world import TITLES, recipe_of
 

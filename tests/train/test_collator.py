@@ -7,7 +7,7 @@ import torch
 from m6rec.train.build import prepare
 from m6rec.train.collator import CatalogueRows, M6RecDataCollator
 from m6rec.train.examples import read_requests, training_rows
-from m6rec.train.recipe import TaskArguments
+from m6rec.train.sections import TaskArguments
 
 NEGATIVES = ["batch", "sampled", "catalogue"]
 

@@ -1,14 +1,19 @@
 """The log: tables joined and checked, and MovieLens-100K."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy
 import pandas
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
-from m6rec.train.data import DataArguments, Log, build_log, read_log, read_movielens
+from m6rec.train.data import DataArguments, Log, build_log, read_log, read_movielens, repeated_rows
 from tests.conftest import real_data
 
 
@@ -125,16 +130,19 @@ def test_without_times_the_order_of_the_table_counts_and_repetitions_stay(caplog
     ("tables", "message"),
     [
         ({"events": {"user_id": ["u", "", "u"]}}, r"interactions: column 'user_id', row 2: expected an id, got ''"),
-        ({"events": {"item_id": ["a", "b", None]}}, r"interactions: column 'item_id', row 3: expected an id, got ''"),
-        ({"events": {"item_id": ["a", "x", "y"]}}, r"interactions: 2 rows name 2 items .* such as 'x', 'y'"),
+        ({"events": {"item_id": ["a", "b", None]}}, r"interactions: column 'item_id', row 3: expected an id, got None"),
+        (
+            {"events": {"item_id": ["a", "x", "y"]}},
+            r"interactions: column 'item_id', row 2: expected an item of the items table, got 'x' \(2 of 3 rows",
+        ),
         ({"events": {"timestamp": ["1", "2", "noon"]}}, r"interactions: column 'timestamp', row 3: .*'noon'"),
         (
             {"events": {"rating": [1.0, float("nan"), 5.0]}},
-            r"column 'rating', row 2: expected a finite number, got nan",
+            r"column 'rating', row 2: expected a finite number or nothing, got nan",
         ),
         (
             {"events": {"rating": [1.0, 2.0, float("inf")]}},
-            r"column 'rating', row 3: expected a finite number, got inf",
+            r"column 'rating', row 3: expected a finite number or nothing, got inf",
         ),
         ({"events": {"label": [0, 1, 2]}}, r"column 'label', row 3: expected label 0 or 1, got 2"),
         ({"events": {"label": ["0", "yes", "1"]}}, r"column 'label', row 2: .* got 'yes'"),
@@ -176,7 +184,7 @@ def test_empty_and_missing_tables(tmp_path):
         ({"columns": {"usr": "a"}}, "data.columns: unknown role usr; the roles are user_id, item_id"),
         ({"min_rating_liked": float("nan")}, "data.min_rating_liked is nan"),
         ({"source": "ml-100k", "items": "i.csv"}, "'ml-100k' has its own tables; remove data.items"),
-        ({"directory": "d"}, "data.directory 'd' is read by data.source 'ml-100k' only"),
+        ({"directory": "d"}, "data.directory 'd' is read by data.source ml-100k, amazon-beauty, .* only"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -208,6 +216,153 @@ def test_movielens_in_small(tmp_path):
     assert log.user_fields("1") == {"age": "24", "gender": "female"}
     titles = read_log(DataArguments(source="ml-100k", directory=str(tmp_path), item_columns=["title"]))
     assert titles.item_fields("1") == {"title": "The Net"}
+
+
+@pytest.mark.parametrize(
+    ("events", "labels", "kind"),
+    [
+        ({"rating": [5.0, None, 1.0]}, [1, -1, 0], "float32"),
+        ({"label": ["1", "", "0"], "rating": [1, 2, 3]}, [1, -1, 0], "float32"),
+        ({"label": [1, 0, 0]}, [1, 0, 0], "int8"),
+    ],
+)
+def test_what_an_event_does_not_say_is_unknown(events, labels, kind):
+    found = log_of(events).interactions["label"]
+    assert found.fillna(-1).tolist() == labels
+    assert found.dtype == kind
+
+
+def test_ids_and_events_are_kept_once():
+    kinds = log_of({"event": ["buy", "view", "buy"]}).interactions.dtypes
+    assert [str(kinds[name]) for name in ("user_id", "item_id", "event")] == ["category"] * 3
+
+
+def test_negative_and_huge_ids_are_names_like_others():
+    log = log_of({"user_id": [-1, 2**62, -1], "item_id": [2**63 - 1, -7, -7]}, {"item_id": [-7, 2**63 - 1, 0]})
+    assert log.interactions["user_id"].tolist() == ["-1", str(2**62), "-1"]
+    assert log.interactions["item_id"].tolist() == [str(2**63 - 1), "-7", "-7"]
+
+
+def test_bad_rows_are_left_out_with_their_reasons(caplog):
+    events = {
+        "user_id": ["u1", "u2", "", "u1", "u1", "u1", "u1"],
+        "item_id": ["a", "b", "a", "x", "c", "a", "a"],
+        "timestamp": ["1", "2", "3", "4", "5", "later", "1"],
+        "label": ["1", "0", "0", "1", "1", "1", "1"],
+    }
+    items = {"item_id": ["a", "b", "c", "a"], "title": ["靴子", "Coat", " ", "Boots"]}
+    tables = (
+        Dataset.from_dict(events),
+        Dataset.from_dict(items),
+        Dataset.from_dict({"user_id": ["u1", ""], "age": [1, 2]}),
+    )
+    with pytest.raises(ValueError, match="row 4: expected an id that no earlier row has, got 'a'"):
+        build_log(*tables, DataArguments())
+    log = build_log(*tables, DataArguments(drop_invalid=True))
+    assert log.interactions.to_dict("list") == {
+        "user_id": ["u1", "u2"],
+        "item_id": ["a", "b"],
+        "timestamp": [1.0, 2.0],
+        "label": [1, 0],
+    }
+    assert log.items["title"].to_dict() == {"a": "靴子", "b": "Coat"}
+    assert log.users.index.tolist() == ["u1"]
+    assert log.dropped == {
+        "items: column 'item_id': not an id that no earlier row has": 1,
+        "items: column 'item_id': not an item with some text in title": 1,
+        "interactions: column 'user_id': not an id": 1,
+        "interactions: column 'item_id': not an item of the items table": 2,
+        "interactions: column 'timestamp': not a time (seconds or ISO 8601, one of them in all rows)": 1,
+        "interactions: repeats another row's user_id, item_id, timestamp": 1,
+        "users: column 'user_id': not an id": 1,
+    }
+    assert "dropped 2 rows: interactions: column 'item_id'" in caplog.text
+
+
+def test_parts_are_read_only_where_they_are_named():
+    parts = {"part": ["wheel", "brake", "wheel"], "fold": ["train", "test", "valid"]}
+    assert "part" not in log_of(parts).interactions
+    assert log_of(parts, columns={"part": "fold"}).interactions["part"].tolist() == ["train", "test", "valid"]
+    with pytest.raises(ValueError, match="column 'part', row 1: expected one of train, valid, test, got 'wheel'"):
+        log_of(parts, columns={"part": "part"})
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.sampled_from([0.0, 1.5]))))
+def test_repeated_rows_against_a_loop(rows):
+    found = repeated_rows(pandas.DataFrame(rows, columns=["a", "b", "c"]))
+    assert found.tolist() == [row in rows[:place] for place, row in enumerate(rows)]
+
+
+def test_rows_of_the_same_hash_are_compared(monkeypatch):
+    monkeypatch.setattr(pandas.util, "hash_pandas_object", lambda rows, index: pandas.Series(0, rows.index))
+    assert repeated_rows(pandas.DataFrame({"a": ["x", "y", "x"]})).tolist() == [False, False, True]
+
+
+def test_data_sets_known_by_name_are_looked_for_and_never_fetched(monkeypatch):
+    monkeypatch.delenv("M6REC_DATA", raising=False)
+    for source, file in (("amazon-beauty", "sequential"), ("lastfm", "grouplens"), ("tallrec", "TALLRec")):
+        with pytest.raises(FileNotFoundError, match=f"is not here: M6REC_DATA is not set.*{file}"):
+            read_log(DataArguments(source=source))
+
+
+MEASURE = """
+import sys, threading, time
+import datasets
+from m6rec.train.data import DataArguments, read_log
+from m6rec.train.splits import leave_one_out
+
+datasets.config.HF_DATASETS_CACHE = sys.argv[1] + "/cache"
+def own():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+def watch():
+    while True:
+        peak.append(max(peak.pop(), own()))
+        time.sleep(0.005)
+def write(rows):
+    with open(sys.argv[1] + "/events.csv", "w") as file:
+        file.write("user_id,item_id,timestamp,event,rating,session\\n")
+        for row in range(rows):
+            place = row * 7919 % 1_000_003
+            what = f"user-{place % (rows // 20)},B{place % 9973:09},{15 * 10**8 + place * 60}"
+            file.write(f"{what},view,{row % 5 + 1},{row**3}\\n")
+with open(sys.argv[1] + "/items.csv", "w") as file:
+    file.write("item_id,title\\n" + "".join(f"B{row:09},product {row}\\n" for row in range(9973)))
+peak = [own()]
+threading.Thread(target=watch, daemon=True).start()
+peaks = []
+for rows in map(int, sys.argv[2:]):
+    write(rows)
+    peak[0] = own()
+    log = read_log(DataArguments(interactions=sys.argv[1] + "/events.csv", items=sys.argv[1] + "/items.csv"))
+    split = leave_one_out(log.interactions, 0)
+    peaks.append(peak[0])
+    held = log.interactions.memory_usage(deep=True).sum() / len(log.interactions)
+print((peaks[1] - peaks[0]) / (int(sys.argv[3]) - int(sys.argv[2])), held)
+"""
+
+
+def bytes_a_row(folder, few, many):
+    """What the peak of a process that reads and splits a log grows by with each row; and what the log itself takes."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is measured through /proc")
+    command = [sys.executable, "-c", MEASURE, str(folder), str(few), str(many)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return map(float, done.stdout.split()[-2:])
+
+
+def test_a_row_of_a_large_file_takes_as_much_memory_as_its_numbers(tmp_path):
+    peak, held = bytes_a_row(tmp_path, 10_000, 200_000)
+    assert held < 40
+    assert peak < 200  # the log, its split, and what ordering the events takes
+
+
+@pytest.mark.slow
+def test_a_file_of_300_megabytes(tmp_path):
+    peak, held = bytes_a_row(tmp_path, 200_000, 5_000_000)
+    assert (tmp_path / "events.csv").stat().st_size > 250e6
+    assert held < 40
+    assert peak < 160
 
 
 @pytest.mark.real_data

@@ -25,7 +25,7 @@ from m6rec.train.evaluation import (
     user_vectors,
 )
 from m6rec.train.metrics import auc, grouped_auc, log_loss, ndcg_at_k, rmse, target_ranks
-from m6rec.train.recipe import EvaluationArguments, TaskArguments
+from m6rec.train.sections import EvaluationArguments, TaskArguments
 from m6rec.train.splits import Split, order
 
 TASK = TaskArguments(learn=["click", "rating"])
@@ -138,6 +138,140 @@ def test_events_without_a_label_are_not_asked(timed):
     )
     assert len(examples.labels) == test["rating"].notna().sum() < len(test)
     assert 3 not in examples.labels
+
+
+def of_task(run, task, rolling=False, part="test", **arguments):
+    evaluating = EvaluationArguments(rolling=rolling)
+    arguments = TaskArguments(learn=[task], **arguments)
+    return scoring_examples(run.writer, run.processor, run.split, part, task, arguments, evaluating, seed=0)
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_rolling_asks_each_event_after_all_before_it(timed, part):
+    timed.processor.max_events = 3
+    examples = of_task(timed, "click", rolling=True, part=part)
+    ordered = order(timed.log.interactions, 0)
+    held_out = {
+        (event["user_id"], event["item_id"]) for event in before_and_in(timed.split, part)[1].to_dict("records")
+    }
+    expected = []
+    for user, own in ordered.groupby("user_id"):
+        events = own.to_dict("records")
+        for place, event in enumerate(events):
+            if (user, event["item_id"]) in held_out:
+                expected.append((user, event["item_id"], event["label"], events[max(place - 3, 0) : place]))
+    asked = zip(examples.user_ids, examples.item_ids, examples.labels, strict=True)
+    assert list(asked) == [(user, item, label) for user, item, label, _ in expected]
+    overall = before_and_in(timed.split, part)[0]["label"].mean()
+    for row, mean, (_, item, _, history) in zip(examples.rows, examples.history_means, expected, strict=True):
+        source, target = timed.processor.tokenizer.decode(row["input_ids"]).split("[BOS]")
+        assert timed.writer.item(item)["title"] in target
+        titles = [timed.writer.item(event["item_id"])["title"] for event in history]
+        places = [source.find(title) for title in titles]
+        assert places == sorted(places)
+        assert all(place > 0 for place in places)
+        assert source.count("[EVENT]") == len(history)
+        assert mean == pytest.approx((sum(event["label"] for event in history) + 5 * overall) / (len(history) + 5))
+    assert any(len(history) for *_, history in expected)
+
+
+def test_rolling_asks_the_same_events_as_asking_all_at_once(timed):
+    at_once, rolling = of_task(timed, "rating"), of_task(timed, "rating", rolling=True)
+    assert len(at_once.rows) < len(rolling.rows) == len(rolling.labels)
+    for name in ("user_ids", "item_ids", "labels"):
+        assert getattr(at_once, name).tolist() == getattr(rolling, name).tolist()
+
+
+INTERACTIONS = {"like": ["like"], "seen": ["watch", "like"]}
+
+
+def test_interactions_are_measured_one_by_one(timed):
+    examples = of_task(timed, "interaction", interactions=INTERACTIONS)
+    verbs = {(event["user_id"], event["item_id"]): event["event"] for event in timed.split.test.to_dict("records")}
+    own = [verbs[pair] for pair in zip(examples.user_ids, examples.item_ids)]
+    assert examples.labels.tolist() == [[verb == "like", verb in ("watch", "like")] for verb in own]
+    chances = np.random.default_rng(0).random(examples.labels.shape)
+    report = scoring_report(chances, examples, "interaction")
+    for place, name in enumerate(INTERACTIONS):
+        assert report[f"{name}/auc"] == auc(chances[:, place], examples.labels[:, place])
+        assert report[f"{name}/log_loss"] == log_loss(chances[:, place], examples.labels[:, place])
+    for metric in ("auc", "log_loss", "calibration_error"):
+        assert report[metric] == pytest.approx((report[f"like/{metric}"] + report[f"seen/{metric}"]) / 2)
+    assert report["examples"] == len(own)
+    task = TaskArguments(learn=["interaction"], interactions=INTERACTIONS)
+    table = scoring_baselines(timed.split, timed.writer, examples, "test", "interaction", task, 0)
+    known, _ = before_and_in(timed.split, "test")
+    liked = known["event"] == "like"
+    means = [
+        (liked[known["item_id"] == item].sum() + 5 * liked.mean()) / ((known["item_id"] == item).sum() + 5)
+        for item in examples.item_ids
+    ]
+    assert table["item_mean"]["like/log_loss"] == pytest.approx(log_loss(means, examples.labels[:, 0]))
+
+
+def test_an_event_without_refusals_is_measured_beside_negatives(timed):
+    examples = of_task(timed, "interaction", interactions={"like": ["like"], "seen": ["watch"]}, negatives_per_event=3)
+    everything = timed.log.interactions
+    met = {user: set(own["item_id"]) for user, own in everything.groupby("user_id")}
+    occurs = {verb: set(own["item_id"]) for verb, own in everything.groupby("event")}
+    verbs = {(event["user_id"], event["item_id"]): event["event"] for event in everything.to_dict("records")}
+    positives = negatives = 0
+    for user, item, label in zip(examples.user_ids, examples.item_ids, examples.labels.tolist(), strict=True):
+        if item in met[user]:
+            positives, verb = positives + 1, verbs[user, item]
+            assert label == [1 if verb == "like" else -100, 1 if verb == "watch" else -100]
+            continue
+        negatives += 1
+        assert item in occurs[verb]
+        assert label == [0 if verb == "like" else -100, 0 if verb == "watch" else -100]
+    assert positives == timed.split.test["event"].isin(["like", "watch"]).sum()
+    assert negatives > positives
+    assert (
+        sum(row["input_ids"].count(timed.model.config.bos_token_id) for row in examples.rows) == positives + negatives
+    )
+    chances = np.where(examples.labels == -100, 0.9, 0.25 + 0.5 * examples.labels)
+    report = scoring_report(chances, examples, "interaction")
+    assert (report["auc"], report["negatives_per_event"], report["negatives"]) == (1, 3, "uniform")
+    assert report["like/examples"] + report["seen/examples"] == positives + negatives
+
+
+def test_beside_negatives_the_mean_of_an_item_is_its_popularity(timed):
+    task = TaskArguments(learn=["click"], negatives_per_event=4)
+    split = Split(*(part.drop(columns=["label", "rating"]) for part in vars(timed.split).values()))
+    made = (timed.writer, timed.processor, split, "test", "click", task, EvaluationArguments(), 0)
+    examples = scoring_examples(*made)
+    assert examples.history_means is None
+    table = scoring_baselines(split, timed.writer, examples, "test", "click", task, 0)
+    assert list(table) == ["user_mean", "item_mean"]
+    known, _ = before_and_in(split, "test")
+    popular = known["item_id"].value_counts()
+    by_popularity = auc([popular.get(item, 0) for item in examples.item_ids], examples.labels)
+    assert table["item_mean"]["auc"] == pytest.approx(by_popularity, abs=0.1)
+    assert table["item_mean"]["negatives_per_event"] == 4
+
+
+@pytest.mark.parametrize("task", ["click", "interaction"])
+def test_labels_of_one_kind_have_no_auc_and_the_log_says_why(task, caplog):
+    labels = np.array([1.0, 1.0]) if task == "click" else np.array([[1, 0], [1, 1]])
+    users = np.array(["a", "b"], dtype=object)
+    examples = ScoringExamples([], users, users, labels, [] if task == "click" else ["like", "seen"])
+    report = scoring_report(np.full(labels.shape, 0.5), examples, task)
+    name = "click" if task == "click" else "like"
+    assert f"{name} has no AUC: all held-out labels are 1" in caplog.text
+    if task == "click":
+        assert "auc" not in report
+        assert report["log_loss"] == pytest.approx(math.log(2))
+    else:
+        assert "like/auc" not in report
+        assert report["auc"] == report["seen/auc"] == 0.5
+
+
+def test_an_interaction_that_no_held_out_event_tells_of_is_left_out(caplog):
+    users = np.array(["a", "b"], dtype=object)
+    examples = ScoringExamples([], users, users, np.array([[1, -100], [0, -100]]), ["like", "follow"])
+    report = scoring_report(np.array([[0.9, 0.5], [0.1, 0.5]]), examples, "interaction")
+    assert "follow is not measured: no held-out event says anything of it" in caplog.text
+    assert (report["auc"], report["follow/examples"]) == (1, 0)
 
 
 def test_some_users_are_drawn_by_the_seed_and_keep_their_order(timed):
@@ -255,7 +389,7 @@ def test_the_baselines_stand_beside_the_model_on_the_same_users(run):
 @pytest.mark.parametrize(("task", "column"), [("click", "label"), ("rating", "rating")])
 def test_mean_labels_are_the_baselines_of_scores(timed, task, column):
     examples = scored(timed, task=task)
-    table = scoring_baselines(timed.split, examples, "test", task, TASK)
+    table = scoring_baselines(timed.split, timed.writer, examples, "test", task, TASK, 0)
     known, _ = before_and_in(timed.split, "test")
     overall = known[column].mean()
     for name, ids, group in (("user_mean", examples.user_ids, "user_id"), ("item_mean", examples.item_ids, "item_id")):
@@ -268,6 +402,10 @@ def test_mean_labels_are_the_baselines_of_scores(timed, task, column):
         else:
             assert table[name]["rmse"] == pytest.approx(rmse(means, examples.labels))
         assert table[name]["examples"] == len(examples.labels)
+    both = (examples.history_means + np.array(means)) / 2  # the last means are those of the items
+    metric, measure = ("log_loss", log_loss) if task == "click" else ("rmse", rmse)
+    assert table["history_mean"][metric] == pytest.approx(measure(examples.history_means, examples.labels))
+    assert table["history_and_item"][metric] == pytest.approx(measure(both, examples.labels))
 
 
 def test_clicks_are_compared_within_a_user_only_where_that_is_possible():

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m6rec.train.data import Log
-from m6rec.train.examples import RequestWriter, read_requests, target_labels, training_rows, windows
-from m6rec.train.recipe import TaskArguments
+from m6rec.train.examples import (
+    Negatives,
+    RequestWriter,
+    ScoringRows,
+    read_requests,
+    target_labels,
+    training_rows,
+    windows,
+)
+from m6rec.train.sections import TaskArguments
 from m6rec.train.splits import histories
 
 EVERYTHING = {
@@ -104,6 +112,89 @@ def test_labels_stand_beside_the_candidates_they_belong_to(run):
         assert set(item.keys()) == {"item_id", "title", "year"}, "a candidate says nothing of its event"
     assert asked == Counter(train["item_id"]), "each event is asked once"
     assert Counter(recorder.tasks) == {"click": len(scored), "retrieval": len(rows) - len(scored)}
+
+
+def test_rows_of_which_nothing_is_known_are_left_out(run):
+    train = run.split.train.assign(label=np.nan)
+    train.loc[train.index[::4], "label"] = [1.0, 0.0] * (len(train.index[::4]) // 2) + [1.0] * (len(train[::4]) % 2)
+    rows = training_rows(run.writer, train, Recorder(4), TaskArguments(learn=["click"], targets=1))
+    assert [row["click_labels"] for row in rows] == [[label] for label in train["label"].dropna()]
+
+
+LIKED = {"like": ["like"], "seen": ["watch", "like"]}
+
+
+def drawn(run, epoch=0, seed=0, **task):
+    """The scored rows of an epoch as (user, requests, labels)."""
+    recorder = Recorder(4)
+    rows = ScoringRows(run.writer, run.split.train, recorder, TaskArguments(targets=2, **task), seed)
+    rows.set_epoch(epoch)
+    return list(zip([user for user, *_ in rows._windows], rows.read(range(len(rows))), recorder.requests))
+
+
+def test_negatives_are_items_of_the_same_verb_that_the_user_never_met(run):
+    train = run.split.train
+    met = {user: set(own["item_id"]) for user, own in train.groupby("user_id")}
+    occurs = {verb: set(own["item_id"]) for verb, own in train.groupby("event")}
+    told = {(event["user_id"], event["item_id"]): event["event"] for event in train.to_dict("records")}
+    asked, negatives = Counter(), 0
+    for user, row, request in drawn(run, learn=["click", "interaction"], interactions=LIKED, negatives_per_event=2):
+        verb, beside = None, []
+        candidates = [item["item_id"] for item in request["candidates"]]
+        for item, click, seen in zip(candidates, row["click_labels"], row["interaction_labels"], strict=True):
+            if item in met[user]:
+                asked[item] += 1
+                verb, beside, own = told[user, item], [], seen
+                positive = [1 if verb == "like" else -100, 1 if verb in ("watch", "like") else -100]
+                assert seen == positive, "an event says something of its own interactions only"
+                wanted, against = click, [0 if label == 1 else -100 for label in own]
+                continue
+            beside.append(item)
+            negatives += 1
+            assert len(set(beside)) == len(beside) <= 2
+            assert item in occurs[verb]
+            assert click == (0 if wanted == 1 else -100)
+            assert seen == against
+    assert asked == Counter(train["item_id"])
+    assert negatives > len(train)
+
+
+def test_draws_depend_on_seed_epoch_and_event_and_on_nothing_else(run):
+    task = {"learn": ["click"], "negatives_per_event": 1}
+    first = drawn(run, **task)
+    assert drawn(run, **task) == first
+    assert drawn(run, epoch=1, **task) != first != drawn(run, seed=1, **task)
+    rows = ScoringRows(run.writer, run.split.train, Recorder(4), TaskArguments(targets=2, **task), 0)
+    rows.processor.requests.clear()
+    assert (rows[3], rows.processor.requests[-1]) == first[3][1:], "whatever was read before"
+
+
+def test_negatives_are_uniform_over_what_may_be_drawn():
+    events = frame(event=["buy"] * 6)
+    events["user_id"] = ["u", "u", "v", "v", "w", "w"]
+    writer = RequestWriter(Log(events, pandas.DataFrame({"title": list("abcdef")}, index=events["item_id"])))
+    negatives = Negatives(writer, events, 2, seed=1)
+    counts = np.zeros(6)
+    for event in range(3000):
+        counts[negatives.draw("u", "buy", event, 0)] += 1
+    assert counts[:2].tolist() == [0, 0]
+    np.testing.assert_allclose(counts[2:], 1500, atol=5 * math.sqrt(3000 / 4))
+    assert sorted(Negatives(writer, events, 9, seed=1).draw("u", "buy", 0, 0)) == [2, 3, 4, 5], "all there are"
+
+
+def test_a_log_without_refusals_is_learnt_with_negatives_only():
+    events = frame(timestamp=[1.0, 2.0, 3.0])
+    events["user_id"] = ["u", "v", "w"]
+    writer = RequestWriter(Log(events, pandas.DataFrame({"title": ["a", "b", "c"]}, index=events["item_id"])))
+    with pytest.raises(ValueError, match=r"'label', which .* do not have, unless task.negatives_per_event"):
+        training_rows(writer, events, Recorder(4), TaskArguments(learn=["click"]))
+    with pytest.raises(ValueError, match=r"'click' are 1 .*; task.negatives_per_event draws"):
+        training_rows(writer, events.assign(label=1), Recorder(4), TaskArguments(learn=["click"]))
+    task = TaskArguments(learn=["click"], negatives_per_event=1)
+    rows = training_rows(writer, events, Recorder(4), task)
+    assert [row["click_labels"] for row in rows] == [[1, 0]] * 3
+    with pytest.raises(ValueError, match="all labels of 'click' are 0"):
+        training_rows(writer, events.assign(label=0), Recorder(4), task)
 
 
 def test_retrieval_is_learnt_the_same_beside_other_tasks(run):

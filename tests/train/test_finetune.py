@@ -11,8 +11,10 @@ from transformers import AutoProcessor, TrainerCallback
 from m6rec import M6RecForRecommendation
 from m6rec.train.build import prepare, save
 from m6rec.train.examples import training_rows
-from m6rec.train.finetune import M6RecTrainer, Rows, finetune, fit, full_report
+from m6rec.train.finetune import finetune, fit, full_report
 from m6rec.train.recipe import load_recipe
+from m6rec.train.replay import TrainingSet, training_parts
+from m6rec.train.trainer import M6RecTrainer
 from tests.train.world import recipe_of, write_checkerboard
 
 INTERACTIONS = {"like": ["like"], "skip": ["skip"]}
@@ -23,10 +25,10 @@ TASKS = {
     "interaction": {"learn": ["interaction"], "interactions": INTERACTIONS},
     "all": {"learn": ["retrieval", "click", "rating", "interaction"], "interactions": INTERACTIONS},
 }
+MEANS = ["user_mean", "item_mean", "history_mean", "history_and_item"]
 BASELINES = {
     "retrieval": ["m6rec", "popularity", "similar_text"],
-    "click": ["m6rec", "user_mean", "item_mean"],
-    "rating": ["m6rec", "user_mean", "item_mean"],
+    **{name: ["m6rec", *MEANS] for name in ("click", "rating", "interaction")},
 }
 OTHERS = ("batch", "sampled")
 
@@ -159,7 +161,11 @@ def test_the_best_checkpoint_by_any_figure_is_the_one_that_is_kept(make_recipe, 
     run = prepare(make_recipe(task=TASKS["all"], model={"item_memory": True}, training=training))
     watcher = Watcher(run)
     start = M6RecTrainer.__init__
-    monkeypatch.setattr(M6RecTrainer, "__init__", lambda *args, **kwargs: start(*args, **kwargs, callbacks=[watcher]))
+
+    def watched(trainer, *args, **kwargs):
+        start(trainer, *args, **{**kwargs, "callbacks": [*kwargs.get("callbacks", ()), watcher]})
+
+    monkeypatch.setattr(M6RecTrainer, "__init__", watched)
     trainer = fit(run)
     figures = [metrics[key] for metrics, _ in watcher.kept]
     assert len(set(figures)) > 1
@@ -195,7 +201,8 @@ def losses(run, rows, batch_size, accumulation, steps=3, **training):
     )
     arguments.per_device_train_batch_size = batch_size
     arguments.gradient_accumulation_steps, arguments.max_steps = accumulation, steps
-    trainer = M6RecTrainer(run, model=run.model, args=arguments, train_dataset=Rows(rows), data_collator=run.collator)
+    dataset = TrainingSet([rows])
+    trainer = M6RecTrainer(run, model=run.model, args=arguments, train_dataset=dataset, data_collator=run.collator)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -259,7 +266,43 @@ def test_two_halves_of_a_world_are_learnt_far_above_popularity(tmp_path, memory)
     assert report["popularity"]["recall@3"] < 0.4
 
 
-def test_rows_are_a_dataset():
-    rows = Rows([{"input_ids": [1]}, {"input_ids": [2]}])
-    assert len(rows) == 2
-    assert rows[1] == {"input_ids": [2]}
+EVERY = {**TASKS["all"], "learn": [*TASKS["all"]["learn"], "writing"], "writing": {"item_text": []}}
+WEIGHTS = {"retrieval": 1.0, "click": 0.5, "rating": 0.25, "interaction": 2.0, "writing": 0.125}
+
+
+def test_rows_of_different_tasks_share_a_batch_and_keep_their_losses(make_recipe):
+    run = prepare(make_recipe(task={**EVERY, "weights": WEIGHTS}, model={"item_memory": True}))
+    parts = [list(part)[:3] for part in training_parts(run)]
+    assert len(parts) == 3
+
+    def losses_of(rows):
+        with torch.no_grad():
+            return run.model.eval()(**run.collator(rows))
+
+    mixed = losses_of([row for some in zip(*parts) for row in some])
+    alone = [losses_of(part).losses for part in parts]
+    assert [sorted(losses) for losses in alone] == [["retrieval"], ["click", "interaction", "rating"], ["text"]]
+    assert set(mixed.losses) == {name for losses in alone for name in losses}
+    for losses in alone:
+        for name, loss in losses.items():
+            torch.testing.assert_close(mixed.losses[name], loss, rtol=1e-5, atol=1e-6)
+    weights = {**WEIGHTS, "text": WEIGHTS["writing"]}
+    total = sum(weights[name] * loss for name, loss in mixed.losses.items())
+    torch.testing.assert_close(mixed.loss, total)
+
+
+def test_every_head_learns_where_tasks_are_learnt_together(make_recipe):
+    sections = {"task": {**EVERY, "weights": WEIGHTS}, "training": {"max_steps": 8, "logging_steps": 8}}
+    run = prepare(make_recipe(**sections))
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    trainer = fit(run)
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    names = ("retrieval", "click", "rating", "interaction", "text")
+    assert all(logged[f"loss_{name}"] > 0 for name in names)
+    after, scores = run.model.state_dict(), run.model.config.score_slices
+    assert list(scores) == ["click", "rating", "interaction"]
+    for task, rows in scores.items():
+        assert not torch.equal(after["score_head.weight"][rows], before["score_head.weight"][rows]), task
+    for name in ("user_projection.weight", "item_projection.weight", "lm_head.weight"):
+        assert not torch.equal(after[name], before[name]), name
+    assert run.model.config.trained_tasks == sorted(EVERY["learn"])

@@ -7,11 +7,12 @@ from collections import defaultdict
 import numpy
 import pandas
 import pytest
-from hypothesis import given
+from hypothesis import given as given_
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from m6rec.train.data import read_movielens
-from m6rec.train.splits import Split, by_time, cold_items, histories, leave_one_out, order
+from m6rec.train.splits import PARTS, Split, by_time, cold_items, given, histories, leave_one_out, order
 from tests.conftest import real_data
 
 COLUMNS = ["user_id", "item_id", "timestamp"]
@@ -43,7 +44,7 @@ def tied(users: int, items: int) -> pandas.DataFrame:
     return frame([(f"u{user:04}", str(item), 7) for user in range(users) for item in range(items)])
 
 
-@given(rows, seeds)
+@given_(rows, seeds)
 def test_order_is_by_user_then_time_and_keeps_every_row(events, seed):
     ordered = order(frame(events), seed)
     assert ordered.index.tolist() == list(range(len(events)))
@@ -52,7 +53,7 @@ def test_order_is_by_user_then_time_and_keeps_every_row(events, seed):
     assert keys == sorted(keys)
 
 
-@given(st.data(), rows, seeds)
+@given_(st.data(), rows, seeds)
 def test_the_order_of_the_file_does_not_matter(data, events, seed):
     shuffled = frame(data.draw(st.permutations(events)))
     for split in (lambda log: [order(log, seed)], lambda log: parts(leave_one_out(log, seed))):
@@ -114,7 +115,7 @@ def test_leave_one_out_by_hand():
     ]
 
 
-@given(rows, seeds, st.integers(3, 6))
+@given_(rows, seeds, st.integers(3, 6))
 def test_leave_one_out_against_a_loop(events, seed, min_events):
     split = leave_one_out(frame(events), seed, min_events)
     users = defaultdict(list)
@@ -143,7 +144,7 @@ def test_by_time_by_hand():
     assert cold_items(split) == {"z"}
 
 
-@given(rows, shares, shares)
+@given_(rows, shares, shares)
 def test_by_time_against_a_loop(events, valid_fraction, test_fraction):
     log = frame(events)
     moments = sorted({when for *_, when in events})
@@ -183,7 +184,7 @@ def test_by_time_needs_times():
         by_time(frame([("a", "1", None)]))
 
 
-@given(rows)
+@given_(rows)
 def test_histories_are_the_positions_of_each_user(events):
     log = frame(events)
     found = histories(log)
@@ -214,3 +215,62 @@ def test_splits_of_movielens():
     assert [len(part) for part in parts(split)] == [79_999, 10_001, 10_000]
     assert split.train["timestamp"].max() < split.valid["timestamp"].min()
     assert split.valid["timestamp"].max() < split.test["timestamp"].min()
+
+
+def test_given_parts_by_hand():
+    log = frame([("b", "x", 5), ("a", "x", 3), ("a", "y", 3), ("a", "z", 1), ("b", "y", 9)])
+    log["part"] = ["train", "test", "valid", "train", "test"]  # x and y at the same time: the part decides
+    for part in (log, log.iloc[::-1], log.astype({"part": "category"})):
+        split = given(part, seed=2)
+        assert [part["item_id"].tolist() for part in parts(split)] == [["z", "x"], ["y"], ["x", "y"]]
+        assert [part.index.tolist() for part in parts(split)] == [[0, 3], [1], [2, 4]]
+
+
+def test_given_parts_without_times_keep_the_order_of_the_table():
+    log = frame([("a", "x", None), ("b", "x", None), ("a", "y", None)]).assign(part=["train", "test", "test"])
+    assert [part["item_id"].tolist() for part in parts(given(log))] == [["x"], [], ["y", "x"]]
+
+
+@settings(max_examples=40)
+@given_(st.data(), rows)
+def test_given_parts_are_taken_as_they_are_or_refused(data, events):
+    log = frame(events)
+    log["part"] = data.draw(st.lists(st.sampled_from(PARTS), min_size=len(log), max_size=len(log)))
+    moments = defaultdict(list)
+    for user, _, when, part in tuples(log):
+        moments[user].append((when, PARTS.index(part)))
+    ordered = all([part for _, part in sorted(own)] == sorted(part for _, part in own) for own in moments.values())
+    if not ordered or "train" not in set(log["part"]):
+        with pytest.raises(ValueError, match=r"after one of a later part|no event is of part 'train'"):
+            given(log, 0)
+        return
+    for name, part in zip(PARTS, parts(given(log, 0))):
+        assert sorted(tuples(part)) == sorted(event for event in tuples(log) if event[3] == name)
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (frame([("a", "1", 1)]), "needs a column that says train, valid or test.*data.columns as `part`"),
+        (
+            frame([("a", "1", 1), ("b", "1", 2), ("b", "2", 1)]).assign(part=["test", "train", "valid"]),
+            r"user 'b' has an event of part 'train' after one of a later part \(1 such",
+        ),
+        (frame([("a", "1", 1)]).assign(part="test"), "no event is of part 'train'"),
+    ],
+)
+def test_given_parts_that_cannot_be_used(log, message):
+    with pytest.raises(ValueError, match=message):
+        given(log, 0)
+
+
+def test_categories_are_split_like_texts():
+    log = tied(30, 4).sample(frac=1, random_state=1)
+    log["timestamp"] = numpy.arange(len(log)) // 7 * 1.0
+    small = log.assign(**{name: log[name].astype("category") for name in ("user_id", "item_id")})
+    for split in (lambda events: [order(events, 3)], lambda events: parts(leave_one_out(events, 3))):
+        for texts, categories in zip(split(log), split(small)):
+            pandas.testing.assert_frame_equal(texts, categories.astype({"user_id": "str", "item_id": "str"}))
+    first, second = histories(log), histories(small[small["user_id"] != "u0003"])
+    assert set(first) - set(second) == {"u0003"}
+    assert all(type(user) is str for user in second)

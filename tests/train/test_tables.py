@@ -8,12 +8,13 @@ from pathlib import Path
 import datasets
 import pandas
 import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec.train.tables import Table, load_table
+from m6rec.train.tables import Table, find_folder, load_table, require_files
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,7 @@ def test_a_folder_that_datasets_did_not_save(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.xlsx", b"x", r"t\.xlsx: unknown suffix '\.xlsx'.*\.csv, \.parquet"),
+        ("t.xlsx", b"x", r"t\.xlsx: unknown suffix '\.xlsx'.*\.csv, \.tsv, \.parquet"),
         ("t.csv", b"", r"t\.csv.*no rows"),
         ("t.csv", b"user_id,item_id\n\n", r"t\.csv.*no rows"),
         ("t.csv", b"a,b\n1,2,3\n", r"more cells than its header \(a, b\)"),
@@ -187,17 +188,19 @@ def test_mixed_types_are_refused_rather_than_guessed(tmp_path):
 def test_ids_keep_their_digits():
     assert table([7.0, 8.0]).ids("item_id").tolist() == ["7", "8"]
     assert table([2**63 - 1]).ids("item_id").tolist() == ["9223372036854775807"]
+    assert table([-1, 2**64 - 1], pyarrow.decimal128(20)).ids("item_id").tolist() == ["-1", "18446744073709551615"]
     assert table(["007", " 7", "7.0"]).ids("item_id").tolist() == ["007", " 7", "7.0"]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["a", None, None], r"things: column 'item_id', row 2: expected an id, got '' \(2 of 3 rows"),
+        (["a", None, None], r"things: column 'item_id', row 2: expected an id, got None \(2 of 3 rows"),
         (["a", " "], r"row 2: expected an id, got ' '"),
-        ([1.0, float("nan")], r"row 2: expected an id, got ''"),
-        ([1.0, 1.5], r"row 2: expected a whole number below 2\*\*53.*got '1\.5'"),
-        ([2.0**53], r"row 1: expected a whole number below 2\*\*53.*got '9007199254740992\.0'"),
+        ([1.0, float("nan")], r"row 2: expected an id, got nan"),
+        ([-1.0, float("-inf")], r"row 2: expected a whole number .*got -inf"),
+        ([1.0, 1.5], r"row 2: expected a whole number below 2\*\*53.*got 1\.5"),
+        ([2.0**53], r"row 1: expected a whole number below 2\*\*53.*got 9007199254740992\.0"),
     ],
 )
 def test_what_is_no_id(values, message):
@@ -226,15 +229,21 @@ def test_numbers(values):
     ("values", "got"),
     [
         (["3", "good"], "'good'"),
-        (["3", ""], "''"),
+        (["3", "nan"], "'nan'"),
         (["1", "inf"], "'inf'"),
         ([3.0, float("nan")], "nan"),
-        ([3, None], "nan"),
     ],
 )
 def test_what_is_no_number(values, got):
-    with pytest.raises(ValueError, match=f"column 'item_id', row 2: expected a finite number, got {got}"):
+    with pytest.raises(ValueError, match=f"column 'item_id', row 2: expected a finite number or nothing, got {got}"):
         table(values).numbers("item_id")
+
+
+@pytest.mark.parametrize("values", [["3", " ", ""], [3, None, None], [3.0, None, None]])
+def test_an_empty_cell_is_an_unknown_number_but_not_all_can_be(values):
+    assert table(values).numbers("item_id").fillna(-1).tolist() == [3.0, -1, -1]
+    with pytest.raises(ValueError, match="column 'item_id' is empty in all 2 rows"):
+        table(values[1:], pyarrow.array(values).type).numbers("item_id")
 
 
 NEW_YEAR = 1577836800.0  # 2020-01-01 00:00 UTC
@@ -280,10 +289,116 @@ def test_a_time_zone_is_for_showing_only():
         (["1", ""], 2, "''"),
         (["1", "inf"], 2, "'inf'"),
         ([1.0, float("inf")], 2, "inf"),
-        ([1, None], 2, "nan"),
-        ([datetime.datetime(2020, 1, 1), None], 2, "NaT"),
+        ([1, None], 2, "None"),
+        ([datetime.datetime(2020, 1, 1), None], 2, "None"),
     ],
 )
 def test_what_is_no_time(values, row, got):
     with pytest.raises(ValueError, match=f"things: column 'item_id', row {row}: expected a time .* got {got}"):
         table(values).seconds("item_id")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_cells_are_separated_by_what_stands_most_often_in_the_first_line(tmp_path, separator, mark):
+    lines = [separator.join(line) for line in (["user", "时间", "a.b"], ["u;1", "3,5", "x"], ["u2", "", "y"])]
+    lines[1] = separator.join(['"u;1"', '"3,5"', "x"])
+    path = tmp_path / ("t.tsv" if separator == "\t" else "t.csv")
+    path.write_text(mark + "\n".join(lines), encoding="utf-8")
+    rows = load_table(str(path))
+    assert {name: rows[name][:] for name in rows.column_names} == {
+        "user": ["u;1", "u2"],
+        "时间": ["3,5", ""],
+        "a.b": ["x", "y"],
+    }
+
+
+def test_fields_within_fields_are_columns_of_their_own(tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        '{"item_id": "a", "brand": {"name": "K", "at": {"city": "上海"}}, "tags": ["x", "y"]}\n{"item_id": "b"}\n',
+        encoding="utf-8",
+    )
+    read = Table("t", load_table(str(tmp_path / "t.jsonl")), {})
+    assert read.text("brand.name").tolist() == ["K", ""]
+    assert read.text("brand.at.city").tolist() == ["上海", ""]
+    assert read.text("tags").tolist() == ["x, y", ""]
+    (tmp_path / "l.jsonl").write_text('{"item_id": "a", "parts": [{"name": "K"}]}\n')
+    with pytest.raises(ValueError, match=r"column 'parts' cannot be read as text: a value is of type dict"):
+        Table("t", load_table(str(tmp_path / "l.jsonl")), {}).text("parts")
+
+
+def test_parquet_lists_of_texts_and_of_numbers(tmp_path):
+    columns = {"item_id": [1, 2], "tags": [["a", "b"], None], "codes": [[7.0, 8.0], []]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    read = Table("t", load_table(str(tmp_path / "t.parquet")), {})
+    assert read.text("tags").tolist() == ["a, b", ""]
+    assert read.text("codes").tolist() == ["7, 8", ""]
+    assert read.words("tags").tolist() == ["a, b", ""]
+
+
+@pytest.mark.parametrize("text", [str(2**64), "99999999999999999999"])
+def test_whole_numbers_beyond_all_types_stay_what_they_are_where_they_are_text(tmp_path, text):
+    (tmp_path / "t.csv").write_text(f"item_id,b\n{text},x\n")
+    assert Table("t", load_table(str(tmp_path / "t.csv")), {}).ids("item_id").tolist() == [text]
+    (tmp_path / "t.jsonl").write_text(f'{{"item_id": {text}}}\n')
+    with pytest.raises(ValueError, match=r"whole number below 2\*\*53|cannot be read as json|mixes types"):
+        Table("t", load_table(str(tmp_path / "t.jsonl")), {}).ids("item_id")
+
+
+@given(st.lists(st.sampled_from(["buy", " buy", "看", "", None, "buy "]), min_size=1, max_size=30))
+def test_words_are_the_texts_in_categories(values):
+    things = table(values, pyarrow.string())
+    assert things.words("item_id").tolist() == things.text("item_id").tolist()
+    stripped = things.words("item_id", strip=True)
+    assert stripped.tolist() == [(value or "").strip() for value in values]
+    assert stripped.cat.categories.tolist() == sorted(set(stripped))
+    assert stripped.cat.codes.dtype == "int8"
+
+
+def test_pieces_and_the_whole_agree(monkeypatch):
+    values = ["2020-01-01", "2020-01-02", "2020-01-03T00:00:00+01:00", "1e3", "2020-01-05"]
+    whole = [table(values).text("item_id"), table(values[:3]).seconds("item_id")]
+    monkeypatch.setattr("m6rec.train.tables._ROWS_AT_ONCE", 2)
+    assert table(values).text("item_id").equals(whole[0])
+    assert table(values[:3]).seconds("item_id").equals(whole[1])
+    assert table(["1", "", "3"]).numbers("item_id").fillna(-1).tolist() == [1, -1, 3]
+    with pytest.raises(ValueError, match=r"row 4: expected a time .* got '1e3' \(1 of 5"):
+        table(values).seconds("item_id")
+
+
+def test_bad_rows_are_dropped_and_counted_once():
+    columns = {"user_id": ["a", "", "c", "d"], "rating": ["1", "x", "good", "4"], "timestamp": ["1", "2", "3", "inf"]}
+    things = Table("things", Dataset.from_dict(columns), {}, drop=True)
+    taken = pandas.DataFrame({"u": things.ids("user_id"), "r": things.numbers("rating")})
+    taken["t"] = things.seconds("timestamp")
+    assert things.kept(taken).to_numpy().tolist() == [["a", 1.0, 1.0]]
+    assert list(things.dropped.values()) == [1, 1, 1]
+    assert [reason.split(":")[1] for reason in things.dropped] == [
+        " column 'user_id'",
+        " column 'rating'",
+        " column 'timestamp'",
+    ]
+    nothing = Table("things", Dataset.from_dict({"user_id": [" "]}), {}, drop=True)
+    ids = nothing.ids("user_id").to_frame()
+    with pytest.raises(ValueError, match="no row is left, all were dropped: 1 things: column 'user_id': not an id"):
+        nothing.kept(ids)
+
+
+def test_a_bad_time_does_not_change_how_others_are_read():
+    times = Table("t", Dataset.from_dict({"timestamp": ["1577836800000", "inf", "x"]}), {}, drop=True)
+    assert times.seconds("timestamp").tolist()[0] == NEW_YEAR
+
+
+def test_the_folder_of_a_data_set(monkeypatch, tmp_path):
+    monkeypatch.delenv("M6REC_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"lastfm is not here: M6REC_DATA is not set\. Get the archive, and"):
+        find_folder("lastfm", "the archive")
+    monkeypatch.setenv("M6REC_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"no folder 'lastfm' in M6REC_DATA .{tmp_path}"):
+        find_folder("lastfm", "the archive")
+    (tmp_path / "lastfm").mkdir()
+    assert find_folder("lastfm", "") == tmp_path / "lastfm"
+    (tmp_path / "a").touch()
+    require_files(tmp_path, ["a"], "it")
+    with pytest.raises(FileNotFoundError, match="no b, c; expected the folder of it"):
+        require_files(tmp_path, ["a", "b", "c"], "it")

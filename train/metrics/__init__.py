@@ -1,4 +1,4 @@
-"""Metrics of ranking and classification, in plain NumPy.
+"""Metrics of ranking, classification and written texts, in plain NumPy and Python.
 
 The files `evaluate_*.py` offer them to Hugging Face's `evaluate`:
 
@@ -30,13 +30,17 @@ from .ranking import (
     target_ranks,
     top_items,
 )
+from .writing import UNSPACED, bleu, distinct, rouge_l, tokens_of, writing_report
 
 __all__ = [
+    "UNSPACED",
     "accuracy",
     "auc",
+    "bleu",
     "bootstrap_interval",
     "classification_report",
     "coverage",
+    "distinct",
     "expected_calibration_error",
     "grouped_auc",
     "log_loss",
@@ -48,6 +52,9 @@ __all__ = [
     "ranking_report",
     "recall_at_k",
     "rmse",
+    "rouge_l",
     "target_ranks",
+    "tokens_of",
     "top_items",
+    "writing_report",
 ]

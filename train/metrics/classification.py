@@ -188,19 +188,20 @@ def classification_report(
         bins: Bins of the calibration error.
 
     Returns:
-        `auc`, `log_loss`, `calibration_error`, `accuracy` (label 1 from p = 1/2 on) and `examples`; with groups also
-        `gauc`, `gauc_groups` and `gauc_examples`: how many it could use.
+        `auc` (only where there are both classes), `log_loss`, `calibration_error`, `accuracy` (label 1 from p = 1/2 on)
+        and `examples`; with groups also `gauc`, `gauc_groups` and `gauc_examples`: how many it could use.
 
     Raises:
-        ValueError: One of the metrics is not defined on the input.
+        ValueError: One of the other metrics is not defined on the input.
 
     >>> classification_report([0.25, 0.75], [0, 1], groups=["a", "a"])
     {'auc': 1.0, 'log_loss': 0.28..., 'calibration_error': 0.25, 'accuracy': 1.0, 'examples': 2,
      'gauc': 1.0, 'gauc_groups': 1, 'gauc_examples': 2}
     """
     chance, truth = _probabilities_and_labels(probabilities, labels)
+    both = truth.min() != truth.max()
     report: dict[str, float] = {
-        "auc": auc(chance, truth),
+        **({"auc": auc(chance, truth)} if both else {}),
         "log_loss": log_loss(chance, truth),
         "calibration_error": expected_calibration_error(chance, truth, bins),
         "accuracy": accuracy(chance >= 0.5, truth),

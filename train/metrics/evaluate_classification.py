@@ -17,7 +17,8 @@ Args:
     bins: Bins of the calibration error.
 
 Returns:
-    `auc`, `log_loss`, `calibration_error`, `accuracy`, `examples`; with groups `gauc`, `gauc_groups`, `gauc_examples`.
+    `auc` (where there are both classes), `log_loss`, `calibration_error`, `accuracy`, `examples`; with groups `gauc`,
+    `gauc_groups`, `gauc_examples`.
 """
 
 

@@ -154,9 +154,14 @@ def test_probabilities_are_probabilities(metric, wrong):
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_class_has_no_auc(label):
-    for metric in (auc, classification_report):
-        with pytest.raises(ValueError, match=f"labels are all {label}"):
-            metric([0.1, 0.2], [label, label])
+    with pytest.raises(ValueError, match=f"labels are all {label}"):
+        auc([0.1, 0.2], [label, label])
+    assert list(classification_report([0.1, 0.2], [label, label])) == [
+        "log_loss",
+        "calibration_error",
+        "accuracy",
+        "examples",
+    ]
 
 
 def test_accuracy_by_hand():

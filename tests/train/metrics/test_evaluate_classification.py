@@ -31,7 +31,6 @@ def test_bins_reach_the_calibration(metric):
     [
         ([0.1, 0.2], [0, 0.7], "labels holds 0.7 at 1"),
         ([0.1, 1.2], [0, 1], "probabilities holds 1.2 at 1"),
-        ([0.1, 0.2], [1, 1], "labels are all 1"),
         ([0.1, 0.2], [1], r"predictions \(2\) and references \(1\)"),
     ],
 )

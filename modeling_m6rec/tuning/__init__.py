@@ -1,0 +1,30 @@
+"""m6rec.tuning: the nine ways to tune a model, all but `full` as adapters of PEFT. Importing it makes ours known."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from .adapter import M6RecAdapterConfig, M6RecAdapterModel
+from .loading import load_model, load_tuned
+from .methods import MERGEABLE, METHODS, heads, parameter_counts, peft_config, tune
+from .peft_types import ADAPTER_TYPE, add_peft_type
+from .quantization import keep_trainable, quantization_config, quantized
+
+add_peft_type(ADAPTER_TYPE)
+if ADAPTER_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name=ADAPTER_TYPE.lower(), config_cls=M6RecAdapterConfig, model_cls=M6RecAdapterModel)
+
+__all__ = [
+    "MERGEABLE",
+    "METHODS",
+    "M6RecAdapterConfig",
+    "M6RecAdapterModel",
+    "heads",
+    "keep_trainable",
+    "load_model",
+    "load_tuned",
+    "parameter_counts",
+    "peft_config",
+    "quantization_config",
+    "quantized",
+    "tune",
+]

@@ -1,0 +1,40 @@
+"""Loading what was tuned, from the folder that `m6rec finetune` wrote."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModel
+
+from ..adapters_m6rec import adapter_settings, load_base
+from ..modeling_m6rec import M6RecForRecommendation
+from .quantization import keep_trainable
+
+
+def load_tuned(name: str | Path, **kwargs: Any) -> Any:
+    """Load an adapter of any method with its base, as a PeftModel.
+
+    Args:
+        name: Folder or Hub name of the adapter.
+        **kwargs: As of `from_pretrained`, for the base.
+
+    Raises:
+        ValueError: If there is no adapter.
+    """
+    settings = adapter_settings(name)
+    if settings is None:
+        raise ValueError(f"{str(name)!r} holds no adapter: load it with AutoModel.from_pretrained")
+    base = load_base(M6RecForRecommendation, name, settings, **kwargs)
+    keep_trainable(base)
+    tuned: Any = PeftModel.from_pretrained(base, str(name))
+    tuned.name_or_path = str(name)  # where its catalogue is
+    return tuned.eval()
+
+
+def load_model(name: str | Path, **kwargs: Any) -> Any:
+    """Load what a folder or the Hub holds: a whole model, or an adapter with its base."""
+    whole = adapter_settings(name) is None
+    return AutoModel.from_pretrained(str(name), **kwargs) if whole else load_tuned(name, **kwargs)
+
+
+__all__ = ["load_model", "load_tuned"]

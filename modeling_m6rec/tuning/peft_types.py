@@ -1,0 +1,26 @@
+"""A name for our method in PEFT's list of types.
+
+`register_peft_method` asks for a member of the enumeration PeftType, and PEFT has no public way to add one.
+"""
+
+from typing import Any
+
+from peft import PeftType
+
+ADAPTER_TYPE = "M6REC_ADAPTER"
+
+
+def add_peft_type(name: str) -> Any:
+    """Return the member of PeftType with this name, made if there is none."""
+    if name not in PeftType.__members__:
+        members: Any = PeftType
+        member = str.__new__(members, name)
+        member._name_ = member._value_ = name
+        member._sort_order_ = len(PeftType.__members__)
+        members._member_names_.append(name)
+        members._member_map_[name] = members._value2member_map_[name] = member
+        type.__setattr__(members, name, member)
+    return PeftType[name]
+
+
+__all__ = ["ADAPTER_TYPE", "add_peft_type"]

@@ -1,0 +1,52 @@
+"""A base in 8 or 4 bits under an adapter, by bitsandbytes."""
+
+import importlib.util
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+KEPT_WHOLE = ["score_head", "user_projection", "item_projection", "lm_head", "lm_transform", "embeddings.projection"]
+"""Linear layers that are small, that learn, or whose weights are looked at: they are not quantised."""
+
+
+def quantization_config(kind: str) -> BitsAndBytesConfig:
+    """Say how a checkpoint is quantised while it is loaded.
+
+    Args:
+        kind: "8bit", or "nf4" (4 bits, the constants quantised again, as in QLoRA).
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"quantization {kind!r} needs bitsandbytes: pip install 'm6rec[quant]'")
+    settings: dict[str, dict[str, Any]] = {
+        "8bit": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    }
+    if kind not in settings:
+        raise ValueError(f"quantization {kind!r} is unknown: expected one of {', '.join(settings)}")
+    # It says with every matrix product that it rounds its input, which is what was asked for.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(**settings[kind], llm_int8_skip_modules=KEPT_WHOLE)
+
+
+def quantized(kind: str | None) -> dict[str, Any]:
+    """Return what `from_pretrained` is given so that a checkpoint is quantised; nothing for None."""
+    return {} if kind is None else {"quantization_config": quantization_config(kind)}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep a 4-bit model from repacking its weights for inference when it is first evaluated.
+
+    On processors with AVX512-BF16 bitsandbytes does so for good, with a kernel that has no gradient: adapters below it
+    would learn nothing from then on. Call it before anything is read.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+__all__ = ["KEPT_WHOLE", "keep_trainable", "quantization_config", "quantized"]

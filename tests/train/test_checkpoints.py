@@ -1,0 +1,457 @@
+"""A checkpoint is whole or not there; a run that was killed, wherever, ends as one that was not."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.modeling_utils
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from m6rec.train import checkpoints
+from m6rec.train.build import prepare, save
+from m6rec.train.checkpoints import files_written_whole, find_checkpoint, newest, put_right, written_whole
+from m6rec.train.finetune import fit
+from m6rec.train.recipe import load_recipe
+from tests.train.world import recipe_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRAINING = {
+    "max_steps": 9,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "logging_steps": 3,
+    "learning_rate": 0.01,
+}
+DROPOUT = {"config": {"hidden_dropout": 0.2, "attention_dropout": 0.1}, "item_memory": True}
+CASES = {
+    # Every task at once, each epoch with its own negatives; an epoch is longer than a checkpoint's two steps.
+    "all": {
+        "task": {
+            "learn": ["retrieval", "click", "rating", "interaction"],
+            "interactions": {"like": ["like"], "skip": ["skip"]},
+            "negatives_per_event": 1,
+        },
+        "model": DROPOUT,
+        "training": {**TRAINING, "train_sampling_strategy": "group_by_length"},
+    },
+    # In-batch negatives of the whole step, and steps that are no whole part of an epoch (18 rows: 3 steps).
+    "batch": {
+        "task": {"learn": ["retrieval"], "negatives": "batch"},
+        "model": DROPOUT,
+        "training": {
+            **TRAINING,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "mrr",
+            "save_total_limit": 1,
+        },
+    },
+    "lora": {
+        "task": {"learn": ["retrieval"], "negatives": "sampled", "num_sampled": 4},
+        "model": DROPOUT,
+        "tuning": {"method": "lora"},
+        "training": TRAINING,
+    },
+    "text": {"model": DROPOUT, "training": {**TRAINING, "save_steps": 3}, "pretraining": {"valid_fraction": 0.2}},
+}
+
+
+def write(folder, name, data, case):
+    """Write the recipe of a case; returns the command that runs it."""
+    recipe = recipe_of(data, folder / name, **CASES[case])
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    return ["pretrain" if case == "text" else "finetune", str(path)]
+
+
+def run_killed(plan):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "tests.train.killed", json.dumps(plan)]
+    done = subprocess.run(
+        command, check=False, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def notes(folder):
+    return [line.split() for line in folder.with_suffix(".notes").read_text().splitlines()]
+
+
+def same_ends(straight, killed):
+    """Compare an unbroken run with one that was killed: batches, losses, weights, optimizer, log, report."""
+    expected = {tuple(line[:2]): line[2:] for line in notes(straight)}
+    assert len(expected) == len(notes(straight)), "an unbroken run trains on each batch once"
+    for step, place, *found in notes(killed):
+        assert found == expected[step, place]
+    assert {tuple(line[:2]) for line in notes(killed)} == set(expected)
+    weights = sorted(path.name for path in straight.glob("*.safetensors"))
+    assert weights
+    for name in weights:
+        left, right = load_file(straight / name), load_file(killed / name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    assert (straight / "metrics.json").read_text() == (killed / "metrics.json").read_text()
+    last = newest(straight)
+    assert newest(killed).name == last.name
+    left, right = (
+        torch.load(folder / last.name / "optimizer.pt", weights_only=True)["state"] for folder in (straight, killed)
+    )
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key][name], right[key][name]) for key in left for name in left[key])
+    states = [json.loads((folder / last.name / "trainer_state.json").read_text()) for folder in (straight, killed)]
+    assert states[0]["log_history"] == states[1]["log_history"]
+    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
+
+
+def compare(folder, data, cases, rounds, seed):
+    plan = []
+    for case in cases:
+        for kind, kills in (("straight", 0), ("killed", rounds)):
+            plan.append([write(folder, f"{case}-{kind}", data, case), str(folder / f"{case}-{kind}"), kills, seed])
+    happened = run_killed(plan)
+    for case in cases:
+        same_ends(folder / f"{case}-straight", folder / f"{case}-killed")
+    return happened
+
+
+def test_a_killed_run_ends_as_an_unbroken_one(tables, tmp_path):
+    happened = compare(tmp_path, tables, ["all", "text"], 2, seed=1)
+    assert all(any(what.startswith("killed") for what in rounds) for rounds in happened[1::2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_wherever_it_is_killed(tables, tmp_path, case):
+    happened = compare(tmp_path, tables, [case], 20, seed=2)
+    assert "killed while saving" in happened[1]
+
+
+# What is measured at the end of an epoch is in no checkpoint of its last step, and is not measured again.
+NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
+
+
+@pytest.mark.parametrize("case", ["all", "batch"])
+def test_a_resumed_run_repeats_the_unbroken_one(tables, tmp_path, case):
+    """From each checkpoint in turn: within an epoch, at its end, and between two logs."""
+    sections = {**CASES[case], "training": {**CASES[case]["training"], **TRAINING, **NO_EVALUATION}}
+
+    def ends(**more):
+        sections["training"] |= more
+        run = prepare(load_recipe(recipe_of(tables, tmp_path / "run", **sections)))
+        trainer = fit(run)
+        return [entry for entry in trainer.state.log_history if "train_loss" not in entry], run.model.state_dict()
+
+    log, weights = ends(save_total_limit=None)
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 3, 4, 6, 8, 9]
+    for step in (2, 4, 6, 8):
+        again, resumed = ends(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert again == log
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+def tree(folder):
+    """All that a folder holds: name -> bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(folder, content):
+    for name, text in content.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+OLD = {"a": "old", "config.json": "old"}
+NEW = {"config.json": "new", "b/c": "new", "a": "new", "model.safetensors": "new"}
+
+
+def test_a_folder_takes_its_place_in_one_step(tmp_path):
+    place = tmp_path / "checkpoint-2"
+    with written_whole(place) as partial:
+        fill(partial, OLD)
+        assert not place.exists()
+        assert newest(tmp_path) is None
+    with written_whole(place) as partial:
+        fill(partial, NEW)
+        assert tree(place) == {name: text.encode() for name, text in OLD.items()}
+    assert tree(place) == {name: text.encode() for name, text in NEW.items()}
+    with pytest.raises(OSError, match="no room"), written_whole(place) as partial:
+        fill(partial, OLD)
+        raise OSError(errno.ENOSPC, "no room")
+    assert tree(tmp_path) == {f"checkpoint-2/{name}": text.encode() for name, text in NEW.items()}
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two calls of the file system."""
+
+
+def calls_until(monkeypatch, count):
+    """End the process before the call with this number; returns how many were made."""
+    made = [0]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            made[0] += 1
+            if made[0] == count:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    # A killed process cleans nothing up, and may be killed in the middle of removing a folder.
+    remove = checkpoints.shutil.rmtree
+
+    def removed(path, *args, **kwargs):
+        made[0] += 1
+        if made[0] >= count:
+            for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else ():
+                if file.is_file():
+                    os.unlink(file)
+                    break
+            raise Killed
+        return remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", removed)
+    return made
+
+
+def write_folder(folder):
+    with written_whole(folder / "checkpoint-2") as partial:
+        fill(partial, NEW)
+
+
+def write_files(folder):
+    with files_written_whole(folder / "checkpoint-2") as partial:
+        fill(partial, NEW)
+
+
+@pytest.mark.parametrize("write_new", [write_folder, write_files])
+def test_wherever_a_save_ends_the_old_or_the_new_is_there(tmp_path, write_new):
+    """Ends the process before each call of the file system in turn, then starts the next one."""
+    for count in range(1, 100):
+        folder = tmp_path / str(count)
+        fill_old(folder)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            made = calls_until(monkeypatch, count)
+            with contextlib.suppress(Killed):
+                write_new(folder)
+        as_it_is = tree(folder / "checkpoint-2") if (folder / "checkpoint-2").exists() else {}
+        if as_it_is.get("config.json") == b"new":
+            assert {name: as_it_is[name].decode() for name in NEW} == NEW, "a configuration stands for a whole model"
+        put_right(folder)
+        put_right(folder / "checkpoint-2")
+        found = {name: text.decode() for name, text in tree(folder / "checkpoint-2").items()}
+        assert found in (OLD, NEW), count
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+        if made[0] < count:
+            break
+    assert 8 < count < 99
+    assert found == NEW
+
+
+def fill_old(folder):
+    (folder / "checkpoint-2").mkdir(parents=True)
+    fill(folder / "checkpoint-2", OLD)
+
+
+def test_a_save_finishes_the_one_before(tmp_path):
+    fill(
+        tmp_path,
+        {".complete-model/a": "first", ".complete-model/b": "first", ".complete-model/files.json": '["a", "b"]'},
+    )
+    with files_written_whole(tmp_path) as partial:
+        fill(partial, {"a": "second", "config.json": "second"})
+    assert tree(tmp_path) == {"a": b"second", "b": b"first", "config.json": b"second"}
+
+
+def test_weights_of_another_kind_do_not_outlive_their_model(tmp_path):
+    kept = {"notes.txt": "kept", "catalogue/items": "kept"}
+    fill(tmp_path, {"model.safetensors": "old", "model.safetensors.index.json": "old", "config.json": "old", **kept})
+    with files_written_whole(tmp_path) as partial:
+        fill(partial, {"adapter_model.safetensors": "new", "adapter_config.json": "new", "config.json": "new"})
+    assert {name: text.decode() for name, text in tree(tmp_path).items()} == {
+        "adapter_model.safetensors": "new", "adapter_config.json": "new", "config.json": "new", **kept
+    }  # fmt: skip
+
+
+def _checked(save_file, check, kind):
+    def saved(content, path, *args, **kwargs):
+        try:
+            check(path)
+        except OSError as error:
+            raise kind(str(error)) from error
+        return save_file(content, path, *args, **kwargs)
+
+    return saved
+
+
+def full_after(monkeypatch, folder, count):
+    """Let the disk be full at the file with this number; returns how many files were begun."""
+    begun = [0]
+
+    def check(path):
+        if str(folder) in str(path):
+            begun[0] += 1
+            if begun[0] == count:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def opened(path, mode="r", *args, _open=open, **kwargs):
+        if "w" in mode or "a" in mode:
+            check(path)
+        return _open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr(io, "open", opened)
+    writers = ((torch, "save", RuntimeError), (transformers.modeling_utils, "safe_save_file", SafetensorError))
+    for owner, name, kind in writers:
+        monkeypatch.setattr(owner, name, _checked(getattr(owner, name), check, kind))
+    return begun
+
+
+def test_a_full_disk_leaves_the_checkpoint_and_the_model_before(make_recipe):
+    """The N-th file finds no room, for each N until all files of a checkpoint, and of a model, find theirs."""
+    training = {**TRAINING, "max_steps": 1, "save_steps": 1, "seed": 1}
+    run = prepare(make_recipe(task={"learn": ["click"]}, training=training))
+    trainer = fit(run)
+    save(run)
+    folder = run.recipe.output_dir
+    before = tree(folder)
+    written, told = {}, set()
+    saves = {"checkpoint": lambda: trainer._save_checkpoint(run.model, None), "model": lambda: save(run)}
+    for what, write_again in saves.items():
+        for count in range(1, 100):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                begun = full_after(monkeypatch, folder, count)
+                try:
+                    write_again()
+                except OSError as error:
+                    assert "No space left on device" in str(error)
+                    told.add(error.errno)
+            if begun[0] < count:
+                break
+            assert tree(folder) == before, (what, count)
+        written[what] = count - 1
+        before = tree(folder)
+    assert told == {errno.ENOSPC, None}, "plain files tell it themselves; of weights it is told by us"
+    assert written["checkpoint"] >= 10
+    assert written["model"] >= 6
+    assert AutoModel.from_pretrained(newest(folder)).config == AutoModel.from_pretrained(folder).config
+
+
+def test_a_checkpoint_loads_like_a_model(make_recipe):
+    run = prepare(make_recipe(task={"learn": ["click"]}, training={**TRAINING, "max_steps": 2}))
+    fit(run)
+    checkpoint = newest(run.recipe.output_dir)
+    again = load_recipe(checkpoint, [f"model.checkpoint={checkpoint}"])
+    for name, tensor in prepare(again).model.state_dict().items():
+        assert torch.equal(tensor, run.model.state_dict()[name]), name
+
+
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert find_checkpoint(None, tmp_path) is find_checkpoint(False, tmp_path) is None
+    assert find_checkpoint(True, tmp_path / "nowhere") is None
+    assert "holds no checkpoint to go on from" in caplog.text
+    for age, name in enumerate(("checkpoint-30", "checkpoint-4", "checkpoint-10")):
+        fill(tmp_path, {f"{name}/trainer_state.json": "{}"})
+        os.utime(tmp_path / name / "trainer_state.json", (age, age))
+    (tmp_path / "checkpoint-99").mkdir()  # has no state: not one of ours
+    (tmp_path / ".partial-checkpoint-50").mkdir()
+    assert find_checkpoint(True, tmp_path).name == "checkpoint-10"
+    assert find_checkpoint(str(tmp_path), Path("other")).name == "checkpoint-10"
+    assert find_checkpoint(str(tmp_path / "checkpoint-4"), Path("other")).name == "checkpoint-4"
+    with pytest.raises(FileNotFoundError, match="checkpoint-99"):
+        find_checkpoint(str(tmp_path / "checkpoint-99"), tmp_path)
+
+
+OTHERS = {
+    "training.seed was 5, is 6": {"training": {"seed": 6}},
+    "training.learning_rate was 0.01, is 0.02": {"training": {"learning_rate": 0.02}},
+    "rows of a step was 6, is 12": {"training": {"per_device_train_batch_size": 6}},
+    "task.targets was 3, is 2": {"task": {"targets": 2}},
+    "text.max_events was 4, is 3": {"text": {"max_events": 3}},
+    "model.preset was 'tiny', is 'edge'": {"model": {"preset": "edge"}},
+    "evaluation.split was 'leave-one-out', is 'time'": {"evaluation": {"split": "time"}},
+}
+
+
+@pytest.fixture(scope="module")
+def trained_before(tables, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("before") / "run"
+    sections = {"task": {"learn": ["click"]}, "training": {**TRAINING, "max_steps": 2}}
+    fit(prepare(load_recipe(recipe_of(tables, folder, **sections))))
+    return folder, newest(folder), sections
+
+
+@pytest.mark.parametrize("told", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused(trained_before, tables, told):
+    folder, checkpoint, sections = trained_before
+    more = {name: {**sections.get(name, {}), **own} for name, own in OTHERS[told].items()}
+    recipe = load_recipe(recipe_of(tables, folder, **{**sections, **more}))
+    run = json.loads((checkpoint / "run.json").read_text())
+    run["rows of a step"] = 2 * recipe.training["per_device_train_batch_size"]
+    with pytest.raises(ValueError, match=told):
+        checkpoints.refuse_other(checkpoint, recipe, run)
+
+
+def test_a_checkpoint_of_another_stage_or_of_other_rows_is_refused(trained_before, tables):
+    folder, checkpoint, sections = trained_before
+    recipe = load_recipe(recipe_of(tables, folder, **sections))
+    run = json.loads((checkpoint / "run.json").read_text())
+    checkpoints.refuse_other(checkpoint, recipe, run)
+    with pytest.raises(ValueError, match="stage was 'finetune', is 'pretrain'"):
+        checkpoints.refuse_other(checkpoint, recipe, {**run, "stage": "pretrain"})
+    with pytest.raises(ValueError, match=f"rows was {run['rows']}, is 1000"):
+        checkpoints.refuse_other(checkpoint, recipe, {**run, "rows": 1000})
+
+
+def test_more_steps_and_other_logs_are_no_other_run(trained_before, tables):
+    folder, checkpoint, sections = trained_before
+    more = {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "eval_strategy": "epoch", "output_dir": "elsewhere"}
+    recipe = load_recipe(recipe_of(tables, folder, **{**sections, "training": {**TRAINING, **more}}))
+    checkpoints.refuse_other(checkpoint, recipe, json.loads((checkpoint / "run.json").read_text()))
+
+
+def test_a_finished_training_is_not_trained_beyond_its_end(trained_before, tables, monkeypatch):
+    folder, _, sections = trained_before
+    training = {**sections["training"], "resume_from_checkpoint": True}
+    run = prepare(load_recipe(recipe_of(tables, folder, **{**sections, "training": training})))
+    trainer = fit(run)
+    assert trainer.state.global_step == 2
+    assert newest(folder).name == "checkpoint-2"
+
+
+def test_what_a_killed_run_left_is_put_right_before_training(make_recipe):
+    recipe = make_recipe(training={"resume_from_checkpoint": True})
+    fill(recipe.output_dir.parent, {"run/x": ""})
+    fill(recipe.output_dir, {".partial-checkpoint-7/trainer_state.json": "{}", ".replaced-checkpoint-3/old": "text"})
+    fit(prepare(recipe))
+    assert not list(recipe.output_dir.glob(".*"))
+    assert (recipe.output_dir / "checkpoint-3" / "old").read_text() == "text"
+
+
+@given(st.lists(st.sampled_from(["a", "b/c", "config.json", "model.safetensors"]), unique=True, min_size=1))
+@settings(max_examples=20, deadline=None)
+def test_any_files_take_their_places(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("any")
+    fill(folder, OLD)
+    with files_written_whole(folder) as partial:
+        fill(partial, dict.fromkeys(names, "new"))
+    assert {name: text.decode() for name, text in tree(folder).items()} == {**OLD, **dict.fromkeys(names, "new")}

@@ -1,0 +1,130 @@
+"""Two processes learn what one learns that accumulates two batches; one of them speaks, writes and measures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from m6rec.train.cli import main
+from tests.train.world import recipe_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CASES = {
+    "click": {"task": {"learn": ["click"]}},
+    "rating": {"task": {"learn": ["rating"]}, "training": {"train_sampling_strategy": "group_by_length"}},
+    "catalogue": {
+        "task": {"learn": ["retrieval"]},
+        "training": {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "save_total_limit": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "mrr",
+        },
+    },
+    "batch": {"task": {"learn": ["retrieval"], "negatives": "batch"}, "model": {"freeze_segments": True}},
+    "text": {},
+}
+PLAN = {
+    "max_steps": 3,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+}
+
+
+def launch(commands, processes=2):
+    """Run commands in several processes of one training."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command += ["-m", "tests.train.several", json.dumps(commands)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        command, check=False, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def write(folder, data, case, **training):
+    """Write the recipe of a case; returns the command that runs it."""
+    own = CASES[case]
+    training = {**PLAN, **own.get("training", {}), **training}
+    sections = {**own, "training": training, "pretraining": {"valid_fraction": 0.2}}
+    recipe = recipe_of(data, folder / "run", **sections)
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    return ["pretrain" if case == "text" else "finetune", str(folder / "recipe.yaml")]
+
+
+def weights(folder):
+    return load_file(folder / "run" / "model.safetensors")
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def both(tables, tmp_path_factory):
+    """Every case as learnt by one process, and by two; and what those two said."""
+    folder = tmp_path_factory.mktemp("several")
+    two = [
+        write(folder / f"two-{case}", tables, case, per_device_train_batch_size=3, gradient_accumulation_steps=1)
+        for case in CASES
+    ]
+    # Goes on within the second epoch; of 18 rows of retrieval an epoch has three steps.
+    going_on = [*two[list(CASES).index("catalogue")], "--resume", "training.max_steps=5"]
+    said = launch([*two, going_on])
+    assert said.returncode == 0, said.stderr
+    for case in CASES:
+        more = {"max_steps": 5} if case == "catalogue" else {}
+        split = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+        assert main(write(folder / f"one-{case}", tables, case, **split, **more)) == 0
+    return folder, said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_does(both, case):
+    folder, _ = both
+    same(weights(folder / f"one-{case}"), weights(folder / f"two-{case}"))
+
+
+def test_one_process_speaks_and_writes(both):
+    folder, said = both
+    assert said.stdout.count("written to") == len(CASES) + 1
+    for case in CASES:
+        one, two = ({path.name for path in (folder / f"{kind}-{case}" / "run").iterdir()} for kind in ("one", "two"))
+        assert one == two
+        assert not [name for name in two if name.startswith((".partial", ".complete", ".replaced"))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_they_log_and_measure_the_same(both, case):
+    folder, _ = both
+    one, two = (json.loads((folder / f"{kind}-{case}" / "run" / "curves.json").read_text()) for kind in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert "loss_text" in one or "eval_mrr" in one or "loss" in one
+    for name in one:
+        if name != "train_loss":  # of the steps since the resume
+            assert [step for step, _ in one[name]] == [step for step, _ in two[name]]
+            assert [value for _, value in one[name]] == pytest.approx([value for _, value in two[name]], rel=1e-3)
+
+
+def test_a_checkpoint_of_two_processes_is_whole(both):
+    folder, _ = both
+    found = sorted((folder / "two-catalogue" / "run").glob("checkpoint-*"))
+    assert len(found) == 2
+    assert found[-1].name == "checkpoint-5"
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors", "trainer_state.json"} <= {
+        path.name for path in found[-1].iterdir()
+    }

@@ -1,0 +1,51 @@
+"""What a person reads: reports as tables, and answers beside what was asked."""
+
+import json
+from typing import Any
+
+
+def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Lay out a report of `full_report`: a table a task, a row a model.
+
+    >>> print(tables({"rating": {"m6rec": {"rmse": 1.0, "examples": 3}, "item_mean": {"rmse": 1.25, "examples": 3}}}))
+    rating (3 examples)
+                rmse
+    m6rec     1.0000
+    item_mean 1.2500
+    """
+    parts = []
+    for task, rows in report.items():
+        first = next(iter(rows.values()))
+        names = [name for name, value in first.items() if isinstance(value, float) and "/" not in name]
+        seen = f", seen items {first['seen']}" if "seen" in first else ""
+        width = max(map(len, rows))
+        sizes = [max(len(name), 6) for name in names]
+        lines = [f"{task} ({first['examples']} examples{seen})"]
+        lines.append(" ".join([" " * width, *(name.rjust(size) for name, size in zip(names, sizes))]))
+        for who, values in rows.items():
+            cells = (f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes))
+            lines.append(" ".join([who.ljust(width), *cells]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def answer_lines(request: Any, answer: list[dict[str, Any]]) -> str:
+    """Lay out what was asked and what was recommended, an item a line.
+
+    >>> print(answer_lines("likes the sea", [{"rank": 1, "item": {"title": "Salt"}, "score": 0.5}]))
+    likes the sea
+     1  0.500  Salt
+    """
+    lines = [request if isinstance(request, str) else json.dumps(request, ensure_ascii=False)]
+    for row in answer:
+        item = row["item"]
+        text = (
+            item
+            if isinstance(item, str)
+            else ", ".join(str(value) for name, value in item.items() if name != "item_id")
+        )
+        lines.append(f"{row['rank']:2}  {row['score']:.3f}  {text}")
+    return "\n".join(lines)
+
+
+__all__ = ["answer_lines", "tables"]
