@@ -1,0 +1,76 @@
+"""Every vertical's recipe, all steps by one command, two optimizer steps each, on small files of the real formats."""
+
+import json
+
+import numpy
+import pytest
+
+from m6rec.train.cli import main
+from tests.train.test_lastfm import write_lastfm
+
+QUICK = [
+    "text.max_events=4",
+    "text.max_length=256",
+    "text.vocab_size=500",
+    "pretraining.training.max_steps=2",
+    "training.max_steps=2",
+    "training.eval_strategy=no",
+    "training.save_strategy=no",
+    "training.load_best_model_at_end=false",
+    "training.disable_tqdm=true",
+]
+
+
+def films(folder):
+    rng = numpy.random.default_rng(0)
+    rows = [
+        f"{user}\t{film}\t{rng.integers(1, 6)}\t{rng.integers(10**6)}" for user in range(1, 9) for film in range(12)
+    ]
+    files = {
+        "inter": ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *rows],
+        "item": [
+            "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq",
+            *(f"{film}\tThe Film {film}\t{1980 + film}\tDrama Comedy" for film in range(12)),
+        ],
+        "user": [
+            "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token",
+            *(f"{user}\t{20 + user}\tF\tartist\t0" for user in range(1, 9)),
+        ],
+    }
+    for suffix, lines in files.items():
+        (folder / f"ml-100k.{suffix}").write_text("\n".join(lines) + "\n")
+
+
+def cosmetics(folder):
+    rng = numpy.random.default_rng(0)
+    ids = {str(item): f"B{item:02}" for item in range(1, 15)}
+    (folder / "datamaps.json").write_text(
+        json.dumps({"id2user": {str(u): f"U{u}" for u in range(1, 9)}, "id2item": ids})
+    )
+    (folder / "item_id_to_int.json").write_text(json.dumps({asin: int(item) for item, asin in ids.items()}))
+    names = [f"{row},{item},Soap number {item}" for row, item in enumerate(ids)]
+    (folder / "products_lookup.csv").write_text("\n".join([",global_product_id,name", *names]))
+    rows = [" ".join(map(str, [user, *rng.permutation(numpy.arange(1, 15))[:6]])) for user in range(1, 9)]
+    (folder / "sequential.txt").write_text("\n".join(rows) + "\n")
+
+
+def music(folder):
+    listening = [(user, artist, 10 * artist + user) for user in range(1, 9) for artist in range(user % 3, 12)]
+    write_lastfm(folder, listening, [(user, other) for user in range(1, 9) for other in range(user + 1, 9)])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "task"),
+    [("video", films, "rating"), ("ecommerce", cosmetics, "click"), ("social", music, "listen")],
+)
+def test_a_vertical_runs_its_four_steps(name, write, task, tmp_path, capsys):
+    data, first, last = tmp_path / "data", tmp_path / "first", tmp_path / "last"
+    data.mkdir()
+    write(data)
+    folders = [f"data.directory={data}", f"pretraining.output_dir={first}", f"training.output_dir={last}"]
+    assert main(["run", name, *folders, *QUICK]) == 0
+    said = capsys.readouterr().out
+    assert "perplexity" in said and task in said and said.endswith(f"written to {last}\n")
+    assert " 1  " in said  # what was recommended in the end
+    report = json.loads((last / "metrics.json").read_text())
+    assert all("m6rec" in rows for rows in report.values()) and (first / "model.safetensors").is_file()
