@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"learning_rate": 5e-3},
     "adapter": {"learning_rate": 1e-3},
     "prefix": {"learning_rate": 5e-3},
-    "prompt": {"learning_rate": 5e-3},
+    "prompt": {"learning_rate": 1e-2},
     "option": {"learning_rate": 5e-3},
     "option-adapter": {"learning_rate": 1e-3},
 }
