@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_model_and_figures(make_recipe):
         recipe = make_recipe(
             task=TASKS["all"],
             model={"item_memory": True, "config": {"hidden_dropout": 0.2}},
-            training={"seed": seed, "output_dir": "unused"},
+            training={"seed": seed},
         )
         run = prepare(recipe)
         fit(run)
