@@ -317,7 +317,7 @@ def own():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 def watch():
     while True:
-        peak.append(max(peak.pop(), own()))
+        peak[0] = max(peak[0], own())
         time.sleep(0.005)
 def write(rows):
     with open(sys.argv[1] + "/events.csv", "w") as file:
