@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--num-joint-layers", type=int, metavar="L", help="last layers that read all segments together"
     )
-    evaluate = add("evaluate", _evaluate, "measure a trained model beside the baselines")
+    evaluate = add("evaluate", _evaluate, "measure a model again (metrics.json; with overrides: evaluation.json)")
     evaluate.add_argument("model", help="the folder of a trained model, with its recipe.yaml")
     recommend = add("recommend", _recommend, "recommend items to a user")
     _add_recommend(recommend)
@@ -156,7 +156,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.model, [*options.overrides, f"model.checkpoint={json.dumps(options.model)}"])
     report = full_report(prepare(recipe))
-    write_json(Path(options.model) / "metrics.json", report)
+    measured = {"overrides": options.overrides, **report} if options.overrides else report
+    write_json(Path(options.model) / ("evaluation.json" if options.overrides else "metrics.json"), measured)
     print(tables(report))
 
 

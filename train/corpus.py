@@ -22,7 +22,7 @@ from ..tokenization import M6RecProcessor
 from .data import Log
 from .examples import RequestWriter, windows
 from .splits import histories
-from .tables import FORMATS, _csv_options, load_table
+from .tables import FORMATS, csv_options, load_table
 
 ITEMS, HISTORIES = "items", "histories"
 SHUFFLED = 1000
@@ -242,7 +242,7 @@ def _stream(place: str) -> Table | Stream:
     if path.suffix == ".txt":
         return load_dataset("text", data_files=_existing(place), split="train", streaming=True)
     if path.is_file() and (kind := FORMATS.get(path.suffix.lower())):
-        options = _csv_options(path) if kind == "csv" else {}
+        options = csv_options(path) if kind == "csv" else {}
         return load_dataset(kind, data_files=_existing(place), split="train", streaming=True, **options)
     name, *parts = place.split(":")
     if path.is_file() or Path(name).is_dir() or not parts:

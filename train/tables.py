@@ -97,7 +97,7 @@ def _load_file(path: Path) -> Dataset:
     try:
         if _holds_nothing(path, kind):
             raise ValueError("it holds no rows")
-        options = _csv_options(path) if kind == "csv" else {}
+        options = csv_options(path) if kind == "csv" else {}
         # `datasets` reads * ? [ in a path as patterns.
         return load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
     except (DatasetGenerationError, ValueError) as error:  # pandas' and Arrow's errors are ValueErrors
@@ -112,7 +112,8 @@ def _holds_nothing(path: Path, kind: str) -> bool:
         return next(lines, None) is None or (kind == "csv" and next(lines, None) is None)
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
+def csv_options(path: Path) -> dict[str, Any]:
+    """Settings with which `datasets` reads a CSV file: its separator, and every cell as text."""
     with path.open(encoding="utf-8-sig") as file:
         line = file.readline()
     separator = max(_SEPARATORS, key=line.count)
@@ -338,4 +339,4 @@ def _to_seconds(numbers: pandas.Series) -> pandas.Series:
     return numbers
 
 
-__all__ = ["FORMATS", "Table", "find_folder", "load_table", "require_files"]
+__all__ = ["FORMATS", "Table", "csv_options", "find_folder", "load_table", "require_files"]
