@@ -60,10 +60,11 @@ class SeededOrder(Sampler[int]):
         rows: The rows.
         seed: Of the order.
         group: Rows that are put together by length; None: a random order, that of the library for one process.
+        together: Rows that follow each other and stay together in a random order; where they are cut is drawn as well.
     """
 
-    def __init__(self, rows: Any, seed: int, group: int | None = None) -> None:
-        self.seed, self.group, self.epoch = seed, group, 0
+    def __init__(self, rows: Any, seed: int, group: int | None = None, together: int = 1) -> None:
+        self.seed, self.group, self.together, self.epoch = seed, group, together, 0
         self.size = rows.size if isinstance(rows, EpochRows) else len(rows)
         self.blank = range(self.size, len(rows))
         self.lengths = [len(rows[index]["input_ids"]) for index in range(self.size)] if group else []
@@ -80,8 +81,14 @@ class SeededOrder(Sampler[int]):
         if self.group:
             yield from get_length_grouped_indices(self.lengths, self.group, generator=generator)
         else:
-            yield from torch.randperm(self.size, generator=generator).tolist()
+            yield from self._random(generator)
         yield from self.blank
+
+    def _random(self, generator: torch.Generator) -> Iterator[int]:
+        ahead = 0 if self.together == 1 else int(torch.randint(self.together, (), generator=generator))
+        for block in torch.randperm(-(-(self.size + ahead) // self.together), generator=generator).tolist():
+            start = block * self.together - ahead
+            yield from range(max(start, 0), min(start + self.together, self.size))
 
 
 __all__ = ["EpochRows", "SeededOrder"]

@@ -152,7 +152,8 @@ class M6RecTrainer(Trainer):
             return super()._get_train_sampler(dataset)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.order = SeededOrder(dataset, seed, rows if strategy == "group_by_length" else None)
+        together = self.run.recipe.task.rows_together if self.stage == "finetune" else 1
+        self.order = SeededOrder(dataset, seed, rows if strategy == "group_by_length" else None, together)
         return self.order
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,6 +26,21 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
     assert all(lengths[at : at + 8] == sorted(lengths[at : at + 8], reverse=True) for at in range(0, 40, 8))
 
 
+def test_rows_that_follow_each_other_stay_together():
+    rows = [{"input_ids": [0]}] * 41
+    order, cuts = SeededOrder(rows, 3, together=4), set()
+    for epoch in range(8):
+        order.set_epoch(epoch)
+        found = list(order)
+        assert sorted(found) == list(range(41)) and found != sorted(found)
+        assert list(order) == found
+        starts = [place for at, place in enumerate(found) if not at or found[at - 1] != place - 1]
+        assert len(starts) <= 12, "at most 10 whole blocks, and a shorter one at each end"
+        cuts.add(min(place % 4 for place in starts if place))
+    assert len(cuts) > 1, "each epoch cuts elsewhere"
+    assert sorted(SeededOrder(rows[:2], 0, together=5)) == [0, 1]
+
+
 @pytest.mark.parametrize("size", (1, 5, 6, 7))
 def test_blank_rows_fill_the_last_batches_and_come_last(size):
     rows = [{"input_ids": [number], "labels": [number]} for number in range(size)]
