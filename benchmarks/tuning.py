@@ -22,7 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"
 BUDGET_MINUTES = 90
-EPOCHS = 2
+EPOCHS = 3
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 5e-5},
     "lora": {"learning_rate": 1e-3},
@@ -42,7 +42,7 @@ def common(data: Path, seed: int, output: Path, **training: Any) -> dict[str, An
     return {
         "data": {"source": "tallrec", "directory": str(data / "tallrec-movie")},
         "text": {"domain": "video", "max_events": 10, "max_length": 512},
-        "task": {"learn": ["click"], "targets": 1},
+        "task": {"learn": ["click"], "targets": 1, "rows_together": 8},
         "evaluation": {"split": "given", "rolling": True},
         "training": {
             "output_dir": str(output),
