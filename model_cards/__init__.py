@@ -1,5 +1,17 @@
 """Model cards: filled by the facts of a run, and by nothing else."""
 
-from .card import LANGUAGES, CardFacts, DataFacts, hardware, render_card, write_card
+from .card import CARDS, LANGUAGES, MARK, is_place, render_card, render_cards, write_cards
+from .facts import CardFacts, DataFacts, hardware
 
-__all__ = ["LANGUAGES", "CardFacts", "DataFacts", "hardware", "render_card", "write_card"]
+__all__ = [
+    "CARDS",
+    "LANGUAGES",
+    "MARK",
+    "CardFacts",
+    "DataFacts",
+    "hardware",
+    "is_place",
+    "render_card",
+    "render_cards",
+    "write_cards",
+]

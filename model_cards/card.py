@@ -7,28 +7,35 @@
 
 import json
 import math
-import os
-import platform
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from pprint import pformat
 from typing import Any
 
-import psutil
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .facts import CardFacts, DataFacts
+
 LANGUAGES = ("en", "zh")
 """Languages that cards are written in."""
+CARDS = {"en": "README.md", "zh": "README_zh.md"}
+"""The files of a model's two cards; the Hub shows the first, which links to the other."""
+MARK = "<!-- Written by m6rec, and anew at each push unless this line is deleted. -->"
+"""The last line of a card that nobody has made their own."""
 OWN = "m6rec"
 """The model's own name in a report; the others are baselines."""
-COUNTS = ("examples", "groups")
+CONDITIONS = ("examples", "seen", "negatives_per_event", "negatives")
+"""What the figures of a report rest on."""
+INTERVALS = "intervals"
+"""Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
+LEANINGS = ("coverage", "popularity_bias")
+"""Metrics that say how a model treats items, not how right it is."""
+COUNTS = ("examples", "groups", "texts", "negatives_per_event")
 """How figures of a report end that count and do not measure."""
-SECRET = re.compile(r"token$|secret|password|api_key")
+SECRET = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credential)s?$|api_?key", re.IGNORECASE)
 """Keys of a recipe that no card may hold."""
 PLACE = re.compile(r"(?:^|[\s=:'\"])(?:~|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\|file:)")
 """A path that means something on one machine only."""
@@ -46,75 +53,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class DataFacts:
-    """The data that a model was trained on; None: unknown."""
-
-    name: str
-    """Given: what people call it."""
-    licence: str | None = None
-    """Given: what its owners allow."""
-    users: int | None = None
-    """Measured: users with events, held-out ones included."""
-    items: int | None = None
-    """Measured: items."""
-    events: int | None = None
-    """Measured: events, held-out ones included."""
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """Everything that a card may say, first what is given, then what was measured; None or empty: unknown, left out."""
-
-    name: str
-    """Given: what users load the model by, a Hub id or a folder."""
-    data: DataFacts | None = None
-    """Given and measured: what the model was trained on."""
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Given: the resolved recipe. Secrets and places on this machine are left out of the card."""
-    command: str | None = None
-    """Given: what was typed; left out of the card if it names a place on this machine."""
-    seed: int | None = None
-    """Given: of everything drawn at random."""
-    tasks: Sequence[str] = ()
-    """Given: tasks whose heads were trained."""
-    languages: Sequence[str] = ()
-    """Given: ISO codes of the languages of the texts."""
-    licence: str | None = None
-    """Given: the Hub's identifier of the licence of the weights."""
-    intended_use: Sequence[str] = ()
-    """Given: what the model is meant for, a sentence each."""
-    limits: Sequence[str] = ()
-    """Given: what it cannot do, a sentence each."""
-    example: Mapping[str, Any] | None = None
-    """Given: a request with candidates, for the usage snippet. None: one from a clothes shop."""
-
-    parameters: int | None = None
-    """Measured: number of weights."""
-    catalogue_size: int | None = None
-    """Measured: items in the catalogue that is saved with the model."""
-    results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Measured: task -> who -> metrics on the test part, as in `metrics.json`; who is "m6rec" or a baseline."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Measured: stage -> seconds."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Measured: package -> version."""
-    hardware: str | None = None
-    """Measured: what the run ran on, as `hardware()` says."""
-
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError(f"name is {self.name!r}; expected the Hub id or folder that users load the model by")
-        if self.example is not None and not self.example.get("candidates"):
-            raise ValueError(f"example is {self.example!r}; expected a request with candidates")
-
-
-def render_card(facts: CardFacts, language: str = "en") -> str:
+def render_card(facts: CardFacts, language: str = "en", other: str | None = None) -> str:
     """Return the card: metadata in YAML, then text in Markdown.
 
     Args:
         facts: What the card may say.
         language: What it is written in.
+        other: The file of the card in the other language, which this one links to.
 
     Raises:
         ValueError: If there is no template in the language; the message lists those there are.
@@ -124,74 +69,91 @@ def render_card(facts: CardFacts, language: str = "en") -> str:
     example = dict(_known(facts.example or EXAMPLES[language]))
     candidates = example.pop("candidates")
     recipe = _public(facts.recipe)
+    results = {task: _table(report) for task, report in _known(facts.results).items()}
     card = ModelCard.from_template(
         _metadata(facts),
         template_path=str(Path(__file__).with_name(f"template_{language}.md")),
         facts=facts,
+        other=other,
         name=json.dumps(facts.name, ensure_ascii=False),
+        trust="" if facts.method else ", trust_remote_code=True",
         user=_python(example),
         candidates=_python(candidates),
-        results={task: _table(report) for task, report in _known(facts.results).items()},
+        said=any(value is not None for name, value in vars(facts.data or DataFacts()).items() if name != "hub_id"),
+        results=results,
+        intervals=any(INTERVALS in figures for report in facts.results.values() for figures in report.values()),
+        leanings=_leanings(results),
+        perplexities=_known(facts.perplexities),
+        latency=_known(facts.latency),
         seconds=_known(facts.seconds),
         evaluation=recipe.get("evaluation") or {},
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
-        command=f"`{facts.command}`" if facts.command and not _is_place(facts.command) else None,
+        command=f"`{facts.command}`" if facts.command and not is_place(facts.command) else None,
         versions=", ".join(f"{package} {version}" for package, version in facts.versions.items()) or None,
         scored=next((task for task in ("click", "rating", "interaction") if task in facts.tasks), None),
     )
     return str(card).rstrip() + "\n"
 
 
-def write_card(facts: CardFacts, directory: str | Path, language: str = "en") -> Path:
-    """Write the card as the README.md of a folder, in one step, and return its path; arguments as of `render_card`."""
-    path = Path(directory) / "README.md"
-    card = render_card(facts, language)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(card, encoding="utf-8", newline="\n")
-    return partial.replace(path)
+def render_cards(facts: CardFacts) -> dict[str, str]:
+    """Return both cards, file -> text, each with a link to the other."""
+    return {file: render_card(facts, language, _other(file)) for language, file in CARDS.items()}
 
 
-def hardware() -> str:
-    """Name the processor, its logical cores, the memory and the graphics cards; not the machine."""
-    memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB memory"
-    cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return ", ".join([_processor(), f"{os.cpu_count()} logical cores", memory, *cards])
+def _other(file: str) -> str:
+    return next(other for other in CARDS.values() if other != file)
 
 
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.is_file() else ""
-    named = re.search(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
+def write_cards(facts: CardFacts, directory: str | Path) -> Path:
+    """Write both cards into a folder, each in one step, and return the path of the first.
+
+    They end with `MARK`: a card that still has it is written anew when the model is pushed.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, card in render_cards(facts).items():
+        partial = folder / f".{file}.partial"
+        partial.write_text(f"{card}\n{MARK}\n", encoding="utf-8", newline="\n")
+        partial.replace(folder / file)
+    return folder / CARDS["en"]
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
     """Make the head of the card. The Hub has no pipeline tag for recommendation, so there is none."""
     results = _own_results(facts)
+    more: dict[str, Any] = {}
+    if facts.example:
+        more["widget"] = [{"text": json.dumps(_known(facts.example), ensure_ascii=False)}]
+    if facts.base_model:
+        more["base_model_relation"] = "adapter" if facts.method else "finetune"
     return ModelCardData(
         model_name=facts.name if results else None,
+        base_model=facts.base_model,
+        datasets=[facts.data.hub_id] if facts.data and facts.data.hub_id else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         language=list(facts.languages) or None,
         license=facts.licence,
-        library_name="transformers",
+        library_name="peft" if facts.method else "transformers",
         tags=["recommendation", "recommender-system", OWN, *facts.tasks],
         eval_results=results or None,
+        **more,
     )
 
 
 def _own_results(facts: CardFacts) -> list[EvalResult]:
     """List what was measured of the model itself; the Hub's format needs the data set's name."""
-    if facts.data is None:
+    if facts.data is None or not facts.data.name:
         return []
     found = []
     for task, report in _known(facts.results).items():
-        figures = dict(report.get(OWN, {}))
-        arguments = {"seen": figures["seen"]} if "seen" in figures else None
+        # What is replayed (replay/NAME/TASK) is measured on the data of another run.
+        figures = {} if task.startswith("replay/") else dict(report.get(OWN, {}))
+        arguments = {name: figures[name] for name in CONDITIONS[1:] if name in figures} or None
         for metric, value in figures.items():
             if isinstance(value, Real) and not metric.endswith(COUNTS):
                 result = EvalResult(
                     task_type=task,
-                    dataset_type=re.sub(r"\W+", "-", facts.data.name.lower()).strip("-"),
+                    dataset_type=facts.data.hub_id or re.sub(r"\W+", "-", facts.data.name.lower()).strip("-"),
                     dataset_name=facts.data.name,
                     dataset_split="test",
                     metric_type=metric,
@@ -204,22 +166,32 @@ def _own_results(facts: CardFacts) -> list[EvalResult]:
 
 def _table(report: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Lay out who -> metrics with a column for each model; what the figures rest on comes first."""
-    names = list(dict.fromkeys(name for figures in report.values() for name in figures))
-    names.sort(key=lambda name: name not in ("examples", "seen"))
+    names = list(dict.fromkeys(name for figures in report.values() for name in figures if name != INTERVALS))
+    names.sort(key=lambda name: CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS))
     return {
         "who": list(report),
-        "rows": [(name, [_cell(figures.get(name)) for figures in report.values()]) for name in names],
+        "rows": [(name, [_cell(figures, name) for figures in report.values()]) for name in names],
         "metrics": list(dict.fromkeys(name.rpartition("/")[2].partition("@")[0] for name in names)),
-        "subsets": any("/" in name for name in names),
+        "subsets": any(name.startswith(("warm/", "cold/")) for name in names),
     }
 
 
-def _cell(value: Any) -> str:
+def _leanings(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Pick, from laid out results of retrieval, the rows of what models do to items: metric, and who with what."""
+    table = results.get("retrieval", {"who": [], "rows": []})
+    rows = [(name, cells) for name, cells in table["rows"] if name.partition("@")[0] in LEANINGS]
+    return [(name, list(zip(table["who"], cells))) for name, cells in rows]
+
+
+def _cell(figures: Mapping[str, Any], name: str) -> str:
+    value = figures.get(name)
     if value is None:
         return "–"
     if isinstance(value, Integral):
         return f"{value:,}"
-    return f"{value:.4f}" if isinstance(value, Real) else str(value)
+    interval = figures.get(INTERVALS, {}).get(name)
+    shown = f"{value:.4f}" if isinstance(value, Real) else str(value)
+    return f"{shown} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else shown
 
 
 def _known(value: Any) -> Any:
@@ -235,14 +207,15 @@ def _known(value: Any) -> Any:
 def _public(value: Any) -> Any:
     """Leave out secrets, and texts that name a place on this machine, at any depth."""
     if isinstance(value, Mapping):
-        kept = {key: inner for key, inner in value.items() if not SECRET.search(str(key)) and not _is_place(inner)}
+        kept = {key: inner for key, inner in value.items() if not SECRET.search(str(key)) and not is_place(inner)}
         return {key: _public(inner) for key, inner in kept.items()}
     if isinstance(value, list | tuple):
-        return [_public(inner) for inner in value if not _is_place(inner)]
+        return [_public(inner) for inner in value if not is_place(inner)]
     return value
 
 
-def _is_place(value: Any) -> bool:
+def is_place(value: Any) -> bool:
+    """Say whether a value is a text that names a place on one machine."""
     return isinstance(value, str) and PLACE.search(value) is not None
 
 
@@ -251,4 +224,4 @@ def _python(value: Any) -> str:
     return pformat(value, width=100, sort_dicts=False)
 
 
-__all__ = ["EXAMPLES", "LANGUAGES", "CardFacts", "DataFacts", "hardware", "render_card", "write_card"]
+__all__ = ["CARDS", "EXAMPLES", "LANGUAGES", "MARK", "is_place", "render_card", "render_cards", "write_cards"]

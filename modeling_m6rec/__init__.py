@@ -1,27 +1,80 @@
-"""m6rec: the open M6-Rec, a generative language model that is also a recommender."""
+"""m6rec: the open M6-Rec, a generative language model that is also a recommender.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-from transformers.pipelines import PIPELINE_REGISTRY
+Importing it makes the model known to Transformers. Text, pipeline, catalogue and tuning are imported when they are
+first asked for, by their names here or by the library that they belong to.
+"""
 
-from .beside_peft import register_beside_peft
-from .catalogue_m6rec import Catalogue
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .beside import beside
 from .configuration_m6rec import KINDS, PRESETS, TASKS, M6RecConfig
 from .modeling_m6rec import M6RecForRecommendation, M6RecOutput
 from .network_m6rec import M6RecModel
-from .pipeline_m6rec import RecommendationPipeline
 from .segment_cache_m6rec import SegmentCache
-from .tokenization import M6RecProcessor, M6RecTokenizer
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .catalogue_m6rec import Catalogue
+    from .pipeline_m6rec import RecommendationPipeline
+    from .tokenization import M6RecProcessor, M6RecTokenizer
+
+LAZY = {
+    "Catalogue": "m6rec.catalogue_m6rec",
+    "M6RecProcessor": "m6rec.tokenization",
+    "M6RecTokenizer": "m6rec.tokenization",
+    "RecommendationPipeline": "m6rec.pipeline_m6rec",
+}
+"""Names of the package that are imported when they are first asked for, and where they are."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(LAZY[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
+
+
+def _register_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    from .tokenization import M6RecTokenizer
+
+    AutoTokenizer.register(M6RecConfig, tokenizer_class=M6RecTokenizer, exist_ok=True)
+
+
+def _register_processor() -> None:
+    from transformers import AutoProcessor
+
+    from .tokenization import M6RecProcessor
+
+    AutoProcessor.register(M6RecConfig, M6RecProcessor, exist_ok=True)
+
+
+def _register_pipeline() -> None:
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .pipeline_m6rec import RecommendationPipeline
+
+    PIPELINE_REGISTRY.register_pipeline("recommendation", RecommendationPipeline, AutoModelForCausalLM, type="text")
+
 
 AutoConfig.register("m6rec", M6RecConfig, exist_ok=True)
 AutoModel.register(M6RecConfig, M6RecForRecommendation, exist_ok=True)
 AutoModelForCausalLM.register(M6RecConfig, M6RecForRecommendation, exist_ok=True)
-AutoTokenizer.register(M6RecConfig, tokenizer_class=M6RecTokenizer, exist_ok=True)
-AutoProcessor.register(M6RecConfig, M6RecProcessor, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline("recommendation", RecommendationPipeline, AutoModelForCausalLM, type="text")
 M6RecConfig.register_for_auto_class("AutoConfig")
 M6RecForRecommendation.register_for_auto_class("AutoModelForCausalLM")
-register_beside_peft()
+beside("transformers.models.auto.tokenization_auto", "m6rec.tokenization", _register_tokenizer)
+beside("transformers.models.auto.processing_auto", "m6rec.tokenization", _register_processor)
+beside("transformers.pipelines", "m6rec.pipeline_m6rec", _register_pipeline)
+beside("peft", "m6rec.tuning", partial(import_module, "m6rec.tuning"))
 
 __all__ = [
     "KINDS",

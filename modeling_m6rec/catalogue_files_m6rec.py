@@ -1,6 +1,7 @@
 """The files of a catalogue: items as Parquet, vectors as safetensors, and a manifest that vouches for both."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -12,13 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from .configuration_m6rec import check_format
 from .items_m6rec import Item
-
-try:
-    import pyarrow
-    import pyarrow.parquet
-except ImportError:  # only keeping a catalogue needs it
-    pyarrow = None
 
 FORMAT = 1
 MANIFEST, ITEMS, VECTORS = "catalogue.json", "items.parquet", "vectors.safetensors"
@@ -26,7 +22,13 @@ TEXT_COLUMN = "__text__"
 """Column of `items.parquet` for items that are a text and no fields."""
 
 
-def write_catalogue(directory: str | Path, items: Mapping[str, Item], vectors: torch.Tensor, fingerprint: str) -> None:
+def write_catalogue(
+    directory: str | Path,
+    items: Mapping[str, Item],
+    vectors: torch.Tensor,
+    fingerprint: str,
+    index: Mapping[str, Any] | None = None,
+) -> None:
     """Write a catalogue into a folder of its own, all or nothing: on failure, what was there before stays.
 
     Args:
@@ -34,6 +36,8 @@ def write_catalogue(directory: str | Path, items: Mapping[str, Item], vectors: t
         items: Items by id.
         vectors: Their vectors, one row each.
         fingerprint: Of the model that made the vectors.
+        index: Kind and settings of the index that is built whenever the catalogue is read; None = none. An index itself
+            is never kept: its files are not safe to read from others.
 
     Raises:
         ValueError: The folder holds other files, or a field has values that cannot be kept.
@@ -57,6 +61,7 @@ def write_catalogue(directory: str | Path, items: Mapping[str, Item], vectors: t
             "dimension": vectors.shape[1],
             "count": len(items),
             "json_columns": encoded,
+            "index": index,
             "sha256": {name: _digest(fresh / name) for name in (ITEMS, VECTORS)},
         }
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -65,8 +70,8 @@ def write_catalogue(directory: str | Path, items: Mapping[str, Item], vectors: t
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def read_catalogue(directory: str | Path) -> tuple[dict[str, Item], torch.Tensor, str]:
-    """Read a catalogue and make sure that it is whole: items by id, their vectors, and the model's fingerprint.
+def read_catalogue(directory: str | Path) -> tuple[dict[str, Item], torch.Tensor, str, dict[str, Any] | None]:
+    """Read a catalogue and make sure that it is whole: items by id, their vectors, the model's fingerprint, the index.
 
     Raises:
         FileNotFoundError: There is no catalogue.
@@ -81,13 +86,14 @@ def read_catalogue(directory: str | Path) -> tuple[dict[str, Item], torch.Tensor
         raise ValueError(
             f"{folder}: expected (items, vectors, dimension) to be {expected} by {MANIFEST}, found {found}"
         )
-    return items, vectors, manifest["fingerprint"]
+    return items, vectors, manifest["fingerprint"], manifest.get("index")  # older manifests know of none
 
 
 def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
     """Write items as Parquet; return the columns that hold JSON, since Parquet has no type for their values."""
     rows = [{TEXT_COLUMN: item} if isinstance(item, str) else item for item in items.values()]
-    columns, encoded = {"item_id": _arrow().array(list(items), "string")}, []
+    pyarrow = _arrow()
+    columns, encoded = {"item_id": pyarrow.array(list(items), "string")}, []
     for name in dict.fromkeys(name for row in rows for name in row if name != "item_id"):
         values = [row.get(name) for row in rows]
         columns[name] = _column(values)
@@ -106,6 +112,7 @@ def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
 
 def _column(values: list[Any]) -> Any:
     """Make an Arrow column that gives back what it was given; None if there is no such type."""
+    pyarrow = _arrow()
     try:
         column = pyarrow.array(values)
     except (pyarrow.ArrowException, OverflowError):
@@ -123,9 +130,12 @@ def _read_items(path: Path, encoded: Collection[str]) -> dict[str, Item]:
 
 
 def _arrow() -> Any:
-    if pyarrow is None:
-        raise ImportError("a catalogue is kept as Parquet, which needs pyarrow: pip install pyarrow")
-    return pyarrow
+    """Import pyarrow, which only keeping a catalogue needs."""
+    try:
+        importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ImportError("a catalogue is kept as Parquet, which needs pyarrow: pip install pyarrow") from error
+    return importlib.import_module("pyarrow")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,12 +147,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ValueError(f"{path} is of format {found!r}, this version reads format {FORMAT}: save the catalogue again")
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is damaged: expected a mapping, found {manifest!r}")
+    check_format(manifest.get("format"), FORMAT, str(path))
     missing = {"fingerprint", "dimension", "count", "json_columns", "sha256"} - manifest.keys()
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}")
+    index = manifest.get("index")
+    if index is not None and not (isinstance(index, dict) and index.keys() == {"kind", "settings"}):
+        raise ValueError(f"{path} is damaged: index is {index!r}, expected a kind and settings, or null")
     for name in (ITEMS, VECTORS):
         if not (folder / name).is_file() or _digest(folder / name) != manifest["sha256"].get(name):
             raise ValueError(f"{folder / name} is missing, damaged or of another catalogue: save the catalogue again")

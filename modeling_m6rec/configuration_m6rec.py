@@ -12,6 +12,13 @@ KINDS = ("user", "event", "age", "item", "now", "stat", "fact", "text", "option"
 TASKS = ("click", "rating", "interaction", "retrieval", "plausibility", "writing")
 """What a model can be asked for. The first four have trained heads."""
 
+FORMAT_VERSION = 1
+"""Of the configuration and the weights that belong to it, written as `format_version`; absent = 1.
+
+It is raised with each change that code which does not know it would misread. A field that older code may ignore, since
+its default means what was the case before it, raises nothing: unknown fields are kept, and written again.
+"""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # For tests: every width is odd where it can be.
     "tiny": {
@@ -166,10 +173,26 @@ class M6RecConfig(PreTrainedConfig):
         self.id2label = dict(enumerate(self.score_names))
         self.label2id = {name: index for index, name in self.id2label.items()}
         kwargs.pop("num_labels", None)
+        kwargs.pop("format_version", None)  # of the file; what is written next is of this code's
         if not __name__.startswith("transformers_modules."):
             # The installed package registers its pipeline itself: a checkpoint need not ask for trust in its own code.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of what a checkpoint says, unless a newer version wrote it.
+
+        Args:
+            config_dict: What config.json holds.
+            **kwargs: As of every configuration.
+
+        Raises:
+            ValueError: If it is of a format that is not known here.
+        """
+        # Before anything is read: what a newer format says need not even be of the known types.
+        check_format(config_dict.get("format_version", 1), FORMAT_VERSION, "the checkpoint's config.json")
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def preset(cls, name: str, **kwargs: Any) -> "M6RecConfig":
@@ -221,7 +244,7 @@ class M6RecConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; names of score outputs follow from other fields and are left out."""
-        fields = super().to_dict()
+        fields = {**super().to_dict(), "format_version": FORMAT_VERSION}
         fields.pop("id2label", None)
         fields.pop("label2id", None)
         return fields
@@ -324,4 +347,25 @@ class M6RecConfig(PreTrainedConfig):
         ]
 
 
-__all__ = ["KINDS", "PRESETS", "TASKS", "M6RecConfig"]
+def check_format(found: Any, known: int, what: str) -> None:
+    """Refuse what a newer version of the package wrote.
+
+    Args:
+        found: The format's number as written.
+        known: The newest that is known here.
+        what: What is of that format.
+
+    Raises:
+        ValueError: If the format is not known.
+    """
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"{what} is damaged: it is of format {found!r}, expected a number from 1 to {known}")
+    if found > known:
+        raise ValueError(
+            f"{what} is of format {found}, which a newer version wrote: this one reads formats up to {known}. Upgrade "
+            "(pip install --upgrade m6rec), or load it with trust_remote_code=True in a process that does not import "
+            "m6rec, so that the code which the checkpoint carries is used"
+        )
+
+
+__all__ = ["FORMAT_VERSION", "KINDS", "PRESETS", "TASKS", "M6RecConfig", "check_format"]

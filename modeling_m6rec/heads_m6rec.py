@@ -39,8 +39,7 @@ class Beside:
 
 def target_ends(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
     """Find each target's [EOS], where it is scored: B x N, -1 where a row has fewer targets."""
-    ends = (ids == config.eos_token_id) & (lay.target > 0)
-    return last_index(ends, lay.target - 1, _slots(lay.target))
+    return last_index(_ends_target(ids, lay, config), lay.target - 1, _slots(lay.target))
 
 
 def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch.Tensor | None = None) -> torch.Tensor:
@@ -49,8 +48,7 @@ def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch
     A source has one place for its head (the last [SEG] of [USER], else [BOS']), then one for each event (its last
     [SEG]). Places of several requests in a row are numbered on. `seen` (B x T bool) leaves out hidden tokens.
     """
-    told = (lay.event > 0) | lay.source & (lay.kind == KIND_NUMBER["user"])
-    reads = (ids == config.segment_token_id) & told | lay.source & (ids == config.source_token_id)
+    reads = _tells_user(ids, lay, config)
     # A place begins where request or event rise above all before: that holds for the kept tokens of a plan as well.
     number = (lay.request * (ids.shape[1] + 1) + lay.event) * lay.source
     highest = functional.pad(number.cummax(1).values, (1, -1))
@@ -94,9 +92,23 @@ def mean_log_likelihood(
     return (total / count).view(len(ids), slots)
 
 
+def head_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    """Say where `target_ends` and `user_places` may point to: B x T bool."""
+    return _ends_target(ids, lay, config) | _tells_user(ids, lay, config)
+
+
+def _ends_target(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    return (ids == config.eos_token_id) & (lay.target > 0)
+
+
+def _tells_user(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    told = (lay.event > 0) | lay.source & (lay.kind == KIND_NUMBER["user"])
+    return (ids == config.segment_token_id) & told | lay.source & (ids == config.source_token_id)
+
+
 def _slots(numbers: torch.Tensor) -> int:
     """The largest of numbers that count from 1."""
     return int(numbers.max()) if numbers.numel() else 0
 
 
-__all__ = ["Beside", "item_places", "mean_log_likelihood", "target_ends", "user_places"]
+__all__ = ["Beside", "head_places", "item_places", "mean_log_likelihood", "target_ends", "user_places"]

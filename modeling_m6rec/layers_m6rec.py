@@ -1,9 +1,10 @@
 """The Transformer block: one description of it holds BERT, GPT-2, Llama and Qwen weights.
 
 Shapes: B rows, Q queries, K keys, H heads, G key/value heads, D = head_dim. In the shared form B = U * N: U users with
-N candidates each, S keys of a user.
+N candidates each, S keys of a user; `n` of the N are read at once.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_m6rec import M6RecConfig
+from .layout_m6rec import at
+
+SCORES_AT_ONCE = 1 << 19
+"""Attention scores to shared keys that are held together: larger tables leave the processor's cache."""
+SHORT = 32
+"""Up to so many keys the plain form of attention is faster on CPUs than the fused kernel, which starts row by row."""
 
 
 class SharedKeys(NamedTuple):
@@ -24,8 +31,21 @@ class SharedKeys(NamedTuple):
     """U x G x S x D."""
     value: torch.Tensor
     """U x G x S x D."""
-    bias: torch.Tensor
-    """U x 1 x 1 x S, added to attention scores."""
+    bias: torch.Tensor | None
+    """U x 1 x 1 x S, added to attention scores; None = all are seen."""
+
+    def followed_by(self, others: "SharedKeys") -> "SharedKeys":
+        """Return these keys and others after them."""
+        biases = [
+            part.key.new_zeros(len(part.key), 1, 1, part.key.shape[2]) if part.bias is None else part.bias
+            for part in (self, others)
+        ]
+        bias = None if self.bias is None and others.bias is None else torch.cat(biases, -1)
+        return SharedKeys(torch.cat((self.key, others.key), 2), torch.cat((self.value, others.value), 2), bias)
+
+    def chosen(self, users: torch.Tensor) -> "SharedKeys":
+        """Return the keys of some users."""
+        return SharedKeys(self.key[users], self.value[users], None if self.bias is None else self.bias[users])
 
 
 class M6RecRMSNorm(nn.Module):
@@ -95,11 +115,13 @@ def eager_attention_forward(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend in the plain form; returns B x Q x H x D and the B x H x Q x K weights."""
-    key, value = (states.repeat_interleave(module.num_key_value_groups, 1) for states in (key, value))
-    weights = query @ key.transpose(2, 3) * scaling + attention_mask
-    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    (rows, heads, queries, dim), (groups, keys) = query.shape, key.shape[1:3]
+    # The heads of a group are rows of one product, so that its keys are not copied for each.
+    folded = (query * scaling).reshape(rows, groups, -1, dim)
+    scores = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys) + attention_mask[:, None]
+    weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training).view(rows, groups, -1, keys)
+    attended = (weights @ value).view(rows, heads, queries, dim)
+    return attended.transpose(1, 2).contiguous(), weights.view(rows, heads, queries, keys)
 
 
 def shared_attention(
@@ -114,28 +136,34 @@ def shared_attention(
 
     Args:
         query: U*N x H x Q x D.
-        key: U*N x G x Q x D.
-        value: U*N x G x Q x D.
-        attention_mask: U*N x 1 x Q x Q, added to scores.
+        key: U*N x G x K x D.
+        value: U*N x G x K x D.
+        attention_mask: U*N x 1 x Q x K, added to scores.
         scaling: Factor of the scores.
         shared: The users' keys.
 
     Returns:
         U*N x Q x H x D.
     """
-    (rows, heads, queries, dim), (users, groups) = query.shape, shared.key.shape[:2]
-    folded = query.view(users, -1, groups, heads // groups, queries, dim) * scaling
-    by_user = folded.transpose(1, 2).reshape(users, groups, -1, dim)
-    far = by_user @ shared.key.transpose(2, 3) + shared.bias  # U x G x N*(H/G)*Q x S
-    near = folded.reshape(rows, groups, -1, dim) @ key.transpose(2, 3)  # U*N x G x (H/G)*Q x Q
-    near = near.unflatten(2, (-1, queries)) + attention_mask[:, :, None]
-    near = near.view(users, -1, *near.shape[1:]).transpose(1, 2).reshape(*far.shape[:3], queries)
-    weights = torch.cat((far, near), -1).softmax(-1, dtype=torch.float32).to(query.dtype)
-    far, near = weights.split((shared.key.shape[2], queries), -1)
-    near = near.reshape(users, groups, -1, heads // groups * queries, queries).transpose(1, 2)
-    near = near.reshape(rows, groups, -1, queries) @ value
-    far = (far @ shared.value).view(users, groups, -1, heads // groups * queries, dim).transpose(1, 2)
-    return (far.reshape(near.shape) + near).reshape(rows, heads, queries, dim).transpose(1, 2)
+    (rows, heads, queries, dim), (users, groups, far_keys) = query.shape, shared.key.shape[:3]
+    each, keys, slots = heads // groups * queries, key.shape[2], rows // users
+    folded = (query * scaling).reshape(rows, groups, each, dim)
+    near = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys) + attention_mask[:, None]
+    folded, near = (states.reshape(users, slots, groups, each, -1).transpose(1, 2) for states in (folded, near))
+    far_key = shared.key.transpose(2, 3)
+    attended = []
+    step = max(SCORES_AT_ONCE // (users * heads * queries * (far_keys + keys)), 1)
+    for start in range(0, slots, step):
+        part = slice(start, start + step)
+        far = folded[:, :, part].reshape(users, groups, -1, dim) @ far_key  # U x G x n*(H/G)*Q x S
+        if shared.bias is not None:
+            far = far + shared.bias
+        weights = torch.cat((far, near[:, :, part].reshape(users, groups, -1, keys)), -1).softmax(-1)
+        far, own = weights.split((far_keys, keys), -1)
+        own = own.unflatten(2, (-1, each)) @ value.view(users, slots, groups, keys, dim).transpose(1, 2)[:, :, part]
+        attended.append((far @ shared.value).view(own.shape) + own)
+    found = torch.cat(attended, 2).transpose(1, 2)  # U x N x G x (H/G)*Q x D
+    return found.reshape(rows, heads, queries, dim).transpose(1, 2)
 
 
 class M6RecAttention(nn.Module):
@@ -163,28 +191,40 @@ class M6RecAttention(nn.Module):
         layer_idx: int = 0,
         past_key_values: Cache | None = None,
         shared: SharedKeys | None = None,
+        asking: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; `layer_idx` is given at the call, as shared weights serve several layers of the cache."""
+        """Attend; `layer_idx` is given at the call, as shared weights serve several layers of the cache.
+
+        With `asking` (B x n places) these tokens attend to all Q, and the mask is theirs: B x 1 x n x K.
+        """
+        own = hidden_states if asking is None else at(hidden_states, asking)
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(states).unflatten(-1, (-1, self.config.head_dim))
+            for projection, states in ((self.q_proj, own), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
         query, key, value = (states.transpose(1, 2) for states in (self.q_norm(query), self.k_norm(key), value))
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            cos, sin = rotary if asking is None else (at(part[:, 0], asking)[:, None] for part in rotary)
+            query, key = rotate(query, cos, sin), rotate(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, layer_idx)
         weights = None
         if shared is not None:
             attended = shared_attention(query, key, value, attention_mask, self.scaling, shared)
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attend = self._attention_function(key)
             dropout = self.config.attention_dropout if self.training else 0.0
             attended, weights = attend(
                 self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
             )
         return self.o_proj(attended.flatten(2)), weights
+
+    def _attention_function(self, key: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        name = self.config._attn_implementation
+        if name == "sdpa" and key.shape[2] <= SHORT and key.device.type == "cpu":
+            return eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
 
 class M6RecMLP(nn.Module):
@@ -223,11 +263,13 @@ class M6RecLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor,
+        asking: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Map B x Q x hidden_size to itself."""
+        """Map B x Q x hidden_size to itself, or to B x n x hidden_size: what becomes of the tokens at `asking`."""
         inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
-        attended, _ = self.self_attn(inner, rotary, attention_mask, **kwargs)
+        attended, _ = self.self_attn(inner, rotary, attention_mask, asking=asking, **kwargs)
+        hidden_states = hidden_states if asking is None else at(hidden_states, asking)
         hidden_states = hidden_states + self.dropout(attended)
         hidden_states = self.attention_norm(hidden_states) if self.post_norm else hidden_states
         inner = hidden_states if self.post_norm else self.mlp_norm(hidden_states)

@@ -64,22 +64,35 @@ class Picked(NamedTuple):
 
     def of(self, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
         """Gather the picked tokens: B x T (x H) -> B x n (x H); what is not present is `fill`, or repeats token 0."""
-        index = self.index if values.dim() == 2 else self.index[..., None].expand(-1, -1, values.shape[-1])
-        found = values.gather(1, index)
+        found = at(values, self.index)
         return found if fill is None else found.masked_fill(~self.present, fill)
+
+    def chosen(self, rows: list[int] | torch.Tensor) -> "Picked":
+        """Return what is picked of some rows."""
+        return Picked(self.index[rows], self.present[rows])
 
     def back(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
         """Put B x n x H states where they came from: B x T x H, zero elsewhere."""
-        where = torch.where(self.present, self.index, tokens)[..., None].expand_as(states)
-        out = states.new_zeros(states.shape[0], tokens + 1, states.shape[-1])
-        return out.scatter(1, where, states)[:, :tokens]
+        first = torch.arange(len(states), device=states.device)[:, None] * tokens
+        out = states.new_zeros(len(states) * tokens, states.shape[-1])
+        out = out.index_copy(0, (self.index + first)[self.present], states[self.present])
+        return out.view(len(states), tokens, -1)
+
+
+def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Pick B x n tokens out of B x T (x H) values; whole rows are copied, where `gather` goes number by number."""
+    first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
+    found = values.flatten(0, 1).index_select(0, (index + first).flatten())
+    return found.view(*index.shape, *values.shape[2:])
 
 
 def pick(slot: torch.Tensor, slots: int) -> Picked:
     """Sort tokens into slots: B x T slot numbers (-1 = leave out) -> B x slots*C, each slot padded to the longest."""
-    used = torch.nn.functional.one_hot(slot + 1, slots + 1)[..., 1:]
-    place = (used.cumsum(1) * used).sum(-1) - 1
-    width = max(int(place.max()) + 1, 1)
+    order = slot.argsort(dim=1, stable=True)
+    count = slot.new_zeros(slot.shape[0], slots + 1).scatter_add(1, slot + 1, torch.ones_like(slot))
+    rank = torch.empty_like(slot).scatter(1, order, torch.arange(slot.shape[1], device=slot.device).expand_as(slot))
+    place = rank - (count.cumsum(1) - count).gather(1, slot + 1)
+    width = max(int(count[:, 1:].max()), 1)
     index = slot.new_zeros(slot.shape[0], slots * width + 1)
     where = torch.where(slot >= 0, slot * width + place, slots * width)
     order = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
@@ -273,6 +286,7 @@ __all__ = [
     "Layout",
     "Picked",
     "alone",
+    "at",
     "attention_bias",
     "blank",
     "joint_mask",

@@ -34,9 +34,8 @@ from .losses_m6rec import (
     text_targets,
 )
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
-from .pipeline_m6rec import RecommendationPipeline
 from .plans_m6rec import last_states
-from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters
+from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters, digest_weights
 
 
 @dataclass
@@ -53,6 +52,7 @@ class M6RecOutput(ModelOutput):
         losses: Each loss by name, unweighted.
         past_key_values: The cache, if one was asked for.
         layout: Layout of the Q tokens.
+        exit_layers: B, the joint layers that each row went through, if `decide` was given.
         hidden_states: Output of every layer, if asked for.
         attentions: Attention weights of every layer, if asked for.
     """
@@ -66,6 +66,7 @@ class M6RecOutput(ModelOutput):
     losses: dict[str, torch.Tensor] | None = None
     past_key_values: Cache | None = None
     layout: Layout | None = None
+    exit_layers: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -155,8 +156,9 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             segment_cache: Segment states kept between calls, for plan "cached".
             only_losses: Return the losses and compute nothing else: what training reads.
             contrast: Computes the retrieval loss; arguments as of `retrieval_loss`.
-            **kwargs: Handed on; `num_items_in_batch` to the losses: a number of tokens to be written, or for each loss
-                by name the weight of its labels (`label_weights`) in the whole optimizer step.
+            **kwargs: Handed on, such as `user_states` and `decide`; `num_items_in_batch` to the losses: a number of
+                tokens to be written, or for each loss by name the weight of its labels (`label_weights`) in the whole
+                optimizer step.
         """
         step = kwargs.pop("num_items_in_batch", None)
         step = step if isinstance(step, Mapping) else {"text": step}
@@ -173,16 +175,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             plan=plan,
             segment_cache=segment_cache,
-            exits=self._exits(exit_layer, bool(score_labels)),
+            exits=self._exits(exit_layer, bool(score_labels), "decide" in kwargs),
             alone=() if item_input_ids is None else self._item_keys(item_input_ids, item_attention_mask),
             compact_output=True,
+            heads_only=return_logits is False and not return_plausibility and labels is None is retrieval_labels,
             **kwargs,
         )
         ids = input_ids if layout_ids is None else layout_ids
         beside = Beside(ids.shape[1], out)
         chosen, lay = beside(ids, self.config.pad_token_id), out.layout
         states, *exits = (state[:, -beside.tokens :] for state in (out.last_hidden_state, *out.exit_states))
-        exit_scores = [self._scores(state, chosen, lay) for state in exits]
+        exit_scores = [self.score_logits(state, chosen, lay) for state in exits]
         found: dict[str, torch.Tensor] = {}
         if labels is not None:
             found["text"] = self._text_loss(states, beside(labels[:, -ids.shape[1] :], UNKNOWN), lay, step.get("text"))
@@ -208,6 +211,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             losses=found or None,
             past_key_values=out.past_key_values,
             layout=lay,
+            exit_layers=out.exit_layers,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
@@ -244,16 +248,22 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         states: torch.Tensor | None = None,
         memory_ids: torch.Tensor | None = None,
+        segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
         """Embed items by themselves: M x L ids of [ITEM] ... [SEG] (padded right), or M x H `states` -> M x D."""
         self._require_segment_layers()
         if states is None:
-            states = self.item_states(input_ids, attention_mask)
+            states = self.item_states(input_ids, attention_mask, segment_cache)
         return self._project(self.item_projection, self.item_norm(self.model.remember(states, memory_ids)))
 
-    def item_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def item_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        segment_cache: SegmentCache | None = None,
+    ) -> torch.Tensor:
         """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H states of their [SEG]."""
-        return last_states(self.model, self._item_keys(input_ids, attention_mask))
+        return last_states(self.model, self._item_keys(input_ids, attention_mask), segment_cache)
 
     def plausibility(self, **batch: Any) -> torch.Tensor:
         """Return B x N mean log-likelihoods of each target's written text, its [EOS] counted (paper, zero-shot)."""
@@ -302,16 +312,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------ reading states
 
-    def _exits(self, exit_layer: int | None, training_scores: bool) -> Sequence[int]:
+    def _exits(self, exit_layer: int | None, training_scores: bool, deciding: bool) -> Sequence[int]:
         joint = self.config.num_joint_layers
         if exit_layer is not None:
             if not 0 < exit_layer <= joint:
                 raise ValueError(f"exit_layer={exit_layer} is not in 1..{joint} (joint layers)")
             return [exit_layer]
-        return [*(self.config.exit_layers or []), joint] if training_scores else [joint]
+        trained = self.config.exit_layers or (range(1, joint) if deciding else ())
+        return [*trained, joint] if training_scores or deciding else [joint]
 
-    def _scores(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """B x N x S logits read at the [EOS] of each target."""
+    def score_logits(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Read B x N x S logits off the B x T x H joint states, at the [EOS] of each target."""
         ends = target_ends(ids, lay, self.config)
         states = read(states, ends)
         if self.score_head is not None:
@@ -424,12 +435,10 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def fingerprint(self) -> str:
         """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
         parts = [*self.model.segment_modules(), self.item_norm, self.item_projection]
-        settings = sorted(self._vector_settings().items()), active_adapters(parts)
-        digest = hashlib.sha256(repr(settings).encode())
-        for part in [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])]:
-            for name, tensor in part.state_dict().items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        settings, adapters = sorted(self._vector_settings().items()), active_adapters(parts)
+        # Without adapters as in version 0.1, whose catalogues stay valid.
+        digest = hashlib.sha256(repr((settings, adapters) if adapters else settings).encode())
+        digest_weights(digest, [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])])
         return digest.hexdigest()
 
     def _vector_settings(self) -> dict[str, Any]:
@@ -441,15 +450,16 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, revision: str = "main", **kwargs: Any) -> Any:
         """Load as `PreTrainedModel.from_pretrained` does, and remember the revision: the catalogue's is the same."""
-        adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path") or name
-        settings = adapter_settings(adapter, revision=revision)
+        beside = kwargs.get("adapter_kwargs") or {}  # of an adapter's name, where `name` and `revision` are its base's
+        adapter, own = beside.get("_adapter_model_path") or name, beside.get("revision", revision)
+        settings = adapter_settings(adapter, revision=own)
         if settings is None:
             loaded = super().from_pretrained(name, *args, revision=revision, **kwargs)
         else:
             kwargs.pop("adapter_kwargs", None)
             loaded = load_adapted(cls, adapter, settings, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.revision = revision
+        model.revision = revision if settings is None else own
         return loaded
 
     @classmethod
@@ -465,22 +475,24 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save weights and configuration, and beside them the code that loads them without this package."""
+        # Pipelines take long to import, and loading needs none. From here too the file travels with this one.
+        from .pipeline_m6rec import RecommendationPipeline
+
         module = type(self).__module__.rpartition(".")[2]
         self.config.auto_map = {
             **(getattr(self.config, "auto_map", None) or {}),
             "AutoModel": f"{module}.{type(self).__name__}",
         }
-        pipeline = RecommendationPipeline
         self.config.custom_pipelines = {
             "recommendation": {
-                "impl": f"{pipeline.__module__.rpartition('.')[2]}.{pipeline.__name__}",
+                "impl": f"{RecommendationPipeline.__module__.rpartition('.')[2]}.{RecommendationPipeline.__name__}",
                 "pt": ["AutoModelForCausalLM"],
                 "type": "text",
             }
         }
         super().save_pretrained(save_directory, **kwargs)
         if Path(save_directory).is_dir():
-            custom_object_save(pipeline, save_directory)
+            custom_object_save(RecommendationPipeline, save_directory)
 
 
 __all__ = ["M6RecForRecommendation", "M6RecOutput"]

@@ -4,7 +4,7 @@ Shapes: B rows, T tokens so far, Q queries (the last Q tokens of the T, after P 
 H = hidden_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,10 +17,12 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m6rec import KINDS, M6RecConfig
+from .heads_m6rec import head_places
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
-from .layout_m6rec import Layout, Picked, attention_bias, joint_mask, layout, segment_mask, summary_keys
+from .layout_m6rec import Layout, Picked, at, attention_bias, joint_mask, layout, pick, segment_mask, summary_keys
 from .plans_m6rec import PLANS, Rows, last_states, run
 from .segment_cache_m6rec import SegmentCache, SegmentKey
+from .user_states_m6rec import UserStates
 
 
 @dataclass
@@ -35,6 +37,7 @@ class M6RecModelOutput(ModelOutput):
         past_key_values: The cache, if one was asked for.
         layout: Layout of the Q tokens, virtual ones left out.
         kept: With `compact_output`, which tokens of the row the Q are.
+        exit_layers: B, the joint layers that each row went through, if `decide` was given.
         hidden_states: Output of every layer, if asked for.
         attentions: Attention weights of every layer, if asked for (eager attention only).
     """
@@ -46,6 +49,7 @@ class M6RecModelOutput(ModelOutput):
     past_key_values: Cache | None = None
     layout: Layout | None = None
     kept: Picked | None = None
+    exit_layers: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -170,20 +174,26 @@ class M6RecModel(M6RecPreTrainedModel):
         positions: torch.Tensor,
         bias: torch.Tensor,
         exits: Sequence[int],
-        shared: list[SharedKeys] | None = None,
+        shared: Sequence[SharedKeys] | None = None,
+        first: int = 0,
+        asking: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> list[torch.Tensor]:
-        """Read all segments together: B x Q x H -> normalised states after each of the joint layers in `exits`.
+        """Read all segments together: B x Q x H -> states, before `norm`, after each of the joint layers in `exits`.
 
-        Layers after the last exit are not run. `shared` holds a user's keys in each joint layer.
+        Runs from joint layer `first`, counted from 0, to the last exit. `shared` holds a user's keys in each of these.
+        With `asking` (B x Q bool) the last layer is computed for these tokens only; after it the others are zero.
         """
         rotary = None if self.rotary is None else self.rotary(states, positions)
-        results, start = [], self.config.num_segment_layers
-        for index in range(exits[-1]):
-            own = None if shared is None else shared[index]
+        results, start, tokens, asked = [], self.config.num_segment_layers, states.shape[1], None
+        for index in range(first, exits[-1]):
+            if asking is not None and index + 1 == exits[-1] and not asking.all():
+                asked = pick(torch.where(asking, 0, -1), 1)
+                bias, kwargs["asking"] = at(bias[:, 0], asked.index)[:, None], asked.index
+            own = None if shared is None else shared[index - first]
             states = self.layer(start + index)(states, rotary, bias, layer_idx=start + index, shared=own, **kwargs)
             if index + 1 in exits:
-                results.append(self.norm(states))
+                results.append(states if asked is None else asked.back(states, tokens))
         return results
 
     @capture_outputs
@@ -199,9 +209,12 @@ class M6RecModel(M6RecPreTrainedModel):
         use_cache: bool | None = None,
         plan: str | None = None,
         segment_cache: SegmentCache | None = None,
+        user_states: UserStates | None = None,
         exits: Sequence[int] | None = None,
+        decide: Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor] | None = None,
         alone: Sequence[SegmentKey] = (),
         compact_output: bool = False,
+        heads_only: bool = False,
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Read rows.
@@ -217,10 +230,15 @@ class M6RecModel(M6RecPreTrainedModel):
             use_cache: Return a cache.
             plan: How to run (see `plans_m6rec`); None = "compact" where nothing asks for every state, else "flat".
             segment_cache: Segment states kept between calls, for plan "cached".
+            user_states: Users kept between calls, for plan "cached"; tokens that need not be read again are left out of
+                what is returned, as those that a summary drops.
             exits: Joint layers, from 1, after which states are wanted; None = the last.
+            decide: Says after each exit which rows go no deeper (see `plans_m6rec.run`), for "reuse" and "cached".
             alone: Segments that stand in no row, (mode, ids) each, to be read as well.
             compact_output: Return states and layout of the kept tokens only (Q = the most of a row), where a plan
                 leaves tokens out; `kept` says which.
+            heads_only: The last joint layer is needed only where targets are scored and users are read; of other tokens
+                the last state then means nothing.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -242,15 +260,18 @@ class M6RecModel(M6RecPreTrainedModel):
         hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
         item_ids = None if item_ids is None else _widen(item_ids, total)
         exits = sorted(set(exits or [self.config.num_joint_layers]))
-        rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone)
+        asking = head_places(layout_ids, lay, self.config) if heads_only else None
+        rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone, asking)
         whole = not (use_cache or past_key_values is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
+        if plan != "cached" and user_states is not None or plan not in ("reuse", "cached") and decide is not None:
+            raise ValueError(f"plan={plan!r} keeps no users and stops at no exit: use plan='cached'")
         if plan == "flat":
             embeds = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
             return self._flat(embeds, rows, past_key_values, past, **kwargs)
-        read, segment_states, alone_states, kept = run(self, plan, rows, segment_cache)
+        read, segment_states, alone_states, kept, left = run(self, plan, rows, segment_cache, user_states, decide)
         if not compact_output:
             read, segment_states = [kept.back(state, total) for state in read], kept.back(segment_states, total)
         return M6RecModelOutput(
@@ -260,6 +281,7 @@ class M6RecModel(M6RecPreTrainedModel):
             exit_states=tuple(read),
             layout=lay.take(*kept) if compact_output else lay,
             kept=kept if compact_output else None,
+            exit_layers=left,
         )
 
     def _choose(self, plan: str | None, whole: bool, kwargs: dict[str, Any]) -> str:
@@ -303,7 +325,7 @@ class M6RecModel(M6RecPreTrainedModel):
         mask = joint_mask(lay, new, self.config, rows.keys & ~rows.hidden)
         bias = attention_bias(mask, queries, width, states.dtype, virtual)
         positions = torch.cat((order, self.joint_positions(here)), 1)
-        read = self.joint_stage(states, positions, bias, rows.exits, **kwargs)
+        read = [self.norm(state) for state in self.joint_stage(states, positions, bias, rows.exits, **kwargs)]
         return M6RecModelOutput(
             last_hidden_state=read[-1],
             segment_states=segment_states,

@@ -14,14 +14,15 @@ from .catalogue_files_m6rec import ITEMS, MANIFEST, VECTORS
 from .catalogue_m6rec import Catalogue
 from .items_m6rec import plain, reading, table_rows
 from .ranking_m6rec import Ranker
-from .scoring_m6rec import Scorer
+from .scoring_m6rec import Scorer, check_confidence
 from .segment_cache_m6rec import SegmentCache
+from .user_states_m6rec import UserStates
 
 logger = logging.get_logger(__name__)
 
 RANKING_TASKS = ("click", "rating", "interaction", "retrieval", "plausibility")
 """Tasks that rank, the preferred ones first."""
-PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain")
+PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence")
 FOLDER = "catalogue"
 """Where a checkpoint keeps its catalogue."""
 
@@ -44,7 +45,11 @@ class RecommendationPipeline(Pipeline):
     Args:
         *args: As of every pipeline.
         catalogue: The catalogue to recommend from, or its folder; None = the checkpoint's own, if it has one.
-        segment_cache: Where the states of texts are kept between calls; None = one of its own.
+        segment_cache: Where the states of texts are kept between calls, or the folder to keep them in, which several
+            processes may share; None = one of its own, in memory.
+        user_states: Where users' histories are kept, so that one that grows costs what is new; True = one of its own.
+            Numbers are those of reading all again, up to rounding: by default nothing is kept, and the same request has
+            the same answer to the last bit.
         **kwargs: As of every pipeline, and defaults for the parameters of a call.
     """
 
@@ -59,13 +64,17 @@ class RecommendationPipeline(Pipeline):
         self,
         *args: Any,
         catalogue: Catalogue | str | Path | None = None,
-        segment_cache: SegmentCache | None = None,
+        segment_cache: SegmentCache | str | Path | None = None,
+        user_states: UserStates | bool = False,
         **kwargs: Any,
     ) -> None:
         self._local_files_only = kwargs.pop("local_files_only", False)  # `pipeline` hands it on
         super().__init__(*args, **kwargs)
         self._check_ids()
-        self.segment_cache = SegmentCache() if segment_cache is None else segment_cache
+        if segment_cache is None or isinstance(segment_cache, str | Path):
+            segment_cache = SegmentCache(directory=segment_cache)
+        self.segment_cache = segment_cache
+        self.user_states = (UserStates() if user_states else None) if isinstance(user_states, bool) else user_states
         self._catalogue = Catalogue.load(catalogue) if isinstance(catalogue, str | Path) else catalogue
         self._checked: tuple | None = None
         if catalogue is not None:
@@ -98,6 +107,11 @@ class RecommendationPipeline(Pipeline):
                 - `exclude_seen`: leave out what the history holds, by id, else by text; by default of a catalogue only.
                 - `filter`: says of an item's fields whether it may be recommended; a text's only field is `item`.
                 - `explain`: say what each event adds, which is the score minus the score with the event unseen.
+                - `exit_layer`: read only so many of the joint layers.
+                - `exit_confidence`: read a request's joint layers until all its answers are decided: until the
+                  probability of each (of click or no click, of each interaction or its absence, of the likeliest
+                  rating) is at least this, or the layers end, as they do for 1 and more. A request may hold its own
+                  `exit_confidence`. Answers then say at which `exit_layer` they were read.
 
         Raises:
             ValueError: A request or a parameter cannot be used; the message names it.
@@ -122,7 +136,15 @@ class RecommendationPipeline(Pipeline):
             raise ValueError(f"top_k={top_k!r}: give a whole number from 1 up, or None")
         if predicate is not None and not callable(predicate):
             raise TypeError(f"filter={predicate!r}: give a function that says of an item's fields True or False")
+        self._check_exits(given.get("exit_layer"), given.get("exit_confidence"))
         return {}, given, {}
+
+    def _check_exits(self, exit_layer: Any, exit_confidence: Any) -> None:
+        joint = self.model.config.num_joint_layers
+        whole = isinstance(exit_layer, int) and not isinstance(exit_layer, bool)
+        if exit_layer is not None and not (whole and 0 < exit_layer <= joint):
+            raise ValueError(f"exit_layer={exit_layer!r}: give a number from 1 to {joint} (joint layers), or None")
+        check_confidence(exit_confidence)
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """Check the type of a request. All else is left to the whole batch, which shares what its requests share."""
@@ -136,7 +158,8 @@ class RecommendationPipeline(Pipeline):
         requests = given if isinstance(given, list) else [given]
         tasks = [self._task(request, task) for request in requests]
         answers: list[Any] = [None] * len(requests)
-        scorer = Scorer(self.model, self.processor, self.segment_cache)
+        exit_layer = options.pop("exit_layer", None)
+        scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
         with reading(self.model):
             for name in dict.fromkeys(tasks):
                 places = [place for place, own in enumerate(tasks) if own == name]
@@ -209,6 +232,18 @@ class RecommendationPipeline(Pipeline):
             catalogue.check(self.model)
             self._checked = state
         return catalogue
+
+    def warm(self, progress: bool = True) -> None:
+        """Read the texts of all items of the catalogue into the segment cache.
+
+        An item has the same text in an event, as a candidate and alone (except for "plausibility", where a candidate is
+        written text), so that requests then wait for none; `segment_cache.stats()` says what is kept.
+        """
+        catalogue = self.catalogue
+        if catalogue is None:
+            raise ValueError("there are no items to read: give the pipeline a `catalogue`, or use SegmentCache.warm")
+        items = self.processor.encode_items([catalogue.item(item_id) for item_id in catalogue])
+        self.segment_cache.warm(self.model, [(0, tuple(ids)) for ids in items], progress)
 
     # -------------------------------------------------------------------------------------------------------- keeping
 

@@ -12,7 +12,9 @@ Shapes: B rows (users), T tokens of a row, N targets of a row, S kept source tok
 in the bank, H = hidden_size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -21,15 +23,25 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from .layers_m6rec import SharedKeys
 from .layout_m6rec import Layout, Picked, alone, attention_bias, joint_mask, pick, segment_mask
 from .segment_cache_m6rec import SegmentCache, SegmentKey
+from .user_states_m6rec import Beginnings, UserStates
 
 if TYPE_CHECKING:
     from .network_m6rec import M6RecModel
 
 PLANS = ("flat", "compact", "reuse", "cached")
-TOKENS_AT_ONCE = 16384
-"""Tokens of segments that go through the segment layers together; bounds memory."""
-TARGETS_AT_ONCE = 25
-"""Targets of a user that go through the joint layers together; more were slower in the trial, and bound memory."""
+TOKENS_AT_ONCE = {"cpu": 1024}
+"""Tokens that go through the layers together, by kind of device: fewer read the weights again and again, more leave the
+processor's cache."""
+TOKENS_AT_ONCE_ELSEWHERE = 16384
+"""On other devices; bounds memory."""
+PADDED = 1.25
+"""Rows run through the joint layers together as long as padding makes them no more than so many times longer,"""
+SPARE_TOKENS = 64
+"""or adds no more than so many tokens: a pass over the weights costs as much."""
+Stop = Callable[[torch.Tensor, list[int]], torch.Tensor]
+"""b x n x H states of kept tokens and the b rows they are of -> b bool: go no deeper."""
+Decide = Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor]
+"""The same, told which tokens these are and their layout as well."""
 
 
 class Rows(NamedTuple):
@@ -49,6 +61,8 @@ class Rows(NamedTuple):
     """Joint layers after which states are wanted, ascending."""
     alone: Sequence[SegmentKey] = ()
     """Segments that stand in no row (items to choose among), read together with those that do."""
+    asking: torch.Tensor | None = None
+    """B x T bool: tokens whose states after the last exit are wanted; None = all."""
 
 
 def segment_states(
@@ -69,73 +83,214 @@ def segment_states(
     bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
     bank = model.segment_stage(embeds, positions, bias).flatten(0, 1)
     place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
-    return bank, place, last_states(model, rows.alone)
+    return bank, place, last_states(model, rows.alone, cache)
 
 
-def joint_rows(
-    model: "M6RecModel", states: torch.Tensor, lay: Layout, keys: torch.Tensor, exits: Sequence[int]
-) -> list[torch.Tensor]:
+class Entered(NamedTuple):
+    """Tokens as they enter the joint layers."""
+
+    states: torch.Tensor
+    """B x T x H."""
+    lay: Layout
+    """Of these tokens."""
+    keys: torch.Tensor
+    """B x T bool: tokens that are seen."""
+    asking: torch.Tensor
+    """B x T bool: tokens whose states after the last exit are wanted."""
+
+    def of(self, rows: list[int]) -> "Entered":
+        """Return some rows."""
+        lay = Layout(*(field[rows] for field in self.lay))
+        return Entered(self.states[rows], lay, self.keys[rows], self.asking[rows])
+
+
+def joint_rows(model: "M6RecModel", entered: Entered, exits: Sequence[int]) -> list[torch.Tensor]:
     """Run the joint layers over whole rows (B x T x H); one result for each exit."""
+    states, lay, keys, asking = entered
     size = lay.valid.shape[1]
     bias = attention_bias(joint_mask(lay, size, model.config, keys), size, size, states.dtype)
-    return model.joint_stage(states, model.joint_positions(lay), bias, exits)
+    read = model.joint_stage(states, model.joint_positions(lay), bias, exits, asking=asking)
+    return [model.norm(state) for state in read]
 
 
 def joint_shared(
-    model: "M6RecModel", states: torch.Tensor, lay: Layout, keys: torch.Tensor, exits: Sequence[int]
-) -> list[torch.Tensor]:
-    """Run the joint layers over each source once, then over its targets, which attend to it. As `joint_rows`."""
+    model: "M6RecModel",
+    entered: Entered,
+    exits: Sequence[int],
+    past: Beginnings | None = None,
+    stop: Stop | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Run the joint layers over each source once, then over its targets, which attend to it.
+
+    Rows of unlike shapes run apart: padding would cost more.
+
+    Args:
+        model: The network.
+        entered: The tokens, B x T.
+        exits: Joint layers after which states are wanted.
+        past: What is kept of the beginnings of the sources; then these are read through all layers, and kept.
+        stop: Says after an exit which rows (numbers, in the order of the states) need no further layer.
+
+    Returns:
+        States of each exit, B x T x H, of stopped rows those they stopped with; and the exit of each row.
+    """
+    lay = entered.lay
     if ((lay.request != lay.request.amax(1, keepdim=True)) & lay.valid).any():
         raise ValueError("the plans 'reuse' and 'cached' take one request a row: unpack the rows, or use 'compact'")
-    tokens = states.shape[1]
-    source = pick(torch.where(lay.valid & (lay.target == 0), 0, -1), 1)
-    kept = lay.take(*source)
-    users, read = _read_sources(model, source.of(states), kept, source.of(keys) & source.present, exits)
-    results = [source.back(state, tokens) for state in read]
-    if (lay.target > 0).any():
+    groups = _alike(lay)
+    if len(groups) == 1:
+        return _Walk(model, entered, sorted(groups[0])).through(exits, past, stop)
+    results = [torch.zeros_like(entered.states) for _ in exits]
+    left = torch.zeros_like(lay.request[:, 0])
+    for rows in groups:
+        read, left[rows] = _Walk(model, entered.of(rows), rows).through(exits, past, stop)
+        for result, state in zip(results, read):
+            result[rows] = state
+    return results, left
+
+
+def _alike(lay: Layout) -> list[list[int]]:
+    """Group rows so that padding sources and targets to the longest of a group is cheap."""
+    target = (lay.target > 0).sum(1)
+    sizes = torch.stack((target, lay.valid.sum(1) - target), 1).tolist()
+    groups: list[list[int]] = []
+    tokens, widest = 0, (0, 0)
+    for row in sorted(range(len(sizes)), key=sizes.__getitem__):
+        tokens += sum(sizes[row])
+        widest = (max(widest[0], sizes[row][0]), max(widest[1], sizes[row][1]))
+        if not groups or (len(groups[-1]) + 1) * sum(widest) > PADDED * tokens + SPARE_TOKENS:
+            groups.append([])
+            tokens, widest = sum(sizes[row]), (sizes[row][0], sizes[row][1])
+        groups[-1].append(row)
+    return groups
+
+
+class _Part(NamedTuple):
+    """Tokens on their way through the joint layers: sources, B x S, or targets, B x N x C."""
+
+    states: torch.Tensor
+    """... x H."""
+    positions: torch.Tensor
+    bias: torch.Tensor
+    """B x 1 x S x S or B x N x 1 x C x C."""
+    asking: torch.Tensor
+    """Of the same shape as positions."""
+
+    def chosen(self, rows: torch.Tensor) -> "_Part":
+        """Return some rows."""
+        return _Part(*(field[rows] for field in self))
+
+
+class _Walk:
+    """Rows on their way through the joint layers: sources first, then targets, which attend to their row's source.
+
+    Args:
+        model: The network.
+        entered: Their tokens, B x T.
+        rows: Numbers by which others know the rows.
+    """
+
+    def __init__(self, model: "M6RecModel", entered: Entered, rows: list[int]) -> None:
+        lay = entered.lay
+        self.model, self.tokens, self.rows = model, entered.states.shape[1], rows
+        self.source = pick(torch.where(lay.valid & (lay.target == 0), 0, -1), 1)
+        self.near, self.seen = self._part(entered, self.source)
         slots = int(lay.target.max())
-        target = pick(torch.where(lay.target > 0, lay.target - 1, -1), slots)
-        # From here on every target is a row of its own: B x N x C (x H).
-        folded = Layout(*(field.unflatten(1, (slots, -1)) for field in lay.take(*target)))
-        own, seen = target.of(states), target.of(keys) & target.present
-        read = _read_targets(model, own.unflatten(1, (slots, -1)), folded, seen.unflatten(1, (slots, -1)), users, exits)
-        results = [result + target.back(state.flatten(1, 2), tokens) for result, state in zip(results, read)]
-    return results
+        self.target = pick(torch.where(lay.target > 0, lay.target - 1, -1), slots) if slots else None
+        if self.target is not None:
+            # Every target is a row of its own: B * N x C.
+            far, _ = self._part(entered, self.target, slots)
+            self.far = _Part(*(field.unflatten(0, (-1, slots)) for field in far))
+        self.users: list[SharedKeys] = []
+        """Of the layers ahead, where sources were read already."""
+
+    def _part(self, entered: Entered, picked: Picked, slots: int = 1) -> tuple[_Part, torch.Tensor]:
+        """Take the picked tokens, each slot as a row of its own; also say which are seen."""
+
+        def own(field: torch.Tensor) -> torch.Tensor:
+            return field.reshape(len(field) * slots, -1, *field.shape[2:])
+
+        states, lay = own(picked.of(entered.states)), Layout(*map(own, entered.lay.take(*picked)))
+        seen, asking = (own(picked.of(field) & picked.present) for field in (entered.keys, entered.asking))
+        size = states.shape[1]
+        bias = attention_bias(joint_mask(lay, size, self.model.config, seen), size, size, states.dtype)
+        return _Part(states, self.model.joint_positions(lay), bias, asking), seen
+
+    def through(
+        self, exits: Sequence[int], past: Beginnings | None, stop: Stop | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Go from exit to exit; see `joint_shared`."""
+        going = torch.arange(len(self.rows), device=self.near.states.device)
+        left = torch.full_like(going, exits[-1])
+        results: list[torch.Tensor] = []
+        for first, last in pairwise((0, *exits)):
+            if not self.users:
+                ahead = self._read_sources(first, last, exits, past)
+            self.near = self.near._replace(states=next(ahead))
+            found = self.source.back(self.model.norm(self.near.states), self.tokens)
+            if self.target is not None:
+                self._read_targets(first, last, exits[-1])
+                found = found + self.target.back(self.model.norm(self.far.states).flatten(1, 2), self.tokens)
+            self.users = self.users[last - first :]
+            results.append(found if len(going) == len(left) else results[-1].index_copy(0, going, found))
+            if stop is None or last == exits[-1]:
+                continue
+            stays = ~stop(found, [self.rows[row] for row in going.tolist()])
+            left[going[~stays]] = last
+            if not stays.any():
+                return results + results[-1:] * (len(exits) - len(results)), left
+            if not stays.all():
+                going = going[stays]
+                self._only(stays)
+                ahead = iter([state[stays] for state in ahead])
+        return results, left
+
+    def _only(self, stays: torch.Tensor) -> None:
+        """Leave rows behind."""
+        self.near, self.source, self.seen = self.near.chosen(stays), self.source.chosen(stays), self.seen[stays]
+        if self.target is not None:
+            self.far, self.target = self.far.chosen(stays), self.target.chosen(stays)
+        self.users = [keys.chosen(stays) for keys in self.users]
+
+    def _read_sources(
+        self, first: int, last: int, exits: Sequence[int], past: Beginnings | None
+    ) -> Iterator[torch.Tensor]:
+        """Joint layers from `first` to the next exit, or to all if they are kept, over the sources.
+
+        Returns:
+            Their states at each exit; what targets attend to is in `users`.
+        """
+        model, cache = self.model, DynamicCache()
+        known = [] if past is None else past.shared(self.rows)
+        ends = [last] if past is None else exits
+        asking = self.near.asking if ends[-1] == exits[-1] else None
+        read = model.joint_stage(*self.near[:3], ends, known or None, first, asking, past_key_values=cache)
+        bias = None
+        if not self.seen.all():
+            lowest = torch.finfo(self.near.states.dtype).min
+            bias = self.near.states.new_zeros(self.seen.shape).masked_fill(~self.seen, lowest)[:, None, None]
+        own = cast(list[DynamicLayer], cache.layers[model.config.num_segment_layers + first :])
+        self.users = [SharedKeys(layer.keys, layer.values, bias) for layer in own]
+        if known:
+            self.users = [before.followed_by(after) for before, after in zip(known, self.users)]
+        if past is not None:
+            past.keep(self.rows, self.users, known[0].key.shape[2] if known else 0)
+        return iter(read)
+
+    def _read_targets(self, first: int, last: int, end: int) -> None:
+        """Joint layers from `first` to `last` (of `end`) over the targets, some targets of each user at a time."""
+        parts, (users, slots, size) = [], self.far.positions.shape
+        step = max(_at_once(self.far.states.device) // (users * size), 1)
+        for start in range(0, slots, step):
+            states, positions, bias, asking = (field[:, start : start + step].flatten(0, 1) for field in self.far)
+            asked = asking if last == end else None
+            (read,) = self.model.joint_stage(states, positions, bias, [last], self.users, first, asked)
+            parts.append(read.unflatten(0, (users, -1)))
+        self.far = self.far._replace(states=torch.cat(parts, 1))
 
 
-def _read_sources(
-    model: "M6RecModel", states: torch.Tensor, lay: Layout, keys: torch.Tensor, exits: Sequence[int]
-) -> tuple[list[SharedKeys], list[torch.Tensor]]:
-    """Joint layers over B x S source tokens: what targets attend to in each layer, and the states."""
-    size, skipped = states.shape[1], model.config.num_segment_layers
-    cache = DynamicCache()
-    bias = attention_bias(joint_mask(lay, size, model.config, keys), size, size, states.dtype)
-    read = model.joint_stage(states, model.joint_positions(lay), bias, exits, past_key_values=cache)
-    unseen = states.new_zeros(keys.shape).masked_fill(~keys, torch.finfo(states.dtype).min)[:, None, None]
-    users = [SharedKeys(layer.keys, layer.values, unseen) for layer in cast(list[DynamicLayer], cache.layers[skipped:])]
-    return users, read
-
-
-def _read_targets(
-    model: "M6RecModel",
-    states: torch.Tensor,
-    lay: Layout,
-    keys: torch.Tensor,
-    users: list[SharedKeys],
-    exits: Sequence[int],
-) -> list[torch.Tensor]:
-    """Joint layers over B x N targets of C tokens each, some targets of each user at a time."""
-    users_count, slots, size = lay.valid.shape
-    parts = []
-    for start in range(0, slots, TARGETS_AT_ONCE):
-        chunk = slice(start, start + TARGETS_AT_ONCE)
-        part = Layout(*(field[:, chunk].flatten(0, 1) for field in lay))
-        mask = joint_mask(part, size, model.config, keys[:, chunk].flatten(0, 1))
-        bias = attention_bias(mask, size, size, states.dtype)
-        own = states[:, chunk].flatten(0, 1)
-        read = model.joint_stage(own, model.joint_positions(part), bias, exits, shared=users)
-        parts.append([state.unflatten(0, (users_count, -1)) for state in read])
-    return [torch.cat(exit_states, 1) for exit_states in zip(*parts)]
+def _at_once(device: torch.device) -> int:
+    return TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE_ELSEWHERE)
 
 
 def _distinct_segments(
@@ -162,12 +317,12 @@ def _distinct_segments(
     return bank, place, bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
 
 
-def last_states(model: "M6RecModel", segments: Sequence[SegmentKey]) -> torch.Tensor:
+def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
     """Read segments by themselves: the state of the last token of each, M x H."""
     numbers = {key: number for number, key in enumerate(dict.fromkeys(segments))}
     if not numbers:
         return model.embed_kind.weight.new_zeros(0, model.config.hidden_size)
-    bank, offsets = encode_segments(model, list(numbers))
+    bank, offsets = encode_segments(model, list(numbers), cache)
     ends = [int(offsets[numbers[key]]) + len(key[1]) - 1 for key in segments]
     return bank[torch.tensor(ends, device=bank.device)]
 
@@ -180,25 +335,25 @@ def encode_segments(
     Args:
         model: The network.
         segments: (mode, ids) of each.
-        cache: Where states are looked up and kept; it takes no part while the segment layers learn.
+        cache: Where states are looked up and kept; it takes no part while the segment layers learn or drop out.
 
     Returns:
         The bank, W x H states one segment after another, and the place of each segment's first state in it.
     """
     learning = torch.is_grad_enabled() and not model.segments_are_frozen
     found: dict[int, torch.Tensor] = {}
-    use_cache = cache is not None and not learning
+    use_cache = cache is not None and not learning and not model.embeddings.training
     if use_cache:
-        cache.serve(model)
-        found = {index: states for index, key in enumerate(segments) if (states := cache.get(key)) is not None}
+        owner = cache.serve(model)
+        found = {index: states for index, key in enumerate(segments) if (states := cache.get(owner, key)) is not None}
     missing = [index for index in range(len(segments)) if index not in found]
     order, parts = list(found), list(found.values())
-    for batch in _batches(missing, segments):
+    for batch in _batches(missing, segments, _at_once(model.embeddings.tokens.weight.device)):
         with torch.set_grad_enabled(learning):
             states, lengths = _encode(model, [segments[index] for index in batch])
         if use_cache:
             for index, own in zip(batch, states.split(lengths)):
-                cache.put(segments[index], own.clone())
+                cache.put(owner, segments[index], own)
         order += batch
         parts.append(states)
     sizes = torch.tensor([len(segments[index][1]) for index in order], dtype=torch.long)
@@ -207,11 +362,11 @@ def encode_segments(
     return torch.cat(parts), offsets
 
 
-def _batches(missing: list[int], segments: list[SegmentKey]) -> Iterator[list[int]]:
-    """Group segments of similar length, so that a padded batch holds at most TOKENS_AT_ONCE tokens."""
+def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Iterator[list[int]]:
+    """Group segments of similar length, so that a padded batch holds at most so many tokens."""
     batch: list[int] = []
     for index in sorted(missing, key=lambda number: len(segments[number][1])):
-        if batch and (len(batch) + 1) * len(segments[index][1]) > TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * len(segments[index][1]) > tokens:
             yield batch
             batch = []
         batch.append(index)
@@ -234,21 +389,42 @@ def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
 
 
 def run(
-    model: "M6RecModel", plan: str, rows: Rows, cache: SegmentCache | None
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Picked]:
-    """Run the plan "compact", "reuse" or "cached"; only the last uses the cache.
+    model: "M6RecModel",
+    plan: str,
+    rows: Rows,
+    cache: SegmentCache | None,
+    users: UserStates | None = None,
+    decide: Decide | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Picked, torch.Tensor | None]:
+    """Run the plan "compact", "reuse" or "cached"; only the last uses the cache and `users`.
+
+    `decide` is asked after each exit but the last: of b x n x H states of kept tokens, which these are, their layout
+    and the b rows they stand in, it returns b bool, the rows that go no deeper.
 
     Returns:
         Joint states of each exit and segment states, all B x n x H, of the n tokens of a row that were kept; the last
-        states of segments that stand alone, M x H; and which tokens were kept.
+        states of segments that stand alone, M x H; which tokens were kept; and the exit of each row, if it is decided.
     """
+    past = users.find(model, rows) if users is not None else None
+    if past is not None:  # what is kept counts as absent from here on
+        rest = Layout(*(field * ~past.reused for field in rows.lay))
+        rows = rows._replace(lay=rest, keys=rows.keys & ~past.reused)
     bank, place, alone = segment_states(model, rows, plan != "reuse", cache if plan == "cached" else None)
     kept = pick(torch.where(rows.keys, 0, -1), 1)
     states, here = bank[kept.of(place)], rows.lay.take(*kept)
     entered = model.enter(states, here, None if rows.item_ids is None else kept.of(rows.item_ids) * kept.present)
-    join = joint_rows if plan == "compact" else joint_shared
-    read = join(model, entered, here, kept.of(rows.keys & ~rows.hidden) & kept.present, rows.exits)
-    return read, states, alone, kept
+    asking = torch.ones_like(rows.keys) if rows.asking is None else rows.asking
+    seen, asking = (kept.of(field) & kept.present for field in (rows.keys & ~rows.hidden, asking))
+    joint = Entered(entered, here, seen, asking)
+    if plan == "compact":
+        return joint_rows(model, joint, rows.exits), states, alone, kept, None
+    stop = None if decide is None else partial(_decided, decide, kept, here)
+    read, left = joint_shared(model, joint, rows.exits, past, stop)
+    return read, states, alone, kept, None if decide is None else left
+
+
+def _decided(decide: Decide, kept: Picked, lay: Layout, states: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return decide(states, kept.chosen(rows), Layout(*(field[rows] for field in lay)), rows)
 
 
 __all__ = ["PLANS", "Rows", "encode_segments", "last_states", "run"]

@@ -40,6 +40,8 @@ class Query:
     """I values of each of the best."""
     vectors: torch.Tensor | None = None
     """N x D vectors of the best, for retrieval."""
+    confidence: float | None = None
+    """How sure all answers must be for the last joint layers to be left out."""
 
 
 @dataclass
@@ -54,14 +56,21 @@ class Ranker:
     exclude_seen: bool | None = None
     predicate: Predicate | None = None
     explain: bool = False
+    exit_confidence: float | None = None
 
     def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Answer requests."""
         split = [{"user": request} if isinstance(request, str) else self._described(request) for request in requests]
         given = [request.pop("candidates", None) for request in split]
+        own: list[Any] = [request.pop("exit_confidence", None) for request in split]
+        confidences = [self.exit_confidence if confidence is None else confidence for confidence in own]
+        for confidence in confidences:
+            self.scorer.check(self.task, confidence)
         # Read first, which checks the requests.
         told = self.scorer.tell(split, "retrieval")
         queries = [self._query(*parts) for parts in zip(split, given, told)]
+        for query, confidence in zip(queries, confidences):
+            query.confidence = confidence
         if self.task == "retrieval":
             self._retrieve(queries)
         else:
@@ -143,6 +152,8 @@ class Ranker:
     def _score(self, queries: list[Query]) -> None:
         requests = [{**query.request, "candidates": [item for item, _ in query.candidates]} for query in queries]
         told = self.scorer.tell(requests, self.task)
+        for query, own in zip(queries, told):
+            own.confidence = query.confidence
         for query, own, values in zip(queries, told, self.scorer.scores(told, self.task)):
             query.told = own
             query.best = _best(values.mean(-1), self.top_k)
@@ -153,7 +164,8 @@ class Ranker:
         for query, user in zip(queries, users):
             if query.seen is None:
                 items = [without_stats(item) for item, _ in query.candidates]
-                vectors = embed(items, self.scorer.model, self.scorer.processor)
+                scorer = self.scorer
+                vectors = embed(items, scorer.model, scorer.processor, segment_cache=scorer.segment_cache)
                 query.best = _best(cosines(user[None], vectors)[0], self.top_k)
                 query.vectors = vectors[[number for number, _ in query.best]]
         searching = [number for number, query in enumerate(queries) if query.seen is not None]
@@ -177,6 +189,9 @@ class Ranker:
             row = {"rank": rank, "item": item if isinstance(item, str) else next(texts)}
             row |= {} if item_id is None else {"item_id": item_id}
             rows.append(row | {"score": score})
+        if query.confidence is not None:
+            for row in rows:
+                row["exit_layer"] = query.told.exit_layer
         if self.task == "interaction":
             for row, values in zip(rows, query.details):
                 row["interactions"] = dict(zip(self.scorer.config.interactions, values))

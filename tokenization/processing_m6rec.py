@@ -26,6 +26,9 @@ from .request_m6rec import (
 from .tokenization_m6rec import KINDS, M6RecTokenizer
 from .wording_m6rec import Event, Segment, Wording
 
+FORMAT_VERSION = 1
+"""Of processor_config.json, written as `format_version`; absent = 1. It is raised with each change that code which does
+not know it would misread; unknown fields are ignored."""
 KEPT_TEXTS = 200_000
 """Texts whose ids are kept, since logs repeat them."""
 
@@ -86,6 +89,27 @@ class M6RecProcessor(ProcessorMixin):
     ) -> "M6RecProcessor":
         """Make a processor with one of the package's templates; `kwargs` go to the constructor."""
         return cls(tokenizer, template=_templates().load_template(domain, language), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise, with the number of the format."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
+
+    @classmethod
+    def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a processor of its tokenizer and what a checkpoint says, unless a newer version wrote it.
+
+        Raises:
+            ValueError: If it is of a format that is not known here.
+        """
+        fields = dict(processor_dict)
+        found = fields.pop("format_version", 1)
+        if not isinstance(found, int) or found > FORMAT_VERSION:
+            raise ValueError(
+                f"processor_config.json is of format {found!r}, which a newer version wrote: this one reads formats "
+                f"up to {FORMAT_VERSION}. Upgrade (pip install --upgrade m6rec), or load with trust_remote_code=True "
+                "in a process that does not import m6rec, so that the code which the checkpoint carries is used"
+            )
+        return super().from_args_and_dict(args, fields, **kwargs)
 
     def _check(self) -> None:
         if self.max_length < 8:

@@ -1,4 +1,4 @@
-"""The command `m6rec`: prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart.
+"""The command `m6rec`: prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart, push.
 
 A recipe is a YAML file or the name of one of the package's; whatever follows it overrides it, as in
 `m6rec finetune quickstart training.learning_rate=1e-3`, with dashes in front or without.
@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-USER_ERRORS = (ValueError, TypeError, OSError, StrictDataclassError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, StrictDataclassError)
 """What a user can mend: shown as a message, without a traceback."""
 
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     quick = add("quickstart", _quickstart, "train on MovieLens-100K, evaluate, recommend")
     quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
     quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
+    _add_push(add("push", _push, "publish a model on the Hub, with its card"))
     for command in (*of_recipes, convert, evaluate, recommend, quick):
         command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
     return parser
@@ -97,11 +99,27 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     asked.add_argument("--user", metavar="ID", help="a user of the log that the model was trained on")
     asked.add_argument("--request", metavar="JSON", help="a request as JSON, or who the user is in words")
     asked.add_argument("--input", metavar="FILE", help="requests, one a line (.jsonl) or a row (.parquet)")
-    command.add_argument("--output", metavar="FILE", help="with --input: answers, one a line (.jsonl)")
+    command.add_argument("--output", metavar="FILE", help="with --input: the answers (.jsonl or .parquet)")
     command.add_argument("--task", help="click, rating, interaction, retrieval or plausibility")
     command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed")
     command.add_argument("--explain", action="store_true", help="say which events spoke for an item")
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
+    command.add_argument("--chunk-size", type=int, default=1024, metavar="N", help="requests that are saved together")
+    command.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="when a request cannot be used")
+    command.add_argument("--restart", action="store_true", help="throw away what an interrupted run has finished")
+    command.add_argument("--ray", action="store_true", help="answer by workers of Ray Data (extra `ray`)")
+    command.add_argument("--workers", type=int, metavar="N", help="with --ray: how many; default: one a CPU")
+
+
+def _add_push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="the folder of a trained model")
+    command.add_argument("name", help="what it is called on the Hub: org/name")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be sent, and what not and why")
+    command.add_argument("--private", action="store_true", help="make a repository that only its owners see")
+    command.add_argument("--revision", metavar="BRANCH", help="the branch that gets the model; default: main")
+    command.add_argument("--base", metavar="ORG/NAME", help="of an adapter: its base on the Hub")
+    command.add_argument("--token", help="a token of the Hub; default: HF_TOKEN, or that of `hf auth login`")
+    command.set_defaults(overrides=[])
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -165,7 +183,9 @@ def _recommend(options: argparse.Namespace) -> None:
     from . import recommend as commands
 
     if bool(options.input) != bool(options.output):
-        raise ValueError("--input and --output go together: the file of requests, and the .jsonl file that is written")
+        raise ValueError("--input and --output go together: the file of requests, and the file that is written")
+    if options.workers is not None and not options.ray:
+        raise ValueError(f"--workers {options.workers} goes with --ray: say --ray as well, or leave it out")
     if options.overrides and options.user is None:
         raise ValueError(f"{options.overrides[0]!r}: overrides say where the log is, which only --user reads")
     recommend = commands.load_pipeline(options.model)
@@ -173,9 +193,7 @@ def _recommend(options: argparse.Namespace) -> None:
     asked |= {"task": options.task} if options.task else {}
     asked |= {"top_k": options.top_k} if options.top_k is not None else {}
     if options.input:
-        requests = commands.read_requests(options.input)
-        count = commands.write_answers(recommend, requests, Path(options.output), options.batch_size, **asked)
-        print(f"{count} requests answered in {options.output}")
+        _recommend_offline(recommend, options, asked)
         return
     if options.user is not None:
         request = commands.user_request(options.model, options.user, options.overrides)
@@ -184,10 +202,41 @@ def _recommend(options: argparse.Namespace) -> None:
     print(json.dumps(recommend(request, **asked), indent=2, ensure_ascii=False))
 
 
+def _recommend_offline(recommend: Any, options: argparse.Namespace, asked: dict[str, Any]) -> None:
+    from .offline import Job, answer_file, answer_here, fingerprint
+    from .offline_ray import answer_with_ray
+
+    recommend._sanitize_parameters(**asked)  # else they would be held against every request
+    job = Job(
+        Path(options.input).absolute(),
+        Path(options.output).absolute(),
+        fingerprint(recommend),
+        asked,
+        options.batch_size,
+        options.chunk_size,
+        options.on_error == "skip",
+    )
+    workers = os.cpu_count() or 1 if options.workers is None else options.workers
+    run = partial(answer_with_ray, options.model, workers) if options.ray else partial(answer_here, recommend)
+    report = answer_file(job, run, options.restart)
+    kept = f", {report.kept} of them by an earlier run" if report.kept else ""
+    wrong = f"; {report.errors} have an error instead of an answer" if report.errors else ""
+    print(f"{report.requests} requests answered in {options.output}{kept}{wrong}")
+
+
 def _quickstart(options: argparse.Namespace) -> None:
     from .quickstart import quickstart
 
     quickstart(Path(options.output), options.data, options.overrides, print)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from .push import push
+
+    if options.overrides:
+        raise ValueError(f"push takes no {options.overrides[0]!r}: it has no recipe to override")
+    names = ("private", "revision", "dry_run", "token", "base")
+    push(options.model, options.name, print, **{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ from .baselines import SimilarText, like_rates, popularity_scores
 from .collator import CatalogueRows, M6RecDataCollator
 from .examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
 from .metrics import (
+    bootstrap_interval,
     classification_report,
     coverage,
     mae,
     mixed_groups,
+    mrr,
+    ndcg_at_k,
     popularity_bias,
     ranking_report,
+    recall_at_k,
     rmse,
     target_ranks,
     top_items,
@@ -298,6 +303,16 @@ def ranking_scores_report(
     return {**report, "seen": "out" if arguments.exclude_seen else "in"}
 
 
+def ranking_intervals(
+    scores: np.ndarray, examples: RankingExamples, arguments: EvaluationArguments, seed: int
+) -> dict[str, list[float]]:
+    """Return 95% bootstrap intervals, over users, of what U x M scores say of them all: metric -> [low, high]."""
+    ranks = target_ranks(scores, examples.targets, examples.histories if arguments.exclude_seen else None)
+    metrics: dict[str, Any] = {f"recall@{k}": partial(recall_at_k, k=k) for k in arguments.ks}
+    metrics |= {f"ndcg@{k}": partial(ndcg_at_k, k=k) for k in arguments.ks} | {"mrr": mrr}
+    return {name: list(bootstrap_interval(ranks, metric, seed=seed)) for name, metric in metrics.items()}
+
+
 def ranking_baselines(
     texts: Sequence[str], examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
 ) -> dict[str, dict[str, Any]]:
@@ -416,6 +431,7 @@ __all__ = [
     "rank_catalogue",
     "ranking_baselines",
     "ranking_examples",
+    "ranking_intervals",
     "ranking_scores_report",
     "scoring_baselines",
     "scoring_examples",

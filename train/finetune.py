@@ -4,16 +4,18 @@ m6rec finetune movielens training.output_dir=runs/films
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from . import evaluation, writing
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
+from .cards import keep_facts
 from .recipe import Recipe, write_json
 from .recommend import build_catalogue
 from .replay import earlier_runs, training_set
 from .trainer import M6RecTrainer
-from .tuning import attach, callbacks
+from .tuning import attach, callbacks, trainable_parameters
 
 logger = logging.getLogger(__name__)
 LOGGED = ("ndcg@10", "recall@10", "auc", "rmse", "perplexity")
@@ -71,8 +73,8 @@ def examples_of(run: Run, part: str, task: str) -> Any:
     )
 
 
-def measure(run: Run, examples: Any, task: str, bf16: bool = False) -> dict[str, Any]:
-    """Measure the model of a run on prepared examples of a task."""
+def measure(run: Run, examples: Any, task: str, bf16: bool = False, intervals: bool = False) -> dict[str, Any]:
+    """Measure the model of a run on prepared examples of a task; of rankings also bootstrap intervals, if asked."""
     if not examples.rows:
         raise ValueError(
             f"there is no event to measure {task!r} on: hold out more (evaluation.valid_fraction, test_fraction), or "
@@ -80,7 +82,11 @@ def measure(run: Run, examples: Any, task: str, bf16: bool = False) -> dict[str,
         )
     if task == "retrieval":
         scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16)
-        return evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, run.recipe.evaluation)
+        arguments = run.recipe.evaluation
+        report = evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, arguments)
+        if intervals:
+            report["intervals"] = evaluation.ranking_intervals(scores, examples, arguments, run.recipe.seed)
+        return report
     if task == "writing":
         return writing.measure_writing(run.model, examples, run.collator, bf16)
     predicted = evaluation.predictions(run.model, examples, task, run.collator, bf16)
@@ -102,7 +108,7 @@ def _own_report(run: Run, part: str, bf16: bool) -> dict[str, dict[str, dict[str
         if not examples.rows:
             logger.warning("%s is not measured: the %s part holds no event for it", task, part)
             continue
-        rows = {"m6rec": measure(run, examples, task, bf16)}
+        rows = {"m6rec": measure(run, examples, task, bf16, intervals=True)}
         if task == "retrieval":
             rows |= evaluation.ranking_baselines(run.texts, examples, run.catalogue.counts, run.recipe.evaluation)
         elif task == "writing":
@@ -149,7 +155,9 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     """
     recipe = recipe.for_finetuning()
     run = prepare(recipe)
+    start = time.monotonic()
     trainer = fit(run)
+    trained, seconds = trainable_parameters(run.model)[0], {"training": time.monotonic() - start}
     if trainer.is_world_process_zero():
         save(run)
         if run.model.config.num_segment_layers:
@@ -157,8 +165,11 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():  # of several processes one measures
         return {}
+    start = time.monotonic()
     report = full_report(run)
+    seconds["evaluation"] = time.monotonic() - start
     write_json(recipe.output_dir / "metrics.json", report)
+    keep_facts(run, seconds, trained, "m6rec finetune")
     return report
 
 

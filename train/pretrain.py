@@ -4,6 +4,7 @@ m6rec pretrain pretrain-text pretraining.texts=[english.txt,chinese.txt]
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple, cast
@@ -19,6 +20,7 @@ from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization import M6RecProcessor
 from ..tokenization.batching_m6rec import infilling, masking
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
+from .cards import keep_facts
 from .collator import UNKNOWN, M6RecDataCollator
 from .corpus import (
     HISTORIES,
@@ -39,6 +41,7 @@ from .packing import PackingCollator
 from .recipe import Recipe, write_json
 from .sections import PretrainingArguments
 from .trainer import M6RecTrainer
+from .tuning import trainable_parameters
 
 
 class RowMaker:
@@ -346,10 +349,13 @@ def pretrain(recipe: Recipe) -> dict[str, dict[str, float]]:
     raw = raw_sources(recipe.pretraining)
     log = _log(recipe)
     run = prepare(recipe, log, _vocabulary(raw, log, recipe))
+    start = time.monotonic()
     found = fit(run, raw)
     if PartialState().is_main_process:
         save(run)
         write_json(recipe.output_dir / "metrics.json", {"perplexity": found})
+        seconds = {"training and its measurement": time.monotonic() - start}
+        keep_facts(run, seconds, trainable_parameters(run.model)[0], "m6rec pretrain")
     PartialState().wait_for_everyone()
     return found
 

@@ -3,8 +3,6 @@
 m6rec quickstart
 """
 
-import dataclasses
-import importlib.metadata
 import json
 import shutil
 import time
@@ -13,17 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..model_cards import CardFacts, DataFacts, hardware, write_card
+from ..model_cards import write_cards
 from ..pipeline_m6rec import RecommendationPipeline
 from . import finetune
 from .build import Run, prepare, save
-from .recipe import VERSIONED, Recipe, load_recipe, write_json
+from .cards import folder_facts, keep_facts
+from .latency import measure_latency, save_latency
+from .recipe import load_recipe, write_json
 from .recommend import build_catalogue
 from .splits import histories, order
+from .tuning import trainable_parameters
 
 SHOWN_USERS = 3
 SHOWN_EVENTS = 5
 SHOWN_ITEMS = 3
+TIMED_USERS = 100
+"""Users whose recommendation is timed."""
 LICENCE = "MovieLens-100K by GroupLens: research use, no redistribution"
 EXAMPLE = {
     "user": {"age": 34, "gender": "female", "occupation": "engineer"},
@@ -36,10 +39,10 @@ EXAMPLE = {
         {"title": "Pretty Woman", "year": 1990, "genres": "Comedy, Romance"},
     ],
 }
+INTENDED_USE = ("A first look at m6rec, and a start for experiments on MovieLens-100K.",)
 LIMITS = (
-    "Trained on 943 users of 1997 and 1998 and 1,682 films; it knows no later film and no other taste.",
+    "It knows the tastes of {users:,} users and {films:,} films: no other film, and nothing later.",
     "A film it never saw in training is recommended by its text alone, which this small model has read little of.",
-    "Popular films are recommended more often than they are watched.",
 )
 
 
@@ -47,7 +50,7 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
     """Train, evaluate and show a recommender of films.
 
     Args:
-        output: Folder that is written: model, processor, catalogue, model card, metrics.json, report.json.
+        output: Folder that is written: model, processor, catalogue, model cards, metrics.json, report.json.
         data: Folder of ml-100k; None = RecBole's wheel, else the folder M6REC_DATA.
         overrides: What differs from the recipe `quickstart`.
         say: Prints a line.
@@ -68,6 +71,7 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
         say(f"{events:,} ratings of {len(run.writer.items):,} films by {users:,} users")
     with stage("training", seconds, say):
         trainer = finetune.fit(run)
+        trained = trainable_parameters(run.model)[0]
         say(f"{trainer.state.max_steps} steps, {run.model.num_parameters():,} parameters")
         for checkpoint in output.glob("checkpoint-*"):  # the best one is in memory, and saved below
             shutil.rmtree(checkpoint)
@@ -80,9 +84,20 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
         say(f"{len(run.writer.items):,} films in the catalogue")
     with stage("recommendations", seconds, say):
         show_users(run, recommend, say)
+        save_latency(measure_latency(recommend, _requests(run, TIMED_USERS).values()), output)
     write_json(output / "metrics.json", report)
     write_json(output / "report.json", {"rows": report_rows(report["retrieval"]), "seconds": seconds})
-    write_card(card_facts(run, report, seconds), output)
+    keep_facts(
+        run,
+        seconds,
+        trained,
+        "m6rec quickstart",
+        data={"licence": LICENCE},
+        intended_use=INTENDED_USE,
+        limits=_limits(run),
+        example=EXAMPLE,
+    )
+    write_cards(folder_facts(output, output.resolve().name), output)
     say("\n" + closing(run, seconds))
 
 
@@ -121,11 +136,7 @@ def ranking_table(retrieval: dict[str, dict[str, Any]]) -> str:
 
 def show_users(run: Run, recommend: RecommendationPipeline, say: Callable[[str], None]) -> None:
     """Print some users: what they watched, what is recommended, and which films spoke for it."""
-    ordered = order(run.log.interactions, run.recipe.data.seed)
-    known = histories(ordered)
-    users = sorted(histories(run.split.test), key=lambda user: (len(known[user]), user))
-    for user_id in users[:: max(1, len(users) // SHOWN_USERS)][:SHOWN_USERS]:
-        request = run.writer.request(user_id, run.writer.events(ordered.iloc[known[user_id]]))
+    for user_id, request in _requests(run, SHOWN_USERS).items():
         watched = [
             f"{event['item']['title']} ({event['rating']:g} stars)" for event in request["history"][-SHOWN_EVENTS:]
         ]
@@ -139,33 +150,18 @@ def show_users(run: Run, recommend: RecommendationPipeline, say: Callable[[str],
             say(f"  {row['rank']}. {row['item']}  score {row['score']:.3f}  because of {reasons}")
 
 
-def card_facts(run: Run, report: dict[str, Any], seconds: dict[str, float]) -> CardFacts:
-    """Gather what the model card says."""
-    recipe: Recipe = run.recipe
-    return CardFacts(
-        name=recipe.output_dir.resolve().name,
-        data=DataFacts(
-            "MovieLens-100K",
-            licence=LICENCE,
-            users=run.log.interactions["user_id"].nunique(),
-            items=len(run.writer.items),
-            events=len(run.log.interactions),
-        ),
-        recipe=dataclasses.asdict(recipe),
-        command="m6rec quickstart",
-        seed=recipe.seed,
-        tasks=run.model.config.trained_tasks or (),
-        example=EXAMPLE,
-        languages=[recipe.text.language or "en"],
-        intended_use=("A first look at m6rec, and a start for experiments on MovieLens-100K.",),
-        limits=LIMITS,
-        results=report,
-        seconds=seconds,
-        parameters=run.model.num_parameters(),
-        catalogue_size=len(run.writer.items),
-        versions={name: importlib.metadata.version(name) for name in ("m6rec", *VERSIONED)},
-        hardware=hardware(),
-    )
+def _limits(run: Run) -> list[str]:
+    users, films = run.log.interactions["user_id"].nunique(), len(run.writer.items)
+    return [limit.format(users=users, films=films) for limit in LIMITS]
+
+
+def _requests(run: Run, count: int) -> dict[str, dict[str, Any]]:
+    """Return the requests of some users, from those with the fewest films to those with the most."""
+    ordered = order(run.log.interactions, run.recipe.data.seed)
+    known = histories(ordered)
+    users = sorted(histories(run.split.test), key=lambda user: (len(known[user]), user))
+    shown = users[:: max(1, len(users) // count)][:count]
+    return {user: run.writer.request(user, run.writer.events(ordered.iloc[known[user]])) for user in shown}
 
 
 def closing(run: Run, seconds: dict[str, float]) -> str:

@@ -57,6 +57,11 @@ class Recipe:
     def __post_init__(self) -> None:
         _check(TrainingArguments, self.training, "training")
         _check(TrainingArguments, self.pretraining.training, "pretraining.training")
+        if self.training.get("hub_token") or self.pretraining.training.get("hub_token"):
+            raise ValueError(
+                "training.hub_token would stand in recipe.yaml and in every checkpoint for all to read: leave it out, "
+                "and log in once (hf auth login) or set HF_TOKEN"
+            )
         if not self.training.get("output_dir"):
             raise ValueError("training.output_dir is missing: name the folder that the run writes")
 

@@ -1,9 +1,12 @@
-"""Recommendations of a trained model, from the command line: for a request, a file of them, or a user of the log."""
+"""What `m6rec recommend` recommends with and to: a trained model, a request, a file of them, a user of the log."""
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +19,9 @@ from .data import read_log
 from .examples import RequestWriter
 from .recipe import load_recipe
 from .splits import histories, order
+
+ROWS_AT_ONCE = 1024
+"""Rows of a table that are read together; bounds memory."""
 
 
 def load_pipeline(model: str) -> RecommendationPipeline:
@@ -35,32 +41,71 @@ def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> Recom
     return recommend
 
 
-def read_requests(path: str | Path) -> Iterator[Any]:
-    """Read requests one by one: a JSON value a line (.jsonl), or a row of a table (.parquet)."""
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path} is neither .jsonl nor .parquet: give requests as JSON, one a line, or as a table")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
+class RequestReader:
+    """Reads a file of requests forwards: a JSON value a line (.jsonl), or a row of a table (.parquet).
+
+    Args:
+        path: The file.
+        strict: Raise for a line that is no request; else it is read as `Failed`.
+    """
+
+    def __init__(self, path: str | Path, strict: bool = True) -> None:
+        self.path, self._strict = Path(path), strict
+        if self.path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"{path} is neither .jsonl nor .parquet: give requests as JSON, one a line, or as a table")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        self._rows, self._next = self._open(), 0
+
+    def read(self, row: int, count: int) -> list[Any]:
+        """Read `count` requests from a row on, fewer where the file ends; going back begins the file again."""
+        if row < self._next:
+            self._rows, self._next = self._open(), 0
+        deque(islice(self._rows, row - self._next), maxlen=0)  # rows that are passed over are not decoded
+        found = [self._decoded(decode) for decode in islice(self._rows, count)]
+        self._next = row + len(found)
+        return found
+
+    def _open(self) -> Iterator[Callable[[], Any]]:
+        return _parquet_rows(self.path) if self.path.suffix == ".parquet" else _json_lines(self.path)
+
+    def _decoded(self, decode: Callable[[], Any]) -> Any:
+        try:
+            return decode()
+        except ValueError as error:
+            if self._strict:
+                raise
+            return Failed(str(error))
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
+class Failed(NamedTuple):
+    """What stands in the place of a request that cannot be read, or of an answer to one that cannot be used."""
+
+    message: str
+
+
+def _json_lines(path: Path) -> Iterator[Callable[[], Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _from_json(line, f"{path}, line {number}")
+                yield partial(_from_json, line, f"{path}, line {number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
+def _parquet_rows(path: Path) -> Iterator[Callable[[], Any]]:
     try:
-        table = pyarrow.parquet.ParquetFile(path)
+        # Not buffered whole: a row group may be as large as the file.
+        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is no valid Parquet: {error}") from error
     columns = [name for name in table.schema_arrow.names if not name.startswith("__index_level_")]  # pandas' own
     with table:
-        for batch in table.iter_batches(columns=columns):
-            yield from map(_given, batch.to_pylist())
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
+            for row in range(len(batch)):
+                yield partial(_table_row, batch, row)
+
+
+def _table_row(batch: pyarrow.RecordBatch, row: int) -> Any:
+    return _given(batch.slice(row, 1).to_pylist()[0])
 
 
 def _given(value: Any) -> Any:
@@ -98,38 +143,11 @@ def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, An
     return writer.request(user_id, writer.events(ordered.iloc[places]))
 
 
-def write_answers(
-    recommend: RecommendationPipeline, requests: Iterator[Any], output: Path, batch_size: int, **options: Any
-) -> int:
-    """Answer requests into a .jsonl file, in their order; if one fails, the file stays as it was, or absent.
-
-    Returns:
-        How many requests there were.
-
-    Raises:
-        ValueError: A request cannot be used; the message says among which it is.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8") as lines:
-            for answer in recommend(requests, batch_size=batch_size, **options):
-                lines.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                count += 1
-        partial.replace(output)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"among requests {count + 1} to {count + batch_size}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
 __all__ = [
+    "Failed",
+    "RequestReader",
     "build_catalogue",
     "load_pipeline",
     "parse_request",
-    "read_requests",
     "user_request",
-    "write_answers",
 ]

@@ -42,7 +42,7 @@ def attach(run: "Run") -> None:
         more = [*arguments.settings.get("modules_to_save", []), *_shaped_anew(run)]
         settings = {**arguments.settings, "modules_to_save": more}
         if not run.recipe.model.checkpoint:
-            _save_base(run.model, run.recipe.output_dir / BASE)
+            _save_base(run, run.recipe.output_dir / BASE)
         run.model = tune(run.model, arguments.method, run.recipe.task.learn, **settings)
         if run.base_model.config.score_head == "option" and not run.processor.options:
             run.processor.options = run.base_model.config.num_options
@@ -85,11 +85,13 @@ def _shaped_anew(run: "Run") -> list[str]:
     return found
 
 
-def _save_base(model: Any, folder: Path) -> None:
+def _save_base(run: "Run", folder: Path) -> None:
+    """Write the base as a model of its own, with its processor: it is published apart from its adapters."""
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes one writes
         with written_whole(folder) as partial:
-            model.save_pretrained(partial)
-    model.name_or_path = str(folder)
+            run.model.save_pretrained(partial)
+            run.processor.save_pretrained(partial)
+    run.model.name_or_path = str(folder)
 
 
 def reads_through_cache(run: "Run") -> bool:

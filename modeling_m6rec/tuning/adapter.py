@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from ..configuration_m6rec import FORMAT_VERSION, check_format
 from ..layers_m6rec import M6RecMLP
 from .peft_types import ADAPTER_TYPE, add_peft_type
 
@@ -38,9 +39,12 @@ class M6RecAdapterConfig(PeftConfig):
     """What the options stand for, in their order, where scores are read by options; None = by the model's own head."""
     init_weights: bool = True
     """Begin as the model without adapters; False = at random, for tests."""
+    format_version: int = FORMAT_VERSION
+    """Of what is said here and of the adapter's weights; a newer one is refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_format(self.format_version, FORMAT_VERSION, "the adapter's adapter_config.json")
         self.peft_type = add_peft_type(ADAPTER_TYPE)
         if self.r < 1:
             raise ValueError(f"r={self.r}: an adapter's bottleneck is 1 wide or more")

@@ -14,12 +14,23 @@ from hypothesis import strategies as st
 
 import m6rec.model_cards
 from m6rec import Catalogue, M6RecConfig, M6RecForRecommendation, M6RecProcessor, M6RecTokenizer
-from m6rec.model_cards import LANGUAGES, CardFacts, DataFacts, card, hardware, render_card, write_card
+from m6rec.model_cards import (
+    CARDS,
+    LANGUAGES,
+    MARK,
+    CardFacts,
+    DataFacts,
+    card,
+    hardware,
+    render_card,
+    render_cards,
+    write_cards,
+)
 from m6rec.train.recipe import RECIPES, load_recipe
 
 FACTS = CardFacts(
     name="org/films",
-    data=DataFacts("Films: a sample", "Research only.", users=1943, items=20, events=100_000),
+    data=DataFacts("Films: a sample", "Research only.", "org/sample", users=1943, items=20, events=100_000),
     recipe={"evaluation": {"split": "leave-one-out", "max_users": 1500}, "training": {"seed": 7}},
     command="m6rec finetune films training.seed=7",
     seed=7,
@@ -32,10 +43,20 @@ FACTS = CardFacts(
     catalogue_size=20,
     results={
         "retrieval": {
-            "m6rec": {"recall@10": 0.17512345, "cold/mrr": 1 / 3, "examples": 1500, "seen": "out"},
+            "m6rec": {
+                "recall@10": 0.17512345,
+                "cold/mrr": 1 / 3,
+                "examples": 1500,
+                "seen": "out",
+                "intervals": {"recall@10": [0.15, 0.2]},
+            },
             "popularity": {"recall@10": 0.25, "cold/mrr": None, "examples": 1500, "seen": "in"},
         },
-        "click": {"m6rec": {"auc": 0.5, "gauc_groups": 3}, "user_mean": {"auc": 1.0}},
+        "click": {
+            "m6rec": {"auc": 0.5, "gauc_groups": 3, "negatives_per_event": 4, "negatives": "uniform"},
+            "user_mean": {"auc": 1.0},
+            "history_and_item": {"auc": 0.25},
+        },
     },
     seconds={"train": 1301.26, "evaluate": 2},
     versions={"torch": "2.13.0", "transformers": "5.23.0"},
@@ -43,11 +64,17 @@ FACTS = CardFacts(
 )
 WHOLE = """\
 ---
+datasets:
+- org/sample
 language:
 - en
 - zh
 library_name: transformers
 license: other
+metrics:
+- recall@10
+- cold/mrr
+- auc
 tags:
 - recommendation
 - recommender-system
@@ -61,7 +88,7 @@ model-index:
       type: retrieval
     dataset:
       name: 'Films: a sample'
-      type: films-a-sample
+      type: org/sample
       split: test
     metrics:
     - type: recall@10
@@ -76,11 +103,14 @@ model-index:
       type: click
     dataset:
       name: 'Films: a sample'
-      type: films-a-sample
+      type: org/sample
       split: test
     metrics:
     - type: auc
       value: 0.5
+      args:
+        negatives_per_event: 4
+        negatives: uniform
 ---
 
 # org/films
@@ -137,7 +167,7 @@ Heads of other tasks were not trained: their scores say nothing.
 ## Results
 
 Measured on the test part: each user's last event; the one before it was for validation. Of the users, at most 1,500 \
-are ranked for, drawn at random. Figures are rounded to four decimals.
+are ranked for, drawn at random. Figures are rounded to four decimals. In brackets: 95% bootstrap intervals.
 
 ### retrieval
 
@@ -145,7 +175,7 @@ are ranked for, drawn at random. Figures are rounded to four decimals.
 |---|---:|---:|
 | test users | 1,500 | 1,500 |
 | items met before | left out | kept |
-| `recall@10` | 0.1751 | 0.2500 |
+| `recall@10` | 0.1751 [0.1500, 0.2000] | 0.2500 |
 | `cold/mrr` | 0.3333 | – |
 
 Every item of the catalogue is ranked for each test user. `warm/` and `cold/`: test users whose held-out item has \
@@ -157,13 +187,16 @@ training events, and has none.
 
 ### click
 
-| | this model | the user's mean |
-|---|---:|---:|
-| `auc` | 0.5000 | 1.0000 |
-| `gauc_groups` | 3 | – |
+| | this model | the user's mean | history and item |
+|---|---:|---:|---:|
+| negatives beside each event | 4 | – | – |
+| how negatives are drawn | uniformly | – | – |
+| `auc` | 0.5000 | 1.0000 | 0.2500 |
+| `gauc_groups` | 3 | – | – |
 
 - `auc`: how often an event with label 1 has a higher score than one with label 0
 - the user's mean: the mean label or rating of the user's earlier events, drawn towards the overall mean
+- history and item: the mean of the history's mean and the item's mean
 
 ## The run
 
@@ -187,9 +220,23 @@ training:
   seed: 7
 ```
 """
+LEANING = CardFacts(
+    name="x",
+    results={"retrieval": {who: {"coverage@20": 0.5, "popularity_bias@20": 2.0} for who in ("m6rec", "popularity")}},
+)
 PARTS = {field.name: getattr(FACTS, field.name) for field in dataclasses.fields(FACTS) if field.name != "name"}
 PARTS |= {"data": DataFacts("Films"), "results": {"rating": {"item_mean": {"rmse": 0.75}}}}
 PARTS |= {"recipe": {"text": {"language": "zh"}}, "example": {"candidates": ["x"]}}
+PARTS |= {
+    "preset": "edge",
+    "base_model": "org/base",
+    "method": "lora",
+    "trained_parameters": 12,
+    "shape": {"layers": 3},
+}
+PARTS |= {"pictures": {"curves": "curves.png", "latency": "latency.png"}}
+PARTS |= {"latency": {"median_ms": 12.34, "p95_ms": 56.78, "requests": 90}}
+PARTS |= {"perplexities": {"item": {"before": 370.125, "after": 24.5}}}
 
 
 def head(text):
@@ -219,7 +266,9 @@ def test_a_card_of_what_is_unknown():
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("facts", [FACTS, *(CardFacts(name="x", **{name: value}) for name, value in PARTS.items())])
+@pytest.mark.parametrize(
+    "facts", [FACTS, LEANING, *(CardFacts(name="x", **{name: value}) for name, value in PARTS.items())]
+)
 def test_every_card_is_well_formed(facts, language):
     text = render_card(facts, language)
     assert not re.search(r"\{\{|\{%|%\}|None|Undefined|\bnull\b", text.replace("{**", ""))
@@ -300,9 +349,44 @@ def test_chinese_card():
     assert left <= known and "防水登山鞋" in text and "用户见过的物品 | 排除 | 保留" in text
 
 
+def test_leanings_of_models_are_told_apart():
+    text = render_card(LEANING)
+    assert "- `coverage@20`: this model 0.5000, popularity 0.5000\n" in text
+    assert "- `popularity_bias@20`: this model 2.0000, popularity 2.0000\n" in text
+
+
+def test_what_is_replayed_is_not_the_results_of_this_data():
+    results = {"replay/old/click": {"m6rec": {"auc": 0.75}}}
+    text = render_card(dataclasses.replace(FACTS, results=results))
+    assert "model-index" not in head(text) and "0.7500" in text
+
+
+def test_only_retrieval_has_warm_and_cold_users():
+    text = render_card(CardFacts(name="x", results={"interaction": {"m6rec": {"like/auc": 0.5}}}))
+    assert "`like/auc`" in text and "warm" not in text
+
+
+def test_adapters_and_presets_are_loaded_in_their_own_way():
+    adapter = render_card(CardFacts(name="org/x", method="lora", base_model="org/base", trained_parameters=1234))
+    assert "import m6rec\nfrom transformers import pipeline\n" in adapter and 'model="org/x")' in adapter
+    assert "for [org/base](https://huggingface.co/org/base)" in adapter and "1,234 parameters were trained" in adapter
+    assert "trust_remote_code" not in adapter and head(adapter)["library_name"] == "peft"
+    assert (head(adapter)["base_model"], head(adapter)["base_model_relation"]) == ("org/base", "adapter")
+    assert head(render_card(CardFacts(name="x", base_model="org/base")))["base_model_relation"] == "finetune"
+    assert "pipeline(" not in render_card(CardFacts(name="m6rec-edge", preset="edge"))
+
+
+def test_the_widget_shows_a_request_of_the_model():
+    request = {"history": ["a"], "candidates": ["b"]}
+    (widget,) = head(render_card(CardFacts(name="x", example=request)))["widget"]
+    assert yaml.safe_load(widget["text"]) == request and "widget" not in head(render_card(CardFacts(name="x")))
+
+
 def test_a_split_by_time_is_named():
     facts = dataclasses.replace(FACTS, recipe={"evaluation": {"split": "time", "max_users": None}})
     assert "Measured on the test part: the events after a moment in time. Retrieval" in render_card(facts)
+    given = dataclasses.replace(FACTS, recipe={"evaluation": {"split": "given"}})
+    assert "Measured on the test part: the events that the table marks as test. Figures" in render_card(given)
     unknown = dataclasses.replace(FACTS, recipe={"evaluation": None})
     assert "Measured on the test part. Figures" in render_card(unknown)
 
@@ -363,12 +447,13 @@ EXAMPLE = {"history": [{"event": "watched", "item": {"title": "film 1", "year": 
         ("zh", None, ["rating"], "scores", (1, 2)),
         ("en", EXAMPLE, ["interaction"], "scores", (1, 3, 3)),
         ("zh", EXAMPLE, ["retrieval"], "vectors", None),
+        ("en", None, ["retrieval"], "vectors", None),
         ("en", EXAMPLE, [], "likelihoods", (1, 3)),
     ],
 )
-def test_the_snippet_runs(folder, tmp_path, language, example, tasks, answer, shape):
+def test_the_snippet_runs(folder, language, example, tasks, answer, shape):
     facts = CardFacts(name="org/films", tasks=tasks, catalogue_size=12, example=example)
-    text = write_card(facts, tmp_path, language).read_text(encoding="utf-8")
+    text = render_card(facts, language)
     snippets = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(snippets) == 2
     code = "".join(snippets)
@@ -396,17 +481,17 @@ def test_a_name_is_a_text_whatever_it_holds():
 # ------------------------------------------------------------------------------------------------ files and errors
 
 
-def test_write_card(tmp_path):
-    path = write_card(FACTS, tmp_path / "new" / "folder")
-    assert path == tmp_path / "new" / "folder" / "README.md" and path.read_text(encoding="utf-8") == WHOLE
-    write_card(CardFacts(name="影"), path.parent, "zh")
-    assert path.read_text(encoding="utf-8") == render_card(CardFacts(name="影"), "zh")
-    assert os.listdir(path.parent) == ["README.md"]
+def test_write_cards(tmp_path):
+    path = write_cards(FACTS, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "README.md" and sorted(os.listdir(path.parent)) == [*CARDS.values()]
+    assert render_cards(FACTS)["README.md"] == WHOLE.replace("films\n\nAn", "films\n\n[中文](README_zh.md)\n\nAn")
+    for file, text in render_cards(FACTS).items():
+        assert (path.parent / file).read_text(encoding="utf-8") == f"{text}\n{MARK}\n"
 
 
 def test_a_write_that_fails_leaves_the_old_card(tmp_path, monkeypatch):
-    path = write_card(FACTS, tmp_path)
-    write = Path.write_text
+    path = write_cards(FACTS, tmp_path)
+    before, write = path.read_text(encoding="utf-8"), Path.write_text
 
     def half(self, data, **kwargs):
         write(self, data[: len(data) // 2], **kwargs)
@@ -414,8 +499,8 @@ def test_a_write_that_fails_leaves_the_old_card(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="disk full"):
-        write_card(CardFacts(name="x"), tmp_path)
-    assert path.read_text(encoding="utf-8") == WHOLE
+        write_cards(CardFacts(name="x"), tmp_path)
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_hardware_names_the_parts_and_not_the_machine():

@@ -4,11 +4,15 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import settings as example
+from hypothesis import strategies as st
 
 from m6rec import SegmentCache
 from m6rec.layout_m6rec import layout
 from tests.modeling_m6rec.tiny import (
     ALL,
+    BERT,
     BOS,
     EOS,
     GRID,
@@ -60,11 +64,69 @@ def test_plans_agree(settings):
         assert cache.hits > 0 or not model.config.num_segment_layers
 
 
+MODELS = st.fixed_dictionaries(
+    {
+        "num_joint_layers": st.integers(1, 4),
+        "segment_summary": st.sampled_from([None, 1, 2, 3]),
+        "history_attention": st.sampled_from(["causal", "bidirectional"]),
+        "segment_attention": st.sampled_from(["causal", "bidirectional"]),
+        "joint_positions": st.sampled_from(["request", "segment"]),
+        "num_hidden_groups": st.sampled_from([1, 2, 3, 4]),
+        "position_embedding_type": st.sampled_from(["rotary", "learned"]),
+        "norm_position": st.sampled_from(["pre", "post"]),
+        "num_key_value_heads": st.sampled_from([1, 3, 6]),
+    }
+)
+
+
+@example(max_examples=80, deadline=None)
+@given(MODELS, st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(0, 99))
+def test_plans_agree_whatever_the_model(fields, shapes, seed):
+    whole = fields["num_joint_layers"] == 4
+    assume(not (whole and fields["segment_summary"]))
+    assume(whole or fields["position_embedding_type"] == "rotary" or fields["joint_positions"] == "segment")
+    block = (
+        {**BERT, "position_embedding_type": fields["position_embedding_type"]}
+        if fields["norm_position"] == "post"
+        else {}
+    )
+    model, writer = build({**block, **fields}, initializer_range=0.15), Writer(seed)
+    batch = pad(
+        [
+            writer.source(n) + [token for _ in range(k) for token in writer.candidate()] + writer.text()
+            for n, k in shapes
+        ]
+    )
+    with torch.no_grad():
+        flat = model(**batch, plan="flat", return_plausibility=True)
+        cache = SegmentCache()
+        for plan in (*PLANS[1:], "cached"):
+            out = model(**batch, plan=plan, segment_cache=cache if plan == "cached" else None, return_plausibility=True)
+            close(out.scores, flat.scores)
+            close(out.plausibility, flat.plausibility)
+            if not whole:
+                close(out.user_vectors, flat.user_vectors)
+
+
 @small
 def test_many_candidates_in_chunks(settings):
     model, writer = build(settings), Writer(16)
     batch = pad([writer.source(2) + [token for _ in range(k) for token in writer.candidate()] for k in (27, 51)])
     close(scores(model, batch, plan="cached"), scores(model, batch, plan="flat"))
+
+
+@small
+def test_rows_of_unlike_shapes_run_apart_and_in_their_order(settings):
+    model, writer = build(settings), Writer(17)
+    shapes = ((1, 1), (9, 1), (1, 20), (9, 20), (1, 1), (9, 2), (0, 0))
+    rows = [writer.source(n) + [token for _ in range(k) for token in writer.candidate()] for n, k in shapes]
+    with torch.no_grad():
+        flat = model(**pad(rows), plan="flat", exit_layer=1)
+        for plan in ("reuse", "cached"):
+            out = model(**pad(rows), plan=plan, exit_layer=1)
+            close(out.scores, flat.scores)
+            if flat.user_vectors is not None:
+                close(out.user_vectors, flat.user_vectors)
 
 
 @everywhere

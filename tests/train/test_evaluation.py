@@ -18,6 +18,7 @@ from m6rec.train.evaluation import (
     rank_catalogue,
     ranking_baselines,
     ranking_examples,
+    ranking_intervals,
     ranking_scores_report,
     scoring_baselines,
     scoring_examples,
@@ -318,6 +319,19 @@ def test_items_met_before_are_left_out_or_kept_as_asked():
     kept = ranking_scores_report(scores, examples, counts, EvaluationArguments(ks=[1], exclude_seen=False))
     assert (kept["mrr"], kept["recall@1"], kept["seen"]) == (pytest.approx((1 / 2 + 1 / 3) / 2), 0, "in")
     assert "cold/mrr" not in kept
+
+
+def test_intervals_are_as_wide_as_the_number_of_users_says():
+    """Half of the targets stand first and half second: the standard error of MRR is 1/4 over the root of the users."""
+    users = 400
+    targets = np.arange(users) % 2
+    examples = RankingExamples([""] * users, [], [np.array([2])] * users, targets, np.zeros(users, bool))
+    scores = np.tile([2.0, 1.0, 3.0], (users, 1))
+    found = ranking_intervals(scores, examples, EvaluationArguments(ks=[1, 2]), seed=3)
+    assert found.keys() == {"recall@1", "ndcg@1", "recall@2", "ndcg@2", "mrr"} and found["recall@2"] == [1, 1]
+    assert found["mrr"] == pytest.approx([0.75 - 1.96 / 80, 0.75 + 1.96 / 80], abs=0.004)
+    kept = ranking_intervals(scores, examples, EvaluationArguments(ks=[1], exclude_seen=False), seed=3)
+    assert kept["recall@1"] == [0, 0]
 
 
 def forward(run, row):

@@ -11,9 +11,12 @@ import textwrap
 
 import numpy
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModel, pipeline
 
 from m6rec import M6RecForRecommendation
+from m6rec.model_cards import CARDS
 from m6rec.train import finetune
 from m6rec.train.build import prepare
 from m6rec.train.cli import main
@@ -22,6 +25,8 @@ from m6rec.train.finetune import full_report
 from m6rec.train.quickstart import ranking_table
 from m6rec.train.recipe import load_recipe
 from tests.conftest import real_data
+from tests.minihub import MiniHub, use
+from tests.train.test_cards import unmeasured
 
 STAGES = ["data", "training", "evaluation", "saving", "recommendations"]
 TINY = [
@@ -105,6 +110,20 @@ def test_folder_holds_all_that_is_promised_and_no_pickle(done):
     assert isinstance(AutoModel.from_pretrained(output), M6RecForRecommendation)
     assert AutoModel.from_pretrained(output).config.trained_tasks == ["retrieval"]
     assert output.name in (output / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", CARDS.values())
+def test_cards_pass_the_hub_and_name_no_figure_that_was_not_measured(done, monkeypatch, file):
+    text = (done[0] / file).read_text(encoding="utf-8")
+    with MiniHub() as hub:
+        use(hub, monkeypatch)
+        ModelCard(text).validate()
+    assert unmeasured(text, done[0]) == []
+    measured = read_json(done[0] / "metrics.json")["retrieval"]["m6rec"]
+    (index,) = yaml.safe_load(text.split("---\n")[1])["model-index"]
+    found = {entry["type"]: entry["value"] for result in index["results"] for entry in result["metrics"]}
+    assert found == {name: value for name, value in measured.items() if isinstance(value, float)}
+    assert {"curves.png", "latency.png"} <= {path.name for path in done[0].iterdir() if f"]({path.name})" in text}
 
 
 def test_report_has_the_shape_that_was_asked_for(done):

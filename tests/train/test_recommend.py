@@ -1,4 +1,4 @@
-"""Requests from files, answers into files, and a user of the log: nothing is misread, reordered or half written."""
+"""Requests from files, a model with its catalogue, and a user of the log: nothing is misread or left out."""
 
 import json
 
@@ -11,12 +11,12 @@ from m6rec.catalogue_m6rec import Catalogue
 from m6rec.train.finetune import finetune
 from m6rec.train.recipe import load_recipe
 from m6rec.train.recommend import (
+    Failed,
+    RequestReader,
     build_catalogue,
     load_pipeline,
     parse_request,
-    read_requests,
     user_request,
-    write_answers,
 )
 from tests.train.world import TITLES, recipe_of, write_tables
 
@@ -57,11 +57,15 @@ def write_lines(path, requests):
 # --------------------------------------------------------------------------------------------------------- requests
 
 
+def read_requests(path):
+    return RequestReader(path).read(0, 1_000_000)
+
+
 def test_lines_are_read_as_they_are(tmp_path):
     path = write_lines(tmp_path / "requests.jsonl", ["who the user is", *REQUESTS])
     text = path.read_text(encoding="utf-8")
     path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n", 1).replace("\n", "\n\n  \n").encode())
-    assert list(read_requests(path)) == ["who the user is", *REQUESTS]
+    assert read_requests(path) == ["who the user is", *REQUESTS]
 
 
 def as_rows(requests):
@@ -78,24 +82,40 @@ def test_rows_of_parquet_are_read_as_lines_are(tmp_path):
     rows = as_rows(REQUESTS)
     pandas.DataFrame(rows).to_parquet(tmp_path / "requests.parquet")
     assert "None" in str(pandas.read_parquet(tmp_path / "requests.parquet")["history"][0])
-    assert list(read_requests(tmp_path / "requests.parquet")) == rows
+    assert read_requests(tmp_path / "requests.parquet") == rows
 
 
 def test_an_index_of_pandas_is_no_field(tmp_path):
     frame = pandas.DataFrame({"user": ["a", "b", "c", "d"], "facts": [["x"], [], None, []]})
     frame[frame["user"] != "b"].to_parquet(tmp_path / "some.parquet")
     assert "__index_level_0__" in pyarrow.parquet.read_schema(tmp_path / "some.parquet").names
-    rows = list(read_requests(tmp_path / "some.parquet"))
+    rows = read_requests(tmp_path / "some.parquet")
     assert rows == [{"user": "a", "facts": ["x"]}, {"user": "c"}, {"user": "d", "facts": []}]
 
 
-def test_large_tables_and_files_are_read_one_by_one(tmp_path):
-    pandas.DataFrame({"user": [f"user {n}" for n in range(100_000)]}).to_parquet(tmp_path / "many.parquet")
-    rows = read_requests(tmp_path / "many.parquet")
-    assert [next(rows), next(rows)] == [{"user": "user 0"}, {"user": "user 1"}]
-    (tmp_path / "many.jsonl").write_text('"fine"\n' * 3 + "{broken\n")
-    lines = read_requests(tmp_path / "many.jsonl")
-    assert [next(lines) for _ in range(3)] == ["fine"] * 3
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_any_stretch_is_read_in_any_order(tmp_path, suffix):
+    path, rows = tmp_path / f"many.{suffix}", [{"user": f"user {n}"} for n in range(3000)]
+    if suffix == "parquet":
+        pandas.DataFrame(rows).to_parquet(path, row_group_size=700)
+    else:
+        write_lines(path, rows)
+    reader = RequestReader(path)
+    for start, count in [(0, 2), (2, 3), (1100, 5), (2995, 10), (3, 1), (1023, 2), (4000, 3), (0, 3000)]:
+        assert reader.read(start, count) == rows[start : start + count], (start, count)
+
+
+def test_what_is_not_asked_for_is_not_decoded(tmp_path):
+    (tmp_path / "many.jsonl").write_text('"fine"\n' * 3 + "{broken\n" + '"fine"\n')
+    assert RequestReader(tmp_path / "many.jsonl").read(0, 3) == ["fine"] * 3
+    assert RequestReader(tmp_path / "many.jsonl").read(4, 3) == ["fine"]
+
+
+def test_a_bad_line_can_be_a_request_that_failed(tmp_path):
+    (tmp_path / "some.jsonl").write_text('"a"\n\n{broken\n[3]\n"b"\n')
+    found = RequestReader(tmp_path / "some.jsonl", strict=False).read(0, 9)
+    assert [found[0], found[3]] == ["a", "b"] and all(isinstance(each, Failed) for each in found[1:3])
+    assert "line 3 is no valid JSON" in found[1].message and "line 4 is [3]" in found[2].message
 
 
 @pytest.mark.parametrize(
@@ -112,7 +132,7 @@ def test_large_tables_and_files_are_read_one_by_one(tmp_path):
 def test_bad_lines_are_named(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        list(read_requests(tmp_path / "bad.jsonl"))
+        read_requests(tmp_path / "bad.jsonl")
 
 
 def test_bad_files_are_named(tmp_path):
@@ -127,7 +147,7 @@ def test_bad_files_are_named(tmp_path):
         read_requests(tmp_path / "requests.csv")
     (tmp_path / "bad.parquet").write_text("no table")
     with pytest.raises(ValueError, match=r"bad\.parquet is no valid Parquet"):
-        list(read_requests(tmp_path / "bad.parquet"))
+        read_requests(tmp_path / "bad.parquet")
 
 
 def test_a_request_is_json_or_a_bare_text():
@@ -137,70 +157,6 @@ def test_a_request_is_json_or_a_bare_text():
     assert parse_request("35") == "35"
     with pytest.raises(ValueError, match="the request is no valid JSON"):
         parse_request('{"user": ')
-
-
-# ---------------------------------------------------------------------------------------------------------- answers
-
-
-def rounded(answers):
-    return [[{**row, "score": pytest.approx(row["score"], abs=1e-5)} for row in answer] for answer in answers]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-def test_answers_stand_in_the_order_of_the_requests(recommend, tmp_path, batch_size):
-    alone = [recommend(request, task="retrieval") for request in REQUESTS]
-    source = write_lines(tmp_path / "requests.jsonl", REQUESTS)
-    output = tmp_path / "new" / "answers.jsonl"
-    assert write_answers(recommend, read_requests(source), output, batch_size, task="retrieval") == len(REQUESTS)
-    answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert answers == rounded(alone)
-    assert [len(answer) for answer in answers] == [10, 10, 3, 10, 10, 2, 10]
-    told = {tuple((row["item"], round(row["score"], 4)) for row in answer) for answer in alone}
-    assert len(told) == 6, "two requests are the same, the others are not"
-
-
-def test_parquet_and_lines_get_the_same_answers(recommend, tmp_path):
-    rows = as_rows(REQUESTS)
-    pandas.DataFrame(rows).to_parquet(tmp_path / "requests.parquet")
-    texts, options = [], {"explain": True, "top_k": 3, "task": "retrieval"}
-    for source in (tmp_path / "requests.parquet", write_lines(tmp_path / "requests.jsonl", rows)):
-        write_answers(recommend, read_requests(source), tmp_path / "answers", 4, **options)
-        texts.append((tmp_path / "answers").read_text(encoding="utf-8"))
-    assert texts[0] == texts[1]
-    assert "退潮" in texts[0] and "\\u" not in texts[0], "Chinese stays readable"
-
-
-@pytest.mark.parametrize("before", [None, "earlier answers\n"])
-def test_a_request_that_fails_leaves_no_file_and_no_part_of_one(recommend, tmp_path, before):
-    requests = [*REQUESTS[:4], {"histroy": []}, *REQUESTS[4:]]
-    source, output = write_lines(tmp_path / "requests.jsonl", requests), tmp_path / "out" / "answers.jsonl"
-    if before:
-        output.parent.mkdir()
-        output.write_text(before)
-    with pytest.raises(ValueError, match="among requests 5 to 6: request: unknown key 'histroy'"):
-        write_answers(recommend, read_requests(source), output, 2, task="retrieval")
-    found = {path.name: path.read_text() for path in output.parent.iterdir()}
-    assert found == ({"answers.jsonl": before} if before else {})
-
-
-def test_a_line_that_is_no_json_leaves_no_file(recommend, tmp_path):
-    source = tmp_path / "requests.jsonl"
-    source.write_text('"a"\n"b"\n"c"\nd\n')
-    with pytest.raises(ValueError, match=r"among requests 3 to 4: .*requests\.jsonl, line 4 is no valid JSON"):
-        write_answers(recommend, read_requests(source), tmp_path / "answers.jsonl", 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
-
-
-def test_answers_may_take_the_place_of_the_requests(recommend, tmp_path):
-    path = write_lines(tmp_path / "file.jsonl", REQUESTS[:3])
-    write_answers(recommend, read_requests(path), path, 2, task="retrieval", top_k=1)
-    assert [len(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] == [1, 1, 1]
-
-
-def test_no_requests_are_an_empty_file(recommend, tmp_path):
-    (tmp_path / "none.jsonl").write_text("\n")
-    assert write_answers(recommend, read_requests(tmp_path / "none.jsonl"), tmp_path / "answers.jsonl", 2) == 0
-    assert (tmp_path / "answers.jsonl").read_text() == ""
 
 
 # ------------------------------------------------------------------------------------------------- log and catalogue

@@ -49,6 +49,11 @@ def write_tables(folder: Path, **tables: list[dict[str, Any]]) -> dict[str, str]
     return paths
 
 
+def figures(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row of a report measures, without the intervals around it."""
+    return {name: value for name, value in row.items() if name != "intervals"}
+
+
 def recipe_of(data: dict[str, str], output_dir: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A recipe that is done within a second; `sections` add to it, key by key."""
     tree: dict[str, dict[str, Any]] = {
