@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from .catalogue_m6rec import Catalogue
     from .pipeline_m6rec import RecommendationPipeline
     from .tokenization import M6RecProcessor, M6RecTokenizer
+    from .user_states_m6rec import UserStates
 
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
     "M6RecProcessor": "m6rec.tokenization",
     "M6RecTokenizer": "m6rec.tokenization",
     "RecommendationPipeline": "m6rec.pipeline_m6rec",
+    "UserStates": "m6rec.user_states_m6rec",
 }
 """Names of the package that are imported when they are first asked for, and where they are."""
 
@@ -89,5 +91,6 @@ __all__ = [
     "M6RecTokenizer",
     "RecommendationPipeline",
     "SegmentCache",
+    "UserStates",
     "__version__",
 ]

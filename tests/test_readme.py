@@ -39,12 +39,13 @@ def trained(tmp_path, monkeypatch):
 def test_snippets_run_in_order(trained, capsys):
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["1", "2", "3"] and "Star Wars" not in "".join(printed[:1])
     assert len(names["ranked"]) == 2 and names["ranked"][0]["rank"] == 1
+    assert [len(answer) for answer in names["answers"]] == [3, 3]
     assert names["vector"].shape == (128,) and names["vectors"].shape == (2, 128)
     assert abs(float(names["vector"].norm()) - 1) < 1e-5
 
