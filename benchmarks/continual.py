@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tuning import METHODS, common
+from tuning import EPOCHS, METHODS, common
 
 RESULTS = Path(__file__).parent / "results" / "continual.json"
 BUDGET_MINUTES = 60
@@ -35,7 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def film_recipe(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Film clicks, learnt by every weight."""
     folder = options.runs / f"films-{seed}" / "model"
-    tree = common(options.data, seed, folder, num_train_epochs=2, learning_rate=METHODS["full"]["learning_rate"])
+    tree = common(options.data, seed, folder, num_train_epochs=EPOCHS, learning_rate=METHODS["full"]["learning_rate"])
     return {**tree, "model": {"checkpoint": str(options.base), "attention": "eager"}}
 
 
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("runs/tuning/base"))
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps on Beauty")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps on Beauty")
     parser.add_argument("--cell", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
