@@ -62,6 +62,11 @@ class Recipe:
                 "training.hub_token would stand in recipe.yaml and in every checkpoint for all to read: leave it out, "
                 "and log in once (hf auth login) or set HF_TOKEN"
             )
+        if self.training.get("push_to_hub") or self.pretraining.training.get("push_to_hub"):
+            raise ValueError(
+                "training.push_to_hub would upload whatever lies in the folder, pickles of the Trainer among it: leave it "
+                "out, and publish with m6rec push"
+            )
         if not self.training.get("output_dir"):
             raise ValueError("training.output_dir is missing: name the folder that the run writes")
 

@@ -199,3 +199,9 @@ def test_a_token_in_a_recipe_is_refused_and_not_repeated(section):
     with pytest.raises(ValueError, match=r"training\.hub_token would stand in recipe\.yaml") as error:
         load_recipe("quickstart", ["training.output_dir=x", f"{key}=hf_abcdef"])
     assert "hf_abcdef" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["training", "pretraining.training"])
+def test_the_trainer_does_not_publish(section):
+    with pytest.raises(ValueError, match=r"training\.push_to_hub would upload .* publish with m6rec push"):
+        load_recipe("quickstart", ["training.output_dir=x", f"{section}.push_to_hub=true"])
