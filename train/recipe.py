@@ -64,7 +64,7 @@ class Recipe:
             )
         if self.training.get("push_to_hub") or self.pretraining.training.get("push_to_hub"):
             raise ValueError(
-                "training.push_to_hub would upload whatever lies in the folder, pickles of the Trainer among it: leave it "
+                "training.push_to_hub would upload all that lies in the folder, the pickles of the Trainer too: leave it "
                 "out, and publish with m6rec push"
             )
         if not self.training.get("output_dir"):
