@@ -64,8 +64,8 @@ class Recipe:
             )
         if self.training.get("push_to_hub") or self.pretraining.training.get("push_to_hub"):
             raise ValueError(
-                "training.push_to_hub would upload all that lies in the folder, the pickles of the Trainer too: leave it "
-                "out, and publish with m6rec push"
+                "training.push_to_hub would upload all that lies in the folder, the pickles of the Trainer too: leave "
+                "it out, and publish with m6rec push"
             )
         if not self.training.get("output_dir"):
             raise ValueError("training.output_dir is missing: name the folder that the run writes")
