@@ -24,6 +24,8 @@ from tuning import EPOCHS, METHODS, common
 RESULTS = Path(__file__).parent / "results" / "continual.json"
 BUDGET_MINUTES = 60
 REPLAY_SHARE = 0.3
+RATES = {"full": 1e-4, "adapter": 1e-3}
+"""Learning rates on Beauty, guesses."""
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "replay": False},
     "replay": {"method": "full", "replay": True},
@@ -44,15 +46,16 @@ def beauty_recipe(options: argparse.Namespace, arm: str, seed: int, films: Path)
     method, replay = ARMS[arm]["method"], ARMS[arm]["replay"]
     tree = film_recipe(options, seed)
     tree["data"] = {"source": "amazon-beauty", "directory": str(options.data / "amazon-beauty")}
-    tree["text"] = {"domain": "ecommerce", "max_events": 10, "max_length": 1024}
+    tree["text"] = {"domain": "ecommerce", "max_events": 5, "max_length": 512}
     tree["model"] = {"checkpoint": str(films), "attention": "eager"}
     tree["task"] = {"learn": ["click"], "targets": 2, "negatives_per_event": 1}
     tree["task"] |= {"replay": [str(films)], "replay_share": REPLAY_SHARE} if replay else {}
     tree["tuning"] = {"method": method}
-    tree["evaluation"] = {"split": "leave-one-out", "max_users": 1000}
+    tree["evaluation"] = {"split": "leave-one-out", "max_users": 500}
     output = options.runs / f"{arm}-{seed}" / "model"
-    rate = METHODS[method]["learning_rate"]
+    rate = RATES[method]
     tree["training"] |= {"output_dir": str(output), "max_steps": options.steps, "learning_rate": rate}
+    tree["training"]["per_device_train_batch_size"] = 32
     return tree
 
 
@@ -111,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("runs/tuning/base"))
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps on Beauty")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps on Beauty")
     parser.add_argument("--cell", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
