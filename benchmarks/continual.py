@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("runs/tuning/base"))
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps on Beauty")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps on Beauty")
     parser.add_argument("--cell", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
