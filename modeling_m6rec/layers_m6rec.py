@@ -100,8 +100,18 @@ class M6RecRotaryEmbedding(nn.Module):
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn B x H x Q x D queries or keys by their positions."""
-    first, second = states.chunk(2, -1)
-    return states * cos + torch.cat((-second, first), -1) * sin
+    if torch.is_grad_enabled():  # what is written into parts of a tensor takes longer to differentiate
+        first, second = states.chunk(2, -1)
+        return states * cos + torch.cat((-second, first), -1) * sin
+    half, turned = states.shape[-1] // 2, states * cos
+    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return turned
+
+
+def _into(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Add `old` to `new`, which nothing else reads: in its place where no gradient and no number type forbids it."""
+    return new + old if torch.is_grad_enabled() or new.dtype != old.dtype else new.add_(old)
 
 
 def eager_attention_forward(
@@ -117,8 +127,9 @@ def eager_attention_forward(
     """Attend in the plain form; returns B x Q x H x D and the B x H x Q x K weights."""
     (rows, heads, queries, dim), (groups, keys) = query.shape, key.shape[1:3]
     # The heads of a group are rows of one product, so that its keys are not copied for each.
-    folded = (query * scaling).reshape(rows, groups, -1, dim)
-    scores = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys) + attention_mask[:, None]
+    folded = query.reshape(rows, groups, -1, dim)
+    scores = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys)
+    scores = torch.add(attention_mask[:, None], scores, alpha=scaling)
     weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training).view(rows, groups, -1, keys)
     attended = (weights @ value).view(rows, heads, queries, dim)
     return attended.transpose(1, 2).contiguous(), weights.view(rows, heads, queries, keys)
@@ -243,7 +254,8 @@ class M6RecMLP(nn.Module):
         up = self.up_proj(hidden_states)
         if self.gate_proj is None:
             return self.down_proj(self.activation(up))
-        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * up)
+        gate = self.activation(self.gate_proj(hidden_states))
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 class M6RecLayer(GradientCheckpointingLayer):
@@ -270,10 +282,10 @@ class M6RecLayer(GradientCheckpointingLayer):
         inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
         attended, _ = self.self_attn(inner, rotary, attention_mask, asking=asking, **kwargs)
         hidden_states = hidden_states if asking is None else at(hidden_states, asking)
-        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = _into(self.dropout(attended), hidden_states)
         hidden_states = self.attention_norm(hidden_states) if self.post_norm else hidden_states
         inner = hidden_states if self.post_norm else self.mlp_norm(hidden_states)
-        hidden_states = hidden_states + self.dropout(self.mlp(inner))
+        hidden_states = _into(self.dropout(self.mlp(inner)), hidden_states)
         return self.mlp_norm(hidden_states) if self.post_norm else hidden_states
 
 

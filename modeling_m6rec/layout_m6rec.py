@@ -73,10 +73,19 @@ class Picked(NamedTuple):
 
     def back(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
         """Put B x n x H states where they came from: B x T x H, zero elsewhere."""
-        first = torch.arange(len(states), device=states.device)[:, None] * tokens
+        place = self.index + torch.arange(len(states), device=states.device)[:, None] * tokens
+        if self.present.all():
+            place, found = place.flatten(), states.flatten(0, 1)
+        else:
+            place, found = place[self.present], states[self.present]
         out = states.new_zeros(len(states) * tokens, states.shape[-1])
-        out = out.index_copy(0, (self.index + first)[self.present], states[self.present])
-        return out.view(len(states), tokens, -1)
+        return out.index_copy(0, place, found).view(len(states), tokens, -1)
+
+    def places(self, tokens: int) -> torch.Tensor:
+        """Say where each of T tokens of a row was put: B x T, zero where it was not picked."""
+        slot = self.index.masked_fill(~self.present, tokens)
+        order = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+        return slot.new_zeros(len(slot), tokens + 1).scatter(1, slot, order)[:, :tokens]
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -101,8 +101,9 @@ class M6RecModel(M6RecPreTrainedModel):
 
     def segment_modules(self) -> list[nn.Module]:
         """Return what decides segment states: the embeddings and the weights of the segment layers."""
-        used = {id(layer): layer for layer in map(self.layer, range(self.config.num_segment_layers))}
-        return [self.embeddings, *used.values()]
+        layers, groups, segment = self.config.num_hidden_layers, len(self.layers), self.config.num_segment_layers
+        used = (segment - 1) * groups // layers + 1 if segment else 0
+        return [self.embeddings, *list(self.layers)[:used]]
 
     def freeze_segments(self) -> None:
         """Stop learning in embeddings and segment layers: states can then be kept while the rest is trained.

@@ -18,10 +18,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .layers_m6rec import SharedKeys
-from .layout_m6rec import Layout, Picked, alone, attention_bias, joint_mask, pick, segment_mask
+from .layout_m6rec import Layout, Picked, alone, at, attention_bias, joint_mask, pick, segment_mask
 from .segment_cache_m6rec import SegmentCache, SegmentKey
 from .user_states_m6rec import Beginnings, UserStates
 
@@ -36,6 +37,8 @@ TOKENS_AT_ONCE_ELSEWHERE = 16384
 """On other devices; bounds memory."""
 PADDED = 1.25
 """Rows run through the joint layers together as long as padding makes them no more than so many times longer,"""
+PADDED_SEGMENTS = 1.1
+"""The same of segments: these are many, and sorted by length, so that less is enough,"""
 SPARE_TOKENS = 64
 """or adds no more than so many tokens: a pass over the weights costs as much."""
 Stop = Callable[[torch.Tensor, list[int]], torch.Tensor]
@@ -184,6 +187,9 @@ class _Part(NamedTuple):
 class _Walk:
     """Rows on their way through the joint layers: sources first, then targets, which attend to their row's source.
 
+    The [BOS] that opens a target sees the source and itself, so that it is the same in all of them: the first is read
+    with the source, as its last token, and stands for the others.
+
     Args:
         model: The network.
         entered: Their tokens, B x T.
@@ -191,16 +197,23 @@ class _Walk:
     """
 
     def __init__(self, model: "M6RecModel", entered: Entered, rows: list[int]) -> None:
-        lay = entered.lay
-        self.model, self.tokens, self.rows = model, entered.states.shape[1], rows
-        self.source = pick(torch.where(lay.valid & (lay.target == 0), 0, -1), 1)
-        self.near, self.seen = self._part(entered, self.source)
-        slots = int(lay.target.max())
-        self.target = pick(torch.where(lay.target > 0, lay.target - 1, -1), slots) if slots else None
-        if self.target is not None:
+        lay, tokens = entered.lay, entered.states.shape[1]
+        self.model, self.rows = model, rows
+        opens = (lay.target > functional.pad(lay.target, (1, -1))) & entered.keys
+        first = opens & (opens.cumsum(1) == 1)
+        near = pick(torch.where(lay.valid & (lay.target == 0) | first, 0, -1), 1)
+        self.near, self.seen = self._part(entered, near)
+        self.place = near.places(tokens)
+        """B x T: where the states of a token are, in sources and then targets."""
+        self.place = torch.where(opens, (self.place * first).sum(1, keepdim=True), self.place)
+        slots, self.far = int(lay.target.max()), None
+        if slots:
             # Every target is a row of its own: B * N x C.
-            far, _ = self._part(entered, self.target, slots)
+            target = pick(torch.where((lay.target > 0) & ~opens, lay.target - 1, -1), slots)
+            far, _ = self._part(entered, target, slots)
             self.far = _Part(*(field.unflatten(0, (-1, slots)) for field in far))
+            behind = target.places(tokens) + near.index.shape[1]
+            self.place = torch.where((lay.target > 0) & ~opens, behind, self.place)
         self.users: list[SharedKeys] = []
         """Of the layers ahead, where sources were read already."""
 
@@ -227,10 +240,11 @@ class _Walk:
             if not self.users:
                 ahead = self._read_sources(first, last, exits, past)
             self.near = self.near._replace(states=next(ahead))
-            found = self.source.back(self.model.norm(self.near.states), self.tokens)
-            if self.target is not None:
-                self._read_targets(first, last, exits[-1])
-                found = found + self.target.back(self.model.norm(self.far.states).flatten(1, 2), self.tokens)
+            found = self.near.states
+            if self.far is not None:
+                self.far = self._read_targets(self.far, first, last, exits[-1])
+                found = torch.cat((found, self.far.states.flatten(1, 2)), 1)
+            found = at(self.model.norm(found), self.place)
             self.users = self.users[last - first :]
             results.append(found if len(going) == len(left) else results[-1].index_copy(0, going, found))
             if stop is None or last == exits[-1]:
@@ -247,9 +261,9 @@ class _Walk:
 
     def _only(self, stays: torch.Tensor) -> None:
         """Leave rows behind."""
-        self.near, self.source, self.seen = self.near.chosen(stays), self.source.chosen(stays), self.seen[stays]
-        if self.target is not None:
-            self.far, self.target = self.far.chosen(stays), self.target.chosen(stays)
+        self.near, self.place, self.seen = self.near.chosen(stays), self.place[stays], self.seen[stays]
+        if self.far is not None:
+            self.far = self.far.chosen(stays)
         self.users = [keys.chosen(stays) for keys in self.users]
 
     def _read_sources(
@@ -277,16 +291,16 @@ class _Walk:
             past.keep(self.rows, self.users, known[0].key.shape[2] if known else 0)
         return iter(read)
 
-    def _read_targets(self, first: int, last: int, end: int) -> None:
+    def _read_targets(self, far: _Part, first: int, last: int, end: int) -> _Part:
         """Joint layers from `first` to `last` (of `end`) over the targets, some targets of each user at a time."""
-        parts, (users, slots, size) = [], self.far.positions.shape
-        step = max(_at_once(self.far.states.device) // (users * size), 1)
+        parts, (users, slots, size) = [], far.positions.shape
+        step = max(_at_once(far.states.device) // (users * size), 1)
         for start in range(0, slots, step):
-            states, positions, bias, asking = (field[:, start : start + step].flatten(0, 1) for field in self.far)
+            states, positions, bias, asking = (field[:, start : start + step].flatten(0, 1) for field in far)
             asked = asking if last == end else None
             (read,) = self.model.joint_stage(states, positions, bias, [last], self.users, first, asked)
             parts.append(read.unflatten(0, (users, -1)))
-        self.far = self.far._replace(states=torch.cat(parts, 1))
+        return far._replace(states=torch.cat(parts, 1))
 
 
 def _at_once(device: torch.device) -> int:
@@ -345,7 +359,7 @@ def encode_segments(
     use_cache = cache is not None and not learning and not model.embeddings.training
     if use_cache:
         owner = cache.serve(model)
-        found = {index: states for index, key in enumerate(segments) if (states := cache.get(owner, key)) is not None}
+        found = cache.find(owner, segments)
     missing = [index for index in range(len(segments)) if index not in found]
     order, parts = list(found), list(found.values())
     for batch in _batches(missing, segments, _at_once(model.embeddings.tokens.weight.device)):
@@ -363,13 +377,16 @@ def encode_segments(
 
 
 def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Iterator[list[int]]:
-    """Group segments of similar length, so that a padded batch holds at most so many tokens."""
+    """Group segments of similar length: a padded batch holds at most so many tokens, and little padding."""
     batch: list[int] = []
+    own = 0
     for index in sorted(missing, key=lambda number: len(segments[number][1])):
-        if batch and (len(batch) + 1) * len(segments[index][1]) > tokens:
+        length = len(segments[index][1])
+        if batch and (len(batch) + 1) * length > min(tokens, PADDED_SEGMENTS * (own + length) + SPARE_TOKENS):
             yield batch
-            batch = []
+            batch, own = [], 0
         batch.append(index)
+        own += length
     if batch:
         yield batch
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,8 +63,9 @@ class SegmentCache:
     the device and the texts that were read together, which change a state's rounding and nothing else.
 
     It may lose a state, it never returns a wrong one. What it cannot see is a weight written to through `.data` or
-    `.numpy()`, which PyTorch does not count: call `clear` after that. While the segment layers learn or drop out it
-    takes no part. Copies of a cache, in another process too, start empty and share the folder.
+    `.numpy()`, which PyTorch does not count: call `clear` after that. Of a model made inside `torch.inference_mode()`
+    it counts nothing, so that every call counts as a change. While the segment layers learn or drop out it takes no
+    part. Copies of a cache, in another process too, start empty and share the folder.
 
     Args:
         max_bytes: Bytes of states that are kept in memory at most.
@@ -96,7 +97,7 @@ class SegmentCache:
 
     def serve(self, model: "M6RecModel") -> Owner:
         """Say whose states are asked for from now on; they are forgotten unless it is, weight for weight, as before."""
-        identity = _identity(model)
+        identity = live_identity(model, model.segment_modules())
         with self._lock:
             if self._owner is None or identity != self._identity:
                 self.clear()
@@ -104,20 +105,28 @@ class SegmentCache:
                 self._owner = Owner(digest, model.config.hidden_size, model.embed_kind.weight.device)
                 self._identity = identity
                 # As long as these are held, no other weights can get the numbers of those that are gone.
-                self._storages = [StorageWeakRef(weight.untyped_storage()) for weight in _weights(model)]
+                self._storages = storages(model.segment_modules())
             return self._owner
 
     def get(self, owner: Owner, segment: SegmentKey) -> torch.Tensor | None:
         """Return a copy of the length x H states of a segment, or None."""
+        found = self.find(owner, [segment])
+        return found[0].clone() if found else None
+
+    def find(self, owner: Owner, segments: Sequence[SegmentKey]) -> dict[int, torch.Tensor]:
+        """Look several segments up: the length x H states of those that are kept, by number; not to be written to."""
+        found = {}
         with self._lock:
-            states = self._states.get(segment) if owner is self._owner else None
-            if states is None:
-                states = self._from_disk(owner, segment)
-            else:
-                self._states.move_to_end(segment)
-            self.hits += states is not None
-            self.misses += states is None
-        return None if states is None else states.clone()
+            for number, segment in enumerate(segments):
+                states = self._states.get(segment) if owner is self._owner else None
+                if states is not None:
+                    self._states.move_to_end(segment)
+                elif (states := self._from_disk(owner, segment)) is None:
+                    continue
+                found[number] = states
+            self.hits += len(found)
+            self.misses += len(segments) - len(found)
+        return found
 
     def put(self, owner: Owner, segment: SegmentKey, states: torch.Tensor) -> None:
         """Keep a copy of the length x H states of a segment."""
@@ -206,20 +215,52 @@ class SegmentCache:
         return states
 
 
-def _weights(model: "M6RecModel") -> Iterator[torch.Tensor]:
-    for module in model.segment_modules():
-        yield from chain(module.parameters(), module.buffers())
+def live_identity(model: "M6RecModel", modules: Iterable[nn.Module]) -> tuple:
+    """Return what changes whenever that may which some modules of a live model compute.
 
-
-def _identity(model: "M6RecModel") -> tuple:
-    """What changes whenever the states of a live model may: its weights, how often they were written, adapters."""
-    modules = model.segment_modules()
+    It tells weights apart by where they are, which holds only as long as `storages` of before are kept.
+    """
+    parts = _parts(modules)  # gone through once: this stands before every call of the model
     weights = tuple(
-        (weight.untyped_storage()._cdata, weight.storage_offset(), weight._version, weight.dtype)
-        for weight in _weights(model)
+        (weight.untyped_storage()._cdata, weight.storage_offset(), _writes(weight), weight.dtype)
+        for weight in _weights(parts)
     )
-    merged = [getattr(part, "merged_adapters", None) for module in modules for part in module.modules()]
-    return id(model), weights, active_adapters(modules), repr(merged), _numbers(model), repr(model.config.to_dict())
+    merged = repr([getattr(part, "merged_adapters", None) for part in _tuned(parts)])
+    return id(model), weights, _adapters(parts), merged, _numbers(model), repr(vars(model.config))
+
+
+def storages(modules: Iterable[nn.Module]) -> list[StorageWeakRef]:
+    """Refer to where the weights are: as long as the result is held, no other weights can be told to be there."""
+    return [StorageWeakRef(weight.untyped_storage()) for weight in _weights(_parts(modules))]
+
+
+def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """List modules and all that is in them; `Module.modules` takes twice as long."""
+    parts = list(modules)
+    for part in parts:
+        parts += [inner for inner in part._modules.values() if inner is not None]
+    return parts
+
+
+def _weights(parts: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    own = (weight for part in parts for weight in chain(part._parameters.values(), part._buffers.values()))
+    return (weight for weight in own if weight is not None)
+
+
+def _writes(weight: torch.Tensor) -> Any:
+    """Say how often a weight was written to; where that is not counted, give what equals nothing."""
+    if not weight.is_inference():
+        return weight._version
+    logger.warning_once(
+        "the model was made inside torch.inference_mode(), where PyTorch does not count what is written to weights: "
+        "no state is kept in memory between calls; make or load it outside"
+    )
+    return object()
+
+
+def _tuned(parts: Iterable[nn.Module]) -> list[Any]:
+    """Find the places with adapters; classes are asked, since a module takes long to say what it lacks."""
+    return [part for part in parts if hasattr(type(part), "active_adapters")]
 
 
 def _numbers(model: "M6RecModel") -> tuple:
@@ -257,13 +298,17 @@ def _key(owner: Owner, segment: SegmentKey) -> str:
 
 def active_adapters(modules: Iterable[nn.Module]) -> tuple:
     """Say of each place with adapters of PEFT which are active, or that they are disabled, and how they are scaled."""
+    return _adapters(_parts(modules))
+
+
+def _adapters(parts: Iterable[nn.Module]) -> tuple:
     found = []
-    for part in (part for module in modules for part in module.modules()):
-        active = getattr(part, "active_adapters", None)
-        if isinstance(active, list | tuple):
+    for part in _tuned(parts):
+        active = part.active_adapters
+        if isinstance(active, list | tuple):  # a method, of a whole model of Transformers
             scales = getattr(part, "scaling", None)
             found.append((bool(getattr(part, "disable_adapters", False)), tuple(active), repr(scales)))
     return tuple(found)
 
 
-__all__ = ["SegmentCache", "SegmentKey", "active_adapters", "digest_weights"]
+__all__ = ["SegmentCache", "SegmentKey", "active_adapters", "digest_weights", "live_identity", "storages"]

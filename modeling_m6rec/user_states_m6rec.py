@@ -8,8 +8,8 @@ Shapes: B rows, T tokens, L joint layers that were run, G key/value heads, P pos
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .layers_m6rec import SharedKeys
 from .layout_m6rec import KIND_NUMBER
-from .segment_cache_m6rec import active_adapters
+from .segment_cache_m6rec import live_identity, storages
 
 if TYPE_CHECKING:
     from .network_m6rec import M6RecModel
@@ -115,12 +115,12 @@ class UserStates:
         if config.history_attention != "causal" or torch.is_grad_enabled() or model.training:
             return None
         with self._lock:
-            identity = _identity(model)
+            identity = live_identity(model, [model])
             if self._identity is None or identity != self._identity:
                 self.clear()
                 self._identity = identity
                 # As long as these are held, no other weights can get the numbers of those that are gone.
-                self._storages = [StorageWeakRef(weight.untyped_storage()) for weight in _weights(model)]
+                self._storages = storages([model])
             return Beginnings(self, model, rows, self._identity)
 
     def longest(self, data: bytes, numbers: Sequence[int], ends: Sequence[int]) -> tuple[Kept | None, int]:
@@ -259,23 +259,6 @@ class Beginnings:
 
     def _chosen(self, rows: Iterable[int]) -> list[Beginning | None]:
         return [self._rows[row] for row in rows]
-
-
-def _weights(model: "M6RecModel") -> Iterator[torch.Tensor]:
-    return chain(model.parameters(), model.buffers())
-
-
-def _identity(model: "M6RecModel") -> tuple:
-    """What changes whenever the states of a live model may: its weights, how often they were written, adapters."""
-    weights = tuple(
-        (weight.untyped_storage()._cdata, weight.storage_offset(), weight._version, weight.dtype)
-        for weight in _weights(model)
-    )
-    device = model.embed_kind.weight.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    numbers = autocast, torch.get_float32_matmul_precision()
-    merged = [getattr(part, "merged_adapters", None) for part in model.modules()]
-    return id(model), weights, active_adapters([model]), repr(merged), numbers, repr(vars(model.config))
 
 
 __all__ = ["Beginnings", "UserStates"]

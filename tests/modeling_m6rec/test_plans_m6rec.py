@@ -1,6 +1,7 @@
 """Every plan gives the flat plan's numbers, and no number depends on what it should not depend on."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import settings as example
 from hypothesis import strategies as st
 
-from m6rec import SegmentCache
+from m6rec import SegmentCache, plans_m6rec
 from m6rec.layout_m6rec import layout
 from tests.modeling_m6rec.tiny import (
     ALL,
@@ -328,6 +329,18 @@ def test_items_by_themselves_equal_items_in_a_row():
             states_first = model.item_states(**pad(items))
         close(alone, inside)
         close(model.embed_items(states=states_first, memory_ids=memory[memory > 0]), inside)
+
+
+@pytest.mark.parametrize("tokens", (1024, 16384))
+def test_batches_of_texts_hold_little_padding(tokens):
+    """Lengths as of film titles with their genres: most are short, few are long."""
+    draw = random.Random(0)
+    segments = [(0, (1,) * min(max(int(draw.lognormvariate(2.4, 0.45)), 4), 45)) for _ in range(420)]
+    batches = list(plans_m6rec._batches(list(range(420)), segments, tokens))
+    assert sorted(number for batch in batches for number in batch) == list(range(420))
+    sizes = [[len(segments[number][1]) for number in batch] for batch in batches]
+    padded = [len(own) * max(own) for own in sizes]
+    assert max(padded) <= tokens and sum(padded) < 1.15 * sum(map(sum, sizes)) and len(batches) <= 16
 
 
 def test_refusals():

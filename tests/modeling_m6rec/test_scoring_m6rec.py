@@ -59,7 +59,7 @@ def test_a_source_is_read_once_however_many_the_candidates():
     model = build(num_joint_layers=2)
     few = {"user": "a man", "history": WORDS[:4], "candidates": [f"tent {number}" for number in range(2)]}
     many = {**few, "candidates": [f"tent {number}" for number in range(230)]}
-    source = len(PROCESSOR.read({**few, "candidates": None}, "retrieval").input_ids)
+    source = len(PROCESSOR.read({**few, "candidates": None}, "retrieval").input_ids) + 1  # and the [BOS] of all targets
     seen, rows = count_tokens(model, -1, lambda: make(model)(many))
     assert [shape for shape in seen if shape[1] == source] == [(1, source)]
     assert sum(rows_ for rows_, tokens in seen if tokens != source) == 230
@@ -96,7 +96,8 @@ def test_requests_of_unlike_size_do_not_pad_each_other():
     short = {"user": "a man", "history": [], "candidates": ["tent"]}
     long = {"user": "a man", "history": WORDS * 5, "candidates": WORDS}
     seen, _ = count_tokens(model, -1, lambda: make(model)([short, long] * 4, batch_size=8))
-    sizes = [len(PROCESSOR.read({**one, "candidates": None}, "retrieval").input_ids) for one in (short, long)]
+    # Each source, and the [BOS] of its targets.
+    sizes = [len(PROCESSOR.read({**one, "candidates": None}, "retrieval").input_ids) + 1 for one in (short, long)]
     assert (4, sizes[1]) in seen and (8, sizes[1]) not in seen and (4, sizes[0]) in seen
     seen, _ = count_tokens(model, -1, lambda: make(model)([short] * 4, batch_size=4))
     assert len(seen) == 2

@@ -280,6 +280,16 @@ def test_a_model_in_the_place_of_a_dead_one_gets_none_of_its_states():
     assert cache.hits == 0
 
 
+def test_a_model_made_in_inference_mode_is_read_anew_each_time(caplog):
+    with torch.inference_mode():
+        network, segments, cache = build(TWO_STAGES).model, texts(), SegmentCache()
+        before = read(network, segments, cache)
+        network.layers[0].mlp.down_proj.weight.mul_(1.5)  # which nothing counts
+        assert equal(read(network, segments, cache), read(network, segments))
+        assert not equal(read(network, segments, cache), before)
+    assert cache.hits == 0 and "inference_mode" in caplog.text
+
+
 def test_the_same_model_is_known_again_whatever_does_not_matter(tmp_path):
     """Saved and loaded, its joint layers, heads and what they read changed, adapters above: the states are the same."""
     model, segments = build(TWO_STAGES), texts()
@@ -333,16 +343,15 @@ ASKED = {"user": "a man", "history": [{"event": "clicked", "item": ITEMS[1]}, {"
 def missed_items(recommend, monkeypatch, task):
     """The items that a request has to read."""
     cache, missed = recommend.segment_cache, []
-    get = type(cache).get
+    find, item = type(cache).find, recommend.model.config.kind_token_ids["item"]
 
-    def watched(self, owner, segment):
-        found = get(self, owner, segment)
-        if found is None and segment[1][0] == recommend.model.config.kind_token_ids["item"]:
-            missed.append(segment)
+    def watched(self, owner, segments):
+        found = find(self, owner, segments)
+        missed.extend(own for number, own in enumerate(segments) if number not in found and own[1][0] == item)
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(cache), "get", watched)
+        patch.setattr(type(cache), "find", watched)
         recommend(ASKED, task=task)
     return missed
 

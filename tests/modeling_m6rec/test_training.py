@@ -197,7 +197,7 @@ def test_virtual_tokens_change_no_segment_state(settings):
         tuned.eval()(**given)
         model(**given, plan="flat")
     valid = batch["attention_mask"].bool()
-    close(seen[0][valid], seen[1][valid])
+    close(seen[0][valid], seen[1][valid], atol=5e-5)  # sums over three more keys, whose weights are zero
 
 
 def test_end_of_written_text_is_learned():

@@ -122,7 +122,7 @@ def test_one_event_costs_its_own_tokens_and_the_end(summary):
     seen = run_tokens(model, lambda: ask(model, rows[1:], users, cache))
     kept = (lambda tokens: tokens.count(SEG)) if summary else len
     new = kept(events[5]) + kept(now) + 1
-    assert users.positions_run - before == new and seen == [(1, new)] * 2
+    assert users.positions_run - before == new and seen == [(1, new + 1)] * 2  # and the targets' [BOS]
     assert users.positions_reused == kept(head + sum(events[:5], [])) + (1 if summary else 0)  # and [BOS']
     segments = "".join(map(chr, events[5])).split(chr(SEG))[:-1]
     candidate = [token for token in rows[1][len(head + sum(events[:6], []) + now) + 1 :] if token != EOS]
