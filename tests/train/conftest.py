@@ -4,8 +4,10 @@ import datasets
 import pytest
 
 from m6rec.train.build import prepare
+from m6rec.train.finetune import finetune
 from m6rec.train.recipe import load_recipe
-from tests.train.world import recipe_of, write_world
+from m6rec.train.recommend import build_catalogue, load_pipeline
+from tests.train.world import ITEMS, recipe_of, write_world
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,20 @@ def make_recipe(tables, tmp_path):
 @pytest.fixture
 def run(make_recipe):
     return prepare(make_recipe())
+
+
+@pytest.fixture(scope="module")
+def folder(tables, tmp_path_factory):
+    """A model that has learnt retrieval, with its catalogue."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    path = tmp_path_factory.mktemp("trained") / "model"
+    finetune(load_recipe(recipe_of(tables, path)))
+    build_catalogue(path, ITEMS)
+    patch.undo()
+    return path
+
+
+@pytest.fixture(scope="module")
+def recommend(folder):
+    return load_pipeline(str(folder))

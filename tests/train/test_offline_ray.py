@@ -9,31 +9,16 @@ import sys
 import tempfile
 import time
 
-import datasets
 import psutil
 import pyarrow.parquet
 import pytest
 
-from m6rec.train.finetune import finetune
 from m6rec.train.offline import Job, _chunks, answer_chunk, answer_file, answer_here, fingerprint
 from m6rec.train.offline_ray import ChunkWorker
-from m6rec.train.recipe import load_recipe
-from m6rec.train.recommend import build_catalogue, load_pipeline
-from tests.train.world import TITLES, recipe_of
+from m6rec.train.recommend import load_pipeline
+from tests.train.world import TITLES
 
 COUNT = 120
-
-
-@pytest.fixture(scope="module")
-def folder(tables, tmp_path_factory):
-    """A model that has learnt retrieval, with its catalogue."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-    path = tmp_path_factory.mktemp("trained") / "model"
-    finetune(load_recipe(recipe_of(tables, path)))
-    build_catalogue(path, [{"item_id": f"i{row}", "title": title} for row, title in enumerate(TITLES)])
-    patch.undo()
-    return path
 
 
 @pytest.fixture

@@ -2,25 +2,20 @@
 
 import json
 
-import datasets
 import pandas
 import pyarrow.parquet
 import pytest
 
 from m6rec.catalogue_m6rec import Catalogue
-from m6rec.train.finetune import finetune
-from m6rec.train.recipe import load_recipe
 from m6rec.train.recommend import (
     Failed,
     RequestReader,
     build_catalogue,
-    load_pipeline,
     parse_request,
     user_request,
 )
-from tests.train.world import TITLES, recipe_of, write_tables
+from tests.train.world import ITEMS, write_tables
 
-ITEMS = [{"item_id": f"i{row}", "title": title, "year": str(1990 + row)} for row, title in enumerate(TITLES)]
 REQUESTS = [
     {"user": "一位女性", "history": [{"event": "watch", "item": "红色港湾"}, {"event": "skip", "item": "夜行列车"}]},
     {"history": [{"event": "watch", "item": {"item_id": "i3"}, "rating": 4, "timestamp": 1_600_000_000}]},
@@ -30,23 +25,6 @@ REQUESTS = [
     {"history": [{"event": "search", "query": "glass"}], "candidates": ["Glass Towers", "Low Tide"]},
     {"user": "nobody in particular"},
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tables, tmp_path_factory):
-    """A model that has learnt retrieval, with its catalogue."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-    path = tmp_path_factory.mktemp("trained") / "model"
-    finetune(load_recipe(recipe_of(tables, path)))
-    build_catalogue(path, ITEMS)
-    patch.undo()
-    return path
-
-
-@pytest.fixture(scope="module")
-def recommend(folder):
-    return load_pipeline(str(folder))
 
 
 def write_lines(path, requests):

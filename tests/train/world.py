@@ -11,6 +11,7 @@ TITLES = [
     *["Red Harbour", "The Long Winter", "Night Train", "A Quiet Field", "Glass Towers", "Salt and Stone", "Low Tide"],
     *["红色港湾", "漫长的冬天", "夜行列车", "寂静的田野", "玻璃高塔", "盐与石", "退潮", "山的另一边"],
 ]
+ITEMS = [{"item_id": f"i{row}", "title": title, "year": str(1990 + row)} for row, title in enumerate(TITLES)]
 
 
 def write_world(folder: Path) -> dict[str, str]:
