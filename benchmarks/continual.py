@@ -107,6 +107,21 @@ def cell(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     return json.loads(kept.read_text())
 
 
+def table(runs: Path) -> list[dict[str, Any]]:
+    """Sum up all cells that have been run, each arm over its seeds."""
+    cells = [json.loads(kept.read_text()) for kept in sorted(runs.glob("*/cell.json"))]
+    before = {found["seed"]: found["films"] for found in cells if found["arm"] == "films"}
+    rows = []
+    for arm in ARMS:
+        own = [found for found in cells if found["arm"] == arm]
+        lost = {found["seed"]: before[found["seed"]] - found["films"] for found in own}
+        if own:
+            beauty = statistics.mean(found["beauty"] for found in own)
+            mean = statistics.mean(lost.values())
+            rows.append({"arm": arm, "film_auc_lost_mean": mean, "film_auc_lost": lost, "beauty_auc_mean": beauty})
+    return rows
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -114,6 +129,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("runs/tuning/base"))
     parser.add_argument("--runs", type=Path, default=Path("runs/continual"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps on Beauty")
     parser.add_argument("--cell", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -128,26 +144,13 @@ def main() -> None:
         (options.runs / f"{arm}-{seed}" / "cell.json").write_text(json.dumps(found, indent=2) + "\n")
         return
     print(f"time budget: {BUDGET_MINUTES} minutes on 2 cores; cells are kept in {options.runs}", flush=True)
-    before: dict[int, float] = {}
-    lost: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    beauty: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in options.seeds:
-        before[seed] = cell(options, "films", seed)["films"]
-        for arm in ARMS:
+        before = cell(options, "films", seed)["films"]
+        for arm in options.arms:
             found = cell(options, arm, seed)
-            lost[arm].append(before[seed] - found["films"])
-            beauty[arm].append(found["beauty"])
-            print(f"seed {seed} {arm:15} films {before[seed]:.4f} -> {found['films']:.4f}", flush=True)
-    rows = [
-        {
-            "arm": arm,
-            "film_auc_lost_mean": statistics.mean(lost[arm]),
-            "film_auc_lost_by_seed": lost[arm],
-            "beauty_auc_mean": statistics.mean(beauty[arm]),
-        }
-        for arm in ARMS
-    ]
-    result = {"film_auc_before": before, "replay_share": REPLAY_SHARE, "steps": options.steps, "rows": rows}
+            print(f"seed {seed} {arm:15} films {before:.4f} -> {found['films']:.4f}", flush=True)
+    rows = table(options.runs)
+    result = {"replay_share": REPLAY_SHARE, "steps": options.steps, "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
