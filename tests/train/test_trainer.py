@@ -133,7 +133,8 @@ def test_cached_gradients_hold_with_dropout(make_recipe):
     for batch, replay in zip(batches, found):
         forward(batch, replay)
     for once, again in zip(seen[:2], seen[2:]):
-        assert all(torch.equal(*pair) for pair in zip(once, again))
+        # Layers without gradients write in place, which rounds otherwise; other masks would differ in the first digit.
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(once, again))
         assert again[0].requires_grad
 
 
