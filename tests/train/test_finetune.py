@@ -15,7 +15,7 @@ from m6rec.train.finetune import finetune, fit, full_report
 from m6rec.train.recipe import load_recipe
 from m6rec.train.replay import TrainingSet, training_parts
 from m6rec.train.trainer import M6RecTrainer
-from tests.train.world import figures, recipe_of, write_checkerboard
+from tests.train.world import best_of_steps, figures, recipe_of, write_checkerboard
 
 INTERACTIONS = {"like": ["like"], "skip": ["skip"]}
 TASKS = {
@@ -147,16 +147,7 @@ class Watcher(TrainerCallback):
     ],
 )
 def test_the_best_checkpoint_by_any_figure_is_the_one_that_is_kept(make_recipe, monkeypatch, metric, key, best):
-    training = {
-        "max_steps": 5,
-        "learning_rate": 0.05,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": metric,
-    }
+    training = best_of_steps(5, metric)
     run = prepare(make_recipe(task=TASKS["all"], model={"item_memory": True}, training=training))
     watcher = Watcher(run)
     start = M6RecTrainer.__init__

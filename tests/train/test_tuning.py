@@ -19,7 +19,7 @@ from m6rec.train.recipe import load_recipe
 from m6rec.train.recommend import load_pipeline
 from m6rec.train.tuning import attach, callbacks, reads_through_cache, trainable_parameters
 from m6rec.tuning import METHODS, load_tuned
-from tests.train.world import figures, recipe_of
+from tests.train.world import best_of_steps, figures, recipe_of
 
 TASKS = {"learn": ["click", "retrieval"]}
 
@@ -138,16 +138,7 @@ class Watcher(TrainerCallback):
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "prefix", "option-adapter"])
 def test_the_best_checkpoint_is_the_one_that_is_kept(tuning_recipe, monkeypatch, method):
-    training = {
-        "max_steps": 3,
-        "learning_rate": 0.05,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "click_log_loss",
-    }
+    training = best_of_steps(3, "click_log_loss")
     watcher = Watcher()
     monkeypatch.setattr(finetuning, "callbacks", lambda run: [*callbacks(run), watcher])
     run = prepare(tuning_recipe(method, training=training))

@@ -50,6 +50,13 @@ def write_tables(folder: Path, **tables: list[dict[str, Any]]) -> dict[str, str]
     return paths
 
 
+def best_of_steps(count: int, metric: str) -> dict[str, Any]:
+    """Training that measures and saves after each step, and keeps the best by a figure."""
+    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
+    return {"max_steps": count, "learning_rate": 0.05, **each_step, **best}
+
+
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """What a row of a report measures, without the intervals around it."""
     return {name: value for name, value in row.items() if name != "intervals"}
