@@ -110,6 +110,18 @@ def test_plans_agree_whatever_the_model(fields, shapes, seed):
 
 
 @small
+def test_the_state_of_every_token_agrees(settings):
+    """Also that of each target's [BOS], which no head reads, and which the first one stands for."""
+    model, writer = build({**settings, "segment_summary": None}).model, Writer(3)
+    batch = pad([writer.source(n) + [token for _ in range(4) for token in writer.candidate()] for n in (2, 2, 4)])
+    valid = batch["attention_mask"].bool()
+    with torch.no_grad():
+        flat = model(**batch, plan="flat").last_hidden_state
+        for plan in PLANS[1:]:
+            close(model(**batch, plan=plan, segment_cache=SegmentCache()).last_hidden_state[valid], flat[valid])
+
+
+@small
 def test_many_candidates_in_chunks(settings):
     model, writer = build(settings), Writer(16)
     batch = pad([writer.source(2) + [token for _ in range(k) for token in writer.candidate()] for k in (27, 51)])
