@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
+import transformers
 import yaml
 
 LARGE = (".safetensors", ".parquet", ".png")
@@ -92,7 +93,10 @@ def use(hub: MiniHub, monkeypatch: object) -> None:
     constants = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
     for name, value in {**constants, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # behind functions such as file_exists
+    # Clients that live as long as the process keep the Hub that they were made with: that behind functions such as
+    # file_exists, and the one that Transformers makes when it first asks.
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_TOKEN", "hub-of-the-tests")
 
 
