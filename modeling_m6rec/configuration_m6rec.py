@@ -125,6 +125,9 @@ class M6RecConfig(PreTrainedConfig):
     document_attention: Literal["causal", "bidirectional"] = "causal"
     """Plain rows: causal as in GPT, or bidirectional as in BERT (then `labels` stand where the [MASK] is)."""
     joint_positions: Literal["request", "segment"] = "request"
+    segment_pooling: Literal["last", "mean"] = "last"
+    """What its [SEG] holds of a given segment when the joint layers begin: its own state, or the mean of the segment's,
+    as sentence embeddings are read (MiniLM)."""
     segment_summary: int | None = None
     """Of each closed given segment, how many last tokens are keys of the joint layers; None = all."""
     max_events: int = 256
@@ -291,6 +294,11 @@ class M6RecConfig(PreTrainedConfig):
             (
                 self.segment_summary is not None and not has_segment_layers,
                 "segment_summary needs segment layers (num_joint_layers < num_hidden_layers): what it drops is unread",
+            ),
+            (
+                self.segment_pooling == "mean" and joint is not None and not has_segment_layers,
+                "segment_pooling='mean' needs segment layers (num_joint_layers < num_hidden_layers): a mean of what no "
+                "layer has read says nothing of the order of the words",
             ),
             (
                 self.position_embedding_type == "learned" and has_segment_layers and self.joint_positions == "request",

@@ -223,6 +223,19 @@ def summary_keys(lay: Layout, closing: torch.Tensor, summary: int | None) -> tor
     return lay.valid & ~(closed & ~lay.written & early)
 
 
+def mean_at_close(states: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
+    """Put at the [SEG] of each given segment the mean of the segment's states; B x T x H.
+
+    `closing` (B x T bool) marks [SEG]; the segment must be there whole.
+    """
+    slots = int(lay.segment.max()) + 1
+    slot = lay.segment + torch.arange(len(states), device=states.device)[:, None] * slots
+    count = torch.bincount(slot.flatten(), minlength=len(states) * slots).clamp_min(1)
+    total = states.new_zeros(len(count), states.shape[-1]).index_add(0, slot.flatten(), states.flatten(0, 1))
+    mean = (total / count[:, None])[slot]
+    return torch.where((closing & lay.valid & ~lay.written)[..., None], mean, states)
+
+
 def attention_bias(
     mask: torch.Tensor, queries: int, keys: int, dtype: torch.dtype, virtual: int = 0, see_virtual: bool = True
 ) -> torch.Tensor:
@@ -301,6 +314,7 @@ __all__ = [
     "joint_mask",
     "last_index",
     "layout",
+    "mean_at_close",
     "pick",
     "read",
     "segment_mask",

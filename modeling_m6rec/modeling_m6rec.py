@@ -445,7 +445,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         """Settings that change item vectors without changing a weight."""
         names = ("hidden_act", "norm_type", "norm_position", "norm_eps", "num_attention_heads", "num_joint_layers")
         names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
-        return {name: getattr(self.config, name) for name in names}
+        pooled = ("segment_pooling",) if self.config.segment_pooling != "last" else ()  # as in 0.1, which had none
+        return {name: getattr(self.config, name) for name in (*names, *pooled)}
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, revision: str = "main", **kwargs: Any) -> Any:

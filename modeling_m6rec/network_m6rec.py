@@ -19,7 +19,18 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_m6rec import KINDS, M6RecConfig
 from .heads_m6rec import head_places
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
-from .layout_m6rec import Layout, Picked, at, attention_bias, joint_mask, layout, pick, segment_mask, summary_keys
+from .layout_m6rec import (
+    Layout,
+    Picked,
+    at,
+    attention_bias,
+    joint_mask,
+    layout,
+    mean_at_close,
+    pick,
+    segment_mask,
+    summary_keys,
+)
 from .plans_m6rec import PLANS, Rows, last_states, run
 from .segment_cache_m6rec import SegmentCache, SegmentKey
 from .user_states_m6rec import UserStates
@@ -138,13 +149,25 @@ class M6RecModel(M6RecPreTrainedModel):
         return self
 
     def segment_stage(
-        self, embeds: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, **kwargs: Any
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        bias: torch.Tensor,
+        ids: torch.Tensor,
+        lay: Layout,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Read every segment alone: B x Q x embedding_size embeddings of tokens -> B x Q x H segment states."""
+        """Read every segment alone: B x Q x embedding_size embeddings of tokens -> B x Q x H segment states.
+
+        `ids` and `lay` are those of the last tokens: the virtual ones in front of them belong to no segment.
+        """
         states = self.embeddings(embeds, positions)
         rotary = None if self.rotary is None else self.rotary(states, positions)
         for index in range(self.config.num_segment_layers):
             states = self.layer(index)(states, rotary, bias, layer_idx=index, **kwargs)
+        if self.config.segment_pooling == "mean":
+            virtual, own = states.tensor_split((states.shape[1] - ids.shape[1],), 1)
+            states = torch.cat((virtual, mean_at_close(own, lay, ids == self.config.segment_token_id)), 1)
         return states
 
     def remember(self, states: torch.Tensor, item_ids: torch.Tensor | None) -> torch.Tensor:
@@ -320,7 +343,8 @@ class M6RecModel(M6RecPreTrainedModel):
         positions = torch.cat((order, self.embedding_positions(here)), 1)
         # Virtual tokens are seen from the joint layers on: a segment state depends on its segment alone.
         bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)
-        segment_states = self.segment_stage(embeds, positions, bias, **kwargs)
+        ids = rows.input_ids[:, total - new :]
+        segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
         item_ids = None if rows.item_ids is None else front(rows.item_ids[:, total - new :])
         states = self.enter(segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_ids)
         mask = joint_mask(lay, new, self.config, rows.keys & ~rows.hidden)

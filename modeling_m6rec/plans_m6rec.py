@@ -84,7 +84,7 @@ def segment_states(
     embeds = model.embeddings.tokens(input_ids)
     size = input_ids.shape[1]
     bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
-    bank = model.segment_stage(embeds, positions, bias).flatten(0, 1)
+    bank = model.segment_stage(embeds, positions, bias, input_ids, lay).flatten(0, 1)
     place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
     return bank, place, last_states(model, rows.alone, cache)
 
@@ -401,8 +401,9 @@ def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
     valid = index < torch.tensor(lengths, device=device)[:, None]
     mode = torch.tensor([mode for mode, _ in segments], device=device)[:, None].expand_as(ids)
     embeds = model.embeddings.tokens(ids)
-    bias = attention_bias(segment_mask(alone(valid, mode), width, model.config), width, width, embeds.dtype)
-    return model.segment_stage(embeds, index, bias)[valid], lengths
+    lay = alone(valid, mode)
+    bias = attention_bias(segment_mask(lay, width, model.config), width, width, embeds.dtype)
+    return model.segment_stage(embeds, index, bias, ids, lay)[valid], lengths
 
 
 def run(

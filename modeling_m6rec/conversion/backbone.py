@@ -59,6 +59,10 @@ def from_backbone(
       which is more than any word's in models whose logits are negative;
     - all others are drawn around that mean with the covariance of its tokens, always alike.
 
+    With more layers than the backbone has, the rest is new and stands on top; one joint layer for each leaves the
+    backbone whole as segment layers, and with `segment_pooling="mean"` a sentence embedder's vectors are what the joint
+    layers and item vectors begin with.
+
     Embeddings of kinds and events are zero. The heads of scores and vectors are new, as is, where the backbone has none
     (`BertModel`), the writing head, which is then tied to the embeddings.
 
@@ -183,6 +187,9 @@ def _fields(
     shape = family.fields(source.config)
     shape |= {"lm_head_transform": "lm_transform.dense.weight" in weights, "lm_head_bias": "lm_head.bias" in weights}
     shape |= {"tie_word_embeddings": "lm_head.weight" not in weights, **ids}
+    layers = shape["num_hidden_layers"]
+    if (given.get("num_hidden_layers") or 0) > layers:
+        shape["num_hidden_layers"] = shape["num_hidden_groups"] = given["num_hidden_layers"]
     for name, value in given.items():
         if name in shape and name not in FREE and value != shape[name]:
             raise ValueError(f"{name}={value!r} contradicts the backbone, which has {shape[name]!r}: leave it out")
@@ -191,7 +198,7 @@ def _fields(
     whole = num_joint_layers in (None, shape["num_hidden_layers"])
     # Learned places are those of a text: only a causal model that reads a request as one text counts on.
     counts_on = shape["position_embedding_type"] == "rotary" or causal and whole
-    writes = causal and source.get_output_embeddings() is not None
+    writes = causal and source.get_output_embeddings() is not None and shape["num_hidden_layers"] == layers
     return {
         **shape,
         "num_joint_layers": num_joint_layers,
@@ -246,7 +253,9 @@ def _fill(model: M6RecForRecommendation, weights: Weights) -> None:
     """Load the weights; what M6Rec adds to a language model's states begins at zero."""
     lost, extra = model.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] * model.config.tie_word_embeddings
-    lost = [name for name in lost if not name.startswith(FRESH) and name not in tied]
+    known = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")) + 1
+    new = tuple(f"model.layers.{index}." for index in range(known, len(model.model.layers)))
+    lost = [name for name in lost if not name.startswith((*FRESH, *new)) and name not in tied]
     _refuse_odd_weights("the backbone", lost, extra)
     for table in (model.model.embed_kind, model.model.embed_event):
         nn.init.zeros_(table.weight)

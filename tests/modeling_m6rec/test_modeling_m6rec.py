@@ -442,6 +442,8 @@ def test_configuration_round_trips_and_refuses():
             M6RecConfig.preset("tiny", **{field: value})
     with pytest.raises(Exception, match="segment layers"):
         M6RecConfig.preset("tiny", num_joint_layers=4, segment_summary=1)
+    with pytest.raises(Exception, match="segment_pooling='mean' needs segment layers"):
+        M6RecConfig.preset("tiny", num_joint_layers=4, segment_pooling="mean")
     with pytest.raises(Exception, match="chooses among classes"):
         M6RecConfig.preset("tiny", score_head="option", rating_loss="regression")
     with pytest.raises(Exception, match="num_options=3"):

@@ -46,6 +46,24 @@ def test_a_folder_a_loaded_model_and_a_saved_conversion_are_the_same(family, tmp
     assert again.generation_config.eos_token_id == of_folder.generation_config.eos_token_id
 
 
+def test_new_layers_stand_on_top_of_a_sentence_embedder():
+    source = tiny("bert", "BertModel")
+    layers = source.config.num_hidden_layers
+    fields = {"num_hidden_layers": layers + 2, "segment_pooling": "mean", "segment_summary": 1}
+    model = convert(source, 2, own_tokenizer("bert"), **fields)
+    assert model.config.num_segment_layers == layers and len(model.model.layers) == layers + 2
+    item = [model.config.kind_token_ids["item"], 40, 41, 42, model.config.segment_token_id]
+    row = torch.tensor([[model.config.bos_token_id, *item, model.config.eos_token_id]])
+    source.resize_token_embeddings(model.config.vocab_size)
+    source.get_input_embeddings().weight.data = model.model.embeddings.tokens.weight.data
+    with torch.no_grad():
+        wanted = source(torch.tensor([item])).last_hidden_state.mean(1)[0]
+        torch.testing.assert_close(model.item_states(torch.tensor([item]))[0], wanted)
+        torch.testing.assert_close(model.model(row, plan="flat").segment_states[0, 5], wanted)
+    new = model.model.layers[layers].mlp.up_proj.weight
+    assert 0 < float(new.detach().std()) < 0.1, "drawn, not left empty"
+
+
 @pytest.mark.parametrize(("family", "base"), [("bert", "BertModel"), ("llama", "LlamaModel")])
 def test_a_folder_without_a_head_says_so_and_is_read(family, base, tmp_path, caplog):
     source = tiny(family, base)
@@ -260,6 +278,7 @@ def test_weights_that_are_no_numbers_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"num_hidden_layers": 2}, "num_hidden_layers=2 contradicts the backbone, which has 3"),
         ({"hidden_size": 32}, "hidden_size=32 contradicts the backbone, which has 24"),
         ({"norm_type": "layer"}, "norm_type='layer' contradicts the backbone, which has 'rms'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True contradicts"),
