@@ -14,12 +14,13 @@ from transformers import AutoProcessor, TokenizersBackend, set_seed
 from ..configuration_m6rec import M6RecConfig
 from ..conversion import load_tokenizer
 from ..modeling_m6rec import M6RecForRecommendation
+from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor, M6RecTokenizer
 from ..tuning import load_model, quantized
 from .checkpoints import files_written_whole
 from .collator import CatalogueRows, M6RecDataCollator
 from .data import Log, read_log
-from .examples import RequestWriter
+from .examples import RequestWriter, item_likes
 from .recipe import Recipe
 from .sections import ModelArguments
 from .splits import Split, by_time, given, leave_one_out
@@ -43,6 +44,8 @@ class Run:
     """What is called: the M6Rec model, or the PeftModel around it."""
     catalogue: CatalogueRows
     collator: M6RecDataCollator
+    segment_cache: SegmentCache | None = None
+    """Texts that have been read, where nothing is trained that reads them."""
 
     @property
     def base_model(self) -> M6RecForRecommendation:
@@ -86,6 +89,14 @@ def make_split(recipe: Recipe, log: Log) -> Split:
     if arguments.split == "given":
         return given(log.interactions, recipe.data.seed)
     return by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, recipe.data.seed)
+
+
+def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:
+    """Make what writes requests; statistics are those of the training events."""
+    writer = RequestWriter(log)
+    if recipe.text.statistics:
+        writer.statistics = item_likes(writer, split.train, recipe.task, recipe.data.seed)
+    return writer
 
 
 def make_processor(
@@ -203,7 +214,7 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     seed_everything(recipe.seed)
     log = read_log(recipe.data) if log is None else log
     split = make_split(recipe, log)
-    writer = RequestWriter(log)
+    writer = make_writer(recipe, log, split)
     processor = make_processor(recipe, log, writer, texts)
     model = make_model(recipe, processor)
     catalogue = catalogue_rows(writer, split, processor)
@@ -242,6 +253,7 @@ __all__ = [
     "make_model",
     "make_processor",
     "make_split",
+    "make_writer",
     "on_cpu",
     "plain_forward",
     "prepare",

@@ -63,7 +63,11 @@ class M6RecDataCollator:
     ) -> None:
         self.processor, self.config, self.catalogue = processor, config, catalogue
         self.task, self.seed, self.padding_side = task or TaskArguments(), seed, padding_side
+        self.frozen = False
+        """Texts are not trained, so that the states of the whole catalogue are at hand: a batch need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
+        self.distinct = np.unique(self._same)
+        """Rows of the catalogue that differ from all before them, which are those that negatives "catalogue" means."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the batch that `M6RecForRecommendation.forward` takes."""
@@ -100,7 +104,7 @@ class M6RecDataCollator:
         """Distinct catalogue rows to choose among, and the place of each positive among them."""
         positives = self._same[positives]
         if self.task.negatives == "catalogue":
-            rows = np.unique(self._same)
+            rows = self.distinct
         else:
             rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
             if self.task.negatives == "sampled":
@@ -113,12 +117,10 @@ class M6RecDataCollator:
     def _items(self, rows: np.ndarray, num_positives: int) -> dict[str, torch.Tensor]:
         catalogue = self.catalogue
         assert catalogue is not None
-        padded = self.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
-        found = {
-            "item_input_ids": padded["input_ids"],
-            "item_attention_mask": padded["attention_mask"],
-            "item_memory_ids": torch.tensor([catalogue.memory_ids[row] for row in rows]),
-        }
+        found = {"item_memory_ids": torch.tensor([catalogue.memory_ids[row] for row in rows])}
+        if not (self.frozen and self.task.negatives == "catalogue"):
+            padded = self.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
+            found |= {"item_input_ids": padded["input_ids"], "item_attention_mask": padded["attention_mask"]}
         if self.task.negatives != "catalogue" and self.task.correct_popularity:
             found["item_log_frequency"] = torch.from_numpy(self._log_frequency(num_positives)[rows]).float()
         return found

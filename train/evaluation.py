@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..modeling_m6rec import M6RecForRecommendation
+from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor
 from .baselines import SimilarText, like_rates, popularity_scores
 from .collator import CatalogueRows, M6RecDataCollator
@@ -200,7 +201,7 @@ def scoring_examples(
     for question in questions(split, part, candidates.known, processor.max_events, evaluation, seed):
         asked, own = candidates.of(question.asked)
         history = writer.events(everything.iloc[question.history])
-        requests.append(writer.request(question.user_id, history, [writer.items[row] for row in asked]))
+        requests.append(writer.request(question.user_id, history, writer.candidates(asked)))
         users += [question.user_id] * len(asked)
         rows += [writer.item_ids[row] for row in asked]
         labels.append(own[task])
@@ -229,7 +230,11 @@ def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.
 
 @torch.no_grad()
 def catalogue_vectors(
-    model: M6RecForRecommendation, catalogue: CatalogueRows, collator: M6RecDataCollator
+    model: M6RecForRecommendation,
+    catalogue: CatalogueRows,
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
 ) -> torch.Tensor:
     """Embed a catalogue: M x D."""
     model.eval()
@@ -240,7 +245,8 @@ def catalogue_vectors(
         padded = collator.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
         memory = torch.tensor([catalogue.memory_ids[row] for row in rows], device=model.device)
         ids, mask = padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
-        vectors.append(model.embed_items(ids, mask, memory_ids=memory).float().cpu())
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            vectors.append(model.embed_items(ids, mask, memory_ids=memory, segment_cache=cache).float().cpu())
     return torch.cat(vectors)[torch.from_numpy(np.argsort(order))]
 
 
@@ -251,9 +257,11 @@ def answers(
     collator: M6RecDataCollator,
     field: str,
     bf16: bool = False,
+    cache: SegmentCache | None = None,
 ) -> list[torch.Tensor]:
     """Run rows through the model in batches of similar length and return `field` of the output, a row each."""
     model.eval()
+    how: dict[str, Any] = {} if cache is None else {"plan": "cached", "segment_cache": cache}
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     found: list[Any] = [None] * len(rows)
     names = ("input_ids", "item_ids")
@@ -262,17 +270,21 @@ def answers(
         batch = collator([{name: rows[row][name] for name in names if name in rows[row]} for row in batch_rows])
         batch = {name: value.to(model.device) for name, value in batch.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            out = getattr(model(**batch, return_logits=False), field)
+            out = getattr(model(**batch, **how, return_logits=False), field)
         for row, value in zip(batch_rows, out.float().cpu()):
             found[row] = value
     return found
 
 
 def user_vectors(
-    model: M6RecForRecommendation, rows: Sequence[dict[str, Any]], collator: M6RecDataCollator, bf16: bool = False
+    model: M6RecForRecommendation,
+    rows: Sequence[dict[str, Any]],
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
 ) -> torch.Tensor:
     """Embed users as of the end of their histories: U x D."""
-    vectors = answers(model, rows, collator, "user_vectors", bf16)
+    vectors = answers(model, rows, collator, "user_vectors", bf16, cache)
     # Behind a row's last place stands NaN; a model that has diverged has nothing else, and the metrics refuse it.
     lengths = [int(own.isfinite().all(-1).sum()) for own in vectors]
     return torch.stack([own[max(length - 1, 0)] for own, length in zip(vectors, lengths)])
@@ -284,10 +296,11 @@ def rank_catalogue(
     catalogue: CatalogueRows,
     collator: M6RecDataCollator,
     bf16: bool,
+    cache: SegmentCache | None = None,
 ) -> np.ndarray:
     """Score the whole catalogue for each user: U x M cosines."""
-    items = catalogue_vectors(model, catalogue, collator)
-    return (user_vectors(model, examples.rows, collator, bf16) @ items.T).numpy().astype(np.float64)
+    items = catalogue_vectors(model, catalogue, collator, bf16, cache)
+    return (user_vectors(model, examples.rows, collator, bf16, cache) @ items.T).numpy().astype(np.float64)
 
 
 def ranking_scores_report(
@@ -325,10 +338,15 @@ def ranking_baselines(
 
 
 def predictions(
-    model: M6RecForRecommendation, examples: ScoringExamples, task: str, collator: M6RecDataCollator, bf16: bool = False
+    model: M6RecForRecommendation,
+    examples: ScoringExamples,
+    task: str,
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
 ) -> np.ndarray:
     """Predict the N candidates' click probabilities or ratings, or N x interactions probabilities."""
-    scores = answers(model, examples.rows, collator, "scores", bf16)
+    scores = answers(model, examples.rows, collator, "scores", bf16, cache)
     lengths = [row["input_ids"].count(model.config.bos_token_id) for row in examples.rows]
     found = [model.read_scores(own[:length], task) for own, length in zip(scores, lengths)]
     return torch.cat(found).double().numpy()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..segment_cache_m6rec import SegmentCache
 from . import evaluation, writing
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .cards import keep_facts
@@ -15,7 +16,7 @@ from .recipe import Recipe, write_json
 from .recommend import build_catalogue
 from .replay import earlier_runs, training_set
 from .trainer import M6RecTrainer
-from .tuning import attach, callbacks, trainable_parameters
+from .tuning import attach, callbacks, reads_through_cache, trainable_parameters
 
 logger = logging.getLogger(__name__)
 LOGGED = ("ndcg@10", "recall@10", "auc", "rmse", "perplexity")
@@ -81,7 +82,8 @@ def measure(run: Run, examples: Any, task: str, bf16: bool = False, intervals: b
             "set training.eval_strategy to no"
         )
     if task == "retrieval":
-        scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16)
+        cache = run.segment_cache
+        scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16, cache)
         arguments = run.recipe.evaluation
         report = evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, arguments)
         if intervals:
@@ -89,7 +91,7 @@ def measure(run: Run, examples: Any, task: str, bf16: bool = False, intervals: b
         return report
     if task == "writing":
         return writing.measure_writing(run.model, examples, run.collator, bf16)
-    predicted = evaluation.predictions(run.model, examples, task, run.collator, bf16)
+    predicted = evaluation.predictions(run.model, examples, task, run.collator, bf16, run.segment_cache)
     return evaluation.scoring_report(predicted, examples, task)
 
 
@@ -129,6 +131,8 @@ def fit(run: Run) -> M6RecTrainer:
     if run.recipe.model.freeze_segments:
         run.base_model.model.freeze_segments()
     attach(run)
+    if reads_through_cache(run):
+        run.segment_cache, run.collator.frozen = SegmentCache(), True
     earlier = earlier_runs(run)
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
     trainer = M6RecTrainer(

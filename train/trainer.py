@@ -18,13 +18,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..losses_m6rec import LOSSES, label_weights
-from ..segment_cache_m6rec import SegmentCache
 from . import checkpoints
 from .build import Run, make_model
 from .contrast import Replay, replays
 from .curves import save_curves
 from .order import EpochRows, SeededOrder
-from .tuning import attach, reads_through_cache
+from .tuning import attach
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Kinds of training in which no process has the whole model, so that all must take part in whatever it does."""
@@ -79,7 +78,7 @@ class M6RecTrainer(Trainer):
         super().__init__(eval_dataset=[], **kwargs)
         self.rows: EpochRows | None = None
         self.order: SeededOrder | None = None
-        self.segment_cache = SegmentCache() if reads_through_cache(run) else None
+        self._states: torch.Tensor | None = None
         task = run.recipe.task
         self.gathers = stage == "finetune" and task.negatives == "batch" and task.gather_negatives
         self._saving_into: Path | None = None
@@ -122,6 +121,7 @@ class M6RecTrainer(Trainer):
             self.run.model = self.model
             # Weights are gathered for `forward`, and for what else is named: evaluation reads items by themselves.
             register_fsdp_forward_method(self.run.model, "embed_items")
+            register_fsdp_forward_method(self.run.model, "item_states")
         return prepared
 
     def _facts(self) -> dict[str, Any]:
@@ -176,6 +176,8 @@ class M6RecTrainer(Trainer):
     ) -> Any:
         """Compute the loss of a micro-batch, and keep its parts for the log."""
         inputs = {**inputs, **self._how(num_items_in_batch)}
+        if "item_memory_ids" in inputs and "item_input_ids" not in inputs:
+            inputs["item_states"] = self._catalogue_states()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name, part in (outputs.losses or {}).items():
             self._sums[0, LOSSES.index(name)] += part.detach().sum()
@@ -185,8 +187,8 @@ class M6RecTrainer(Trainer):
     def _how(self, weights: dict[str, float] | None) -> dict[str, Any]:
         """How a micro-batch is read: frozen texts through the cache, negatives from the whole step."""
         how: dict[str, Any] = {"only_losses": True}
-        if self.segment_cache is not None:
-            how |= {"plan": "cached", "segment_cache": self.segment_cache}
+        if self.run.segment_cache is not None:
+            how |= {"plan": "cached", "segment_cache": self.run.segment_cache}
         if not self.gathers or len(self._step_batches) * self.args.world_size <= 1:
             return how
         whole: Any = self.model  # not what wraps it, which would wait for gradients
@@ -198,6 +200,17 @@ class M6RecTrainer(Trainer):
             self._contrasts = iter(replays(forward, self._step_batches, self.args.process_index))
         contrast = next(self._contrasts)
         return {**how, "contrast": contrast} if contrast else how
+
+    @torch.no_grad()
+    def _catalogue_states(self) -> torch.Tensor:
+        """Read the frozen texts of the catalogue once, in the numbers that rows are read in."""
+        if self._states is None:
+            run, device = self.run, self.args.device
+            padded = run.processor.pad([{"input_ids": run.catalogue.input_ids[row]} for row in run.collator.distinct])
+            ids, mask = padded["input_ids"].to(device), padded["attention_mask"].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+                self._states = run.base_model.item_states(ids, mask, run.segment_cache)
+        return self._states
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; each loss by name beside the whole one."""

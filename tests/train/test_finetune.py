@@ -11,7 +11,7 @@ from transformers import AutoProcessor, TrainerCallback
 from m6rec import M6RecForRecommendation
 from m6rec.train.build import prepare, save
 from m6rec.train.examples import training_rows
-from m6rec.train.finetune import finetune, fit, full_report
+from m6rec.train.finetune import examples_of, finetune, fit, full_report, measure
 from m6rec.train.recipe import load_recipe
 from m6rec.train.replay import TrainingSet, training_parts
 from m6rec.train.trainer import M6RecTrainer
@@ -222,11 +222,30 @@ def test_frozen_texts_are_read_once_and_stay_as_they_are(make_recipe):
     run, trainer = run_of(
         make_recipe, model={"freeze_segments": True, "config": {"segment_summary": 1}}, training={"max_steps": 3}
     )
-    assert len(trainer.segment_cache) > 0
+    assert len(run.segment_cache) > 0
     fresh = prepare(run.recipe).model.state_dict()
     same = {name for name, tensor in run.model.state_dict().items() if torch.equal(tensor, fresh[name])}
     assert {"model.embeddings.tokens.weight", "model.layers.0.mlp.down_proj.weight"} <= same
     assert "user_projection.weight" not in same
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_the_states_of_a_frozen_catalogue_stand_in_for_its_texts(make_recipe, memory):
+    model = {"freeze_segments": True, "item_memory": memory, "config": {"item_memory_dropout": 0.0}}
+    run, trainer = run_of(make_recipe, model=model, task={"negatives": "catalogue"}, training={"max_steps": 1})
+    rows = training_parts(run)[0][:5]
+    short = run.collator(rows)
+    run.collator.frozen = False
+    long = run.collator(rows)
+    assert set(long) - set(short) == {"item_input_ids", "item_attention_mask"}
+    run.model.train()
+    fast, slow = trainer.compute_loss(run.model, short), trainer.compute_loss(run.model, long)
+    torch.testing.assert_close(fast, slow)
+    examples = examples_of(run, "test", "retrieval")
+    through_cache = measure(run, examples, "retrieval")
+    assert run.segment_cache.hits > 0
+    run.segment_cache = None
+    assert measure(run, examples, "retrieval") == pytest.approx(through_cache)
 
 
 def test_what_cannot_be_measured_is_said(make_recipe):

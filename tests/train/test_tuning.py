@@ -191,7 +191,7 @@ def test_segment_states_are_kept_where_nothing_below_is_trained(tuning_recipe):
             run.base_model.model.freeze_segments()
         attach(run)
         assert reads_through_cache(run) == expected, (method, model)
-    assert len(fit(prepare(tuning_recipe("lora", model=frozen))).segment_cache) > 0
+    assert len(fit(prepare(tuning_recipe("lora", model=frozen))).run.segment_cache) > 0
 
 
 def test_item_memory_comes_with_the_adapter(tuning_recipe):
