@@ -184,7 +184,7 @@ def retrieval_losses(
     log_frequency: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """InfoNCE of each of the U users; see `retrieval_loss`."""
-    logits = (users @ items.T).float() / temperature
+    logits = (users / temperature @ items.T).float()  # U x M numbers are divided nowhere
     if log_frequency is not None:
         logits = logits - log_frequency.float()
     if len(labels) and int(labels.max()) >= len(items):

@@ -66,8 +66,11 @@ class M6RecDataCollator:
         self.frozen = False
         """Texts are not trained, so that the states of the whole catalogue are at hand: a batch need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
-        self.distinct = np.unique(self._same)
-        """Rows of the catalogue that differ from all before them, which are those that negatives "catalogue" means."""
+        self._learnt = self._same[catalogue.counts > 0] if catalogue else self._same
+        """Items with training events: the others are no negatives, since as nobody's next they would only be pushed
+        away, and be found by nobody when they are new."""
+        self.distinct = np.unique(self._learnt)
+        """Rows of the catalogue that negatives "catalogue" means: those learnt that differ from all before them."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the batch that `M6RecForRecommendation.forward` takes."""
@@ -105,13 +108,15 @@ class M6RecDataCollator:
         positives = self._same[positives]
         if self.task.negatives == "catalogue":
             rows = self.distinct
+            if not np.isin(positives, rows).all():
+                raise ValueError("next_items holds an item without a training event: count those of all rows in `counts`")
         else:
             rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
             if self.task.negatives == "sampled":
                 drawn = np.random.default_rng([self.seed, *(numbers or positives.tolist())]).integers(
-                    len(self._same), size=self.task.num_sampled
+                    len(self._learnt), size=self.task.num_sampled
                 )
-                rows = np.union1d(rows, self._same[drawn])
+                rows = np.union1d(rows, self._learnt[drawn])
         return rows, np.searchsorted(rows, positives)
 
     def _items(self, rows: np.ndarray, num_positives: int) -> dict[str, torch.Tensor]:
@@ -131,7 +136,7 @@ class M6RecDataCollator:
         counts = np.bincount(self._same, weights=self.catalogue.counts, minlength=len(self._same))
         expected = num_positives * counts / max(counts.sum(), 1)
         if self.task.negatives == "sampled":
-            drawn = np.bincount(self._same, minlength=len(self._same)) / len(self._same)
+            drawn = np.bincount(self._learnt, minlength=len(self._same)) / len(self._learnt)
             expected = expected + self.task.num_sampled * drawn
         return np.log(np.maximum(expected, 1e-12))
 

@@ -90,9 +90,20 @@ def test_each_item_to_choose_among_is_there_once(run, negatives):
     if negatives == "batch":
         assert len(items) == len(positives)
     elif negatives == "catalogue":
-        assert len(items) == len(run.writer.items) == 15
+        learnt = np.flatnonzero(run.catalogue.counts)  # what was nobody's next is no negative either
+        assert len(items) == len(learnt) == 13 < len(run.writer.items)
+        lengths = batch["item_attention_mask"].sum(1).tolist()
+        assert [list(ids[:n]) for ids, n in zip(items, lengths)] == [run.catalogue.input_ids[row] for row in learnt]
     else:
         assert len(positives) <= len(items) <= len(positives) + 4
+
+
+def test_what_was_learnt_nowhere_is_refused_as_next(run):
+    cold = int(np.flatnonzero(run.catalogue.counts == 0)[0])
+    row = {**rows_of(run, 1)[0]}
+    row["next_items"] = [cold] * len(row["next_items"])
+    with pytest.raises(ValueError, match="an item without a training event"):
+        collator_of(run, negatives="catalogue")([row])
 
 
 def test_draws_depend_on_the_seed_and_the_rows_only(run):
