@@ -8,6 +8,7 @@ V = vocab_size.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -18,6 +19,10 @@ from .layout_m6rec import Layout, layout
 UNKNOWN = -100
 LOSSES = ("text", "click", "rating", "interaction", "retrieval")
 """The losses by name."""
+PRODUCTS_AT_ONCE = {"cpu": 1 << 20}
+"""Products of users and items that are held together, by kind of device: on a CPU what its cache takes,"""
+PRODUCTS_AT_ONCE_ELSEWHERE = 1 << 26
+"""elsewhere what bounds memory."""
 Weight = torch.Tensor | float | None
 """Of the labels of a whole optimizer step; None = of those at hand."""
 
@@ -172,8 +177,9 @@ def retrieval_loss(
         log_frequency: M log probabilities with which each item got among `items` (logQ correction); None = none.
         weight: Labels of the whole optimizer step.
     """
-    losses = retrieval_losses(users, items, labels, temperature, log_frequency)
-    return _mean(losses.sum(), len(labels) if weight is None else weight)
+    _check_rows(labels, items)
+    total = _ChunkedInfoNCE.apply(users, items, labels, temperature, log_frequency)
+    return _mean(total, len(labels) if weight is None else weight)
 
 
 def retrieval_losses(
@@ -183,13 +189,56 @@ def retrieval_losses(
     temperature: float,
     log_frequency: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """InfoNCE of each of the U users; see `retrieval_loss`."""
+    """InfoNCE of each of the U users; see `retrieval_loss`, which sums it without ever holding all U x M products."""
+    _check_rows(labels, items)
     logits = (users / temperature @ items.T).float()  # U x M numbers are divided nowhere
     if log_frequency is not None:
         logits = logits - log_frequency.float()
-    if len(labels) and int(labels.max()) >= len(items):
-        raise ValueError(f"retrieval_labels holds row {int(labels.max())}, but only {len(items)} items were given")
     return functional.cross_entropy(logits, labels, reduction="none")
+
+
+class _ChunkedInfoNCE(torch.autograd.Function):
+    """The sum of `retrieval_losses`, some users at a time; gradients are made with it, while products are at hand.
+
+    A catalogue's products with all users of a batch do not fit into a processor's cache, and autograd would keep them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        users: torch.Tensor,
+        items: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        log_frequency: torch.Tensor | None,
+    ) -> torch.Tensor:
+        learning = any(ctx.needs_input_grad)
+        kind = users.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else users.dtype
+        scaled, others = (users / temperature).to(dtype), items.to(dtype)
+        total = torch.zeros((), device=users.device)
+        of_users, of_items = torch.empty_like(users), torch.zeros_like(items)
+        rows = max(PRODUCTS_AT_ONCE.get(kind, PRODUCTS_AT_ONCE_ELSEWHERE) // max(len(items), 1), 1)
+        for start in range(0, len(users), rows):
+            part = slice(start, start + rows)
+            logits = (scaled[part] @ others.T).float()
+            if log_frequency is not None:
+                logits -= log_frequency.float()
+            wanted = labels[part, None]
+            norm = logits.logsumexp(1, keepdim=True)
+            total += (norm - logits.gather(1, wanted)).sum()
+            if learning:
+                slope = logits.sub_(norm).exp_().scatter_add_(1, wanted, logits.new_full(wanted.shape, -1.0)).to(dtype)
+                of_users[part] = slope @ others / temperature
+                of_items += slope.T @ scaled[part]
+        ctx.save_for_backward(of_users, of_items)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        of_users, of_items = ctx.saved_tensors
+        return slope * of_users, slope * of_items, None, None, None
 
 
 def rating_from_logits(logits: torch.Tensor, config: M6RecConfig) -> torch.Tensor:
@@ -228,6 +277,11 @@ def _rating_classes(ratings: torch.Tensor, config: M6RecConfig) -> tuple[torch.T
     values = torch.tensor(config.rating_values, device=ratings.device)
     distance, classes = (ratings.float()[:, None] - values).abs().min(1)
     return classes, distance
+
+
+def _check_rows(labels: torch.Tensor, items: torch.Tensor) -> None:
+    if len(labels) and int(labels.max()) >= len(items):
+        raise ValueError(f"retrieval_labels holds row {int(labels.max())}, but only {len(items)} items were given")
 
 
 def _check_classes(labels: torch.Tensor, classes: int, name: str) -> None:

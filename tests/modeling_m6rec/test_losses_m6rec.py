@@ -3,8 +3,18 @@
 import pytest
 import torch
 
+from m6rec import losses_m6rec
 from m6rec.layout_m6rec import layout
-from m6rec.losses_m6rec import LOSSES, click_loss, interaction_loss, label_weights, rating_loss, text_targets
+from m6rec.losses_m6rec import (
+    LOSSES,
+    click_loss,
+    interaction_loss,
+    label_weights,
+    rating_loss,
+    retrieval_loss,
+    retrieval_losses,
+    text_targets,
+)
 from tests.modeling_m6rec.test_training import training_batch
 from tests.modeling_m6rec.tiny import SMALL, build, close, config_of_ids, name, pad
 
@@ -99,3 +109,34 @@ def test_only_losses_are_the_losses_and_nothing_else(settings):
     assert {loss: value.item() for loss, value in only.losses.items()} == {
         loss: pytest.approx(value.item(), rel=1e-5) for loss, value in whole.losses.items()
     }
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 10**6])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_retrieval_loss_of_some_users_at_a_time_is_that_of_all(monkeypatch, at_once, corrected, bf16):
+    monkeypatch.setattr(losses_m6rec, "PRODUCTS_AT_ONCE", {"cpu": at_once})
+    torch.manual_seed(0)
+    labels, logs = torch.randint(13, (11,)), torch.randn(13) if corrected else None
+    users, items = (torch.nn.functional.normalize(torch.randn(n, 7), dim=-1) for n in (11, 13))
+    found = []
+    for loss in (retrieval_loss, lambda *given: retrieval_losses(*given).sum() / 5):
+        own = users.clone().requires_grad_(), items.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            weight = (5,) if loss is retrieval_loss else ()
+            value = loss(*own, labels, 0.07, logs, *weight)
+        (3 * value).backward()
+        found.append((value.detach(), *(each.grad for each in own)))
+    tolerance = {"rtol": 0.02, "atol": 0.08} if bf16 else {}
+    for fast, slow in zip(*found):
+        assert fast.dtype == slow.dtype == torch.float32
+        torch.testing.assert_close(fast, slow, **tolerance)
+
+
+def test_the_retrieval_loss_of_no_users_is_zero_and_of_unknown_items_refused():
+    users, items = torch.zeros(0, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
+    loss = retrieval_loss(users, items, torch.zeros(0, dtype=torch.long), 0.07)
+    loss.backward()
+    assert loss == 0 and not items.grad.any()
+    with pytest.raises(ValueError, match="row 3, but only 3 items"):
+        retrieval_loss(torch.randn(1, 7), items, torch.tensor([3]), 0.07)
