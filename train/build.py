@@ -23,7 +23,7 @@ from .data import Log, read_log
 from .examples import RequestWriter, item_likes
 from .recipe import Recipe
 from .sections import ModelArguments
-from .splits import Split, by_time, given, leave_one_out
+from .splits import Split, by_time, given, hold_items_out, leave_one_out
 from .tuning import save_model
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,16 @@ def item_texts(log: Log) -> list[str]:
 
 def make_split(recipe: Recipe, log: Log) -> Split:
     """Hold out the events that the recipe's evaluation asks for."""
-    arguments = recipe.evaluation
+    arguments, seed = recipe.evaluation, recipe.data.seed
     if arguments.split == "leave-one-out":
-        return leave_one_out(log.interactions, recipe.data.seed)
-    if arguments.split == "given":
-        return given(log.interactions, recipe.data.seed)
-    return by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, recipe.data.seed)
+        split = leave_one_out(log.interactions, seed)
+    elif arguments.split == "given":
+        split = given(log.interactions, seed)
+    else:
+        split = by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, seed)
+    if not arguments.cold_fraction:
+        return split
+    return hold_items_out(split, arguments.cold_fraction, seed, arguments.cold_pretend)
 
 
 def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:

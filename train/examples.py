@@ -13,6 +13,7 @@ from ..tokenization import M6RecProcessor
 from .data import Log
 from .sections import TaskArguments
 from .splits import histories
+from .statistics import ITEM_LIKES, ItemLikes
 
 UNKNOWN = -100
 SCORED = ("click", "rating", "interaction")
@@ -25,10 +26,14 @@ class RequestWriter:
 
     Args:
         log: Where items and users are described.
+
+    Attributes:
+        statistics: What is told of candidates beside their text, if anything.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
+        self.statistics: ItemLikes | None = None
         self.item_ids = list(log.items.index)
         self.rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self.items = [{**log.item_fields(item_id), "item_id": item_id} for item_id in self.item_ids]
@@ -37,6 +42,19 @@ class RequestWriter:
     def item(self, item_id: str) -> dict[str, str]:
         """Return the fields of an item, its id among them."""
         return self.items[self.rows[item_id]]
+
+    def candidates(self, rows: Sequence[int] | np.ndarray, learner: str | None = None) -> list[dict[str, Any]]:
+        """Return items of the catalogue as candidates, with their statistics.
+
+        Args:
+            rows: Where they stand in the catalogue.
+            learner: Whose training labels are learnt with them; None: nobody's.
+        """
+        items: list[dict[str, Any]] = [self.items[row] for row in rows]
+        if self.statistics is None:
+            return items
+        shares = self.statistics.of(np.asarray(rows, dtype=int), learner)
+        return [{**item, "stats": {ITEM_LIKES: share}} for item, share in zip(items, shares)]
 
     def user(self, user_id: str) -> dict[str, str]:
         """Return the fields of a user; empty where nothing is known."""
@@ -252,7 +270,7 @@ class ScoringRows(Dataset):
             user_id, window, asked = self._windows[index]
             rows, own = self.candidates.of(asked, self.epoch)
             history = self._events[user_id][window.start : window.cut]
-            requests.append(self.writer.request(user_id, history, [self.writer.items[row] for row in rows]))
+            requests.append(self.writer.request(user_id, history, self.writer.candidates(rows, user_id)))
             labels.append({f"{name}_labels": values.tolist() for name, values in own.items()})
         readings = read_requests(self.processor, requests, self.names[0], "Reading training rows of candidates")
         return [{**row, **own} for row, own in zip(readings, labels)]
@@ -346,6 +364,24 @@ def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) 
     return np.where(np.isnan(values), UNKNOWN, values)
 
 
+def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArguments, seed: int) -> ItemLikes:
+    """Count the likes of each item in training events.
+
+    Raises:
+        ValueError: If the log has no labels, or no refusals.
+    """
+    if task.negatives_per_event:
+        raise ValueError(
+            f"text.statistics 'item_likes' counts likes and dislikes, but with task.negatives_per_event="
+            f"{task.negatives_per_event} the log holds no dislikes: leave one of them out"
+        )
+    labels = target_labels(frame, "click", task)
+    known = labels != UNKNOWN
+    rows = np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int)
+    users = frame["user_id"].to_numpy(dtype=object)
+    return ItemLikes(users[known], rows[known], labels[known], len(writer.items), seed)
+
+
 def _refuse_equal(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
     """Raise if all known labels of a task, or of one of its interactions, are equal: there is nothing to learn."""
     named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
@@ -372,6 +408,7 @@ __all__ = [
     "RequestWriter",
     "ScoringRows",
     "Window",
+    "item_likes",
     "read_requests",
     "retrieval_rows",
     "target_labels",

@@ -16,7 +16,7 @@ import pandas
 
 from ..tokenization import M6RecProcessor
 from ..tokenization.reading_m6rec import Reading
-from .build import item_texts, make_processor, make_split
+from .build import item_texts, make_processor, make_split, make_writer
 from .corpus import AnySource, StreamedSource, vocabulary_texts
 from .data import Log, read_log, repeated_rows
 from .examples import SCORED, Candidates, Negatives, RequestWriter, windows
@@ -50,7 +50,7 @@ def prepare_report(recipe: Recipe) -> dict[str, Any]:
         split = make_split(recipe, log)
         report |= {"events": _events(log), "items": _items(log), "users": _users(log), "dropped": log.dropped}
         report |= {"split": _split(split, recipe), "warnings": _warnings(log, split)}
-        writer = RequestWriter(log)
+        writer = make_writer(recipe, log, split)
         processor = _processor(recipe, log, writer, raw)
         report["requests"] = _requests(recipe, split, writer, processor, report["warnings"])
     else:
@@ -296,7 +296,7 @@ class _Sampler:
             if candidates.known[own[last.cut : last.stop]].any():
                 rows, _ = candidates.of(own[last.cut : last.stop])
                 history = self._events(own[last.start : last.cut])
-                requests.append(writer.request(user, history, [writer.items[row] for row in rows]))
+                requests.append(writer.request(user, history, writer.candidates(rows, user)))
         return requests
 
     def written(self, name: str) -> list[dict[str, Any]]:

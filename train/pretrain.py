@@ -38,6 +38,7 @@ from .corpus import (
 )
 from .data import Log, read_log
 from .packing import PackingCollator
+from .pretend import PretendUsers
 from .recipe import Recipe, write_json
 from .sections import PretrainingArguments
 from .trainer import M6RecTrainer
@@ -50,22 +51,24 @@ class RowMaker:
     Args:
         processor: Words and encodes.
         length: Tokens of a plain document or an infilling row, at most.
+        pretend: Makes up users, for `likes`.
     """
 
-    def __init__(self, processor: M6RecProcessor, length: int) -> None:
-        self.processor, self.length = processor, length
+    def __init__(self, processor: M6RecProcessor, length: int, pretend: PretendUsers | None = None) -> None:
+        self.processor, self.length, self.pretend = processor, length, pretend
         self.ids = processor.tokenizer.structural_ids
         special = {index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
         self.ordinary = [index for index in range(self.ids["vocab_size"]) if index not in special]
 
     def __call__(self, objective: str, document: Document, rng: np.random.Generator) -> dict[str, Any]:
-        """Return `input_ids` and `labels`, and `item_ids` where a history has item memory."""
+        """Return `input_ids` and `labels` or `click_labels`, and `item_ids` where a history has item memory."""
         make = {
             "text": self._text,
             "infilling": self._infilling,
             "masked": self._masked,
             "item": self._item,
             "behaviour": self._behaviour,
+            "likes": self._likes,
         }[objective]
         return make(document, rng)
 
@@ -103,6 +106,14 @@ class RowMaker:
         row = {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
         return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
 
+    def _likes(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """A user who is made up likes the item, and others beside it, or not."""
+        assert self.pretend is not None
+        request, labels = self.pretend.draw(self.pretend.writer.rows[document["item"]["item_id"]], rng)
+        reading = self.processor.read(request, "click")
+        row = {"input_ids": reading.input_ids, "click_labels": labels}
+        return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+
 
 class Share(NamedTuple):
     """How much of the training an objective has of a source."""
@@ -131,7 +142,7 @@ def mix(sources: Sequence[AnySource], arguments: PretrainingArguments) -> list[S
         if weights and objective in ("text", "infilling", "masked"):
             mass = [weights.get(source.name, 0) if len(source) else 0 for source in own]
         if not sum(mass):
-            needed = {"item": "items", "behaviour": "training events"}.get(objective, "texts")
+            needed = {"item": "items", "likes": "items", "behaviour": "training events"}.get(objective, "texts")
             raise ValueError(
                 f"pretraining.objectives {objective!r} has no {needed} to learn from: name them (data, "
                 "pretraining.texts), hold fewer out, or give it the weight 0"
@@ -143,7 +154,7 @@ def mix(sources: Sequence[AnySource], arguments: PretrainingArguments) -> list[S
 def _teaches(source: AnySource, objective: str) -> bool:
     if objective == "behaviour":
         return source.name == HISTORIES
-    return source.name == ITEMS if objective == "item" else source.name != HISTORIES
+    return source.name == ITEMS if objective in ("item", "likes") else source.name != HISTORIES
 
 
 class MixedRows(Dataset):
@@ -224,16 +235,16 @@ def perplexity(
     bf16: bool = False,
     rows_at_once: int = 8,
 ) -> float:
-    """Return exp of the mean negative log-likelihood of a labelled token."""
+    """Return exp of the mean negative log-likelihood of a labelled token, or of a like."""
     model.eval()
     total, labelled = 0.0, 0
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(rows), rows_at_once):
         batch = {name: value.to(model.device) for name, value in collator(rows[start : start + rows_at_once]).items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            loss = model(**batch, num_items_in_batch=1, return_logits=False).loss
+            loss = model(**batch, num_items_in_batch={"text": 1, "click": 1}, return_logits=False).loss
         total += float(loss)
-        labelled += int((batch["labels"] != UNKNOWN).sum())
+        labelled += sum(int((batch[name] != UNKNOWN).sum()) for name in ("labels", "click_labels") if name in batch)
     return math.exp(total / labelled)
 
 
@@ -307,7 +318,11 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     check(run.recipe, config)
     shares = mix(all_sources(run, raw_sources(arguments) if raw is None else raw), arguments)
     longest = config.max_position_embeddings if config.position_embedding_type == "learned" else math.inf
-    make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)))
+    wanted = {share.objective for share in shares}
+    pretend = None
+    if "likes" in wanted:
+        pretend = PretendUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
+    make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), pretend)
     settings = run.recipe.training_arguments(
         use_cpu=on_cpu(), bf16=use_bf16(), accelerator_config={"dispatch_batches": False}
     )
@@ -336,7 +351,9 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     plain_forward(run.model)
     after = measure()
     run.model.eval()
-    run.model.config.trained_tasks = sorted({*(config.trained_tasks or []), "writing", "plausibility"})
+    learnt = {"writing", "plausibility"} if wanted - {"likes"} else set()
+    learnt |= {"click"} if pretend else set()
+    run.model.config.trained_tasks = sorted({*(config.trained_tasks or []), *learnt})
     return {objective: {"before": before[objective], "after": after[objective]} for objective in valid}
 
 

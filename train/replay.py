@@ -14,10 +14,10 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import AutoProcessor
 
-from .build import Run, catalogue_rows, make_split
+from .build import Run, catalogue_rows, make_split, make_writer
 from .collator import M6RecDataCollator
 from .data import read_log
-from .examples import SCORED, RequestWriter, ScoringRows, retrieval_rows
+from .examples import SCORED, ScoringRows, retrieval_rows
 from .recipe import load_recipe
 from .writing import writing_examples
 
@@ -119,7 +119,8 @@ def _earlier_run(run: Run, folder: str) -> Run:
     if "retrieval" in recipe.task.learn:
         logger.warning("%s: retrieval is measured but not replayed: its catalogue is not that of this run", folder)
     log = read_log(recipe.data)
-    writer, split = RequestWriter(log), make_split(recipe, log)
+    split = make_split(recipe, log)
+    writer = make_writer(recipe, log, split)
     if run.processor.item_rows is not None and processor.item_rows is not None:
         both = [item_id for item_id in writer.rows if item_id in run.writer.rows]
         if taken := [item_id for item_id in both if writer.item(item_id) != run.writer.item(item_id)]:

@@ -9,8 +9,9 @@ from ..configuration_m6rec import M6RecConfig
 from ..tokenization import load_template
 
 LEARNT = ("retrieval", "click", "rating", "interaction", "writing")
-OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour")
+OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour", "likes")
 WRITTEN = ("explanation", "query", "conversation", "item_text")
+STATISTICS = ("item_likes",)
 Negatives = Literal["batch", "sampled", "catalogue"]
 SplitName = Literal["leave-one-out", "time", "given"]
 Method = Literal["full", "lora", "adalora", "ia3", "adapter", "prefix", "prompt", "option", "option-adapter"]
@@ -31,6 +32,13 @@ class TextArguments:
     """Events of a history, at most."""
     vocab_size: int = 8000
     """Tokens of a tokenizer that is trained on the items' texts."""
+    statistics: list[str] = field(default_factory=list)
+    """What is told of a candidate beside its text, counted in the training events: `item_likes` (how many in a hundred
+    of its labels are 1). Where a candidate is learnt, the user's own labels are not in it."""
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.statistics if name not in STATISTICS]:
+            raise ValueError(f"text.statistics: unknown {', '.join(unknown)}; expected some of {', '.join(STATISTICS)}")
 
     def template(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
         """Load the template that is named; a given one, a checkpoint's, stays as it is unless another is named."""
@@ -119,7 +127,8 @@ class TaskArguments:
     system_speakers: list[str] = field(default_factory=lambda: ["system", "assistant", "recommender"])
     """What the column speaker holds where the system speaks (any case); all others are the user."""
     negatives: Negatives = "catalogue"
-    """Against which items retrieval is learnt: those of the `batch`, a sample beside, or the whole catalogue."""
+    """Against which items retrieval is learnt: those of the `batch`, a sample beside, or the whole catalogue, of which
+    items without a training event are left out."""
     num_sampled: int = 512
     """Items drawn for each batch with sampled negatives."""
     gather_negatives: bool = True
@@ -182,7 +191,9 @@ class PretrainingArguments:
     """Objective -> its share of the rows, by weight. Of raw texts and the items' texts: `text` writes them on,
     `infilling` writes their masked spans (the paper's two), `masked` tells masked tokens (models that read documents
     in both directions). Of items: `item` writes an item's text from its segment (ours: with a segment summary, the
-    summary then has to hold the text). Of the training events: `behaviour` writes what a user did next."""
+    summary then has to hold the text). Of the training events: `behaviour` writes what a user did next. Of users who
+    are made up: `likes` tells which items they will like, from those they have liked; of the training events it reads
+    only how likes and dislikes are told. Where labels are few, the model then reads histories from the start."""
     texts: list[str] | dict[str, float] = field(default_factory=list)
     """Raw texts beside the items': a file with a text a line (.txt), or what `data` takes as a table, with the column
     behind a # where it is not called text, such as reviews.csv#review. A list: each text counts alike. With weights,
@@ -229,6 +240,12 @@ class EvaluationArguments:
     """Share of the events used for validation, with the split by time."""
     test_fraction: float = 0.1
     """Share of the events used for the test, with the split by time."""
+    cold_fraction: float = 0.0
+    """Share of the items whose every training event is left out, as if they had just come in: rankings tell of them
+    under `cold/`."""
+    cold_pretend: bool = False
+    """Hold out as many other items instead, and leave the events of the cold ones out altogether: to choose how cold
+    items are treated without having seen them."""
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Cut-offs of the ranking metrics."""
     exclude_seen: bool = True
@@ -244,6 +261,11 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):
             raise ValueError(f"evaluation.split is {self.split!r}; expected one of {', '.join(get_args(SplitName))}")
+        if not 0 <= self.cold_fraction < 0.5 or self.cold_pretend and not self.cold_fraction:
+            raise ValueError(
+                f"evaluation.cold_fraction is {self.cold_fraction}; expected a share of the items below 0.5, and "
+                "above 0 with evaluation.cold_pretend"
+            )
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"evaluation.ks is {self.ks}; expected cut-offs of 1 or more")
         if self.max_users is not None and self.max_users < 1:

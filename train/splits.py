@@ -139,6 +139,43 @@ def histories(frame: pandas.DataFrame) -> dict[str, numpy.ndarray]:
     return {str(user): numpy.asarray(positions) for user, positions in rows.items()}
 
 
+def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool = False) -> Split:
+    """Makes items cold: a draw of the items loses its every training event, as if they had just come in.
+
+    The validation and test parts stay as they are. A history holds training events, and in the test validation events
+    too: so no history names a cold item but where a user's own validation event was of one.
+
+    Whatever is to be chosen, such as how the scores of items that were never trained on compare with those of others,
+    is chosen on other items that pretend to be cold: as many again, whose validation events stand for the test events
+    of the cold ones. The events of the truly cold items are then in no part at all.
+
+    Args:
+        split: The parts.
+        fraction: Share of the items with events that is drawn.
+        seed: Of the draws.
+        pretend: Hold the second draw out, and leave the first out altogether.
+
+    Returns:
+        A split of fewer training events; `cold_items` names those of its held-out items that are cold.
+    """
+    if not 0 < fraction < 0.5:
+        raise ValueError(f"fraction is {fraction}; expected a share of the items above 0 and below 0.5")
+    parts = (split.train, split.valid, split.test)
+    items = sorted({str(item) for part in parts for item in part["item_id"].unique()})
+    drawn = numpy.random.default_rng(seed).permutation(len(items))
+    count = max(round(len(items) * fraction), 1)
+    cold, next_cold = ({items[place] for place in drawn[start : start + count]} for start in (0, count))
+    if pretend:
+        train, valid, test = (part[~part["item_id"].isin(cold)] for part in parts)
+        cold = next_cold
+    else:
+        train, valid, test = parts
+    train = train[~train["item_id"].isin(cold)]
+    if train.empty:
+        raise ValueError(f"no training events are left: the {count} items that are held out have all of them")
+    return Split(train, valid, test)
+
+
 def cold_items(split: Split) -> set[str]:
     """The items of the validation and test events that no training event has."""
     return (set(split.valid["item_id"]) | set(split.test["item_id"])) - set(split.train["item_id"])
@@ -172,4 +209,14 @@ def _start_of_last(moments: numpy.ndarray, count: int) -> float:
     return float(moments[-min(count, len(moments))]) if count and len(moments) else math.inf
 
 
-__all__ = ["PARTS", "Split", "by_time", "cold_items", "given", "histories", "leave_one_out", "order"]
+__all__ = [
+    "PARTS",
+    "Split",
+    "by_time",
+    "cold_items",
+    "given",
+    "histories",
+    "hold_items_out",
+    "leave_one_out",
+    "order",
+]

