@@ -28,8 +28,8 @@ import torch
 from _rivals import minilm_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-BUDGET_MINUTES = 60
-BATCH = 32
+BUDGET_MINUTES = 45
+BATCH = 16
 CELLS: dict[str, dict[str, Any]] = {
     "joint": {},
     "late_all": {"num_joint_layers": 2},
@@ -49,7 +49,6 @@ def recipe_of(options: argparse.Namespace, name: str, seed: int, output: Path) -
         "text": {"domain": "video", "max_events": 10, "max_length": 512},
         "model": {
             "backbone": str(minilm_folder()),
-            "attention": "eager",
             "config": {"embedding_dim": 128, **CELLS[name]},
         },
         "task": {"learn": ["retrieval" if name == "two_tower" else "click"], "targets": 4},
@@ -73,6 +72,7 @@ def recipe_of(options: argparse.Namespace, name: str, seed: int, output: Path) -
 
 def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train a cell's model and measure it."""
+    from m6rec import SegmentCache
     from m6rec.train.build import prepare
     from m6rec.train.evaluation import predictions, scoring_examples, scoring_report
     from m6rec.train.finetune import fit
@@ -96,7 +96,7 @@ def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
         if name == "two_tower":
             predicted = products(run, examples.rows)
         else:
-            predicted = predictions(run.model, examples, "click", run.collator)
+            predicted = predictions(run.model, examples, "click", run.collator, cache=SegmentCache())
     end = time.process_time()
     report = scoring_report(predicted, examples, "click")
     return {

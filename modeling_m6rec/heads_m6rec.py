@@ -92,9 +92,10 @@ def mean_log_likelihood(
     return (total / count).view(len(ids), slots)
 
 
-def head_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
-    """Say where `target_ends` and `user_places` may point to: B x T bool."""
-    return _ends_target(ids, lay, config) | _tells_user(ids, lay, config)
+def head_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, users: bool = True) -> torch.Tensor:
+    """Say where `target_ends` and, unless users are not read, `user_places` may point to: B x T bool."""
+    ends = _ends_target(ids, lay, config)
+    return ends | _tells_user(ids, lay, config) if users else ends
 
 
 def _ends_target(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:

@@ -25,14 +25,7 @@ from .configuration_m6rec import M6RecConfig
 from .heads_m6rec import Beside, item_places, mean_log_likelihood, target_ends, user_places
 from .layers_m6rec import M6RecWritingTransform, make_norm
 from .layout_m6rec import Layout, blank, layout, read
-from .losses_m6rec import (
-    UNKNOWN,
-    rating_from_logits,
-    retrieval_loss,
-    score_losses,
-    text_loss,
-    text_targets,
-)
+from .losses_m6rec import UNKNOWN, rating_from_logits, retrieval_loss, score_losses, text_loss, text_targets
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
 from .plans_m6rec import last_states
 from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters, digest_weights
@@ -120,6 +113,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
         return_plausibility: bool = False,
+        return_vectors: bool = True,
         exit_layer: int | None = None,
         plan: str | None = None,
         segment_cache: SegmentCache | None = None,
@@ -151,6 +145,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             logits_to_keep: Only the last so many tokens get logits (0 = all), or the given indices.
             return_logits: Compute `logits`; None = unless only other heads' labels were given.
             return_plausibility: Compute `plausibility`.
+            return_vectors: Compute `user_vectors` and `item_vectors`.
             exit_layer: Stop after so many joint layers; None = all.
             plan: How to run; see `plans_m6rec`.
             segment_cache: Segment states kept between calls, for plan "cached".
@@ -164,6 +159,12 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         step = step if isinstance(step, Mapping) else {"text": step}
         score_labels = {"click": click_labels, "rating": rating_labels, "interaction": interaction_labels}
         score_labels = {task: given for task, given in score_labels.items() if given is not None}
+        others = bool(score_labels) or retrieval_labels is not None
+        if return_logits is None or only_losses:
+            return_logits = not only_losses and (labels is not None or not others)
+        return_vectors = return_vectors and not only_losses
+        everything = return_logits or return_plausibility or labels is not None or retrieval_labels is not None
+        heads = None if everything else ["score"] + ["user"] * return_vectors
         out = self.model(
             input_ids,
             attention_mask,
@@ -178,7 +179,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             exits=self._exits(exit_layer, bool(score_labels), "decide" in kwargs),
             alone=() if item_input_ids is None else self._item_keys(item_input_ids, item_attention_mask),
             compact_output=True,
-            heads_only=return_logits is False and not return_plausibility and labels is None is retrieval_labels,
+            heads=heads,
             **kwargs,
         )
         ids = input_ids if layout_ids is None else layout_ids
@@ -198,15 +199,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             found["retrieval"] = contrast(users, *against, step.get("retrieval"))
         if only_losses:
             return M6RecOutput(loss=self._total(found), losses=found)
-        if return_logits is None:
-            return_logits = labels is not None or not found
-        users, item_vectors = self._vectors(out, chosen, beside, item_ids, hidden_events)
+        vectors = self._vectors(out, chosen, beside, item_ids, hidden_events) if return_vectors else (None, None)
         return M6RecOutput(
             loss=self._total(found),
             logits=self._logits(out, ids.shape[1], logits_to_keep) if return_logits else None,
             scores=exit_scores[-1],
-            user_vectors=users,
-            item_vectors=item_vectors,
+            user_vectors=vectors[0],
+            item_vectors=vectors[1],
             plausibility=mean_log_likelihood(states, chosen, lay, self) if return_plausibility else None,
             losses=found or None,
             past_key_values=out.past_key_values,
@@ -226,7 +225,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                 probabilities.
             **batch: What `forward` takes: `input_ids`, `attention_mask`, `plan`, `segment_cache`, ...
         """
-        return self.read_scores(self(**batch, return_logits=False).scores, task)
+        return self.read_scores(self(**batch, return_logits=False, return_vectors=False).scores, task)
 
     def read_scores(self, scores: torch.Tensor, task: str) -> torch.Tensor:
         """Turn B x N x S score logits into the answers of `score`."""
@@ -267,7 +266,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def plausibility(self, **batch: Any) -> torch.Tensor:
         """Return B x N mean log-likelihoods of each target's written text, its [EOS] counted (paper, zero-shot)."""
-        return self(**batch, return_logits=False, return_plausibility=True).plausibility
+        return self(**batch, return_logits=False, return_vectors=False, return_plausibility=True).plausibility
 
     def write_logits(self, states: torch.Tensor) -> torch.Tensor:
         """Turn ... x H joint states into ... x V logits of the next token."""

@@ -238,7 +238,7 @@ class M6RecModel(M6RecPreTrainedModel):
         decide: Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor] | None = None,
         alone: Sequence[SegmentKey] = (),
         compact_output: bool = False,
-        heads_only: bool = False,
+        heads: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Read rows.
@@ -261,8 +261,8 @@ class M6RecModel(M6RecPreTrainedModel):
             alone: Segments that stand in no row, (mode, ids) each, to be read as well.
             compact_output: Return states and layout of the kept tokens only (Q = the most of a row), where a plan
                 leaves tokens out; `kept` says which.
-            heads_only: The last joint layer is needed only where targets are scored and users are read; of other tokens
-                the last state then means nothing.
+            heads: What reads the last states: "score" does where targets are scored, "user" where users are read; of
+                other tokens they then mean nothing, and the last joint layer leaves these out. None = they all count.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -284,7 +284,7 @@ class M6RecModel(M6RecPreTrainedModel):
         hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
         item_ids = None if item_ids is None else _widen(item_ids, total)
         exits = sorted(set(exits or [self.config.num_joint_layers]))
-        asking = head_places(layout_ids, lay, self.config) if heads_only else None
+        asking = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
         rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone, asking)
         whole = not (use_cache or past_key_values is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)

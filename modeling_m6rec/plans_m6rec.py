@@ -41,6 +41,9 @@ PADDED_SEGMENTS = 1.1
 """The same of segments: these are many, and sorted by length, so that less is enough,"""
 SPARE_TOKENS = 64
 """or adds no more than so many tokens: a pass over the weights costs as much."""
+TOGETHER = 512
+"""Up to so many tokens, targets stand behind their source in one row of the joint layers: a second pass over weights
+would cost more than the attention between targets that is computed in vain."""
 Stop = Callable[[torch.Tensor, list[int]], torch.Tensor]
 """b x n x H states of kept tokens and the b rows they are of -> b bool: go no deeper."""
 Decide = Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor]
@@ -217,6 +220,25 @@ class _Walk:
         self.users: list[SharedKeys] = []
         """Of the layers ahead, where sources were read already."""
 
+    def _tokens(self, far: _Part) -> int:
+        return self.near.positions.numel() + far.positions.numel()
+
+    def _united(self, far: _Part) -> _Part:
+        """Put a row's targets behind its source, where they attend to it without further ado."""
+        near, (rows, slots, size) = self.near, far.positions.shape
+        start = near.positions.shape[1]
+        end = start + slots * size
+        bias = near.bias.new_full((rows, 1, end, end), torch.finfo(near.bias.dtype).min)
+        bias[:, :, :start, :start] = near.bias
+        bias[:, :, start:, :start].masked_fill_(self.seen[:, None, None], 0)
+        own = bias[:, 0, start:, start:].unflatten(1, (slots, size)).unflatten(3, (slots, size))
+        own.diagonal(dim1=1, dim2=3).copy_(far.bias[:, :, 0].permute(0, 2, 3, 1))
+
+        def both(field: str) -> torch.Tensor:
+            return torch.cat((getattr(near, field), getattr(far, field).flatten(1, 2)), 1)
+
+        return _Part(both("states"), both("positions"), bias, both("asking"))
+
     def _part(self, entered: Entered, picked: Picked, slots: int = 1) -> tuple[_Part, torch.Tensor]:
         """Take the picked tokens, each slot as a row of its own; also say which are seen."""
 
@@ -236,6 +258,9 @@ class _Walk:
         going = torch.arange(len(self.rows), device=self.near.states.device)
         left = torch.full_like(going, exits[-1])
         results: list[torch.Tensor] = []
+        ends_early = past is not None and stop is not None  # sources are then read deeper than targets
+        if self.far is not None and not ends_early and self._tokens(self.far) <= TOGETHER:
+            self.near, self.far = self._united(self.far), None
         for first, last in pairwise((0, *exits)):
             if not self.users:
                 ahead = self._read_sources(first, last, exits, past)
@@ -272,13 +297,15 @@ class _Walk:
         """Joint layers from `first` to the next exit, or to all if they are kept, over the sources.
 
         Returns:
-            Their states at each exit; what targets attend to is in `users`.
+            Their states at each exit; what targets attend to, or what is kept, is in `users`.
         """
-        model, cache = self.model, DynamicCache()
+        model, cache = self.model, None if self.far is None and past is None else DynamicCache()
         known = [] if past is None else past.shared(self.rows)
         ends = [last] if past is None else exits
         asking = self.near.asking if ends[-1] == exits[-1] else None
         read = model.joint_stage(*self.near[:3], ends, known or None, first, asking, past_key_values=cache)
+        if cache is None:
+            return iter(read)
         bias = None
         if not self.seen.all():
             lowest = torch.finfo(self.near.states.dtype).min

@@ -196,6 +196,7 @@ class Scorer:
         """Return N x I values of each row's targets, and the exit they were read at where `limits` decide it."""
         found: list[Any] = [None] * len(rows)
         options = {"return_plausibility": task == "plausibility", "exit_layer": exit_layer or self.exit_layer}
+        options["return_vectors"] = False
         decision = _Decision(self.model, task, limits) if any(limits) else None
         for part, out in self._read(rows, hidden, decision, options):
             values = out.plausibility if task == "plausibility" else self.model.read_scores(out.scores, task)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ from tests.modeling_m6rec.tiny import (
 
 everywhere = pytest.mark.parametrize("settings", ALL, ids=name)
 small = pytest.mark.parametrize("settings", SMALL, ids=name)
+TOGETHER = (0, plans_m6rec.TOGETHER)
+"""Targets behind their source, each as a row of its own, or all in one row with it."""
 causal = pytest.mark.parametrize("settings", [s for s in GRID if s["history_attention"] == "causal"], ids=name)
 
 
@@ -81,6 +84,11 @@ MODELS = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(params=TOGETHER)
+def together(request, monkeypatch):
+    monkeypatch.setattr(plans_m6rec, "TOGETHER", request.param)
+
+
 @example(max_examples=80, deadline=None)
 @given(MODELS, st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(0, 99))
 def test_plans_agree_whatever_the_model(fields, shapes, seed):
@@ -102,8 +110,10 @@ def test_plans_agree_whatever_the_model(fields, shapes, seed):
     with torch.no_grad():
         flat = model(**batch, plan="flat", return_plausibility=True)
         cache = SegmentCache()
-        for plan in (*PLANS[1:], "cached"):
-            out = model(**batch, plan=plan, segment_cache=cache if plan == "cached" else None, return_plausibility=True)
+        for plan, together in itertools.product((*PLANS[1:], "cached"), TOGETHER):
+            with mock.patch.object(plans_m6rec, "TOGETHER", together):
+                out = model(**batch, plan=plan, segment_cache=cache if plan == "cached" else None,
+                            return_plausibility=True)  # fmt: skip
             close(out.scores, flat.scores)
             close(out.plausibility, flat.plausibility)
             if not whole:
@@ -111,6 +121,7 @@ def test_plans_agree_whatever_the_model(fields, shapes, seed):
 
 
 @small
+@pytest.mark.usefixtures("together")
 def test_the_state_of_every_token_agrees(settings):
     """Also that of each target's [BOS], which no head reads, and which the first one stands for."""
     model, writer = build({**settings, "segment_summary": None}).model, Writer(3)
@@ -123,6 +134,7 @@ def test_the_state_of_every_token_agrees(settings):
 
 
 @small
+@pytest.mark.usefixtures("together")
 def test_many_candidates_in_chunks(settings):
     model, writer = build(settings), Writer(16)
     batch = pad([writer.source(2) + [token for _ in range(k) for token in writer.candidate()] for k in (27, 51)])
@@ -130,6 +142,7 @@ def test_many_candidates_in_chunks(settings):
 
 
 @small
+@pytest.mark.usefixtures("together")
 def test_rows_of_unlike_shapes_run_apart_and_in_their_order(settings):
     model, writer = build(settings), Writer(17)
     shapes = ((1, 1), (9, 1), (1, 20), (9, 20), (1, 1), (9, 2), (0, 0))
@@ -141,6 +154,28 @@ def test_rows_of_unlike_shapes_run_apart_and_in_their_order(settings):
             close(out.scores, flat.scores)
             if flat.user_vectors is not None:
                 close(out.user_vectors, flat.user_vectors)
+
+
+@small
+@pytest.mark.parametrize("plan", PLANS[1:])
+@pytest.mark.usefixtures("together")
+def test_scores_alone_cost_the_last_layer_their_own_tokens_only(settings, plan):
+    model, writer = build(settings), Writer(21)
+    row = torch.tensor([writer.source(3) + [token for _ in range(4) for token in writer.candidate()]])
+    sizes = []
+    handle = model.model.layers[-1].mlp.register_forward_hook(
+        lambda _, args, out: sizes.append(args[0][..., 0].numel())
+    )
+    with torch.no_grad():
+        everything = model(input_ids=row, plan=plan, segment_cache=SegmentCache())
+        sizes.clear()
+        found = model.score(input_ids=row, plan=plan, segment_cache=SegmentCache())
+    handle.remove()
+    close(found, model.read_scores(everything.scores, "click"))
+    if model.config.num_hidden_groups == model.config.num_hidden_layers:
+        assert sizes[-1] == 4 and sum(sizes) <= 4 + 1  # and one token that stands for a source of which none is asked
+    out = model(input_ids=row, plan=plan, segment_cache=SegmentCache(), return_logits=False, return_vectors=False)
+    assert out.user_vectors is None is out.item_vectors
 
 
 @everywhere
@@ -315,6 +350,7 @@ def test_cached_plan_keeps_given_written_and_plain_text_apart(settings):
 
 
 @everywhere
+@pytest.mark.usefixtures("together")
 def test_gradients_through_plans_equal_the_flat_ones(settings):
     model, writer = build(settings), Writer(15)
     batch = pad([writer.source(n) + writer.candidate() + writer.candidate() for n in (3, 1)])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec import RecommendationPipeline, SegmentCache, scoring_m6rec
+from m6rec import RecommendationPipeline, SegmentCache, plans_m6rec, scoring_m6rec
 from m6rec.scoring_m6rec import Scorer, confidence
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, build, processor
 
@@ -91,7 +91,8 @@ def test_each_text_of_a_batch_is_read_once():
     assert sum(rows for rows, _ in seen) == len(texts) + 4
 
 
-def test_requests_of_unlike_size_do_not_pad_each_other():
+def test_requests_of_unlike_size_do_not_pad_each_other(monkeypatch):
+    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
     model = build(num_joint_layers=2)
     short = {"user": "a man", "history": [], "candidates": ["tent"]}
     long = {"user": "a man", "history": WORDS * 5, "candidates": WORDS}
@@ -101,6 +102,9 @@ def test_requests_of_unlike_size_do_not_pad_each_other():
     assert (4, sizes[1]) in seen and (8, sizes[1]) not in seen and (4, sizes[0]) in seen
     seen, _ = count_tokens(model, -1, lambda: make(model)([short] * 4, batch_size=4))
     assert len(seen) == 2
+    monkeypatch.setattr(plans_m6rec, "TOGETHER", 512)
+    seen, _ = count_tokens(model, -1, lambda: make(model)([short] * 4, batch_size=4))
+    assert len(seen) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- early exit
@@ -158,7 +162,8 @@ def test_exits_differ_and_who_is_asked_along_changes_nothing(wide_model):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_layers_after_the_exit_are_not_run_and_none_twice(wide_model, keep):
+def test_layers_after_the_exit_are_not_run_and_none_twice(wide_model, keep, monkeypatch):
+    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
     requests = [{"user": word, "history": WORDS[:4], "candidates": [word, "tent"]} for word in WORDS]
     exits = [rows[0]["exit_layer"] for rows in make(wide_model)(requests, exit_confidence=0.75, batch_size=8)]
     layers = len(wide_model.model.layers)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import peft
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec import RecommendationPipeline, SegmentCache, user_states_m6rec
+from m6rec import RecommendationPipeline, SegmentCache, plans_m6rec, user_states_m6rec
 from m6rec.layout_m6rec import layout
 from m6rec.user_states_m6rec import UserStates
 from tests.modeling_m6rec import shop
@@ -83,14 +84,17 @@ def request(head, events, writer, candidates=2):
         max_size=5,
     ),
     st.sampled_from(["right", "left"]),
+    st.sampled_from([0, plans_m6rec.TOGETHER]),
 )
-def test_whatever_was_asked_before_the_numbers_are_those_of_reading_all(number, batches, side):
+def test_whatever_was_asked_before_the_numbers_are_those_of_reading_all(number, batches, side, together):
     model, users, cache = model_of(number), UserStates(), SegmentCache()
     people = [user(seed) for seed in (1, 2)]
     people.append((people[0][0], people[0][1][:3] + people[1][1][:4], people[1][2]))  # begins as another does
     for batch in batches:
         rows = [request(people[who][0], people[who][1][:events], people[who][2], k) for who, events, k in batch]
-        same(ask(model, rows, users, cache, side), ask(model, rows, side=side))
+        with mock.patch.object(plans_m6rec, "TOGETHER", together):
+            found = ask(model, rows, users, cache, side)
+        same(found, ask(model, rows, side=side))
 
 
 def run_tokens(model, call):
@@ -112,7 +116,8 @@ def run_tokens(model, call):
 
 
 @pytest.mark.parametrize("summary", (None, 1))
-def test_one_event_costs_its_own_tokens_and_the_end(summary):
+def test_one_event_costs_its_own_tokens_and_the_end(summary, monkeypatch):
+    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
     model, users, cache = build({"num_joint_layers": 2, "segment_summary": summary}), UserStates(), SegmentCache()
     head, events, writer = user(3)
     now = writer.segment(NOW)
