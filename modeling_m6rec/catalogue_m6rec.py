@@ -1,6 +1,6 @@
 """A catalogue: items with their vectors, searched exactly or by an index, and changed at will.
 
-Shapes: B users, N rows of vectors, M items of a call, D = embedding_dim.
+Shapes: B users, N rows of vectors, M items of a call, D = vector_width.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -77,7 +77,7 @@ class Catalogue:
         Raises:
             ValueError: An id is missing or there twice, or an item has no text.
         """
-        catalogue = cls(model.fingerprint(), model.config.embedding_dim)
+        catalogue = cls(model.fingerprint(), model.config.vector_width)
         found = catalogue._read(items)
         catalogue._replace(found, embed(list(found.values()), model, processor, batch_size, progress))
         return catalogue
@@ -155,7 +155,7 @@ class Catalogue:
     def encode(self, model: Model, processor: Any, batch_size: int = 256, progress: bool = True) -> None:
         """Embed all items again, after the model has changed. Arguments as of `from_dataset`."""
         vectors = embed(list(self._items.values()), model, processor, batch_size, progress)
-        self.fingerprint, self.dimension = model.fingerprint(), model.config.embedding_dim
+        self.fingerprint, self.dimension = model.fingerprint(), model.config.vector_width
         self._replace(self._items, vectors)
 
     def check(self, model: Model) -> None:
@@ -459,7 +459,7 @@ def embed(
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
     encoded = processor.encode_items(items)
     order = sorted(range(len(items)), key=lambda index: len(encoded[index]))
-    vectors = torch.empty(len(items), model.config.embedding_dim)
+    vectors = torch.empty(len(items), model.config.vector_width)
     starts = range(0, len(items), batch_size)
     with reading(model):
         for start in logging.tqdm(starts, desc="Embedding items", unit="batch", delay=2, disable=not progress):

@@ -140,6 +140,9 @@ class M6RecConfig(PreTrainedConfig):
     """Rows of the optional item memory; 0 = off."""
     item_memory_dropout: float = 0.3
     """Share of occurrences of an item whose memory is left out in training, so that its text alone still works."""
+    new_item_bonus: float = 0.0
+    """Added to the product of a user's and an item's vector where the item's memory has learnt nothing: an item that
+    never was anybody's next scores too low. To be chosen on validation events of items held out of training (ours)."""
     exit_layers: list[int] | None = None
     """Joint layers (counted from 1) after which scores are trained as well, for early exit; None = the last only."""
 
@@ -216,6 +219,20 @@ class M6RecConfig(PreTrainedConfig):
     def num_segment_layers(self) -> int:
         """Layers that read every segment alone."""
         return self.num_hidden_layers - self.num_joint_layers
+
+    @property
+    def vector_width(self) -> int:
+        """Width of user and item vectors: `embedding_dim`, and one place more for `new_item_bonus`."""
+        return self.embedding_dim + bool(self.new_item_bonus)
+
+    @property
+    def vector_settings(self) -> dict[str, Any]:
+        """Settings that change item vectors without changing a weight."""
+        names = ("hidden_act", "norm_type", "norm_position", "norm_eps", "num_attention_heads", "num_joint_layers")
+        names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
+        since = {"segment_pooling": "last", "new_item_bonus": 0.0}  # version 0.1 was without: its catalogues stay valid
+        names += tuple(name for name, without in since.items() if getattr(self, name) != without)
+        return {name: getattr(self, name) for name in names}
 
     @property
     def score_slices(self) -> dict[str, slice]:
@@ -327,6 +344,10 @@ class M6RecConfig(PreTrainedConfig):
                 else False,
                 f"score_head='option' needs one option token for each of {len(values)} ratings, the interactions and 2 "
                 f"click classes, but num_options={self.num_options}",
+            ),
+            (
+                self.new_item_bonus != 0 and self.num_item_memory == 0,
+                f"new_item_bonus={self.new_item_bonus} needs item memory, which tells new items from others",
             ),
             (not 0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} is not in [0, 1)"),
             (self.embedding_temperature <= 0, f"embedding_temperature={self.embedding_temperature} must be positive"),

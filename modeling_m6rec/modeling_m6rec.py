@@ -1,7 +1,7 @@
 """M6Rec for recommendation: one network, four heads (score, embed, plausibility, write).
 
 Shapes: B rows, T tokens so far, Q queries (the last Q of the T), N targets of a row, S = config.num_labels outputs of
-the score head, E places of a row where a user is read, M items, H = hidden_size, V = vocab_size, D = embedding_dim.
+the score head, E places of a row where a user is read, M items, H = hidden_size, V = vocab_size, D = vector_width.
 """
 
 import hashlib
@@ -253,7 +253,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         self._require_segment_layers()
         if states is None:
             states = self.item_states(input_ids, attention_mask, segment_cache)
-        return self._project(self.item_projection, self.item_norm(self.model.remember(states, memory_ids)))
+        return self._item_vectors(self.model.remember(states, memory_ids), memory_ids)
 
     def item_states(
         self,
@@ -355,12 +355,20 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         states = self.model.remember(read(out.segment_states[:, -beside.tokens :], items), memory)
         user_states = read(out.last_hidden_state[:, -beside.tokens :], users)
         return (
-            blank(self._project(self.user_projection, user_states), users),
-            blank(self._project(self.item_projection, self.item_norm(states)), items),
+            blank(self._user_vectors(user_states), users),
+            blank(self._item_vectors(states, memory), items),
         )
 
-    def _project(self, projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        return functional.normalize(projection(states).float(), dim=-1)
+    def _user_vectors(self, states: torch.Tensor) -> torch.Tensor:
+        vectors = functional.normalize(self.user_projection(states).float(), dim=-1)
+        return functional.pad(vectors, (0, 1), value=1.0) if self.config.new_item_bonus else vectors
+
+    def _item_vectors(self, states: torch.Tensor, memory_ids: torch.Tensor | None) -> torch.Tensor:
+        vectors = functional.normalize(self.item_projection(self.item_norm(states)).float(), dim=-1)
+        if not self.config.new_item_bonus:
+            return vectors
+        new = vectors.new_ones(states.shape[:-1]) if memory_ids is None else self.model.is_new(memory_ids)
+        return torch.cat((vectors, self.config.new_item_bonus * new[..., None]), -1)
 
     def _require_segment_layers(self) -> None:
         if not self.config.num_segment_layers:
@@ -408,7 +416,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                     "with bidirectional history a user vector before the last event has seen the answer: label the "
                     "last event only, or set history_attention='causal'"
                 )
-        return self._project(self.user_projection, states[known])
+        return self._user_vectors(states[known])
 
     def _total(self, found: dict[str, torch.Tensor]) -> torch.Tensor | None:
         weights = self.config.loss_weights or {}
@@ -434,18 +442,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def fingerprint(self) -> str:
         """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
         parts = [*self.model.segment_modules(), self.item_norm, self.item_projection]
-        settings, adapters = sorted(self._vector_settings().items()), active_adapters(parts)
+        settings, adapters = sorted(self.config.vector_settings.items()), active_adapters(parts)
         # Without adapters as in version 0.1, whose catalogues stay valid.
         digest = hashlib.sha256(repr((settings, adapters) if adapters else settings).encode())
         digest_weights(digest, [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])])
         return digest.hexdigest()
-
-    def _vector_settings(self) -> dict[str, Any]:
-        """Settings that change item vectors without changing a weight."""
-        names = ("hidden_act", "norm_type", "norm_position", "norm_eps", "num_attention_heads", "num_joint_layers")
-        names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
-        pooled = ("segment_pooling",) if self.config.segment_pooling != "last" else ()  # as in 0.1, which had none
-        return {name: getattr(self.config, name) for name in (*names, *pooled)}
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, revision: str = "main", **kwargs: Any) -> Any:

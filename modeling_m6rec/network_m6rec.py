@@ -179,6 +179,10 @@ class M6RecModel(M6RecPreTrainedModel):
             item_ids = item_ids * kept
         return states + self.item_memory(item_ids)
 
+    def is_new(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """Say of ... rows of item memory whether nothing has been learnt there; row 0 is nobody's."""
+        return (self.item_memory.weight == 0).all(-1)[item_ids]
+
     def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
         event = lay.event.clamp_max(self.config.max_events)

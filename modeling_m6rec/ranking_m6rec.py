@@ -1,6 +1,6 @@
 """From requests to ranked items: which items are ranked, by what, and why each stands where it stands.
 
-Shapes: E events of a request, N items of an answer, I values of a score (1, or one an interaction), D = embedding_dim.
+Shapes: E events of a request, N items of an answer, I values of a score (1, or one an interaction), D = vector_width.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Requests as rows of ids, and what a model says of them: scores of targets, users, and what each event adds.
 
 Shapes: B rows, T tokens, N targets of a request, E events of a request, I values of a score (1, or one an interaction),
-D = embedding_dim.
+D = vector_width.
 """
 
 import math

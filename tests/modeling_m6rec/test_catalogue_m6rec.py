@@ -1,5 +1,6 @@
 """The catalogue finds what a slow twin finds, changes at will, and what it keeps is whole or refused."""
 
+import copy
 import datetime
 import importlib
 import json
@@ -64,6 +65,18 @@ def test_vectors_are_those_of_each_item_alone(batch_size):
 def test_item_memory_is_part_of_the_vector():
     text_alone = MODEL.embed_items(torch.tensor(PROCESSOR.encode_items([ITEMS[3]])))[0]
     assert (make().vectors(["i3"])[0] - text_alone).abs().max() > 0.1
+
+
+def test_new_items_are_found_by_their_bonus():
+    model = copy.deepcopy(MODEL)
+    model.config.new_item_bonus = 3.0
+    catalogue = Catalogue.from_dataset(ITEMS, model, PROCESSOR)
+    assert PROCESSOR.item_row({"item_id": "new", "item": "yoga mat"}) == 0
+    catalogue.add([{"item_id": "new", "item": "yoga mat"}], model, PROCESSOR)
+    new = {"new", *(item["item_id"] for item in ITEMS if item["item_id"] not in ROWS)}
+    for own in catalogue.search(torch.nn.functional.pad(users(), (0, 1), value=1.0), len(catalogue)):
+        assert {name for name, _ in own[: len(new)]} == new
+        assert own[len(new) - 1][1] - own[len(new)][1] > 1, "three more than a cosine, which is 2 at most apart"
 
 
 def test_any_table_will_do():

@@ -178,6 +178,28 @@ def test_item_memory_moves_the_item_and_only_from_the_joint_layers_on():
     assert torch.equal(first, second)
 
 
+def test_new_items_have_a_bonus_in_every_product_and_others_have_none():
+    model, writer = build({"num_joint_layers": 2}), Writer(11)
+    ids = torch.tensor([writer.source(3) + writer.candidate()])
+    memory, states = item_rows(ids), torch.randn(4, model.config.hidden_size)
+    rows = torch.tensor([0, 2, 5, 9])
+    with torch.no_grad():
+        model.model.item_memory.weight[5] = 0.0  # of an item that training never met
+        before, items = model.embed(input_ids=ids, item_ids=memory), model.embed_items(states=states, memory_ids=rows)
+        digest = model.fingerprint()
+        model.config.new_item_bonus = 0.25
+        after, others = model.embed(input_ids=ids, item_ids=memory), model.embed_items(states=states, memory_ids=rows)
+        texts = model.embed_items(states=states)
+    assert model.fingerprint() != digest
+    width = model.config.embedding_dim + 1
+    assert after.user_vectors.shape[-1] == after.item_vectors.shape[-1] == others.shape[-1] == width
+    user, own = before.user_vectors[0, -1], after.user_vectors[0, -1]
+    close(others @ own, items @ user + 0.25 * torch.tensor([1, 0, 1, 0]))
+    close(texts[:, -1], torch.full((4,), 0.25))
+    with pytest.raises(Exception, match=r"new_item_bonus=1\.0 needs item memory"):
+        M6RecConfig.preset("tiny", new_item_bonus=1.0)
+
+
 def test_resize_item_memory_keeps_rows_and_new_rows_say_nothing():
     model, writer = build({"num_joint_layers": 2}), Writer(11)
     ids = torch.tensor([writer.source(2)])

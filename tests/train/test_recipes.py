@@ -6,6 +6,7 @@ import numpy
 import pytest
 
 from m6rec.train.cli import main
+from tests.modeling_m6rec.conversion.backbones import publish, tiny
 from tests.train.test_lastfm import write_lastfm
 
 QUICK = [
@@ -74,3 +75,27 @@ def test_a_vertical_runs_its_four_steps(name, write, task, tmp_path, capsys):
     assert " 1  " in said  # what was recommended in the end
     report = json.loads((last / "metrics.json").read_text())
     assert all("m6rec" in rows for rows in report.values()) and (first / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("name", "write"), [("movielens", films), ("beauty", cosmetics)])
+def test_a_published_recipe_reads_texts_with_a_backbone_and_histories_with_new_layers(name, write, tmp_path):
+    data, backbone, out = tmp_path / "data", tmp_path / "backbone", tmp_path / "out"
+    data.mkdir()
+    write(data)
+    layers = tiny("bert").config.num_hidden_layers
+    publish(backbone, "bert", tiny("bert", "BertModel"))
+    changed = {
+        "data.directory": data,
+        "model.backbone": backbone,
+        "model.config.num_hidden_layers": layers + 2,
+        "text.max_events": 4,
+        "text.max_length": 256,
+        "training.output_dir": out,
+        "training.max_steps": 2,
+        "training.disable_tqdm": "true",
+    }
+    assert main(["finetune", name, *(f"{key}={value}" for key, value in changed.items())]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["segment_pooling"] == "mean" and config["num_joint_layers"] == 2
+    assert config["num_hidden_layers"] == layers + 2 and config["num_item_memory"] > 0
+    assert "m6rec" in json.loads((out / "metrics.json").read_text())["retrieval"]

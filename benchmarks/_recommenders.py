@@ -1,0 +1,169 @@
+"""The models and data sets of `quality.py`: each takes (data folder, its own folder, seed) and returns its rows.
+
+Ours are recipes of the package: MiniLM reads texts, frozen, each once, its tokens' mean standing for
+the text; new joint layers read the history. `ids` says whether items have a memory of their own, `text` whether their
+texts are read: without them the model is SASRec with the full softmax.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _rivals import minilm_folder
+
+Rows = list[dict[str, Any]]
+Model = Callable[[Path, Path, int], Rows]
+
+READERS = {"beauty": "amazon-beauty", "ml-100k": "ml-100k"}
+"""Reader (also the name of the folder) of each data set."""
+RECIPES = {"beauty": "beauty", "ml-100k": "movielens"}
+"""Of the package: the first of each data set's models."""
+COLD = 0.1
+"""Share of the items that are held out of training where cold items are measured."""
+RIVALS = ("popularity", "similar_text", "sentence_transformers", "item_knn", "ease")
+"""Of `_ranking_rivals.py`."""
+BONUS = 0.0
+"""Of new items: `model.config.new_item_bonus`."""
+IDS = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "gated_mlp": False,
+    "hidden_act": "gelu",
+    "num_hidden_layers": 3,
+    "num_joint_layers": 2,
+    "num_attention_heads": 2,
+    "segment_summary": 1,
+    "embedding_dim": 64,
+    "hidden_dropout": 0.3,
+    "item_memory_dropout": 0.0,
+}
+"""SASRec: two layers that read item vectors; of texts there is one, the same for all."""
+SASREC: dict[str, dict[str, Any]] = {
+    "beauty": {"num_train_epochs": 12, "per_device_train_batch_size": 64, "learning_rate": 2e-3},
+    "ml-100k": {"num_train_epochs": 40, "per_device_train_batch_size": 64, "learning_rate": 1e-3},
+}
+
+
+def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool) -> dict[str, Any]:
+    """What one of our models changes in the data set's recipe."""
+    found: dict[str, Any] = {
+        "data.directory": str(data / READERS[name]),
+        "data.seed": seed,
+        "training.seed": seed,
+        "training.output_dir": str(folder / "model"),
+        "training.disable_tqdm": True,
+        "model.backbone": str(minilm_folder()),
+        "model.item_memory": ids,
+    }
+    if not text:
+        found |= {"model.backbone": None, "model.preset": "tiny", "model.config": IDS}
+        found |= {"text.max_length": 600, "text.vocab_size": 400}
+        found |= {f"training.{key}": value for key, value in SASREC[name].items()}
+    return found
+
+
+def ranking_rows(scores: np.ndarray, examples: Any, counts: np.ndarray, seed: int, **more: Any) -> Rows:
+    """Measure U x M scores with seen items out and in, on all, warm and cold items."""
+    from m6rec.train.evaluation import ranking_intervals, ranking_scores_report
+    from m6rec.train.sections import EvaluationArguments
+
+    rows = []
+    for seen in ("out", "in"):
+        arguments = EvaluationArguments(ks=[10], exclude_seen=seen == "out")
+        report = ranking_scores_report(scores, examples, counts, arguments)
+        interval = ranking_intervals(scores, examples, arguments, seed)
+        for subset, prefix in (("all", ""), ("warm", "warm/"), ("cold", "cold/")):
+            if f"{prefix}recall@10" not in report or not report[f"{prefix}examples"]:
+                continue
+            own = {name: report[f"{prefix}{name}"] for name in ("recall@10", "ndcg@10", "examples")}
+            rows.append({"seen": seen, "subset": subset, **own, **more})
+            if subset == "all":
+                rows[-1]["interval"] = {name: interval[name] for name in ("recall@10", "ndcg@10")}
+    return rows
+
+
+def prepared(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, cold: float = 0.0) -> Any:
+    """Read a data set and make one of our models for it."""
+    from m6rec.train.build import prepare
+    from m6rec.train.data import read_log
+    from m6rec.train.recipe import load_recipe
+
+    changed = changes(name, data, folder, seed, text, ids) | {"evaluation.cold_fraction": cold}
+    asked = load_recipe(RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in changed.items()])
+    log = read_log(asked.data)
+    if not text:
+        log.items[log.items.columns.difference(["title"])] = ""
+        log.items["title"] = "item"
+    return prepare(asked, log)
+
+
+def measured(run: Any, seed: int) -> Rows:
+    """Measure the model of a run on its test part."""
+    from m6rec.train.build import use_bf16
+    from m6rec.train.evaluation import rank_catalogue
+    from m6rec.train.finetune import examples_of
+    from m6rec.train.tuning import trainable_parameters
+
+    examples = examples_of(run, "test", "retrieval")
+    scores = rank_catalogue(run.model, examples, run.catalogue, run.collator, use_bf16(), run.segment_cache)
+    learnt, everything = trainable_parameters(run.model)
+    sizes = {"parameters": everything, "trainable_parameters": learnt}
+    return ranking_rows(scores, examples, run.catalogue.counts, seed, **sizes)
+
+
+def ours(
+    name: str, data: Path, folder: Path, seed: int, *, text: bool = True, ids: bool = True, cold: float = 0.0
+) -> Rows:
+    """Train one of our models and measure it."""
+    from m6rec.train.finetune import fit
+
+    run = prepared(name, data, folder, seed, text, ids, cold)
+    fit(run)
+    if cold and text and ids:
+        run.model.config.new_item_bonus = BONUS
+    return measured(run, seed)
+
+
+def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) -> Rows:
+    """Train the model of texts alone on one data set, and measure it on another, of which it has seen nothing."""
+    from m6rec.train.finetune import fit
+
+    run = prepared(learnt, data, folder, seed, text=True, ids=False)
+    fit(run)
+    other = prepared(asked, data, folder, seed, text=True, ids=False)
+    other.model, other.segment_cache = run.model, run.segment_cache
+    return measured(other, seed)
+
+
+def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
+    """All models of a ranking."""
+    reader = READERS[name]
+    return {
+        "m6rec": partial(ours, name, cold=cold),
+        "m6rec text only": partial(ours, name, ids=False, cold=cold),
+        "sasrec (m6rec ids only)": partial(ours, name, text=False, cold=cold),
+        **{rival: partial(_rival, reader, rival, cold) for rival in RIVALS},
+    }
+
+
+def _rival(reader: str, name: str, cold: float, data: Path, folder: Path, seed: int) -> Rows:
+    from _ranking_rivals import rival
+
+    return rival(data, reader, name, seed, cold)
+
+
+DATASETS: dict[str, dict[str, Model]] = {
+    "beauty": _rankings("beauty"),
+    "beauty-cold": _rankings("beauty", COLD),
+    "ml-100k": _rankings("ml-100k"),
+    "transfer": {
+        "m6rec trained on films": partial(transferred, "ml-100k", "beauty"),
+        "sentence_transformers": partial(_rival, "amazon-beauty", "sentence_transformers", 0.0),
+        "similar_text": partial(_rival, "amazon-beauty", "similar_text", 0.0),
+    },
+}
+
+__all__ = ["DATASETS", "ranking_rows"]

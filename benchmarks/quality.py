@@ -1,0 +1,137 @@
+"""How well models recommend: every model of a data set on the same users, by the same code, over several seeds.
+
+    python benchmarks/quality.py --data DIR [--dataset beauty] [--models m6rec popularity ...] [--seeds 0 1 2]
+    python benchmarks/quality.py --table                                                  writes docs/results.md anew
+
+DIR holds the data sets' folders. Every cell (a model with a seed) runs in a process of its own and is kept in `--runs`,
+so that a broken benchmark goes on where it stopped; `--models` adds to what was run before. Rankings are of the whole
+catalogue, with the items that a user has met before left out and kept in. All settings were chosen on validation parts
+(docs/experiments.md has the search); what is reported is the test part. Times are the processor's own seconds of
+training and measuring on one thread, with other work beside on the machine.
+
+Writes benchmarks/results/quality_DATASET.json; the last line printed is the same JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _recommenders import DATASETS
+from _results_page import write_page
+
+RESULTS = Path(__file__).parent / "results"
+BUDGET_MINUTES = 90
+METRICS = ("recall@10", "ndcg@10", "auc", "gauc", "rmse")
+SAME = ("dataset", "model", "seen", "subset")
+"""What rows of several seeds have in common."""
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+"""glibc keeps the large buffers of a training step, which it would else ask the system for again at each."""
+
+
+def cell(options: argparse.Namespace, model: str, seed: int) -> list[dict[str, Any]]:
+    """Return the rows of a cell, run in a process of its own unless it has been."""
+    folder = options.runs / options.dataset / f"{model}-{seed}"
+    kept = folder / "cell.json"
+    if not kept.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        places = ["--data", str(options.data), "--runs", str(options.runs), "--dataset", options.dataset]
+        command = [sys.executable, __file__, *places, "--cell", model, str(seed)]
+        with (folder / "log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, env={**MEMORY, **os.environ})
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())
+    return rows
+
+
+def run_cell(options: argparse.Namespace, model: str, seed: int) -> None:
+    """Run a cell here and keep its rows."""
+    import resource
+
+    import torch
+
+    torch.set_num_threads(options.threads)
+    folder = options.runs / options.dataset / f"{model}-{seed}"
+    start = time.process_time()
+    rows = DATASETS[options.dataset][model](options.data, folder, seed)
+    used = {"seconds": time.process_time() - start}
+    used["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rows = [{"model": model, **used, **row, "seed": seed} for row in rows]
+    (folder / "cell.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sum rows of single seeds up: mean and standard deviation of each metric."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in cells:
+        groups.setdefault(tuple(row.get(name) for name in SAME), []).append(row)
+    found = []
+    for rows in groups.values():
+        first = min(rows, key=lambda row: row["seed"])
+        one = {name: value for name, value in first.items() if name not in (*METRICS, "seed", "seconds")}
+        for name in METRICS:
+            values = [row[name] for row in rows if name in row]
+            if values:
+                one[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if values[1:] else 0.0}
+        one["seeds"] = sorted(row["seed"] for row in rows)
+        one["seconds"] = statistics.mean(row["seconds"] for row in rows)
+        found.append(one)
+    return found
+
+
+def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of all cells of the data set that have been run, model by model."""
+    order = list(DATASETS[options.dataset])
+    cells = [json.loads(path.read_text()) for path in (options.runs / options.dataset).glob("*/cell.json")]
+    cells = sorted((rows for rows in cells if rows), key=lambda rows: (order.index(rows[0]["model"]), rows[0]["seed"]))
+    return [row for rows in cells for row in rows]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("M6REC_DATA", "../shared/data")))
+    parser.add_argument("--dataset", choices=list(DATASETS))
+    parser.add_argument("--models", nargs="+", help="all of the data set's if none is named")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="write docs/results.md from what has been measured")
+    parser.add_argument("--cell", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, then print and write the rows."""
+    options = parse()
+    if options.table:
+        write_page(RESULTS, Path(__file__).parents[1] / "docs" / "results.md")
+        return
+    if options.dataset is None:
+        sys.exit(f"name a --dataset: {', '.join(DATASETS)}; or --table")
+    if options.cell:
+        run_cell(options, options.cell[0], int(options.cell[1]))
+        return
+    known = DATASETS[options.dataset]
+    if unknown := sorted(set(options.models or ()) - set(known)):
+        sys.exit(f"{options.dataset} has no model {', '.join(unknown)}; it has {', '.join(known)}")
+    print(f"time budget: {BUDGET_MINUTES} minutes; cells are kept in {options.runs}", flush=True)
+    for seed in options.seeds:
+        for model in options.models or known:
+            for row in cell(options, model, seed):
+                figures = "  ".join(f"{name} {row[name]:.4f}" for name in METRICS if name in row)
+                about = f"{row.get('seen', '')} {row.get('subset', '')}"
+                print(f"{options.dataset} {model:16} seed {seed} {about:10} {figures}", flush=True)
+    rows = summed_up(kept_cells(options))
+    place = RESULTS / f"quality_{options.dataset}.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(rows, indent=1) + "\n")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
