@@ -6,7 +6,7 @@ texts are read: without them the model is SASRec with the full softmax.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,26 +65,6 @@ def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: boo
     return found
 
 
-def ranking_rows(scores: np.ndarray, examples: Any, counts: np.ndarray, seed: int, **more: Any) -> Rows:
-    """Measure U x M scores with seen items out and in, on all, warm and cold items."""
-    from m6rec.train.evaluation import ranking_intervals, ranking_scores_report
-    from m6rec.train.sections import EvaluationArguments
-
-    rows = []
-    for seen in ("out", "in"):
-        arguments = EvaluationArguments(ks=[10], exclude_seen=seen == "out")
-        report = ranking_scores_report(scores, examples, counts, arguments)
-        interval = ranking_intervals(scores, examples, arguments, seed)
-        for subset, prefix in (("all", ""), ("warm", "warm/"), ("cold", "cold/")):
-            if f"{prefix}recall@10" not in report or not report[f"{prefix}examples"]:
-                continue
-            own = {name: report[f"{prefix}{name}"] for name in ("recall@10", "ndcg@10", "examples")}
-            rows.append({"seen": seen, "subset": subset, **own, **more})
-            if subset == "all":
-                rows[-1]["interval"] = {name: interval[name] for name in ("recall@10", "ndcg@10")}
-    return rows
-
-
 def prepared(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, cold: float = 0.0) -> Any:
     """Read a data set and make one of our models for it."""
     from m6rec.train.build import prepare
@@ -100,18 +80,26 @@ def prepared(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bo
     return prepare(asked, log)
 
 
-def measured(run: Any, seed: int) -> Rows:
+def measured(run: Any) -> Rows:
     """Measure the model of a run on its test part."""
+    from _ranking_rivals import measure
+
     from m6rec.train.build import use_bf16
-    from m6rec.train.evaluation import rank_catalogue
+    from m6rec.train.evaluation import catalogue_vectors, user_vectors
     from m6rec.train.finetune import examples_of
     from m6rec.train.tuning import trainable_parameters
 
     examples = examples_of(run, "test", "retrieval")
-    scores = rank_catalogue(run.model, examples, run.catalogue, run.collator, use_bf16(), run.segment_cache)
+    reading = run.model, run.collator, use_bf16(), run.segment_cache
+    items = catalogue_vectors(reading[0], run.catalogue, *reading[1:])
+    users = user_vectors(reading[0], examples.rows, *reading[1:])
+    places = {user: place for place, user in enumerate(examples.users)}
+
+    def score(asked: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
+        return (users[[places[user] for user in asked]] @ items.T).numpy()
+
     learnt, everything = trainable_parameters(run.model)
-    sizes = {"parameters": everything, "trainable_parameters": learnt}
-    return ranking_rows(scores, examples, run.catalogue.counts, seed, **sizes)
+    return measure("", score, examples, parameters=everything, trainable_parameters=learnt)
 
 
 def ours(
@@ -124,7 +112,7 @@ def ours(
     fit(run)
     if cold and text and ids:
         run.model.config.new_item_bonus = BONUS
-    return measured(run, seed)
+    return measured(run)
 
 
 def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) -> Rows:
@@ -135,7 +123,7 @@ def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) ->
     fit(run)
     other = prepared(asked, data, folder, seed, text=True, ids=False)
     other.model, other.segment_cache = run.model, run.segment_cache
-    return measured(other, seed)
+    return measured(other)
 
 
 def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
@@ -166,4 +154,4 @@ DATASETS: dict[str, dict[str, Model]] = {
     },
 }
 
-__all__ = ["DATASETS", "ranking_rows"]
+__all__ = ["DATASETS"]

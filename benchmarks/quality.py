@@ -60,7 +60,7 @@ def run_cell(options: argparse.Namespace, model: str, seed: int) -> None:
     rows = DATASETS[options.dataset][model](options.data, folder, seed)
     used = {"seconds": time.process_time() - start}
     used["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rows = [{"model": model, **used, **row, "seed": seed} for row in rows]
+    rows = [{**used, **row, "model": model, "seed": seed} for row in rows]
     (folder / "cell.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

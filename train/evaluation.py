@@ -1,7 +1,7 @@
 """What a model is measured on: rankings, clicks, ratings and interactions of held-out events, beside the baselines."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,6 +37,8 @@ from .splits import Split, histories
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 64
+USERS_AT_ONCE = 1024
+"""Users whose scores of the whole catalogue are held at once: 100 MB for 12,000 items."""
 LIKE_STRENGTH = 5.0
 """How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
 SHOWS_PROGRESS = 2000
@@ -85,6 +87,20 @@ class ScoringExamples:
     interactions: list[str] = field(default_factory=list)
     history_means: np.ndarray | None = None
     negatives_per_event: int = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """U x M scores of a catalogue, made when some users are asked for: all at once they would fill the memory.
+
+    Attributes:
+        of: Makes the scores of a slice of the users. Equal scores share a rank, so numbers should be of float64.
+    """
+
+    of: Callable[[slice], np.ndarray]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.of(part)
 
 
 @dataclass(frozen=True)
@@ -297,30 +313,42 @@ def rank_catalogue(
     collator: M6RecDataCollator,
     bf16: bool,
     cache: SegmentCache | None = None,
-) -> np.ndarray:
+) -> Scores:
     """Score the whole catalogue for each user: U x M cosines."""
     items = catalogue_vectors(model, catalogue, collator, bf16, cache)
-    return (user_vectors(model, examples.rows, collator, bf16, cache) @ items.T).numpy().astype(np.float64)
+    users = user_vectors(model, examples.rows, collator, bf16, cache)
+    return Scores(lambda part: (users[part] @ items.T).numpy().astype(np.float64))
+
+
+def _ranked(
+    scores: Scores | np.ndarray, examples: RankingExamples, exclude_seen: bool, k: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rank each target, and list each user's first k items."""
+    ranks, top = [], []
+    for start in range(0, len(examples.users), USERS_AT_ONCE):
+        part = slice(start, start + USERS_AT_ONCE)
+        table, seen = scores[part], examples.histories[part] if exclude_seen else None
+        ranks.append(target_ranks(table, examples.targets[part], seen))
+        top += top_items(table, k, seen)
+    return np.concatenate(ranks) if ranks else np.empty(0), top
 
 
 def ranking_scores_report(
-    scores: np.ndarray, examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
+    scores: Scores | np.ndarray, examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
 ) -> dict[str, Any]:
     """Measure U x M scores: recall, NDCG, MRR for all, warm and cold items, coverage and popularity bias."""
-    excluded = examples.histories if arguments.exclude_seen else None
-    ranks = target_ranks(scores, examples.targets, excluded)
+    ranks, top = _ranked(scores, examples, arguments.exclude_seen, max(arguments.ks))
     report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), {"warm": ~examples.cold, "cold": examples.cold})
-    top = top_items(scores, max(arguments.ks), excluded)
-    report[f"coverage@{max(arguments.ks)}"] = coverage(top, scores.shape[1])
+    report[f"coverage@{max(arguments.ks)}"] = coverage(top, len(counts))
     report[f"popularity_bias@{max(arguments.ks)}"] = popularity_bias(top, counts)
     return {**report, "seen": "out" if arguments.exclude_seen else "in"}
 
 
 def ranking_intervals(
-    scores: np.ndarray, examples: RankingExamples, arguments: EvaluationArguments, seed: int
+    scores: Scores | np.ndarray, examples: RankingExamples, arguments: EvaluationArguments, seed: int
 ) -> dict[str, list[float]]:
     """Return 95% bootstrap intervals, over users, of what U x M scores say of them all: metric -> [low, high]."""
-    ranks = target_ranks(scores, examples.targets, examples.histories if arguments.exclude_seen else None)
+    ranks, _ = _ranked(scores, examples, arguments.exclude_seen, 1)
     metrics: dict[str, Any] = {f"recall@{k}": partial(recall_at_k, k=k) for k in arguments.ks}
     metrics |= {f"ndcg@{k}": partial(ndcg_at_k, k=k) for k in arguments.ks} | {"mrr": mrr}
     return {name: list(bootstrap_interval(ranks, metric, seed=seed)) for name, metric in metrics.items()}
@@ -330,9 +358,10 @@ def ranking_baselines(
     texts: Sequence[str], examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
 ) -> dict[str, dict[str, Any]]:
     """Measure popularity and most similar text on the same users."""
+    similar = SimilarText(texts)
     scores = {
         "popularity": popularity_scores(counts, len(examples.users)),
-        "similar_text": SimilarText(texts).scores(examples.histories),
+        "similar_text": Scores(lambda part: similar.scores(examples.histories[part])),
     }
     return {name: ranking_scores_report(own, examples, counts, arguments) for name, own in scores.items()}
 
@@ -441,6 +470,7 @@ def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndar
 __all__ = [
     "Question",
     "RankingExamples",
+    "Scores",
     "ScoringExamples",
     "all_events",
     "catalogue_vectors",

@@ -300,13 +300,27 @@ def test_a_model_that_knows_the_answer_is_first_everywhere(run, monkeypatch):
     for sign, rank in ((1, 1), (-1, len(items))):
         monkeypatch.setattr(evaluation, "user_vectors", lambda *_, sign=sign: sign * items[examples.targets])
         scores = rank_catalogue(run.model, examples, run.catalogue, run.collator, False)
-        assert scores.dtype == np.float64
+        assert scores[:].dtype == np.float64
         kept = EvaluationArguments(ks=[1, 3], exclude_seen=False)
         report = ranking_scores_report(scores, examples, run.catalogue.counts, kept)
         assert report["mrr"] == pytest.approx(1 / rank)
         assert report["recall@1"] == report["warm/ndcg@3"] == report["cold/ndcg@3"] == (rank == 1)
         assert report["seen"] == "in"
         assert report["examples"] == report["warm/examples"] + report["cold/examples"] == 12
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 1000])
+def test_users_are_ranked_some_at_a_time(run, monkeypatch, at_once):
+    examples, arguments = examples_of(run), EvaluationArguments(ks=[1, 3])
+    scores = rank_catalogue(run.model, examples, run.catalogue, run.collator, False)
+    counts, whole = run.catalogue.counts, scores[:]
+    ranks = target_ranks(whole, examples.targets, examples.histories)
+    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", at_once)
+    report = ranking_scores_report(scores, examples, counts, arguments)
+    assert report == ranking_scores_report(whole, examples, counts, arguments)
+    assert report["ndcg@3"] == pytest.approx(ndcg_at_k(ranks, 3)) and len(examples.users) > 5
+    found = ranking_intervals(scores, examples, arguments, seed=1)
+    assert found == ranking_intervals(whole, examples, arguments, seed=1)
 
 
 def test_items_met_before_are_left_out_or_kept_as_asked():
@@ -362,7 +376,7 @@ def test_vectors_in_batches_are_those_one_by_one(noisy):
         torch.testing.assert_close(vector, own[0], rtol=1e-5, atol=1e-5)
     noisy.model.train()
     scores = rank_catalogue(noisy.model, examples, noisy.catalogue, noisy.collator, False)
-    np.testing.assert_allclose(scores, (one_by_one @ items.T).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores[:], (one_by_one @ items.T).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["click", "rating"])

@@ -218,7 +218,7 @@ def test_rows_of_like_length_can_be_put_together(make_recipe):
 
 
 def test_frozen_texts_are_read_once_and_stay_as_they_are(make_recipe):
-    run, trainer = run_of(
+    run, _ = run_of(
         make_recipe, model={"freeze_segments": True, "config": {"segment_summary": 1}}, training={"max_steps": 3}
     )
     assert len(run.segment_cache) > 0
@@ -264,7 +264,7 @@ def test_two_halves_of_a_world_are_learnt_far_above_popularity(tmp_path, memory)
             tmp_path / "run",
             text={"max_events": 10},
             model={"item_memory": memory},
-            training={"max_steps": 100, "learning_rate": 0.005, "per_device_train_batch_size": 20},
+            training={"max_steps": 200, "learning_rate": 0.005, "per_device_train_batch_size": 20},
             evaluation={"ks": [3]},
         )
     )

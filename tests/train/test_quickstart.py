@@ -266,7 +266,7 @@ def test_what_is_measured_after_training_in_bfloat16_is_what_is_saved(films, tmp
         examples = ranking_examples(
             run.writer, run.processor, run.split, "test", run.recipe.evaluation, run.recipe.seed
         )
-        return rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16=False)
+        return rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16=False)[:]
 
     measured = []
     monkeypatch.setattr(finetune, "full_report", lambda run: measured.append(scores(run)) or full_report(run))
