@@ -25,7 +25,7 @@ COLD = 0.1
 """Share of the items that are held out of training where cold items are measured."""
 RIVALS = ("popularity", "similar_text", "sentence_transformers", "item_knn", "ease")
 """Of `_ranking_rivals.py`."""
-BONUS = 0.0
+BONUS = 0.03
 """Of new items: `model.config.new_item_bonus`."""
 IDS = {
     "hidden_size": 64,

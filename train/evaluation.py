@@ -359,7 +359,7 @@ def ranking_baselines(
 ) -> dict[str, dict[str, Any]]:
     """Measure popularity and most similar text on the same users."""
     similar = SimilarText(texts)
-    scores = {
+    scores: dict[str, Scores | np.ndarray] = {
         "popularity": popularity_scores(counts, len(examples.users)),
         "similar_text": Scores(lambda part: similar.scores(examples.histories[part])),
     }
