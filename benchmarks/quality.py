@@ -1,7 +1,7 @@
 """How well models recommend: every model of a data set on the same users, by the same code, over several seeds.
 
     python benchmarks/quality.py --data DIR [--dataset beauty] [--models m6rec popularity ...] [--seeds 0 1 2]
-    python benchmarks/quality.py --table                                                  writes docs/results.md anew
+    python benchmarks/quality.py --table                                    writes docs/results.md anew, nothing else
 
 DIR holds the data sets' folders. Every cell (a model with a seed) runs in a process of its own and is kept in `--runs`,
 so that a broken benchmark goes on where it stopped; `--models` adds to what was run before. Rankings are of the whole
@@ -9,7 +9,7 @@ catalogue, with the items that a user has met before left out and kept in. All s
 (docs/experiments.md has the search); what is reported is the test part. Times are the processor's own seconds of
 training and measuring on one thread, with other work beside on the machine.
 
-Writes benchmarks/results/quality_DATASET.json; the last line printed is the same JSON.
+Writes benchmarks/results/quality_DATASET.json and docs/results.md; the last line printed is the same JSON.
 """
 
 import argparse
@@ -100,26 +100,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="write docs/results.md from what has been measured")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write docs/results.md anew")
     parser.add_argument("--cell", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Run what is missing, then print and write the rows."""
-    options = parse()
-    if options.table:
-        write_page(RESULTS, Path(__file__).parents[1] / "docs" / "results.md")
-        return
-    if options.dataset is None:
-        sys.exit(f"name a --dataset: {', '.join(DATASETS)}; or --table")
-    if options.cell:
-        run_cell(options, options.cell[0], int(options.cell[1]))
-        return
+def run(options: argparse.Namespace) -> None:
+    """Run the cells of a data set that are missing, then print and write its rows."""
     known = DATASETS[options.dataset]
     if unknown := sorted(set(options.models or ()) - set(known)):
         sys.exit(f"{options.dataset} has no model {', '.join(unknown)}; it has {', '.join(known)}")
-    print(f"time budget: {BUDGET_MINUTES} minutes; cells are kept in {options.runs}", flush=True)
+    print(f"{options.dataset}: time budget {BUDGET_MINUTES} minutes; cells are kept in {options.runs}", flush=True)
     for seed in options.seeds:
         for model in options.models or known:
             for row in cell(options, model, seed):
@@ -131,6 +122,18 @@ def main() -> None:
     place.parent.mkdir(exist_ok=True)
     place.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows))
+
+
+def main() -> None:
+    """Run one data set or all of them, or write the page."""
+    options = parse()
+    if options.cell:
+        run_cell(options, options.cell[0], int(options.cell[1]))
+        return
+    if not options.table:
+        for dataset in [options.dataset] if options.dataset else DATASETS:
+            run(argparse.Namespace(**{**vars(options), "dataset": dataset}))
+    write_page(RESULTS, Path(__file__).parents[1] / "docs" / "results.md")
 
 
 if __name__ == "__main__":
