@@ -109,7 +109,7 @@ class M6RecDataCollator:
         if self.task.negatives == "catalogue":
             rows = self.distinct
             if not np.isin(positives, rows).all():
-                raise ValueError("next_items holds an item without a training event: count those of all rows in `counts`")
+                raise ValueError("next_items holds an item without a training event: count them all in `counts`")
         else:
             rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
             if self.task.negatives == "sampled":
