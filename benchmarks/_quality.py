@@ -42,16 +42,18 @@ SHARED = {"joint": ("cross_encoder", "flat_one_row", "user_states_reused")}
 """Rows of the table that one cell answers for."""
 
 
-def recipe_of(options: argparse.Namespace, name: str, seed: int, output: Path) -> dict[str, Any]:
-    """The recipe of a cell."""
+def recipe_of(
+    options: argparse.Namespace, fields: dict[str, Any], task: str, seed: int, output: Path
+) -> dict[str, Any]:
+    """The recipe that learns a task, with these fields of the configuration."""
     return {
         "data": {"source": "ml-100k", "directory": str(options.quality / "ml-100k"), "min_rating_liked": 4},
         "text": {"domain": "video", "max_events": 10, "max_length": 512},
         "model": {
             "backbone": str(minilm_folder()),
-            "config": {"embedding_dim": 128, **CELLS[name]},
+            "config": {"embedding_dim": 128, **fields},
         },
-        "task": {"learn": ["retrieval" if name == "two_tower" else "click"], "targets": 4},
+        "task": {"learn": [task], "targets": 4},
         "evaluation": {"split": "time", "valid_fraction": 0.05, "test_fraction": 0.1},
         "training": {
             "output_dir": str(output),
@@ -78,7 +80,8 @@ def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
     from m6rec.train.finetune import fit
     from m6rec.train.recipe import load_recipe
 
-    run = prepare(load_recipe(recipe_of(options, name, seed, folder / "model")))
+    learn = "retrieval" if name == "two_tower" else "click"
+    run = prepare(load_recipe(recipe_of(options, CELLS[name], learn, seed, folder / "model")))
     task = dataclasses.replace(run.recipe.task, learn=["click"])
     examples = scoring_examples(
         run.writer, run.processor, run.split, "test", "click", task, run.recipe.evaluation, run.recipe.seed
@@ -250,4 +253,4 @@ def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, A
             yield cell
 
 
-__all__ = ["measure_quality"]
+__all__ = ["cut", "measure_quality", "recipe_of"]

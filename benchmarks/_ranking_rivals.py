@@ -35,7 +35,7 @@ from m6rec.train.splits import Split, histories, hold_items_out, leave_one_out
 K = 10
 USERS_AT_ONCE = 2048
 LAST_TITLES = 5
-EASE_LAMBDAS = (30.0, 100.0, 300.0, 1000.0)
+EASE_LAMBDAS = (100.0, 300.0, 1000.0)
 SHRINKAGES = (0.0, 10.0, 50.0)
 NEIGHBOURS = (20, 100, 500)
 RECTOOLS: dict[str, dict[str, Any]] = {
@@ -208,8 +208,17 @@ def similar_vectors(vectors: np.ndarray) -> Scorer:
 # ----------------------------------------------------------------------------------------------------------- RecTools
 
 
-def rectools(given: Problem, dataset: str, kind: str, seed: int, python: Path) -> list[dict[str, Any]]:
-    """Train a model of RecTools in its own environment, and choose the number of its epochs."""
+def rectools(
+    data: Path, dataset: str, kind: str, seed: int = 0, cold_fraction: float = 0.0, python: str | None = None
+) -> list[dict[str, Any]]:
+    """Train a model of RecTools (SASRecModel, BERT4RecModel), and choose the number of its epochs.
+
+    It runs by the python of an environment of its own (pip install "rectools[torch]==0.19.0"), which is given, or named
+    by the variable M6REC_RECTOOLS_PYTHON.
+    """
+    if not (python := python or os.environ.get("M6REC_RECTOOLS_PYTHON")):
+        raise ValueError("RecTools has no environment: set M6REC_RECTOOLS_PYTHON to the python of one that has it")
+    given = problem(data, dataset, seed, cold_fraction)
     settings = {**SHARED, **RECTOOLS[dataset]}
     checks = settings.pop("checks")
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +230,7 @@ def rectools(given: Problem, dataset: str, kind: str, seed: int, python: Path) -
             "kind": kind, "settings": settings, "train": known["valid"], "known": known, "checks": checks,
             "seed": seed, "threads": torch.get_num_threads(), "output": folder,
         }  # fmt: skip
-        command = [str(python), str(Path(__file__).with_name("_rectools_rivals.py")), json.dumps(asked)]
+        command = [python, str(Path(__file__).with_name("_rectools_rivals.py")), json.dumps(asked)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment)
         told = json.loads(answer.stdout.splitlines()[-1])

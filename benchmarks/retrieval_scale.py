@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,28 +50,33 @@ def main() -> None:
     options = parser.parse_args()
     print(f"time budget: {max(1, round(options.items * 15e-6))} minutes", flush=True)
     torch.set_num_threads(options.threads)
+    result = {"items": options.items, "dimension": WIDTH, "threads": options.threads, "queries": QUERIES, "rows": []}
+    for row in compare(options.items, WAYS):
+        result["rows"].append(row)
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(row), flush=True)
+    print(json.dumps(result))
+
+
+def compare(count: int, ways: dict[str, dict | None]) -> Iterator[dict]:
+    """Measure each way of searching among so many items; the first must be exact."""
     catalogue_m6rec.embed = lambda items, *rest, **more: torch.stack([VECTORS[item["item_id"]] for item in items])
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.functional.normalize(
-        torch.randn(max(options.items // ITEMS_A_CENTRE, 1), WIDTH, generator=generator), dim=-1
+        torch.randn(max(count // ITEMS_A_CENTRE, 1), WIDTH, generator=generator), dim=-1
     )
-    vectors = synthetic(options.items, centres, generator)
+    vectors = synthetic(count, centres, generator)
     users, fresh = (synthetic(QUERIES, centres, generator) for _ in range(2))
     VECTORS.update((f"new {number}", own) for number, own in enumerate(fresh))
-    result = {"items": options.items, "dimension": WIDTH, "threads": options.threads, "queries": QUERIES, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "catalogue"
         items = {str(number): {"item_id": str(number), "title": f"item {number}"} for number in range(len(vectors))}
         write_catalogue(place, items, vectors, MODEL.fingerprint())
         del items, vectors
         expected: list[list[str]] = []
-        for way, settings in WAYS.items():
-            row = measure(place, way, settings, users, expected)
-            result["rows"].append(row)
-            options.output.parent.mkdir(exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=2) + "\n")
-            print(json.dumps(row), flush=True)
-    print(json.dumps(result))
+        for way, settings in ways.items():
+            yield measure(place, way, settings, users, expected)
 
 
 def measure(place: Path, way: str, settings: dict | None, users: torch.Tensor, expected: list[list[str]]) -> dict:

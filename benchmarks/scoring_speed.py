@@ -73,19 +73,25 @@ def words(draw: random.Random, count: int) -> list[int]:
     return [draw.randrange(64, SHAPE["vocab_size"]) for _ in range(count)]
 
 
-def make_request(config: M6RecConfig, draw: random.Random, user: list[int] | None = None) -> Request:
+def make_request(
+    config: M6RecConfig,
+    draw: random.Random,
+    user: list[int] | None = None,
+    events: int = EVENTS,
+    candidates: int = CANDIDATES,
+) -> Request:
     """A user whose events are verb and item, 12 tokens together, and candidates of 12 tokens."""
     kinds, seg = config.kind_token_ids, config.segment_token_id
     if user is None:
         user = [config.source_token_id]
-        for _ in range(EVENTS):
+        for _ in range(events):
             user += [kinds["event"], 40 + draw.randrange(4), seg, kinds["item"], *words(draw, TOKENS - 5), seg]
         user += [config.source_end_token_id]
-    candidates = [
+    texts = [
         [config.bos_token_id, kinds["item"], *words(draw, TOKENS - 4), seg, config.eos_token_id]
-        for _ in range(CANDIDATES)
+        for _ in range(candidates)
     ]
-    return Request(user, candidates)
+    return Request(user, texts)
 
 
 class Ours:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..configuration_m6rec import KINDS, M6RecConfig
 from ..modeling_m6rec import M6RecForRecommendation
+from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor
 from ..tokenization.batching_m6rec import infilling, masking
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
@@ -319,9 +320,12 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     shares = mix(all_sources(run, raw_sources(arguments) if raw is None else raw), arguments)
     longest = config.max_position_embeddings if config.position_embedding_type == "learned" else math.inf
     wanted = {share.objective for share in shares}
-    pretend = None
+    pretend: PretendUsers | None = None
     if "likes" in wanted:
         pretend = PretendUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
+        if wanted == {"likes"} and run.recipe.model.freeze_segments:  # texts are what else teaches segment layers
+            run.model.model.freeze_segments()
+            run.segment_cache = SegmentCache()
     make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), pretend)
     settings = run.recipe.training_arguments(
         use_cpu=on_cpu(), bf16=use_bf16(), accelerator_config={"dispatch_batches": False}
