@@ -59,9 +59,7 @@ def from_backbone(
       which is more than any word's in models whose logits are negative;
     - all others are drawn around that mean with the covariance of its tokens, always alike.
 
-    With more layers than the backbone has, the rest is new and stands on top; one joint layer for each leaves the
-    backbone whole as segment layers, and with `segment_pooling="mean"` a sentence embedder's vectors are what the joint
-    layers and item vectors begin with.
+    With more `num_hidden_layers` than the backbone has, the rest is new and stands on top.
 
     Embeddings of kinds and events are zero. The heads of scores and vectors are new, as is, where the backbone has none
     (`BertModel`), the writing head, which is then tied to the embeddings.

@@ -296,7 +296,8 @@ def test_the_head_of_a_source_is_user_or_its_marker():
         with torch.no_grad():
             out = model.model(row, plan="flat")
             vectors = model.embed(input_ids=row).user_vectors[0]
-            expected = model._project(model.user_projection, out.last_hidden_state[0, [place, len(head + event) - 1]])
+            read = model.user_projection(out.last_hidden_state[0, [place, len(head + event) - 1]])
+            expected = torch.nn.functional.normalize(read, dim=-1)
         close(vectors, expected)
 
 
