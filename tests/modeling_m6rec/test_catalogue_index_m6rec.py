@@ -21,7 +21,7 @@ from tests.modeling_m6rec.shop import ITEMS, SOURCE, build, processor
 faiss = pytest.importorskip("faiss")
 
 WIDTH, KINDS = 8, ("flat", "hnsw", "ivf")
-MODEL = SimpleNamespace(fingerprint=lambda: "f" * 64, config=SimpleNamespace(embedding_dim=WIDTH))
+MODEL = SimpleNamespace(fingerprint=lambda: "f" * 64, config=SimpleNamespace(vector_width=WIDTH))
 
 
 @pytest.fixture(scope="module", autouse=True)
