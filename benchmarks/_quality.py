@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _rivals import minilm_folder
+from _training import quiet_training
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 BUDGET_MINUTES = 45
@@ -55,20 +56,13 @@ def recipe_of(
         },
         "task": {"learn": [task], "targets": 4},
         "evaluation": {"split": "time", "valid_fraction": 0.05, "test_fraction": 0.1},
-        "training": {
-            "output_dir": str(output),
-            "max_steps": max(options.rows // BATCH, 1),
-            "per_device_train_batch_size": BATCH,
-            "learning_rate": options.rate,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0.1,
-            "weight_decay": 0.01,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 20,
-            "seed": seed,
-        },
+        "training": quiet_training(
+            output,
+            seed,
+            max_steps=max(options.rows // BATCH, 1),
+            per_device_train_batch_size=BATCH,
+            learning_rate=options.rate,
+        ),
     }
 
 

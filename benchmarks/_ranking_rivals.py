@@ -80,12 +80,16 @@ class Problem:
 
     def examples(self, part: str) -> RankingExamples:
         """The rankings that are asked for, as ours are, but with nothing for a model to read."""
-        unread = SimpleNamespace(max_events=1, item_rows=None, read_many=_no_readings)
-        return ranking_examples(self.writer, unread, self.split, part, EvaluationArguments(), 0)  # type: ignore[arg-type]
+        return ranking_examples(self.writer, unread(1), self.split, part, EvaluationArguments(), 0)
 
 
-def _no_readings(requests: Sequence[Any], task: str) -> list[Any]:
-    return [SimpleNamespace(input_ids=[])] * len(requests)
+def unread(max_events: int) -> Any:
+    """Stand in for a processor where no model reads: it makes nothing of requests."""
+
+    def read_many(requests: Sequence[Any], task: str) -> list[Any]:
+        return [SimpleNamespace(input_ids=[])] * len(requests)
+
+    return SimpleNamespace(max_events=max_events, item_rows=None, read_many=read_many)
 
 
 def problem(data: Path, dataset: str, data_seed: int = 0, cold_fraction: float = 0.0) -> Problem:
@@ -323,4 +327,4 @@ def rival(data: Path, dataset: str, name: str, data_seed: int = 0, cold_fraction
     return [{"seconds": seconds, "peak_memory_gib": memory, "parameters": 0, **row} for row in rows]
 
 
-__all__ = ["CELLS", "Problem", "measure", "measure_rectools", "problem", "rectools", "rival"]
+__all__ = ["CELLS", "Problem", "measure", "measure_rectools", "problem", "rectools", "rival", "unread"]

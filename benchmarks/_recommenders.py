@@ -6,12 +6,14 @@ texts are read: without them the model is SASRec with the full softmax.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _few_shot import cells as few_shot_cells
 from _rivals import minilm_folder
 
 Rows = list[dict[str, Any]]
@@ -25,6 +27,9 @@ COLD = 0.1
 """Share of the items that are held out of training where cold items are measured."""
 RIVALS = ("popularity", "similar_text", "sentence_transformers", "item_knn", "ease")
 """Of `_ranking_rivals.py`."""
+PYTHON = "M6REC_RECTOOLS_PYTHON"
+"""Names the python of an environment with RecTools; without it its models are left out."""
+RECTOOLS = {"sasrec (RecTools)": "SASRecModel", "bert4rec (RecTools)": "BERT4RecModel"}
 BONUS = 0.03
 """Of new items: `model.config.new_item_bonus`."""
 IDS = {
@@ -134,7 +139,15 @@ def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
         "m6rec text only": partial(ours, name, ids=False, cold=cold),
         "sasrec (m6rec ids only)": partial(ours, name, text=False, cold=cold),
         **{rival: partial(_rival, reader, rival, cold) for rival in RIVALS},
+        **{name: partial(_rectools, reader, kind, cold) for name, kind in RECTOOLS.items() if PYTHON in os.environ},
     }
+
+
+def _mean_likes(name: str, data: Path, folder: Path, seed: int) -> Rows:
+    """A mean of known labels on MovieLens-100K's clicks; nothing is drawn."""
+    from _click_rivals import mean_likes
+
+    return [mean_likes(data)[name]]
 
 
 def _rival(reader: str, name: str, cold: float, data: Path, folder: Path, seed: int) -> Rows:
@@ -143,10 +156,20 @@ def _rival(reader: str, name: str, cold: float, data: Path, folder: Path, seed: 
     return rival(data, reader, name, seed, cold)
 
 
+def _rectools(reader: str, kind: str, cold: float, data: Path, folder: Path, seed: int) -> Rows:
+    from _ranking_rivals import rectools
+
+    return rectools(data, reader, kind, seed, cold)
+
+
 DATASETS: dict[str, dict[str, Model]] = {
     "beauty": _rankings("beauty"),
     "beauty-cold": _rankings("beauty", COLD),
     "ml-100k": _rankings("ml-100k"),
+    "ml-100k-click": {
+        name: partial(_mean_likes, name) for name in ("item_mean", "user_mean", "history_mean", "history_and_item")
+    },
+    "tallrec": few_shot_cells(),
     "transfer": {
         "m6rec trained on films": partial(transferred, "ml-100k", "beauty"),
         "sentence_transformers": partial(_rival, "amazon-beauty", "sentence_transformers", 0.0),

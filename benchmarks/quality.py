@@ -28,7 +28,7 @@ from _results_page import write_page
 RESULTS = Path(__file__).parent / "results"
 BUDGET_MINUTES = 90
 METRICS = ("recall@10", "ndcg@10", "auc", "gauc", "rmse")
-SAME = ("dataset", "model", "seen", "subset")
+SAME = ("model", "seen", "subset")
 """What rows of several seeds have in common."""
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """glibc keeps the large buffers of a training step, which it would else ask the system for again at each."""

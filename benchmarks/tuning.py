@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _training import quiet_training
+
 RESULTS = Path(__file__).parent / "results" / "tuning.json"
 BUDGET_MINUTES = 90
 EPOCHS = 2
@@ -41,23 +43,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def common(data: Path, seed: int, output: Path, **training: Any) -> dict[str, Any]:
     """The part of the recipe that every run shares."""
+    usual = {"per_device_train_batch_size": 64, "logging_steps": 25}
     return {
         "data": {"source": "tallrec", "directory": str(data / "tallrec-movie")},
         "text": {"domain": "video", "max_events": 10, "max_length": 512},
         "task": {"learn": ["click"], "targets": 1, "rows_together": 8},
         "evaluation": {"split": "given", "rolling": True},
-        "training": {
-            "output_dir": str(output),
-            "per_device_train_batch_size": 64,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0.1,
-            "weight_decay": 0.01,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 25,
-            "seed": seed,
-            **training,
-        },
+        "training": quiet_training(output, seed, **{**usual, **training}),
     }
 
 

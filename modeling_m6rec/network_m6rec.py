@@ -181,7 +181,9 @@ class M6RecModel(M6RecPreTrainedModel):
 
     def is_new(self, item_ids: torch.Tensor) -> torch.Tensor:
         """Say of ... rows of item memory whether nothing has been learnt there; row 0 is nobody's."""
-        return (self.item_memory.weight == 0).all(-1)[item_ids]
+        if self.item_memory is None:
+            return torch.ones_like(item_ids, dtype=torch.bool)
+        return (self.item_memory(item_ids) == 0).all(-1)
 
     def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""

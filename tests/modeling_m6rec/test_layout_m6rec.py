@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from m6rec.layout_m6rec import joint_mask, layout, pick, segment_mask, summary_keys
+from m6rec.layout_m6rec import joint_mask, layout, mean_at_close, pick, segment_mask, summary_keys
 from tests.modeling_m6rec.tiny import (
     BOS,
     EOS,
@@ -18,6 +18,7 @@ from tests.modeling_m6rec.tiny import (
     SOURCE_END,
     TEXT,
     USER,
+    WORDS,
     Writer,
     config_of_ids,
     pad,
@@ -178,3 +179,19 @@ def test_kinds_and_options_have_their_own_places():
     lay = layout(row, None, config)
     assert lay.kind[0].tolist() == [0, 9, 9, 9, 9, 0, 0, 0]
     assert lay.segment[0].tolist() == [1, 2, 2, 2, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_mean_of_a_given_segment_stands_where_it_closes_and_nowhere_else(seed):
+    config, writer = config_of_ids(), Writer(seed)
+    written = [BOS, TEXT, WORDS[0], SEG, WORDS[1], EOS]  # a stray [SEG] in what is written closes nothing
+    batch = pad([writer.source(2) + writer.candidate() + written, writer.source(1)[:-3]])
+    ids = batch["input_ids"]
+    lay, states = layout(ids, batch["attention_mask"], config), torch.randn(*ids.shape, 5)
+    found = mean_at_close(states, lay, ids == SEG)
+    for row, place in itertools.product(range(len(ids)), range(ids.shape[1])):
+        wanted = states[row, place]
+        if ids[row, place] == SEG and lay.valid[row, place] and not lay.written[row, place]:
+            wanted = states[row, lay.segment[row] == lay.segment[row, place]].mean(0)
+        torch.testing.assert_close(found[row, place], wanted)
+    assert lay.written[0][ids[0] == SEG].any(), "the stray one is there"
