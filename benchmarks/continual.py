@@ -37,7 +37,6 @@ MODEL = {
     "segment_summary": 1,
     "embedding_dim": 128,
     "hidden_dropout": 0.1,
-    "initializer_range": 0.09,  # 1/sqrt(hidden_size): with 0.02 nothing is learnt for hundreds of steps
 }
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "replay": False},

@@ -198,6 +198,7 @@ def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> Non
     if model.score_head is None or names == before:
         return
     old, new = model.score_head, nn.Linear(config.hidden_size, len(names)).to(model.score_head.weight)
+    assert config.initializer_range is not None
     nn.init.normal_(new.weight, std=config.initializer_range)
     nn.init.zeros_(new.bias)
     with torch.no_grad():

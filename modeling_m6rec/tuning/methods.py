@@ -165,9 +165,11 @@ def tune(model: M6RecForRecommendation, method: str, tasks: Collection[str], **s
     tuned = get_peft_model(model, config)
     if method == "prefix":
         # PEFT draws from a normal distribution of width 1, far wider than what a model's layers begin with.
+        width = model.config.initializer_range
+        assert width is not None
         with torch.no_grad():
             for weight in tuned.prompt_encoder.parameters():
-                weight.mul_(model.config.initializer_range)
+                weight.mul_(width)
     return tuned
 
 

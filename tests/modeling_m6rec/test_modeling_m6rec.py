@@ -476,6 +476,19 @@ def test_configuration_round_trips_and_refuses():
         build({"num_joint_layers": 4}).embed(input_ids=torch.tensor([[4, 40]]))
 
 
+def test_new_weights_are_drawn_for_the_width_unless_it_is_said_otherwise(tmp_path):
+    by_width = M6RecConfig.preset("tiny", vocab_size=500, hidden_size=144, embedding_size=12)
+    M6RecForRecommendation(by_width).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["initializer_range"] == 1 / 12
+    for range_of_width, given in ((1 / 12, None), (0.02, 0.02)):
+        fields = by_width.to_dict() | {"initializer_range": given}
+        model = M6RecForRecommendation(M6RecConfig.from_dict(fields))
+        assert model.config.initializer_range == pytest.approx(range_of_width, rel=1e-12)
+        for part in ("layers.0.self_attn.q_proj", "embeddings.tokens", "layers.3.mlp.down_proj"):
+            spread = model.model.get_submodule(part).weight.std().item()
+            assert spread == pytest.approx(range_of_width, rel=0.05), part
+
+
 def test_presets_have_the_papers_sizes():
     with torch.device("meta"):
         base, edge = (M6RecForRecommendation(M6RecConfig.preset(size, vocab_size=30000)) for size in ("base", "edge"))

@@ -162,7 +162,7 @@ def test_a_checkpoint_learns_other_scores_and_keeps_those_it_knows(saved, make_r
             assert torch.equal(head.weight[row], saved.model.score_head.weight[before.index(name)])
             assert head.bias[row] == saved.model.score_head.bias[before.index(name)]
         else:
-            assert head.weight[row].abs().max() < 0.2
+            assert 0 < head.weight[row].std() < 1.5 * again.model.config.initializer_range
             assert head.bias[row] == 0
     save(again)
     loaded = M6RecForRecommendation.from_pretrained(again.recipe.output_dir)

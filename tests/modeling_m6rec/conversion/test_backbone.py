@@ -62,6 +62,7 @@ def test_new_layers_stand_on_top_of_a_sentence_embedder():
         torch.testing.assert_close(model.model(row, plan="flat").segment_states[0, 5], wanted)
     new = model.model.layers[layers].mlp.up_proj.weight
     assert 0 < float(new.detach().std()) < 0.1, "drawn, not left empty"
+    assert model.config.initializer_range == source.config.initializer_range, "the backbone's, not that of the width"
 
 
 @pytest.mark.parametrize(("family", "base"), [("bert", "BertModel"), ("llama", "LlamaModel")])
