@@ -323,9 +323,9 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     pretend: PretendUsers | None = None
     if "likes" in wanted:
         pretend = PretendUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
-        if wanted == {"likes"} and run.recipe.model.freeze_segments:  # texts are what else teaches segment layers
-            run.model.model.freeze_segments()
-            run.segment_cache = SegmentCache()
+    if wanted <= {"likes", "behaviour"} and run.recipe.model.freeze_segments:  # texts are what else teaches segments
+        run.model.model.freeze_segments()
+        run.segment_cache = SegmentCache()
     make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), pretend)
     settings = run.recipe.training_arguments(
         use_cpu=on_cpu(), bf16=use_bf16(), accelerator_config={"dispatch_batches": False}

@@ -63,7 +63,7 @@ class ModelArguments:
     """Attention implementation: sdpa, eager, ...; None: the library's choice."""
     freeze_segments: bool = False
     """Do not train embeddings and segment layers: each text is then read once, and its state kept. Pretraining on texts
-    trains them all the same; that by `likes` alone does not."""
+    trains them all the same; that by `likes` and `behaviour` alone does not."""
     item_memory: bool = False
     """Give every item of the catalogue a row of item memory."""
 
