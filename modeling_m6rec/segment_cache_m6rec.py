@@ -4,8 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,7 +37,7 @@ NOT_OF_SEGMENTS = frozenset(
     embedding_temperature exit_layers final_norm hidden_dropout history_attention initializer_range interactions
     item_memory_dropout joint_positions label_smoothing lm_head_bias lm_head_transform loss_weights max_events
     new_item_bonus num_item_memory rating_loss rating_values score_head segment_summary tie_word_embeddings
-    trained_tasks
+    trained_tasks word_memory
     """.split()  # noqa: SIM905 - a line for each would hide the rest of the file
 )
 """Fields of the configuration that change no segment state; one that is missing here costs a miss, no wrong state."""
@@ -226,8 +225,9 @@ def live_identity(model: "M6RecModel", modules: Iterable[nn.Module]) -> tuple:
         (weight.untyped_storage()._cdata, weight.storage_offset(), _writes(weight), weight.dtype)
         for weight in _weights(parts)
     )
-    merged = repr([getattr(part, "merged_adapters", None) for part in _tuned(parts)])
-    return id(model), weights, _adapters(parts), merged, _numbers(model), repr(vars(model.config))
+    tuned = _tuned(parts)
+    merged = repr([getattr(part, "merged_adapters", None) for part in tuned])
+    return id(model), weights, _adapters(tuned), merged, _numbers(model), repr(vars(model.config))
 
 
 def storages(modules: Iterable[nn.Module]) -> list[StorageWeakRef]:
@@ -239,13 +239,14 @@ def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """List modules and all that is in them; `Module.modules` takes twice as long."""
     parts = list(modules)
     for part in parts:
-        parts += [inner for inner in part._modules.values() if inner is not None]
+        if part._modules:
+            parts += [inner for inner in part._modules.values() if inner is not None]
     return parts
 
 
-def _weights(parts: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
-    own = (weight for part in parts for weight in chain(part._parameters.values(), part._buffers.values()))
-    return (weight for weight in own if weight is not None)
+def _weights(parts: Iterable[nn.Module]) -> list[torch.Tensor]:
+    own = [weight for part in parts for weight in (*part._parameters.values(), *part._buffers.values())]
+    return [weight for weight in own if weight is not None]
 
 
 def _writes(weight: torch.Tensor) -> Any:
@@ -259,9 +260,10 @@ def _writes(weight: torch.Tensor) -> Any:
     return object()
 
 
-def _tuned(parts: Iterable[nn.Module]) -> list[Any]:
+def _tuned(parts: Sequence[nn.Module]) -> list[Any]:
     """Find the places with adapters; classes are asked, since a module takes long to say what it lacks."""
-    return [part for part in parts if hasattr(type(part), "active_adapters")]
+    kinds = {kind for kind in set(map(type, parts)) if hasattr(kind, "active_adapters")}
+    return [part for part in parts if type(part) in kinds] if kinds else []
 
 
 def _numbers(model: "M6RecModel") -> tuple:
@@ -299,12 +301,12 @@ def _key(owner: Owner, segment: SegmentKey) -> str:
 
 def active_adapters(modules: Iterable[nn.Module]) -> tuple:
     """Say of each place with adapters of PEFT which are active, or that they are disabled, and how they are scaled."""
-    return _adapters(_parts(modules))
+    return _adapters(_tuned(_parts(modules)))
 
 
-def _adapters(parts: Iterable[nn.Module]) -> tuple:
+def _adapters(tuned: Iterable[Any]) -> tuple:
     found = []
-    for part in _tuned(parts):
+    for part in tuned:
         active = part.active_adapters
         if isinstance(active, list | tuple):  # a method, of a whole model of Transformers
             scales = getattr(part, "scaling", None)
