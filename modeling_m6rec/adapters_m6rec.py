@@ -16,7 +16,7 @@ from .configuration_m6rec import M6RecConfig
 
 BASE = "base"
 """Folder of a base that has no other place, within the adapter's folder."""
-BROUGHT = ("score_head.", "model.item_memory.")
+BROUGHT = ("score_head.", "model.item_memory.", "model.word_memory.")
 """Weights that may have another shape in the base: then the adapter has its own."""
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 """Methods of PEFT that act outside of the model, with virtual tokens."""

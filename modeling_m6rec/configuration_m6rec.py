@@ -142,6 +142,9 @@ class M6RecConfig(PreTrainedConfig):
     """Rows of the optional item memory; 0 = off."""
     item_memory_dropout: float = 0.3
     """Share of occurrences of an item whose memory is left out in training, so that its text alone still works."""
+    word_memory: bool = False
+    """Learn something of each word of an item's text by itself, beside what the segment layers make of the whole: where
+    these are frozen, this is what learns of brands and series, also for items that come later (ours)."""
     new_item_bonus: float = 0.0
     """Added to the product of a user's and an item's vector where the item's memory has learnt nothing: an item that
     never was anybody's next scores too low. To be chosen on validation events of items held out of training (ours)."""

@@ -161,18 +161,22 @@ def shared_attention(
     folded = (query * scaling).reshape(rows, groups, each, dim)
     near = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys) + attention_mask[:, None]
     folded, near = (states.reshape(users, slots, groups, each, -1).transpose(1, 2) for states in (folded, near))
-    far_key = shared.key.transpose(2, 3)
+    own_value = value.view(users, slots, groups, keys, dim).transpose(1, 2)
+    # Candidates' own scores and weights stand behind the shared ones, where a key and a value of zeros make room for
+    # them: putting two tables together, and cutting them again, would copy both.
+    far_key, far_value = (nn.functional.pad(states, (0, 0, 0, keys)) for states in (shared.key, shared.value))
+    far_key = far_key.transpose(2, 3)
     attended = []
     step = max(SCORES_AT_ONCE // (users * heads * queries * (far_keys + keys)), 1)
     for start in range(0, slots, step):
         part = slice(start, start + step)
-        far = folded[:, :, part].reshape(users, groups, -1, dim) @ far_key  # U x G x n*(H/G)*Q x S
+        scores = folded[:, :, part].reshape(users, groups, -1, dim) @ far_key  # U x G x n*(H/G)*Q x S+K
         if shared.bias is not None:
-            far = far + shared.bias
-        weights = torch.cat((far, near[:, :, part].reshape(users, groups, -1, keys)), -1).softmax(-1)
-        far, own = weights.split((far_keys, keys), -1)
-        own = own.unflatten(2, (-1, each)) @ value.view(users, slots, groups, keys, dim).transpose(1, 2)[:, :, part]
-        attended.append((far @ shared.value).view(own.shape) + own)
+            scores[..., :far_keys] += shared.bias
+        scores[..., far_keys:] = near[:, :, part].reshape(users, groups, -1, keys)
+        weights = scores.softmax(-1)
+        own = weights[..., far_keys:].unflatten(2, (-1, each)) @ own_value[:, :, part]
+        attended.append((weights @ far_value).view(own.shape) + own)
     found = torch.cat(attended, 2).transpose(1, 2)  # U x N x G x (H/G)*Q x D
     return found.reshape(rows, heads, queries, dim).transpose(1, 2)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
@@ -138,7 +137,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             retrieval_labels: B x T: where a user is read, the row (among the given items) of the item that came next.
             item_input_ids: M x L ids of items' segments ([ITEM] ... [SEG], padded right) for the retrieval loss.
             item_attention_mask: M x L, nonzero = not padding.
-            item_states: M x H segment states of the items' [SEG], in place of `item_input_ids` (frozen text).
+            item_states: M x H of `item_states`, in place of the ids (frozen text), or beside them (word memory).
             item_memory_ids: M rows of item memory of these items.
             item_log_frequency: M log probabilities for the logQ correction.
             use_cache: Return a cache.
@@ -177,7 +176,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             plan=plan,
             segment_cache=segment_cache,
             exits=self._exits(exit_layer, bool(score_labels), "decide" in kwargs),
-            alone=() if item_input_ids is None else self._item_keys(item_input_ids, item_attention_mask),
+            alone=self._item_keys(item_input_ids, item_attention_mask) if item_states is None else (),
             compact_output=True,
             heads=heads,
             **kwargs,
@@ -192,7 +191,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             found["text"] = self._text_loss(states, beside(labels[:, -ids.shape[1] :], UNKNOWN), lay, step.get("text"))
         found.update(score_losses(exit_scores, score_labels, self.config, step))
         if retrieval_labels is not None:
-            items = self._items(item_states if item_input_ids is None else out.alone_states, item_memory_ids)
+            known = out.alone_states if item_states is None and item_input_ids is not None else item_states
+            items = self.embed_items(item_input_ids, item_attention_mask, known, item_memory_ids)
             wanted = beside(retrieval_labels, UNKNOWN)
             users = self._labelled_users(states, lay, wanted)
             against = (items, wanted[wanted != UNKNOWN], self.config.embedding_temperature, item_log_frequency)
@@ -249,10 +249,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         memory_ids: torch.Tensor | None = None,
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
-        """Embed items by themselves: M x L ids of [ITEM] ... [SEG] (padded right), or M x H `states` -> M x D."""
+        """Embed items by themselves, M x D: of M x L ids ([ITEM] ... [SEG], padded right), or M x H `item_states`."""
         self._require_segment_layers()
+        if input_ids is None and (states is None or self.config.word_memory):
+            raise ValueError(
+                "items have no texts: give their ids, as M6RecDataCollator does (item_input_ids for retrieval_labels), "
+                "or without word_memory states"
+            )
         if states is None:
             states = self.item_states(input_ids, attention_mask, segment_cache)
+        if self.config.word_memory:
+            states = self.model.add_words(states, input_ids, self._valid(input_ids, attention_mask))
         return self._item_vectors(self.model.remember(states, memory_ids), memory_ids)
 
     def item_states(
@@ -261,7 +268,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
-        """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H states of their [SEG]."""
+        """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H, without any memory."""
         return last_states(self.model, self._item_keys(input_ids, attention_mask), segment_cache)
 
     def plausibility(self, **batch: Any) -> torch.Tensor:
@@ -391,18 +398,15 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         known = targets != UNKNOWN
         return text_loss(self.write_logits(states[known]), targets[known], count)
 
-    def _items(self, states: torch.Tensor | None, memory_ids: torch.Tensor | None) -> torch.Tensor:
-        if states is None:
-            raise ValueError(
-                "retrieval_labels point to items: give item_input_ids (M6RecDataCollator makes them), or item_states "
-                "of the whole catalogue"
-            )
-        return self.embed_items(states=states, memory_ids=memory_ids)
+    def _valid(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return ids != self.config.pad_token_id if mask is None else mask.bool()
 
-    def _item_keys(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[SegmentKey]:
-        """M x L ids of items' segments, padded right -> the segments as plans take them."""
-        valid = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
-        keys = [(0, tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), valid.sum(1).tolist())]
+    def _item_keys(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[SegmentKey]:
+        """M x L ids of items' segments, padded right -> the segments as plans take them; none of no ids."""
+        if input_ids is None:
+            return []
+        lengths = self._valid(input_ids, attention_mask).sum(1).tolist()
+        keys = [(0, tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), lengths)]
         if any(ids[-1:] != (self.config.segment_token_id,) for _, ids in keys):
             raise ValueError("an item's segment must end with [SEG]: encode items with M6RecProcessor.encode_items")
         return keys
@@ -424,20 +428,9 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------------- keeping
 
-    @torch.no_grad()
     def resize_item_memory(self, rows: int) -> None:
         """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
-        if rows < 0:
-            raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
-        old = self.model.item_memory
-        new = nn.Embedding(rows + 1, self.config.hidden_size, padding_idx=0) if rows else None
-        if new is not None:
-            new = new.to(self.model.embed_kind.weight)
-            init.zeros_(new.weight)
-            if old is not None:
-                kept = min(len(old.weight), rows + 1)
-                new.weight[:kept] = old.weight[:kept]
-        self.model.item_memory, self.config.num_item_memory = new, rows
+        self.model.resize_item_memory(rows)
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
@@ -445,7 +438,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         settings, adapters = sorted(self.config.vector_settings.items()), active_adapters(parts)
         # Without adapters as in version 0.1, whose catalogues stay valid.
         digest = hashlib.sha256(repr((settings, adapters) if adapters else settings).encode())
-        digest_weights(digest, [*parts, *([self.model.item_memory] if self.model.item_memory is not None else [])])
+        memories = [memory for memory in (self.model.item_memory, self.model.word_memory) if memory is not None]
+        digest_weights(digest, [*parts, *memories])
         return digest.hexdigest()
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -20,6 +21,7 @@ from .configuration_m6rec import KINDS, M6RecConfig
 from .heads_m6rec import head_places
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
 from .layout_m6rec import (
+    KIND_NUMBER,
     Layout,
     Picked,
     at,
@@ -43,7 +45,7 @@ class M6RecModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: B x Q x H; plans other than "flat" leave zeros where `segment_summary` drops a token.
         segment_states: B x Q x H, what the segment layers made of each token.
-        alone_states: M x H, the last states of the segments that were given to be read alone.
+        alone_states: M x H, the last states of the segments that were given to be read alone, without word memory.
         exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
         past_key_values: The cache, if one was asked for.
         layout: Layout of the Q tokens, virtual ones left out.
@@ -79,6 +81,17 @@ class M6RecPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": M6RecLayer, "attentions": M6RecAttention}
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.EmbeddingBag):  # word memory: nothing has been learnt of any word
+            init.zeros_(module.weight)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as the library does, and word memory with it: of new words nothing has been learnt."""
+        embeddings = cast(nn.Embedding, super().resize_token_embeddings(*args, **kwargs))
+        cast(M6RecModel, self.base_model).resize_word_memory(len(embeddings.weight))
+        return embeddings
+
 
 class M6RecModel(M6RecPreTrainedModel):
     """The bare network. Plans use its parts `segment_stage`, `enter` and `joint_stage`."""
@@ -91,6 +104,7 @@ class M6RecModel(M6RecPreTrainedModel):
         self.embed_event = nn.Embedding(config.max_events + 1, size, padding_idx=0)
         rows = config.num_item_memory
         self.item_memory = nn.Embedding(rows + 1, size, padding_idx=0) if rows else None
+        self.word_memory = nn.EmbeddingBag(config.vocab_size, size, mode="sum") if config.word_memory else None
         self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
         self.rotary = M6RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
@@ -179,11 +193,84 @@ class M6RecModel(M6RecPreTrainedModel):
             item_ids = item_ids * kept
         return states + self.item_memory(item_ids)
 
+    def read_words(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Sum word memory over M texts, by the root of their lengths.
+
+        Args:
+            ids: The words of all texts, one text after another.
+            counts: M, words of each.
+
+        Returns:
+            M x H.
+        """
+        assert self.word_memory is not None
+        return self.word_memory(ids, counts.cumsum(0) - counts) / counts.clamp_min(1).sqrt()[:, None]
+
+    def add_words(self, states: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Add word memory to M x H states of items that stand by themselves: M x L ids of [ITEM] ... [SEG]."""
+        if self.word_memory is None:
+            return states
+        words = valid & (ids != self.config.segment_token_id)
+        words[:, 0] = False
+        return states + self.read_words(ids[words], words.sum(1)).to(states.dtype)
+
+    def add_words_in_rows(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Add word memory to B x Q x H segment states, at the [SEG] of each item; `ids` and `lay` are of the last T."""
+        if self.word_memory is None:
+            return states
+        item = (lay.kind == KIND_NUMBER["item"]) & lay.valid & ~lay.written
+        closing = item & (ids == self.config.segment_token_id)
+        words = item & ~closing & (lay.segment_position > 0)
+        slots = int(lay.segment.max()) + 1
+        slot = lay.segment + torch.arange(len(ids), device=ids.device)[:, None] * slots
+        read = self.read_words(ids[words], torch.bincount(slot[words], minlength=len(ids) * slots))
+        row, column = closing.nonzero(as_tuple=True)
+        place = row * states.shape[1] + column + states.shape[1] - ids.shape[1]
+        return states.flatten(0, 1).index_add(0, place, read[slot[closing]].to(states.dtype)).view_as(states)
+
+    def add_words_in_bank(
+        self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """Add word memory to W x H states of segments, the first of each at its offset: at the [SEG] of each item."""
+        if self.word_memory is None:
+            return bank
+        opens, closes = self.config.kind_token_ids["item"], self.config.segment_token_id
+        own = [n for n, (mode, ids) in enumerate(segments) if not mode and ids[0] == opens and ids[-1] == closes]
+        words = [segments[number][1][1:-1] for number in own]
+        counts = torch.tensor([len(ids) for ids in words], dtype=torch.long, device=bank.device)
+        ids = torch.tensor([token for ids in words for token in ids], dtype=torch.long, device=bank.device)
+        return bank.index_add(0, offsets[own] + counts + 1, self.read_words(ids, counts).to(bank.dtype))
+
     def is_new(self, item_ids: torch.Tensor) -> torch.Tensor:
         """Say of ... rows of item memory whether nothing has been learnt there; row 0 is nobody's."""
         if self.item_memory is None:
             return torch.ones_like(item_ids, dtype=torch.bool)
         return (self.item_memory(item_ids) == 0).all(-1)
+
+    @torch.no_grad()
+    def resize_item_memory(self, rows: int) -> None:
+        """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
+        if rows < 0:
+            raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
+        old = self.item_memory
+        new = nn.Embedding(rows + 1, self.config.hidden_size, padding_idx=0) if rows else None
+        if new is not None:
+            new = new.to(self.embed_kind.weight)
+            init.zeros_(new.weight)
+            if old is not None:
+                kept = min(len(old.weight), rows + 1)
+                new.weight[:kept] = old.weight[:kept]
+        self.item_memory, self.config.num_item_memory = new, rows
+
+    @torch.no_grad()
+    def resize_word_memory(self, rows: int) -> None:
+        """Change the number of words that can be learnt of, if there is word memory."""
+        old = self.word_memory
+        if old is not None and rows != len(old.weight):
+            kept = min(len(old.weight), rows)
+            self.word_memory = nn.EmbeddingBag(rows, self.config.hidden_size, mode="sum").to(old.weight)
+            init.zeros_(self.word_memory.weight)
+            self.word_memory.weight[:kept] = old.weight[:kept]
 
     def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
@@ -351,6 +438,7 @@ class M6RecModel(M6RecPreTrainedModel):
         bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)
         ids = rows.input_ids[:, total - new :]
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
+        segment_states = self.add_words_in_rows(segment_states, ids, here)
         item_ids = None if rows.item_ids is None else front(rows.item_ids[:, total - new :])
         states = self.enter(segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_ids)
         mask = joint_mask(lay, new, self.config, rows.keys & ~rows.hidden)

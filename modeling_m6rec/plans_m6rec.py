@@ -78,7 +78,7 @@ def segment_states(
 
     Returns:
         The bank, W x H segment states; B x T: the place of each token's state in it; and the last state of each
-        segment that stands alone.
+        segment that stands alone, without word memory.
     """
     input_ids, lay = rows.input_ids, rows.lay
     if distinct and model.config.num_segment_layers:
@@ -87,7 +87,8 @@ def segment_states(
     embeds = model.embeddings.tokens(input_ids)
     size = input_ids.shape[1]
     bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
-    bank = model.segment_stage(embeds, positions, bias, input_ids, lay).flatten(0, 1)
+    bank = model.segment_stage(embeds, positions, bias, input_ids, lay)
+    bank = model.add_words_in_rows(bank, input_ids, lay).flatten(0, 1)
     place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
     return bank, place, last_states(model, rows.alone, cache)
 
@@ -355,11 +356,12 @@ def _distinct_segments(
     place = torch.zeros_like(input_ids)
     place[lay.valid] = first.repeat_interleave(lengths) + lay.segment_position[lay.valid]
     ends = [len(ids) - 1 for _, ids in rows.alone]
-    return bank, place, bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
+    alone_states = bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
+    return model.add_words_in_bank(bank, list(numbers), offsets), place, alone_states
 
 
 def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
-    """Read segments by themselves: the state of the last token of each, M x H."""
+    """Read segments by themselves: the state of the last token of each, M x H, without word memory."""
     numbers = {key: number for number, key in enumerate(dict.fromkeys(segments))}
     if not numbers:
         return model.embed_kind.weight.new_zeros(0, model.config.hidden_size)

@@ -78,7 +78,7 @@ class M6RecTrainer(Trainer):
         super().__init__(eval_dataset=[], **kwargs)
         self.rows: EpochRows | None = None
         self.order: SeededOrder | None = None
-        self._states: torch.Tensor | None = None
+        self._frozen: dict[str, torch.Tensor] = {}
         task = run.recipe.task
         self.gathers = stage == "finetune" and task.negatives == "batch" and task.gather_negatives
         self._saving_into: Path | None = None
@@ -177,7 +177,7 @@ class M6RecTrainer(Trainer):
         """Compute the loss of a micro-batch, and keep its parts for the log."""
         inputs = {**inputs, **self._how(num_items_in_batch)}
         if "item_memory_ids" in inputs and "item_input_ids" not in inputs:
-            inputs["item_states"] = self._catalogue_states()
+            inputs |= self._frozen_catalogue()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name, part in (outputs.losses or {}).items():
             self._sums[0, LOSSES.index(name)] += part.detach().sum()
@@ -202,15 +202,17 @@ class M6RecTrainer(Trainer):
         return {**how, "contrast": contrast} if contrast else how
 
     @torch.no_grad()
-    def _catalogue_states(self) -> torch.Tensor:
+    def _frozen_catalogue(self) -> dict[str, torch.Tensor]:
         """Read the frozen texts of the catalogue once, in the numbers that rows are read in."""
-        if self._states is None:
+        if not self._frozen:
             run, device = self.run, self.args.device
             padded = run.processor.pad([{"input_ids": run.catalogue.input_ids[row]} for row in run.collator.distinct])
             ids, mask = padded["input_ids"].to(device), padded["attention_mask"].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-                self._states = run.base_model.item_states(ids, mask, run.segment_cache)
-        return self._states
+                self._frozen["item_states"] = run.base_model.item_states(ids, mask, run.segment_cache)
+            if run.model.config.word_memory:
+                self._frozen |= {"item_input_ids": ids, "item_attention_mask": mask}
+        return self._frozen
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; each loss by name beside the whole one."""

@@ -82,6 +82,8 @@ def _shaped_anew(run: "Run") -> list[str]:
         found.append("score_head")
     if run.recipe.model.item_memory or before.num_item_memory != config.num_item_memory:
         found.append("item_memory")
+    if config.word_memory:
+        found.append("word_memory")
     return found
 
 

@@ -33,7 +33,7 @@ FREE = {"attention_dropout", "hidden_dropout", "initializer_range"}
 """Fields that a backbone decides unless they are given; all its others are the shape of its weights."""
 FRESH = (
     *("score_head.", "item_norm.", "user_projection.", "item_projection."),
-    *("model.embed_kind.", "model.embed_event.", "model.item_memory."),
+    *("model.embed_kind.", "model.embed_event.", "model.item_memory.", "model.word_memory."),
 )
 """Weights that no language model has."""
 SPREAD = 0.5
@@ -248,7 +248,10 @@ def _grown(table: torch.Tensor, known: int, size: int, copies: Mapping[int, int]
 
 
 def _fill(model: M6RecForRecommendation, weights: Weights) -> None:
-    """Load the weights; what M6Rec adds to a language model's states begins at zero."""
+    """Load the weights; what M6Rec adds to a language model's states begins at zero.
+
+    Texts mean something from the start: so a user's vector begins near those of the items they met last, not anywhere.
+    """
     lost, extra = model.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] * model.config.tie_word_embeddings
     known = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")) + 1
@@ -257,6 +260,8 @@ def _fill(model: M6RecForRecommendation, weights: Weights) -> None:
     _refuse_odd_weights("the backbone", lost, extra)
     for table in (model.model.embed_kind, model.model.embed_event):
         nn.init.zeros_(table.weight)
+    with torch.no_grad():
+        model.user_projection.weight.copy_(model.item_projection.weight)
 
 
 __all__ = ["FAMILIES", "from_backbone", "load_backbone", "load_tokenizer"]

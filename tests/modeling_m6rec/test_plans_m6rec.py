@@ -378,7 +378,8 @@ def test_items_by_themselves_equal_items_in_a_row():
             alone = model.embed_items(**pad(items), memory_ids=memory[memory > 0])
             states_first = model.item_states(**pad(items))
         close(alone, inside)
-        close(model.embed_items(states=states_first, memory_ids=memory[memory > 0]), inside)
+        words = pad(items) if model.config.word_memory else {}
+        close(model.embed_items(states=states_first, memory_ids=memory[memory > 0], **words), inside)
 
 
 @pytest.mark.parametrize("tokens", (1024, 16384))

@@ -61,15 +61,15 @@ BERT = {
     "lm_head_bias": True,
 }
 BLOCKS = [
-    {**BERT, "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 1},
+    {**BERT, "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 1, "word_memory": True},
     {**BERT, "num_joint_layers": 4, "joint_positions": "request", "tie_word_embeddings": True},
     {"num_joint_layers": 3, "num_hidden_groups": 1, "embedding_size": 20, "tie_word_embeddings": True},
     {"num_joint_layers": 1, "num_hidden_groups": 2, "qk_norm": True, "score_head": "option", "segment_summary": 2},
-    {"num_joint_layers": 2, "exit_layers": [1], "rating_loss": "regression", "norm_type": "layer", "mlp_bias": True},
+    {"num_joint_layers": 2, "exit_layers": [1], "rating_loss": "regression", "norm_type": "layer", "word_memory": True},
 ]
 SMALL = [
     GRID[0],
-    {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional"},
+    {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional", "word_memory": True},
     {**GRID[0], "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 2},
     {"num_joint_layers": 4},
 ]
@@ -81,7 +81,7 @@ def name(config):
 
 
 def build(settings, **more):
-    """A tiny random model whose outputs vary: untied head, wide initial weights."""
+    """A tiny random model whose outputs vary: untied head, wide initial weights, memories that hold something."""
     torch.manual_seed(0)
     fields = {
         **IDS,
@@ -92,7 +92,10 @@ def build(settings, **more):
         "tie_word_embeddings": False,
     }
     config = M6RecConfig.preset("tiny", **{**fields, **settings, **more})
-    return M6RecForRecommendation(config).eval()
+    model = M6RecForRecommendation(config).eval()
+    if model.model.word_memory is not None:
+        torch.nn.init.normal_(model.model.word_memory.weight)
+    return model
 
 
 def close(left, right, **bounds):

@@ -194,10 +194,13 @@ def test_segment_states_are_kept_where_nothing_below_is_trained(tuning_recipe):
     assert len(fit(prepare(tuning_recipe("lora", model=frozen))).run.segment_cache) > 0
 
 
-def test_item_memory_comes_with_the_adapter(tuning_recipe):
-    recipe = tuning_recipe("lora", model={"item_memory": True, "config": {"item_memory_dropout": 0.0}})
+def test_item_and_word_memory_come_with_the_adapter(tuning_recipe):
+    settings = {"item_memory_dropout": 0.0, "word_memory": True}
+    recipe = tuning_recipe("lora", model={"item_memory": True, "config": settings})
     report = finetune(recipe)
-    assert any("item_memory" in name for name in load_file(recipe.output_dir / "adapter_model.safetensors"))
+    stored = load_file(recipe.output_dir / "adapter_model.safetensors")
+    for memory in ("item_memory", "word_memory"):
+        assert any(value.any() for name, value in stored.items() if memory in name), memory
     again = load_recipe(recipe.output_dir, [f"model.checkpoint={recipe.output_dir}"])
     assert full_report(prepare(again)) == report
 

@@ -100,6 +100,7 @@ def test_fields_are_heeded(tmp_path):
     model = convert(tmp_path, num_joint_layers=1, **given)
     assert {name: getattr(model.config, name) for name in given} == given
     assert model.item_projection.weight.shape == (12, 24)
+    assert torch.equal(model.user_projection.weight, model.item_projection.weight)
     assert len(model.model.item_memory.weight) == 6 and model.score_head.out_features == 2 + 5 + 1
     assert model.config.vocab_size == len(M6RecTokenizer.from_backbone(own_tokenizer("bert"), num_options=3))
     plain = convert(tmp_path).config
