@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from _few_shot import cells as few_shot_cells
 from _rivals import minilm_folder
 
@@ -37,9 +38,10 @@ IDS = {
     "intermediate_size": 256,
     "gated_mlp": False,
     "hidden_act": "gelu",
-    "num_hidden_layers": 3,
-    "num_joint_layers": 2,
+    "num_hidden_layers": 2,
+    "num_joint_layers": 1,
     "num_attention_heads": 2,
+    "initializer_range": 0.02,
     "segment_summary": 1,
     "embedding_dim": 64,
     "hidden_dropout": 0.3,
@@ -82,7 +84,12 @@ def prepared(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bo
     if not text:
         log.items[log.items.columns.difference(["title"])] = ""
         log.items["title"] = "item"
-    return prepare(asked, log)
+    run = prepare(asked, log)
+    if not text:  # as SASRec begins: item vectors drawn, not zero, and one table for what is met and what comes next
+        with torch.no_grad():
+            run.model.model.item_memory.weight[1:].normal_(0, IDS["hidden_size"] ** -0.5)
+            run.model.user_projection.weight.copy_(run.model.item_projection.weight)
+    return run
 
 
 def measured(run: Any) -> Rows:
