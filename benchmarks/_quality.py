@@ -183,6 +183,20 @@ class Classifier:
         return torch.cat(found).double().numpy()
 
 
+def simple_means(options: argparse.Namespace) -> dict[str, float]:
+    """AUC on the same clicks of the means of known labels, which need no model."""
+    from m6rec.train.build import prepare
+    from m6rec.train.evaluation import scoring_baselines
+    from m6rec.train.finetune import examples_of
+    from m6rec.train.recipe import load_recipe
+
+    run = prepare(load_recipe(recipe_of(options, {}, 0, options.runs / "means")))
+    examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)
+    recipe = run.recipe
+    found = scoring_baselines(run.split, run.writer, examples, options.part, "click", recipe.task, recipe.seed)
+    return {name: report["auc"] for name, report in found.items()}
+
+
 def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]:
     """Run the cells that are missing, each in a process of its own, and sum up; or run the one cell that is named."""
     if options.cell:
@@ -198,7 +212,7 @@ def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]
         aucs |= dict.fromkeys(SHARED.get(name, (name,)), mean)
     about = {name: getattr(options, name) for name in ("rows", "rate", "part", "candidates")}
     about |= {"model": MODEL, "targets": TARGETS, "events": EVENTS, "pairs_of_cross_encoder": PAIRS}
-    return {"quality": {**about, "cells": cells}, "aucs": aucs}
+    return {"quality": {**about, "cells": cells, "means": simple_means(options)}, "aucs": aucs}
 
 
 def cell_folder(options: argparse.Namespace, name: str, seed: int) -> Path:
