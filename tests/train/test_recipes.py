@@ -78,6 +78,7 @@ def test_a_vertical_runs_its_four_steps(name, write, task, tmp_path, capsys):
     folders = [f"data.directory={data}", f"pretraining.output_dir={first}", f"training.output_dir={last}"]
     if name == "ecommerce":
         folders += published(tmp_path / "backbone")
+        folders += ["task.learn=[retrieval,click]", "task.negatives_per_event=2"]  # as the recipe says, clicks as well
     assert main(["run", name, *folders, *QUICK]) == 0
     said = capsys.readouterr().out
     assert "perplexity" in said and task in said and said.endswith(f"written to {last}\n")
