@@ -41,6 +41,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from m6rec import SegmentCache
 from m6rec.train.build import Run, on_cpu, plain_forward, prepare, use_bf16
 from m6rec.train.order import SeededOrder
 from m6rec.train.recipe import load_recipe
@@ -223,6 +224,7 @@ def beauty_run(data: Path, task: dict[str, Any], batches: int, output: str) -> R
     }
     run = prepare(load_recipe(tree))
     run.base_model.model.freeze_segments()
+    run.segment_cache, run.collator.frozen = SegmentCache(), True  # as `fit` does where no text is learnt
     return run
 
 
