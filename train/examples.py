@@ -243,7 +243,7 @@ class ScoringRows(Dataset):
         negatives = Negatives(writer, frame, task.negatives_per_event, seed) if task.negatives_per_event else None
         self.candidates = Candidates(writer, frame, self.names, task, negatives)
         for name, values in self.candidates.labels.items():
-            _refuse_equal(values, name, task)
+            refuse_equal_labels(values, name, task)
         known, self._windows = self.candidates.known, []
         self._events: dict[str, list[dict[str, Any]]] = {}
         for user_id, places in histories(frame).items():
@@ -382,7 +382,7 @@ def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArgumen
     return ItemLikes(users[known], rows[known], labels[known], len(writer.items), seed)
 
 
-def _refuse_equal(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
+def refuse_equal_labels(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
     """Raise if all known labels of a task, or of one of its interactions, are equal: there is nothing to learn."""
     named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
     for name, values in named:
@@ -410,6 +410,7 @@ __all__ = [
     "Window",
     "item_likes",
     "read_requests",
+    "refuse_equal_labels",
     "retrieval_rows",
     "target_labels",
     "training_rows",

@@ -19,7 +19,7 @@ from ..tokenization.reading_m6rec import Reading
 from .build import item_texts, make_processor, make_split, make_writer
 from .corpus import AnySource, StreamedSource, vocabulary_texts
 from .data import Log, read_log, repeated_rows
-from .examples import SCORED, Candidates, Negatives, RequestWriter, windows
+from .examples import SCORED, Candidates, Negatives, RequestWriter, refuse_equal_labels, windows
 from .pretrain import raw_sources
 from .recipe import Recipe
 from .splits import PARTS, Split, cold_items, histories
@@ -286,9 +286,7 @@ class _Sampler:
         per_event = 0 if name == "rating" else task.negatives_per_event
         negatives = Negatives(writer, self.train, per_event, self.recipe.seed) if per_event else None
         candidates = Candidates(writer, self.train, [name], task, negatives)
-        labels = candidates.labels[name][candidates.known]
-        if not per_event and len(np.unique(labels, axis=0)) < 2:
-            raise ValueError(f"all labels of {name!r} are missing or equal in the training part: nothing can be learnt")
+        refuse_equal_labels(candidates.labels[name], name, task)
         requests = []
         for user in self.users:
             own = self.places[user]

@@ -145,7 +145,13 @@ def test_five_samples_are_shown_in_turn_of_the_tasks(make):
 @pytest.mark.parametrize(
     ("columns", "sections", "message"),
     [
-        ({"label": 1}, {"task": {"learn": ["click"]}}, "all labels of 'click' are missing or equal"),
+        ({"label": 1}, {"task": {"learn": ["click"]}}, "all labels of 'click' are 1 in the training part"),
+        (
+            {"event": "view"},
+            {"task": {"learn": ["interaction"], "interactions": {"view": ["view"], "buy": ["buy"]}}},
+            "all labels of 'view' are 1",
+        ),
+        ({"label": 0}, {"task": {"learn": ["click"], "negatives_per_event": 1}}, "all labels of 'click' are 0"),
         ({}, {"task": {"learn": ["click"]}}, "learnt from column 'label', which the interactions do not have"),
         ({}, {"task": {"learn": ["writing"], "writing": {"query": ["search"]}}}, "learnt from column 'text'"),
         (
