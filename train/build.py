@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoProcessor, TokenizersBackend, set_seed
+from transformers import AutoConfig, AutoProcessor, TokenizersBackend, set_seed
 
 from ..configuration_m6rec import M6RecConfig
 from ..conversion import load_tokenizer
@@ -29,6 +29,10 @@ from .tuning import save_model
 logger = logging.getLogger(__name__)
 SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
 """Fields of the configuration that decide the outputs of the score head."""
+
+SHAPE_FIELDS = ("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SHAPE_FIELDS += ("num_hidden_groups", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding_dim")
+"""Fields of the configuration that the weights of a checkpoint decide."""
 
 
 @dataclass
@@ -120,7 +124,8 @@ def make_processor(
     else:
         template, rows = text.template(), None
         # Appending an event must not change what earlier ones say, where history is causal.
-        both_ways = recipe.model.config.get("history_attention") == "bidirectional"
+        given = recipe.model.config if recipe.model.backbone else {**recipe.model.shape, **recipe.model.config}
+        both_ways = given.get("history_attention") == "bidirectional"
         settings = {"template": template, "time": "ago" if both_ways else "gap"}
         if recipe.model.backbone:
             tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone))
@@ -163,12 +168,14 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
         # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
         fields = {"dtype": "float32", **fields, **quantized(recipe.tuning.quantization)}
+        _refuse_other_shape(arguments.checkpoint, fields)
         model = load_model(arguments.checkpoint, **fields)
         _change_scores(model, scored)
     elif arguments.backbone:
         model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
         check_length(model.config, processor.max_length)
     else:
+        fields = {**arguments.shape, **fields}
         lengths = {"max_position_embeddings": max(processor.max_length, fields.pop("max_position_embeddings", 0))}
         ids = processor.tokenizer.structural_ids
         model = M6RecForRecommendation(M6RecConfig.preset(arguments.preset, **{**ids, **lengths, **fields}))
@@ -185,6 +192,19 @@ def check_length(config: M6RecConfig, max_length: int) -> None:
     counts_on = config.position_embedding_type == "learned" and config.joint_positions == "request"
     if counts_on and max_length > learnt:
         raise ValueError(f"text.max_length={max_length}, but the backbone knows {learnt} positions: set it to {learnt}")
+
+
+def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
+    """Refuse fields that contradict a checkpoint's weights: the library would draw new ones, or leave some out."""
+    given = [name for name in SHAPE_FIELDS if name in fields]
+    own = AutoConfig.from_pretrained(checkpoint) if given else None
+    other = [name for name in given if fields[name] != getattr(own, name, None)]
+    if other:
+        told = ", ".join(f"{name}={fields[name]!r} ({getattr(own, name, None)!r})" for name in other)
+        raise ValueError(
+            f"model.config contradicts what the weights of {checkpoint} decide, in brackets: {told}. Leave it out, or "
+            "put it into model.shape, which is for models without a checkpoint"
+        )
 
 
 def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> None:

@@ -56,9 +56,11 @@ class ModelArguments:
     backbone: str | None = None
     """Folder or Hub id of a published language model whose weights and tokenizer a new model begins with."""
     preset: str = "tiny"
-    """Named size of a new model."""
+    """Named size of a model of one's own, without checkpoint and backbone: those bring theirs."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """Fields of M6RecConfig that differ from the preset. Like it, they are for a model of one's own."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of M6RecConfig that differ from the preset."""
+    """Fields of M6RecConfig for whatever the model begins as; they win over `shape`."""
     attention: str | None = None
     """Attention implementation: sdpa, eager, ...; None: the library's choice."""
     freeze_segments: bool = False
@@ -69,6 +71,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         fields = {entry.name for entry in dataclasses.fields(M6RecConfig)}
+        refuse_unknown(self.shape, fields, "model.shape")
         refuse_unknown(self.config, fields, "model.config")
         if self.checkpoint and self.backbone:
             given = f"model.checkpoint {self.checkpoint!r} and model.backbone {self.backbone!r}"

@@ -175,6 +175,18 @@ def test_scores_without_a_meaning_are_refused_for_a_checkpoint_too(saved, make_r
         prepare(on(saved, make_recipe, model={"config": {"rating_values": [3.0, 1.0]}}))
 
 
+def test_a_shape_is_for_models_without_a_checkpoint(saved, make_recipe):
+    shape = {"hidden_size": 24, "num_hidden_layers": 3, "hidden_dropout": 0.5, "max_position_embeddings": 900}
+    own = prepare(make_recipe(model={"shape": shape, "config": {"hidden_dropout": 0.1}})).model.config
+    assert (own.hidden_size, own.num_hidden_layers, own.hidden_dropout) == (24, 3, 0.1)
+    assert own.max_position_embeddings == 900
+    again = prepare(on(saved, make_recipe, model={"shape": shape})).model.config
+    assert (again.hidden_size, again.num_hidden_layers, again.hidden_dropout) == (36, 4, 0.25)
+    given = {"num_hidden_layers": 3, "hidden_size": 36, "embedding_dim": 11}
+    with pytest.raises(ValueError, match=r"in brackets: num_hidden_layers=3 \(4\), embedding_dim=11 \(10\)\. Leave it"):
+        prepare(on(saved, make_recipe, model={"config": given}))
+
+
 def test_bad_combinations_are_refused_with_a_reason(make_recipe, tables, tmp_path):
     with pytest.raises(ValueError, match="no preset 'huge'"):
         prepare(make_recipe(model={"preset": "huge"}))

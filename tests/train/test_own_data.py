@@ -10,6 +10,7 @@ import yaml
 
 import m6rec.train
 from m6rec.train.cli import main
+from tests.modeling_m6rec.conversion.backbones import publish, tiny
 
 TEMPLATE = Path(m6rec.train.__file__).parent / "recipes" / "own-data.yaml"
 EVENTS = [
@@ -46,7 +47,7 @@ def own(request, tmp_path):
         tree["data"]["interactions"] = written(events, tmp_path / f"log{request.param}")
         tree["data"]["items"] = written(items, tmp_path / f"products{request.param}")
         tree["text"] |= {"vocab_size": 400, "max_length": 256, "max_events": 4}
-        tree["model"]["config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+        tree["model"]["shape"] |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
         tree["training"] |= {"output_dir": str(tmp_path / "run"), **SMALL, "num_train_epochs": 1}
         for name, section in sections.items():
             tree[name] |= section
@@ -168,3 +169,47 @@ def test_the_template_runs_all_its_steps_and_a_user_with_one_event_gets_answers(
     shutil.rmtree(tmp_path / "run")
     assert main(["finetune", recipe]) == 0  # goes on from what was pretrained
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+EMBEDDER = ["model.freeze_segments=true", "model.config.word_memory=true", "model.config.segment_pooling=mean"]
+EMBEDDER += ["model.config.num_hidden_layers=5", "model.config.num_joint_layers=2"]
+BEGINNINGS = {
+    "converted": ["model.checkpoint={folder}/converted"],
+    "converted, by an adapter": ["model.checkpoint={folder}/converted", "tuning.method=lora"],
+    "backbone": ["model.backbone={folder}/llama", "model.config.num_joint_layers=2"],
+    "embedder under new layers": ["model.backbone={folder}/bert", *EMBEDDER],
+    "pretrained on texts": ["model.checkpoint={folder}/texts"],
+}
+"""As README and the recipes word them: what the template says of a model of its own gives way."""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Make what one may begin with: two published models, one of them converted, and a model pretrained on texts."""
+    folder = tmp_path_factory.mktemp("published")
+    publish(folder / "llama", "llama")
+    publish(folder / "bert", "bert", tiny("bert", "BertModel"))
+    joint = ["--num-joint-layers", "2"]
+    assert main(["convert", str(folder / "llama"), str(folder / "converted"), *joint, "segment_summary=1"]) == 0
+    for name, line in {"english": "a line of number {}", "chinese": "第{}行文字"}.items():
+        (folder / f"{name}.txt").write_text("\n".join(line.format(row) for row in range(60)), encoding="utf-8")
+    texts = json.dumps([str(folder / "english.txt"), str(folder / "chinese.txt")])
+    given = [f"pretraining.texts={texts}", f"training.output_dir={folder / 'texts'}", "model.shape.hidden_size=32"]
+    given += ["text.vocab_size=400", "pretraining.length=64", "training.max_steps=2", "training.bf16=false"]
+    given += ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]
+    assert main(["pretrain", "pretrain-text", *given, "training.use_cpu=true", "training.disable_tqdm=true"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("own", [".csv"], indirect=True)
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_the_template_begins_as_whatever_is_named(own, published, tmp_path, beginning):
+    given = [entry.format(folder=published) for entry in BEGINNINGS[beginning]]
+    assert main(["finetune", own(), *given]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["hidden_size"] == (32 if "texts" in beginning else 24)
+    assert config["num_joint_layers"] == (3 if "texts" in beginning else 2)
+    assert (config["num_hidden_layers"], config["segment_summary"]) == (
+        {"pretrained on texts": 6, "embedder under new layers": 5}.get(beginning, 3),
+        1,
+    )

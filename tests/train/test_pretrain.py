@@ -516,7 +516,7 @@ def two_languages(tmp_path):
 
 def test_the_recipe_of_raw_texts_runs_without_a_log_and_is_resumed(two_languages, tmp_path, capsys):
     folder = tmp_path / "out"
-    small = ["model.preset=tiny", "model.config={}", "text.vocab_size=400", "pretraining.length=64", "training.seed=1"]
+    small = ["model.preset=tiny", "model.shape={}", "text.vocab_size=400", "pretraining.length=64", "training.seed=1"]
     small += [f"pretraining.texts={json.dumps(two_languages)}", f"training.output_dir={folder}"]
     small += ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1", "training.bf16=false"]
     small += ["training.save_strategy=steps", "training.save_steps=1", "training.use_cpu=true"]

@@ -1,10 +1,12 @@
 """Every vertical's recipe, all steps by one command, two optimizer steps each, on small files of the real formats."""
 
 import json
+from pathlib import Path
 
 import numpy
 import pytest
 
+import m6rec.train
 from m6rec.train.cli import main
 from tests.modeling_m6rec.conversion.backbones import publish, tiny
 from tests.train.test_lastfm import write_lastfm
@@ -85,6 +87,27 @@ def test_a_vertical_runs_its_four_steps(name, write, task, tmp_path, capsys):
     assert " 1  " in said  # what was recommended in the end
     report = json.loads((last / "metrics.json").read_text())
     assert all("m6rec" in rows for rows in report.values()) and (first / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("name", "write"), [("video", films), ("social", music)])
+def test_a_vertical_begins_as_a_published_model(name, write, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    write(data)
+    backbone = publish(tmp_path / "backbone", "llama")
+    folders = [f"data.directory={data}", f"pretraining.output_dir={tmp_path / 'first'}", f"training.output_dir={out}"]
+    assert main(["run", name, *folders, f"model.backbone={backbone}", "model.config.num_joint_layers=2", *QUICK]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["hidden_size"], config["segment_pooling"], config["num_joint_layers"]) == (24, "mean", 2)
+
+
+def test_every_recipe_is_run_through_the_command_line():
+    """A new recipe wants a run of its own, here or in a test that it is named in."""
+    elsewhere = {"quickstart": "test_quickstart", "own-data": "test_own_data", "pretrain-text": "test_pretrain"}
+    here = {"video", "ecommerce", "social", "movielens", "beauty"}
+    assert {path.stem for path in (Path(m6rec.train.__file__).parent / "recipes").glob("*.yaml")} == here | {*elsewhere}
+    for name, test in elsewhere.items():
+        assert name in Path(__file__).with_name(f"{test}.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "write"), [("movielens", films), ("beauty", cosmetics)])
