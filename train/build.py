@@ -30,7 +30,13 @@ logger = logging.getLogger(__name__)
 SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
 """Fields of the configuration that decide the outputs of the score head."""
 
-SHAPE_FIELDS = ("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SHAPE_FIELDS: tuple[str, ...] = (
+    "vocab_size",
+    "embedding_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+)
 SHAPE_FIELDS += ("num_hidden_groups", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding_dim")
 """Fields of the configuration that the weights of a checkpoint decide."""
 
