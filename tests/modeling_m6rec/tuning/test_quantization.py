@@ -85,6 +85,51 @@ def test_an_adapter_goes_on_learning_after_an_evaluation(tmp_path, kind, method)
         close(outputs(model, batch).scores, expected, rtol=0, atol=1e-6)
 
 
+class Repacking(torch.nn.Linear):
+    """Stands in for a 4-bit layer on processors with AVX512-BF16, where bitsandbytes is not installed.
+
+    The first evaluation repacks its weights for good, for a kernel that has no gradient.
+    """
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.load_state_dict(layer.state_dict())
+        self.support_avx512bf16_for_cpu, self.packed = True, False
+
+    def forward(self, states):
+        self.packed |= self.support_avx512bf16_for_cpu and not self.training
+        found = super().forward(states)
+        return found.detach() if self.packed else found
+
+
+@pytest.mark.parametrize("method", ["lora", "option-adapter"])
+def test_an_adapter_goes_on_learning_where_evaluation_would_repack_its_base(monkeypatch, method):
+    def gradients(prepared):
+        with monkeypatch.context() as patch:
+            patch.setattr("m6rec.tuning.methods.keep_trainable", keep_trainable if prepared else lambda model: None)
+            base = build(TWO_STAGES, **WIDE)
+            for layer in base.model.layers:
+                for part in (layer.self_attn, layer.mlp):
+                    for name, linear in list(part.named_children()):
+                        if isinstance(linear, torch.nn.Linear):
+                            setattr(part, name, Repacking(linear))
+            tuned = tune(base, method, ["click"])
+        batch, found = rows(), []
+        weights = [weight for weight in tuned.parameters() if weight.requires_grad]
+        for _ in range(2):
+            tuned.zero_grad()
+            tuned.train()(**batch, click_labels=CLICKS).loss.backward()
+            found.append([weight.grad.clone() for weight in weights])
+            outputs(tuned, batch)
+        return found
+
+    before, after = gradients(prepared=True)
+    for gradient, same in zip(after, before):
+        close(gradient, same)
+    before, after = gradients(prepared=False)
+    assert not all(torch.allclose(gradient, same) for gradient, same in zip(after, before)), "the trap is one"
+
+
 def test_the_repacking_of_weights_is_switched_off(tmp_path):
     pytest.importorskip("bitsandbytes")
     model = quantized_base(tmp_path / "base", "nf4")
