@@ -31,7 +31,7 @@ class TextArguments:
     max_events: int = 50
     """Events of a history, at most."""
     vocab_size: int = 8000
-    """Tokens of a tokenizer that is trained on the items' texts."""
+    """Tokens of a tokenizer that is trained on the items' texts; a checkpoint or backbone brings its own."""
     statistics: list[str] = field(default_factory=list)
     """What is told of a candidate beside its text, counted in the training events: `item_likes` (how many in a hundred
     of its labels are 1). Where a candidate is learnt, the user's own labels are not in it."""
