@@ -145,8 +145,10 @@ class Classifier:
         return [ids[: starts[0]] + ids[start:end] for start, end in pairwise([*starts, len(ids)])]
 
     def _logits(self, pairs: list[list[int]]) -> torch.Tensor:
+        from m6rec.train.build import use_bf16
+
         batch = self.run.processor.tokenizer.pad({"input_ids": pairs}, padding_side="right", return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16()):
             return self.model(**batch, use_cache=False).logits.float()
 
     def train(self, count: int) -> None:

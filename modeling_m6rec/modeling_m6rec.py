@@ -162,7 +162,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         if return_logits is None or only_losses:
             return_logits = not only_losses and (labels is not None or not others)
         return_vectors = return_vectors and not only_losses
-        everything = return_logits or return_plausibility or labels is not None or retrieval_labels is not None
+        everything = return_logits or return_plausibility or labels is not None
         heads = None if everything else ["score"] + ["user"] * return_vectors
         out = self.model(
             input_ids,
@@ -179,6 +179,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             alone=self._item_keys(item_input_ids, item_attention_mask) if item_states is None else (),
             compact_output=True,
             heads=heads,
+            asked=None if retrieval_labels is None else retrieval_labels != UNKNOWN,
             **kwargs,
         )
         ids = input_ids if layout_ids is None else layout_ids

@@ -332,6 +332,7 @@ class M6RecModel(M6RecPreTrainedModel):
         alone: Sequence[SegmentKey] = (),
         compact_output: bool = False,
         heads: Sequence[str] | None = None,
+        asked: torch.BoolTensor | None = None,
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Read rows.
@@ -356,6 +357,7 @@ class M6RecModel(M6RecPreTrainedModel):
                 leaves tokens out; `kept` says which.
             heads: What reads the last states: "score" does where targets are scored, "user" where users are read; of
                 other tokens they then mean nothing, and the last joint layer leaves these out. None = they all count.
+            asked: B x T bool, further tokens whose last states are read.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -378,6 +380,8 @@ class M6RecModel(M6RecPreTrainedModel):
         item_ids = None if item_ids is None else _widen(item_ids, total)
         exits = sorted(set(exits or [self.config.num_joint_layers]))
         asking = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
+        if asking is not None and asked is not None:
+            asking = asking | _widen(asked, total)
         rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone, asking)
         whole = not (use_cache or past_key_values is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)

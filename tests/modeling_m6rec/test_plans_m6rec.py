@@ -11,6 +11,7 @@ from hypothesis import settings as example
 from hypothesis import strategies as st
 
 from m6rec import SegmentCache, plans_m6rec
+from m6rec.heads_m6rec import user_places
 from m6rec.layout_m6rec import layout
 from tests.modeling_m6rec.tiny import (
     ALL,
@@ -363,6 +364,36 @@ def test_gradients_through_plans_equal_the_flat_ones(settings):
         grads.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
     for other in grads[1:]:
         assert {name for name, grad in other.items() if grad.any()} == {n for n, grad in grads[0].items() if grad.any()}
+        for key in grads[0]:
+            close(other.get(key, torch.zeros_like(grads[0][key])), grads[0][key], rtol=1e-4)
+
+
+@everywhere
+@pytest.mark.usefixtures("together")
+def test_learning_what_comes_next_is_the_same_through_every_plan(settings):
+    """Where users alone are read, the last layer computes their tokens only, and learns the same."""
+    model, writer = build({**settings, "history_attention": "causal"}), Writer(16)
+    if not model.config.num_segment_layers:
+        pytest.skip("no item vectors with all layers joint")
+    batch, items = pad([writer.source(n) for n in (3, 1)]), pad([writer.segment(ITEM) for _ in range(4)])
+    lay = layout(**batch, config=model.config)
+    places = user_places(batch["input_ids"], lay, model.config)
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row in range(2):
+        ends = places[row][places[row] >= 0]
+        labels[row, ends] = torch.arange(len(ends)) % 4
+    given = {"item_input_ids": items["input_ids"], "item_attention_mask": items["attention_mask"]}
+    tokens, grads = [], []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, args, out: tokens.append(args[0][..., 0].numel()))
+    for plan in PLANS:
+        model.zero_grad()
+        tokens.clear()
+        batch |= {"retrieval_labels": labels, **given}
+        model(**batch, plan=plan, segment_cache=SegmentCache(), only_losses=True).loss.backward()
+        grads.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
+        if plan != "flat" and model.config.num_hidden_groups == model.config.num_hidden_layers:
+            assert sum(tokens) == places.numel()  # padding among them
+    for other in grads[1:]:
         for key in grads[0]:
             close(other.get(key, torch.zeros_like(grads[0][key])), grads[0][key], rtol=1e-4)
 
