@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils.hub import cached_file
 
@@ -73,6 +74,9 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
     wrong = [entry for entry in sorted(map(str, info["mismatched_keys"])) if not any(part in entry for part in BROUGHT)]
     if wrong:
         raise ValueError(f"{base!r} is not the base of the adapter {str(name)!r}: its shapes differ in {wrong[0]}")
+    if any("model.item_memory." in str(entry) for entry in (*info["missing_keys"], *info["mismatched_keys"])):
+        # As when the adapter was trained. The library has drawn numbers, and so each time another fingerprint.
+        torch.nn.init.zeros_(model.model.item_memory.weight)
     return model
 
 

@@ -213,3 +213,4 @@ def test_the_template_begins_as_whatever_is_named(own, published, tmp_path, begi
         {"pretrained on texts": 6, "embedder under new layers": 5}.get(beginning, 3),
         1,
     )
+    assert main(["recommend", str(tmp_path / "run"), "--user", "once", "--top-k", "2"]) == 0

@@ -8,7 +8,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModel, TrainerCallback
 
 from m6rec import M6RecForRecommendation
 from m6rec.train import finetune as finetuning
@@ -203,6 +203,10 @@ def test_item_and_word_memory_come_with_the_adapter(tuning_recipe):
         assert any(value.any() for name, value in stored.items() if memory in name), memory
     again = load_recipe(recipe.output_dir, [f"model.checkpoint={recipe.output_dir}"])
     assert full_report(prepare(again)) == report
+    # The base has no item memory: what stands in its place must be the same each time the adapter is loaded.
+    models = [load(recipe.output_dir) for load in (load_tuned, load_tuned, AutoModel.from_pretrained)]
+    assert len({model.fingerprint() for model in models}) == 1
+    assert main(["recommend", str(recipe.output_dir), "--user", "u1", "--top-k", "3"]) == 0
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("8bit", "Linear8bitLt"), ("nf4", "Linear4bit")])
@@ -217,6 +221,7 @@ def test_a_quantised_run_is_measured_and_found_again(tuning_recipe, kind, layer)
     for task, rows in full_report(again).items():
         for name, value in figures(rows["m6rec"]).items():
             assert value == pytest.approx(report[task]["m6rec"][name], abs=1e-6), (task, name)
+    assert main(["recommend", str(recipe.output_dir), "--user", "u1", "--top-k", "3"]) == 0
 
 
 def test_parameters_of_a_whole_run_are_all_trained(run):
