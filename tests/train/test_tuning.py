@@ -50,7 +50,8 @@ def tuning_recipe(make_recipe, base):
 def test_each_method_from_the_command_line_to_a_recommendation(tables, tmp_path, base, method, capsys, caplog):
     caplog.set_level(logging.INFO)
     folder = tmp_path / "run"
-    recipe = recipe_of(tables, folder, task=TASKS, model={"checkpoint": base}, tuning={"method": method})
+    model = {"checkpoint": base, "item_memory": True}  # which the base has not
+    recipe = recipe_of(tables, folder, task=TASKS, model=model, tuning={"method": method})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["finetune", str(tmp_path / "recipe.yaml")]) == 0
     share = [record.getMessage() for record in caplog.records if f"{method} trains" in record.getMessage()]
