@@ -1,29 +1,64 @@
-"""What clicks are compared with: means of known labels, on the rows and the split of ours."""
+"""MovieLens-100K's likes: the recipe `video`, and means of known labels on the same candidates.
 
+Four stars or more are a like. Each is asked after all that its user did before, in the last tenth too (`rolling`).
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 from _ranking_rivals import unread
 
-from m6rec.train.data import DataArguments, read_log
+from m6rec.train.data import read_log
 from m6rec.train.evaluation import scoring_baselines, scoring_examples
 from m6rec.train.examples import RequestWriter
-from m6rec.train.sections import EvaluationArguments, TaskArguments
+from m6rec.train.recipe import Recipe, load_recipe
 from m6rec.train.splits import by_time
 
-HISTORY = 50
-"""Events of a history, at most."""
+ASKED = ("click", "rating")
 
 
-def mean_likes(data: Path) -> dict[str, dict[str, Any]]:
-    """Measure means of known labels on MovieLens-100K's likes of four stars or more, split by time: rows by name."""
-    task = TaskArguments(learn=["click"])
-    evaluation = EvaluationArguments(split="time", valid_fraction=0.05, test_fraction=0.1)
-    log = read_log(DataArguments(source="ml-100k", directory=str(data / "ml-100k")))
-    split, writer = by_time(log.interactions, evaluation.valid_fraction, evaluation.test_fraction), RequestWriter(log)
-    examples = scoring_examples(writer, unread(HISTORY), split, "test", "click", task, evaluation, 0)
-    found = scoring_baselines(split, writer, examples, "test", "click", task, 0)
-    return {name: {"auc": own["auc"], "examples": own["examples"]} for name, own in found.items()}
+def recipe(data: Path, folder: Path, seed: int) -> Recipe:
+    """The recipe, in these folders."""
+    changed = {
+        "data.directory": str(data / "ml-100k"),
+        "data.seed": seed,
+        "pretraining.output_dir": str(folder / "pretrained"),
+        "training.output_dir": str(folder / "model"),
+        "training.disable_tqdm": True,
+        "training.seed": seed,
+    }
+    return load_recipe("video", [f"{key}={json.dumps(value)}" for key, value in changed.items()])
 
 
-__all__ = ["mean_likes"]
+def row(report: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The row of a model, of what its reports on both tasks say."""
+    clicks, ratings = (report[task] for task in ASKED)
+    return {"auc": clicks["auc"], "gauc": clicks["gauc"], "rmse": ratings["rmse"], "examples": clicks["examples"]}
+
+
+def mean_likes(data: Path, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Measure means of known labels: rows by name."""
+    asked = recipe(data, folder, seed)
+    arguments = asked.evaluation
+    log = read_log(asked.data)
+    split = by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, seed)
+    writer, found = RequestWriter(log), {}
+    for task in ASKED:
+        rows = scoring_examples(writer, unread(asked.text.max_events), split, "test", task, asked.task, arguments, seed)
+        found[task] = scoring_baselines(split, writer, rows, "test", task, asked.task, seed)
+    return {name: row({task: found[task][name] for task in ASKED}) for name in found["click"]}
+
+
+def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
+    """Pretrain and fine-tune by the recipe, and measure."""
+    from m6rec.train.finetune import finetune
+    from m6rec.train.pretrain import pretrain
+
+    asked = recipe(data, folder, seed)
+    pretrain(asked)
+    report = finetune(asked)  # goes on from what was pretrained
+    return row({task: report[task]["m6rec"] for task in ASKED})
+
+
+__all__ = ["mean_likes", "trained"]

@@ -2,7 +2,7 @@
 
 Ours are recipes of the package: MiniLM reads texts, frozen, each once, its tokens' mean standing for
 the text; new joint layers read the history. `ids` says whether items have a memory of their own, `text` whether their
-texts are read: without them the model is SASRec with the full softmax.
+texts are read: without them the model is SASRec with the full softmax. `m6rec quickstart` is a small new model.
 """
 
 import json
@@ -55,15 +55,17 @@ SASREC: dict[str, dict[str, Any]] = {
 """How long and how fast: found on validation."""
 
 
-def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool) -> dict[str, Any]:
-    """What one of our models changes in the data set's recipe."""
+def changes(
+    name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, small: bool = False
+) -> dict[str, Any]:
+    """What one of our models changes in the data set's recipe; `small`: it has no backbone."""
     found: dict[str, Any] = {
         "data.directory": str(data / READERS[name]),
         "data.seed": seed,
         "training.seed": seed,
         "training.output_dir": str(folder / "model"),
         "training.disable_tqdm": True,
-        "model.backbone": str(minilm_folder()),
+        "model.backbone": None if small else str(minilm_folder()),
         "model.item_memory": ids,
     }
     if not text:
@@ -73,14 +75,23 @@ def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: boo
     return found
 
 
-def prepared(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, cold: float = 0.0) -> Any:
-    """Read a data set and make one of our models for it."""
+def prepared(
+    name: str,
+    data: Path,
+    folder: Path,
+    seed: int,
+    text: bool,
+    ids: bool,
+    cold: float = 0.0,
+    recipe: str | None = None,
+) -> Any:
+    """Read a data set and make one of our models for it, by its recipe or by another one that has no backbone."""
     from m6rec.train.build import prepare
     from m6rec.train.data import read_log
     from m6rec.train.recipe import load_recipe
 
-    changed = changes(name, data, folder, seed, text, ids) | {"evaluation.cold_fraction": cold}
-    asked = load_recipe(RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in changed.items()])
+    changed = changes(name, data, folder, seed, text, ids, bool(recipe)) | {"evaluation.cold_fraction": cold}
+    asked = load_recipe(recipe or RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in changed.items()])
     log = read_log(asked.data)
     if not text:
         log.items[log.items.columns.difference(["title"])] = ""
@@ -116,12 +127,20 @@ def measured(run: Any) -> Rows:
 
 
 def ours(
-    name: str, data: Path, folder: Path, seed: int, *, text: bool = True, ids: bool = True, cold: float = 0.0
+    name: str,
+    data: Path,
+    folder: Path,
+    seed: int,
+    *,
+    text: bool = True,
+    ids: bool = True,
+    cold: float = 0.0,
+    recipe: str | None = None,
 ) -> Rows:
     """Train one of our models and measure it."""
     from m6rec.train.finetune import fit
 
-    run = prepared(name, data, folder, seed, text, ids, cold)
+    run = prepared(name, data, folder, seed, text, ids, cold, recipe)
     fit(run)
     if cold and text and ids:
         run.model.config.new_item_bonus = BONUS
@@ -152,10 +171,17 @@ def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
 
 
 def _mean_likes(name: str, data: Path, folder: Path, seed: int) -> Rows:
-    """A mean of known labels on MovieLens-100K's clicks; nothing is drawn."""
+    """A mean of known labels on MovieLens-100K's clicks."""
     from _click_rivals import mean_likes
 
-    return [mean_likes(data)[name]]
+    return [mean_likes(data, folder, seed)[name]]
+
+
+def _likes(data: Path, folder: Path, seed: int) -> Rows:
+    """Our recipe of clicks and ratings."""
+    from _click_rivals import trained
+
+    return [trained(data, folder, seed)]
 
 
 def _rival(reader: str, name: str, cold: float, data: Path, folder: Path, seed: int) -> Rows:
@@ -173,9 +199,10 @@ def _rectools(reader: str, kind: str, cold: float, data: Path, folder: Path, see
 DATASETS: dict[str, dict[str, Model]] = {
     "beauty": _rankings("beauty"),
     "beauty-cold": _rankings("beauty", COLD),
-    "ml-100k": _rankings("ml-100k"),
+    "ml-100k": {"m6rec quickstart": partial(ours, "ml-100k", recipe="quickstart"), **_rankings("ml-100k")},
     "ml-100k-click": {
-        name: partial(_mean_likes, name) for name in ("item_mean", "user_mean", "history_mean", "history_and_item")
+        "m6rec": _likes,
+        **{name: partial(_mean_likes, name) for name in ("item_mean", "user_mean", "history_mean", "history_and_item")},
     },
     "tallrec": few_shot_cells(),
     "transfer": {

@@ -32,7 +32,9 @@ NOTES = {
         "ratings share a second; their order in the file follows the item ids, so it is drawn by the seed of the run."
     ),
     "ml-100k-click": (
-        "Four stars or more are a like; split by time (85 / 5 / 10), so the test knows nothing later than itself."
+        "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
+        "test. Each like and rating is asked after all that its user did before it, for the means as for the model: "
+        "most users of the last tenth are new. The recipe is `video`."
     ),
     "transfer": (
         "Nothing of Beauty is learnt: the model of texts alone is trained on MovieLens-100K's films and asked about "

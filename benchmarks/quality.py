@@ -4,10 +4,10 @@
     python benchmarks/quality.py --table                                    writes docs/results.md anew, nothing else
 
 DIR holds the data sets' folders. Every cell (a model with a seed) runs in a process of its own and is kept in `--runs`,
-so that a broken benchmark goes on where it stopped; `--models` adds to what was run before. Rankings are of the whole
-catalogue, with the items that a user has met before left out and kept in. All settings were chosen on validation parts
-(docs/experiments.md has the search); what is reported is the test part. Times are the processor's own seconds of
-training and measuring on one thread, with other work beside on the machine.
+so that a broken benchmark goes on where it stopped; rows of models that were measured elsewhere stay. Rankings are of
+the whole catalogue, with the items that a user has met before left out and kept in. All settings were chosen on
+validation parts (docs/experiments.md has the search); what is reported is the test part. Times are the processor's own
+seconds of training and measuring on one thread, with other work beside on the machine.
 
 Writes benchmarks/results/quality_DATASET.json and docs/results.md; the last line printed is the same JSON.
 """
@@ -91,6 +91,14 @@ def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row for rows in cells for row in rows]
 
 
+def with_earlier(rows: list[dict[str, Any]], place: Path, order: list[str]) -> list[dict[str, Any]]:
+    """Keep what the results file says of models that have no cell here."""
+    earlier = json.loads(place.read_text()) if place.is_file() else []
+    measured = {row["model"] for row in rows}
+    rows = rows + [row for row in earlier if row["model"] not in measured]
+    return sorted(rows, key=lambda row: order.index(row["model"]) if row["model"] in order else len(order))
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +127,7 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{options.dataset} {model:16} seed {seed} {about:10} {figures}", flush=True)
     rows = summed_up(kept_cells(options))
     place = RESULTS / f"quality_{options.dataset}.json"
+    rows = with_earlier(rows, place, list(known))
     place.parent.mkdir(exist_ok=True)
     place.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows))
