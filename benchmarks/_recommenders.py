@@ -52,7 +52,7 @@ SASREC: dict[str, dict[str, Any]] = {
     "beauty": {"num_train_epochs": 14, "per_device_train_batch_size": 64, "learning_rate": 1.5e-3},
     "ml-100k": {"num_train_epochs": 24, "per_device_train_batch_size": 64, "learning_rate": 1.5e-3},
 }
-"""How long and how fast: found on validation."""
+"""How long and how fast; of an early search on validation, no row has been measured with them yet."""
 
 
 def changes(

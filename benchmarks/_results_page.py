@@ -38,7 +38,8 @@ NOTES = {
     "ml-100k-click": (
         "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
         "test. Each like and rating is asked after all that its user did before it, for the means as for the model: "
-        "most users of the last tenth are new. The recipe is `video`."
+        "most users of the last tenth are new. Ours, the recipe `video`, has no row yet: by `m6rec run video` it has "
+        ".763, .712 and .970 (README, one seed)."
     ),
     "transfer": (
         "Nothing of Beauty is learnt: the model of texts alone is trained on MovieLens-100K's films and asked about "

@@ -2,9 +2,10 @@
 
     python benchmarks/growth.py [--threads 1] [--rounds 5]
 
-Scoring: the three joint layers of SmolLM2-135M's shape in bfloat16, random weights, texts of 12 tokens that are all
-cached (so that one segment layer stands for the 27 that read them before); `late_all` attends to every token,
-`late_summary` to one state a text. Seconds are the processor's own, medians of `--rounds`; memory is the peak of a call
+Scoring: the three joint layers of SmolLM2-135M's shape, random weights, bfloat16 where the processor multiplies it in
+hardware (the committed figures), else float32; texts of 12 tokens that are all cached (so that one segment layer stands
+for the 27 that read them before); `late_all` attends to every token, `late_summary` to one state a text.
+Seconds are the processor's own, medians of `--rounds`; memory is the peak of a call
 above what the process held before, and what the caches hold. A growing history is asked with one new event and 10
 candidates, read anew or from `UserStates`. Catalogues up to 100,000 items are measured here as in `retrieval_scale.py`,
 whose results are taken for a million.
