@@ -31,8 +31,8 @@ SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
 """Fields of the configuration that decide the outputs of the score head."""
 
 SHAPE_FIELDS: tuple[str, ...] = (
-    *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "embedding_dim"),
-    *("num_hidden_layers", "num_hidden_groups", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_hidden_groups", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding_dim"),
 )
 """Fields of the configuration that the weights of a checkpoint decide."""
 
