@@ -2,13 +2,11 @@
 
 Four stars or more are a like. Split by time; each click is asked after what its user did before, at most EVENTS events
 (`rolling`: without it most users of the test part have no history). Beside a candidate stands how many in a hundred
-like it. The backbone is a small new model (see MODEL) in place of a published one of 25M parameters, since with that a
-cell would take an hour; all cells read `--rows` training rows of TARGETS candidates once, at the same learning rate.
-Ways that only differ in how the same model is run share a cell.
+like it. Every model begins as MiniLM (23M parameters, 11M of them in its six layers), reads `--rows` training rows of
+TARGETS candidates once, and learns at the same rate. Ways that only differ in how the same model is run share a cell.
 
-`cross_encoder` is Hugging Face's sequence classification of Llama's class with the same shape and ids. It reads user
-and candidate together, one candidate after the other, PAIRS of each row's candidates in training: all of them would
-take several times as long as the others' training.
+The rivals are those of `_click_models.py`. The two cross-encoders read user and candidate together, one candidate after
+the other, and so learn of two of each row's candidates only: all would take four times as long.
 """
 
 import argparse
@@ -20,27 +18,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from _click_models import CrossEncoder, SentenceTransformers, TwoTower
+from _rivals import minilm_folder
 from _training import quiet_training
-from transformers import LlamaConfig, LlamaForSequenceClassification, get_linear_schedule_with_warmup
 
-BUDGET_MINUTES = 25
-BATCH, TARGETS, EVENTS, PAIRS = 16, 8, 5, 2
-SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
-MODEL = {**SHAPE, "initializer_range": 0.09, "embedding_dim": 128}
-LATE = {"num_joint_layers": 2, "segment_pooling": "mean"}
+BUDGET_MINUTES = 75
+BATCH, TARGETS, EVENTS = 16, 8, 5
+LATE = {"num_joint_layers": 3, "segment_pooling": "mean"}
 CELLS: dict[str, dict[str, Any]] = {
-    "joint": {},
+    "joint": {"joint_positions": "request"},
     "late_all": LATE,
     "late_summary": {**LATE, "segment_summary": 1},
     "cross_encoder": {},
+    "sentence_transformers": {},
+    "two_tower": {},
 }
 """Fields of the configuration in which the cells differ."""
+RIVALS = {"cross_encoder": CrossEncoder, "two_tower": TwoTower, "sentence_transformers": SentenceTransformers}
 SHARED = {
     "joint": ("flat_one_row", "reuse_all_joint"),
     "cross_encoder": ("cross_encoder", "user_states_reused", "user_states_reused_warm"),
@@ -56,10 +54,9 @@ def recipe_of(options: argparse.Namespace, fields: dict[str, Any], seed: int, ou
             "domain": "video",
             "max_events": EVENTS,
             "max_length": 512,
-            "vocab_size": 4000,
             "statistics": ["item_likes"],
         },
-        "model": {"preset": "tiny", "attention": "eager", "config": {**MODEL, **fields}},
+        "model": {"backbone": str(minilm_folder()), "attention": "eager", "config": {"embedding_dim": 128, **fields}},
         "task": {"learn": ["click"], "targets": TARGETS},
         "evaluation": {"split": "time", "valid_fraction": 0.05, "test_fraction": 0.1, "rolling": True},
         "training": quiet_training(
@@ -83,11 +80,12 @@ def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
     run = prepare(load_recipe(recipe_of(options, CELLS[name], seed, folder / "model")))
     examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)
     start = time.process_time()
-    if name == "cross_encoder":
-        classifier = Classifier(run, options.rate, seed)
-        classifier.train(options.rows)
+    if name in RIVALS:
+        own = (folder,) if name == "sentence_transformers" else ()
+        rival = RIVALS[name](run, options.rate, seed, BATCH, *own)
+        rival.train(options.rows)
         trained = time.process_time()
-        predicted = classifier.predict(examples.rows)
+        predicted = rival.predict(examples.rows)
     else:
         fit(run)
         trained = time.process_time()
@@ -122,69 +120,6 @@ def cut(examples: Any, candidates: int, bos: int) -> Any:
     return dataclasses.replace(examples, rows=[examples.rows[row] for row in kept], **fields)
 
 
-class Classifier:
-    """Hugging Face's sequence classification of the shape that ours has, on the ids of a source and one candidate."""
-
-    def __init__(self, run: Any, rate: float, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.run, self.rate, self.seed = run, rate, seed
-        own = run.model.config
-        config = LlamaConfig(
-            **SHAPE,
-            vocab_size=own.vocab_size,
-            initializer_range=own.initializer_range,
-            pad_token_id=own.pad_token_id,
-            num_labels=2,
-            attn_implementation="sdpa",
-        )
-        self.model = LlamaForSequenceClassification(config)
-
-    def _pairs(self, ids: list[int]) -> list[list[int]]:
-        """Put the row's source before each of its candidates."""
-        starts = [index for index, token in enumerate(ids) if token == self.run.model.config.bos_token_id]
-        return [ids[: starts[0]] + ids[start:end] for start, end in pairwise([*starts, len(ids)])]
-
-    def _logits(self, pairs: list[list[int]]) -> torch.Tensor:
-        from m6rec.train.build import use_bf16
-
-        batch = self.run.processor.tokenizer.pad({"input_ids": pairs}, padding_side="right", return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16()):
-            return self.model(**batch, use_cache=False).logits.float()
-
-    def train(self, count: int) -> None:
-        """Go once through so many training rows, in an order that the seed draws."""
-        from m6rec.train.replay import training_set
-
-        data = training_set(self.run, {})
-        order = random.Random(self.seed).sample(range(len(data)), min(count, len(data)))
-        steps = max(len(order) // BATCH, 1)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=0.01)
-        schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-        self.model.train()
-        for step in range(steps):
-            pairs, labels = [], []
-            for row in (data[index] for index in order[step * BATCH : (step + 1) * BATCH]):
-                own = self._pairs(row["input_ids"])[:PAIRS]
-                pairs += own
-                labels += row["click_labels"][: len(own)]
-            loss = torch.nn.functional.cross_entropy(self._logits(pairs), torch.tensor(labels).long())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-    @torch.no_grad()
-    def predict(self, rows: list[dict[str, Any]]) -> np.ndarray:
-        """Probability of a like of each candidate of each row."""
-        self.model.eval()
-        pairs = iter([pair for row in rows for pair in self._pairs(row["input_ids"])])
-        found = []
-        while part := list(islice(pairs, 64)):
-            found.append(self._logits(part).softmax(-1)[:, 1])
-        return torch.cat(found).double().numpy()
-
-
 def simple_means(options: argparse.Namespace) -> dict[str, float]:
     """AUC on the same clicks of the means of known labels, which need no model."""
     from m6rec.train.build import prepare
@@ -192,7 +127,7 @@ def simple_means(options: argparse.Namespace) -> dict[str, float]:
     from m6rec.train.finetune import examples_of
     from m6rec.train.recipe import load_recipe
 
-    run = prepare(load_recipe(recipe_of(options, {}, 0, options.runs / "means")))
+    run = prepare(load_recipe(recipe_of(options, CELLS["joint"], 0, options.runs / "means")))
     examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)
     recipe = run.recipe
     found = scoring_baselines(run.split, run.writer, examples, options.part, "click", recipe.task, recipe.seed)
@@ -210,10 +145,11 @@ def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]
     cells = list(all_cells(options, script))
     aucs = {}
     for name in CELLS:
-        mean = statistics.mean(cell["auc"] for cell in cells if cell["cell"] == name)
-        aucs |= dict.fromkeys(SHARED.get(name, (name,)), mean)
+        if own := [cell["auc"] for cell in cells if cell["cell"] == name]:
+            aucs |= dict.fromkeys(SHARED.get(name, (name,)), statistics.mean(own))
     about = {name: getattr(options, name) for name in ("rows", "rate", "part", "candidates")}
-    about |= {"model": MODEL, "targets": TARGETS, "events": EVENTS, "pairs_of_cross_encoder": PAIRS}
+    learnt = {name: rival.candidates for name, rival in RIVALS.items()}
+    about |= {"backbone": "MiniLM", "targets": TARGETS, "events": EVENTS, "candidates_learnt_of_rivals": learnt}
     return {"quality": {**about, "cells": cells, "means": simple_means(options)}, "aucs": aucs}
 
 
@@ -225,7 +161,7 @@ def cell_folder(options: argparse.Namespace, name: str, seed: int) -> Path:
 def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, Any]]:
     """Return each cell, run unless it has been."""
     for seed in options.seeds:
-        for name in CELLS:
+        for name in options.cells:
             folder = cell_folder(options, name, seed)
             kept = folder / "cell.json"
             if not kept.is_file():
@@ -244,4 +180,4 @@ def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, A
             yield cell
 
 
-__all__ = ["cut", "measure_quality", "recipe_of"]
+__all__ = ["CELLS", "cut", "measure_quality", "recipe_of"]

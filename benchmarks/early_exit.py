@@ -1,8 +1,8 @@
 """Early exit: AUC and seconds after each joint layer, and where requests stop by themselves.
 
-    python benchmarks/early_exit.py --quality DIR [--rows 1600] [--candidates 3000] [--rate 1e-3] [--seed 0]
+    python benchmarks/early_exit.py [--quality DIR] [--rows 480] [--candidates 1500] [--rate 2e-4] [--seed 0]
 
-One model of the clicks in `_quality.py`, a layer deeper: three joint layers, each trained to score (`exit_layers`), one
+One model of the clicks in `_quality.py`: MiniLM, its last 3 layers joint, each trained to score (`exit_layers`), one
 state a text. `exit_layer` leaves the layers behind it out; `exit_confidence` leaves them out where all candidates of a
 request are that sure; here a request has one. Seconds are the processor's own for 100 requests with all texts cached,
 medians of five, the ways in turn. DIR holds `ml-100k`. The last line printed is the JSON in
@@ -11,6 +11,7 @@ benchmarks/results/early_exit.json.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from m6rec.train.finetune import examples_of, fit
 from m6rec.train.metrics import auc
 from m6rec.train.recipe import load_recipe
 
-FIELDS = {**_quality.LATE, "num_hidden_layers": 5, "num_joint_layers": 3, "segment_summary": 1, "exit_layers": [1, 2]}
+FIELDS = {**_quality.LATE, "segment_summary": 1, "exit_layers": [1, 2]}
 CONFIDENCES = (0.55, 0.6, 0.65, 0.7, 0.8)
 ROUNDS = 5
 Way = tuple[dict[str, Any], Callable[[], tuple[np.ndarray, float]]]
@@ -65,10 +66,10 @@ def measured(ways: list[Way], labels: np.ndarray) -> list[dict[str, Any]]:
 def main() -> None:
     """Train, then score every way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quality", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--rows", type=int, default=1600)
-    parser.add_argument("--candidates", type=int, default=3000)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--quality", type=Path, default=os.environ.get("M6REC_DATA", "../shared/data"), metavar="DIR")
+    parser.add_argument("--rows", type=int, default=480)
+    parser.add_argument("--candidates", type=int, default=1500)
+    parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/early_exit"))

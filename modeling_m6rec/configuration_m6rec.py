@@ -132,6 +132,9 @@ class M6RecConfig(PreTrainedConfig):
     as sentence embeddings are read (MiniLM)."""
     segment_summary: int | None = None
     """Of each closed given segment, how many last tokens are keys of the joint layers; None = all."""
+    skipped_kinds: list[str] | None = None
+    """Kinds of given segments that the joint layers leave out, which is faster and loses what they say: "event" where
+    everybody does the same, such as buying; None = they read all kinds (ours)."""
     max_events: int = 256
     """Rows of the event ordinal table; later events share the last row."""
     embedding_dim: int = 128
@@ -318,6 +321,11 @@ class M6RecConfig(PreTrainedConfig):
             (
                 self.segment_summary is not None and not has_segment_layers,
                 "segment_summary needs segment layers (num_joint_layers < num_hidden_layers): what it drops is unread",
+            ),
+            (
+                not set(self.skipped_kinds or ()) <= {*KINDS} - {"item"},
+                f"skipped_kinds={self.skipped_kinds} may name {', '.join(kind for kind in KINDS if kind != 'item')} "
+                "(items are what it is about)",
             ),
             (
                 self.segment_pooling == "mean" and joint is not None and not has_segment_layers,

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from .configuration_m6rec import M6RecConfig
-from .layout_m6rec import KIND_NUMBER, Layout, last_index
+from .layout_m6rec import KIND_NUMBER, Layout, last_index, skipped
 from .losses_m6rec import UNKNOWN
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch
     """
     reads = _tells_user(ids, lay, config)
     # A place begins where request or event rise above all before: that holds for the kept tokens of a plan as well.
-    number = (lay.request * (ids.shape[1] + 1) + lay.event) * lay.source
+    number = (lay.request * (ids.shape[1] + 1) + lay.event) * reads
     highest = functional.pad(number.cummax(1).values, (1, -1))
     place = (number > highest).cumsum(1)
     return last_index(reads if seen is None else reads & seen, place - 1, _slots(place))
@@ -104,7 +104,8 @@ def _ends_target(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.T
 
 def _tells_user(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
     told = (lay.event > 0) | lay.source & (lay.kind == KIND_NUMBER["user"])
-    return (ids == config.segment_token_id) & told | lay.source & (ids == config.source_token_id)
+    told = (ids == config.segment_token_id) & told & ~skipped(lay, config)
+    return told | lay.source & (ids == config.source_token_id)
 
 
 def _slots(numbers: torch.Tensor) -> int:

@@ -209,18 +209,28 @@ def joint_mask(lay: Layout, queries: int, config: M6RecConfig, keys: torch.Tenso
     return _equal(query.request, lay.request) & keys[:, None] & seen
 
 
-def summary_keys(lay: Layout, closing: torch.Tensor, summary: int | None) -> torch.Tensor:
-    """Say which tokens are keys of the joint layers: of a closed given segment only the last `summary` tokens.
+def skipped(lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    """Say which tokens stand in given segments of `skipped_kinds`; B x T bool."""
+    found = torch.zeros_like(lay.valid)
+    for kind in config.skipped_kinds or ():
+        found |= (lay.kind == KIND_NUMBER[kind]) & ~lay.written
+    return found
 
-    `closing` (B x T bool) marks [SEG]. Written tokens and markers always are keys. Returns B x T bool.
+
+def summary_keys(lay: Layout, closing: torch.Tensor, config: M6RecConfig) -> torch.Tensor:
+    """Say which tokens are keys of the joint layers: of a closed given segment only the last `segment_summary` tokens.
+
+    `closing` (B x T bool) marks [SEG]. Given segments of `skipped_kinds` have no key, written tokens and markers always
+    are keys. Returns B x T bool.
     """
+    summary, valid = config.segment_summary, lay.valid & ~skipped(lay, config)
     if summary is None:
-        return lay.valid
+        return valid
     count = lay.segment.new_zeros(lay.segment.shape[0], lay.segment.shape[1] + 1)
     length = count.scatter_add(1, lay.segment, lay.valid.long()).gather(1, lay.segment)
     closed = count.scatter_add(1, lay.segment, (closing & lay.valid).long()).gather(1, lay.segment) > 0
     early = lay.segment_position < length - summary
-    return lay.valid & ~(closed & ~lay.written & early)
+    return valid & ~(closed & ~lay.written & early)
 
 
 def mean_at_close(states: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
@@ -318,5 +328,6 @@ __all__ = [
     "pick",
     "read",
     "segment_mask",
+    "skipped",
     "summary_keys",
 ]

@@ -19,7 +19,7 @@ from .layout_m6rec import Layout, layout
 UNKNOWN = -100
 LOSSES = ("text", "click", "rating", "interaction", "retrieval")
 """The losses by name."""
-PRODUCTS_AT_ONCE = {"cpu": 1 << 20}
+PRODUCTS_AT_ONCE = {"cpu": 1 << 22}
 """Products of users and items that are held together, by kind of device: on a CPU what its cache takes,"""
 PRODUCTS_AT_ONCE_ELSEWHERE = 1 << 26
 """elsewhere what bounds memory."""

@@ -43,7 +43,7 @@ class M6RecModelOutput(ModelOutput):
     """What the network returns.
 
     Attributes:
-        last_hidden_state: B x Q x H; plans other than "flat" leave zeros where `segment_summary` drops a token.
+        last_hidden_state: B x Q x H; plans other than "flat" leave zeros where the joint layers leave out a token.
         segment_states: B x Q x H, what the segment layers made of each token.
         alone_states: M x H, the last states of the segments that were given to be read alone, without word memory.
         exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
@@ -375,7 +375,7 @@ class M6RecModel(M6RecPreTrainedModel):
         if past + queries < total:
             raise ValueError(f"layout_ids holds {total} ids, but only {past + queries} are in the cache and the input")
         lay = layout(layout_ids, None if attention_mask is None else attention_mask[:, -total:], self.config)
-        keys = summary_keys(lay, layout_ids == self.config.segment_token_id, self.config.segment_summary)
+        keys = summary_keys(lay, layout_ids == self.config.segment_token_id, self.config)
         hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
         item_ids = None if item_ids is None else _widen(item_ids, total)
         exits = sorted(set(exits or [self.config.num_joint_layers]))

@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     item_ids: torch.Tensor | None
     """B x T rows of item memory."""
     keys: torch.Tensor
-    """B x T bool: tokens that segment_summary keeps; the others are left out of the joint layers altogether."""
+    """B x T bool: tokens that `summary_keys` keeps; the others are left out of the joint layers altogether."""
     hidden: torch.Tensor
     """B x T bool: tokens that stay, but are seen by no other."""
     exits: Sequence[int]

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import BatchEncoding, ProcessorMixin
 
 from .batching_m6rec import infilling, pad, written_labels
-from .reading_m6rec import Draft, Dropped, Fitter, Reading, Slot
+from .reading_m6rec import Draft, Dropped, Fitter, Reading, Slot, up_to_whole
 from .request_m6rec import (
     REQUEST_KEYS,
     SCORING_TASKS,
@@ -57,6 +57,8 @@ class M6RecProcessor(ProcessorMixin):
         time: What an event says of its time: "gap" since the event before (for causal history), or how long "ago".
         item_rows: Rows of the item memory by item id, 1 and up; fixed for the processor's life. None = no item memory.
         options: How many option tokens scoring tasks see in the source; True = all that the tokenizer has.
+        forget_events: Where a history is too long, its oldest events are left out so many at a time: what is kept of a
+            user (`UserStates`) then serves until the next are left out. 1 = no more than must be.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class M6RecProcessor(ProcessorMixin):
         time: str = "gap",
         item_rows: dict[str, int] | None = None,
         options: int | bool = False,
+        forget_events: int = 1,
     ) -> None:
         # Parameters are positional and named as they are kept: ProcessorMixin saves and restores them by these names.
         self.template = _default_template() if template is None else template
         self.max_length = max_length
         self.max_events = max_events
         self.time = time
+        self.forget_events = forget_events
         self.item_rows = item_rows if item_rows is None else {str(key): row for key, row in item_rows.items()}
         super().__init__(tokenizer)
         self._ids = tokenizer.structural_ids
@@ -116,6 +120,8 @@ class M6RecProcessor(ProcessorMixin):
             raise ValueError(f"max_length={self.max_length} is too small for any request: give 8 or more")
         if self.max_events < 1:
             raise ValueError(f"max_events={self.max_events}: give 1 or more")
+        if not 1 <= self.forget_events <= self.max_events:
+            raise ValueError(f"forget_events={self.forget_events} is not in 1..{self.max_events} (max_events)")
         if self.time not in ("gap", "ago"):
             raise ValueError(f"time={self.time!r}: expected 'gap' or 'ago'")
         if not 0 <= self.options <= self._ids["num_options"]:
@@ -233,7 +239,7 @@ class M6RecProcessor(ProcessorMixin):
                 found[text] = self._encode([text])[0]
             return found[text]
 
-        fitter = Fitter(self._ids, self._kinds, encode, self._decode, self.max_length)
+        fitter = Fitter(self._ids, self._kinds, encode, self._decode, self.max_length, self.forget_events)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -244,7 +250,7 @@ class M6RecProcessor(ProcessorMixin):
     def _draft(self, request: str | Mapping[str, Any], task: str) -> Draft:
         parts = check_mapping({"user": request} if isinstance(request, str) else request, "request", REQUEST_KEYS)
         history = check_list(parts.get("history"), "history")
-        skipped = max(0, len(history) - self.max_events)
+        skipped = up_to_whole(max(0, len(history) - self.max_events), self.forget_events)
         events = [
             self._wording.event(event, f"history[{place}]") for place, event in enumerate(history[skipped:], skipped)
         ]

@@ -90,6 +90,7 @@ class Fitter:
         encode: Turns a text into ids.
         decode: Turns ids into a text.
         max_length: Most tokens of a source with its longest target.
+        forget_events: Events are dropped so many at a time.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class Fitter:
         encode: Callable[[str], Sequence[int]],
         decode: Callable[[Sequence[int]], str],
         max_length: int,
+        forget_events: int = 1,
     ) -> None:
         self.ids, self.encode, self.decode, self.max_length = ids, encode, decode, max_length
+        self.forget_events = forget_events
         self._heads = {kind: (index,) for kind, index in kinds.items()}
         self._segment_end = (ids["segment_token_id"],)
 
@@ -148,7 +151,7 @@ class Fitter:
 
     def _drop_events(self, draft: Draft) -> int:
         excess, gone = self._excess(draft), 0
-        while excess > 0 and gone < len(draft.events):
+        while gone < len(draft.events) and (excess > 0 or gone < up_to_whole(gone, self.forget_events)):
             excess -= _length(draft.events[gone])
             gone += 1
             if draft.gaps and gone < len(draft.events):  # as if the events before had never been given
@@ -225,8 +228,17 @@ class Fitter:
         return len(row) - 1, segment.row if segment.kind == "item" else 0
 
 
+def up_to_whole(count: int, step: int) -> int:
+    """Round up to a multiple of a step.
+
+    >>> up_to_whole(5, 4)
+    8
+    """
+    return -(-count // step) * step
+
+
 def _length(slots: list[Slot]) -> int:
     return sum(map(len, slots))
 
 
-__all__ = ["Draft", "Dropped", "Fitter", "Reading", "Slot"]
+__all__ = ["Draft", "Dropped", "Fitter", "Reading", "Slot", "up_to_whole"]

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from m6rec.configuration_m6rec import KINDS
 from m6rec.layout_m6rec import joint_mask, layout, mean_at_close, pick, segment_mask, summary_keys
 from tests.modeling_m6rec.tiny import (
     BOS,
@@ -131,14 +132,20 @@ def test_layout_does_not_depend_on_the_side_of_padding(seed):
 @pytest.mark.parametrize("forward", (True, False))
 @pytest.mark.parametrize("document", (True, False))
 @pytest.mark.parametrize("summary", (None, 1, 2))
-def test_masks_equal_the_rules_token_by_token(history, forward, document, summary):
+@pytest.mark.parametrize("skipped", (None, ["event", "text"]))
+def test_masks_equal_the_rules_token_by_token(history, forward, document, summary, skipped):
     ways = {True: "bidirectional", False: "causal"}
     config = config_of_ids(
-        history_attention=ways[history], segment_attention=ways[forward], document_attention=ways[document]
+        history_attention=ways[history],
+        segment_attention=ways[forward],
+        document_attention=ways[document],
+        num_joint_layers=2,
+        segment_summary=summary,
+        skipped_kinds=skipped,
     )
     ids, mask = random_rows(7)
     lay = layout(ids, mask, config)
-    keys = summary_keys(lay, ids == SEG, summary)
+    keys = summary_keys(lay, ids == SEG, config)
     alone, together = segment_mask(lay, 40, config), joint_mask(lay, 40, config, keys)
     for row in range(len(ids)):
         rule = slow_layout(ids[row].tolist(), mask[row].tolist())
@@ -149,6 +156,9 @@ def test_masks_equal_the_rules_token_by_token(history, forward, document, summar
             if tokens and ids[row, tokens[-1]] == SEG and not written[tokens[-1]]:
                 for t in tokens[:-summary]:
                     is_key[t] = False
+        for t in range(40):
+            if rule["kind"][t] and KINDS[rule["kind"][t] - 1] in (skipped or ()) and not written[t]:
+                is_key[t] = False
         for q, k in itertools.product(range(40), range(40)):
             if not real[q]:
                 continue

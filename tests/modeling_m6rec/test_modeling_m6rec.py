@@ -444,6 +444,7 @@ def test_configuration_round_trips_and_refuses():
     refused = {
         "num_joint_layers": (0, "num_joint_layers=0"),
         "segment_summary": (0, "segment_summary=0"),
+        "skipped_kinds": (["item"], "about"),
         "history_attention": ("both", "both"),
         "vocab_size": ("many", "many"),
         "exit_layers": ([3], r"exit_layers=\[3\]"),

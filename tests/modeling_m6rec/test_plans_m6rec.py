@@ -74,6 +74,7 @@ MODELS = st.fixed_dictionaries(
         "num_joint_layers": st.integers(1, 4),
         "segment_summary": st.sampled_from([None, 1, 2, 3]),
         "segment_pooling": st.sampled_from(["last", "mean"]),
+        "skipped_kinds": st.sampled_from([None, ["event"], ["age", "user", "text"]]),
         "history_attention": st.sampled_from(["causal", "bidirectional"]),
         "segment_attention": st.sampled_from(["causal", "bidirectional"]),
         "joint_positions": st.sampled_from(["request", "segment"]),

@@ -367,6 +367,28 @@ def test_a_pipeline_that_keeps_users_answers_the_same(task, batch_size):
     assert recommend.user_states.hits >= 6 and forgetful.user_states is None
 
 
+def test_a_full_history_goes_on_from_what_was_read_until_events_are_forgotten():
+    model = shop.build(segment_summary=1)
+    processor = shop.processor()
+    recommend = RecommendationPipeline(model=model, processor=processor, device="cpu", user_states=True)
+    event = shop.REQUEST["history"][0]
+    histories = [[{**event, "item": f"thing {place}"} for place in range(count)] for count in range(1, 14)]
+    processor.max_events, reused = 6, {}
+    for processor.forget_events in (1, 3):
+        recommend.user_states.clear()
+        reused[processor.forget_events] = []
+        for history in histories:
+            before = recommend.user_states.positions_reused
+            rows = recommend({**shop.REQUEST, "history": history}, task="click")
+            reused[processor.forget_events].append(recommend.user_states.positions_reused - before)
+            again = RecommendationPipeline(model=model, processor=processor, device="cpu")
+            others = again({**shop.REQUEST, "history": history}, task="click")
+            assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in others], abs=1e-5)
+    assert all(reused[1][1:6]) and max(reused[1][6:]) < min(reused[1][1:6])  # the head at most
+    fresh = [place for place in range(6, 13) if reused[3][place] < min(reused[1][1:6])]
+    assert fresh == [6, 9, 12]  # where the 7th, 10th and 13th event let three others go
+
+
 def test_users_may_be_shared_by_pipelines():
     model, users = shop.build(), UserStates()
     make(model, user_states=users)(shop.REQUEST)

@@ -353,6 +353,7 @@ def test_errors_name_the_place(processor, request_, task, error):
         ({"time": "since"}, "time='since'"),
         ({"max_length": 3}, "max_length=3"),
         ({"max_events": 0}, "max_events=0"),
+        ({"max_events": 3, "forget_events": 4}, "forget_events=4 is not in 1..3"),
         ({"options": 6}, "options=6.*5 option"),
         ({"item_rows": {"a": 0}}, "'a': 0"),
         ({"template": {}}, "template: missing key"),

@@ -33,6 +33,23 @@ def test_only_the_latest_events_are_kept(tokenizer):
     ]
 
 
+def test_events_are_forgotten_so_many_at_a_time(tokenizer):
+    processor = M6RecProcessor(tokenizer, max_events=6, forget_events=3)
+    first = []
+    for count in range(1, 14):
+        reading = processor.read({"history": [f"thing {place}" for place in range(count)]}, "retrieval")
+        kept = [text for kind, text in reading.segments if kind == "item"]
+        assert kept[-1] == f"thing {count - 1}" and len(kept) <= 6 and reading.dropped.events == count - len(kept)
+        first.append(int(kept[0].split()[1]))
+    assert first == [0] * 6 + [3] * 3 + [6] * 3 + [9]
+    # The same where it is the tokens that are too many: three events fit.
+    lengths_ = [len(processor.read({"history": ["thing 1"] * count}, "retrieval").input_ids) for count in (1, 2)]
+    short = M6RecProcessor(tokenizer, max_length=2 * lengths_[1] - lengths_[0], max_events=6, forget_events=2)
+    for count, expected in ((3, 3), (4, 2), (5, 3), (6, 2)):
+        reading = short.read({"history": ["thing 1"] * count}, "retrieval")
+        assert (reading.dropped.events, len(reading.segments) // 2) == (count - expected, expected)
+
+
 @pytest.mark.parametrize("time", ["gap", "ago"])
 def test_too_long_drops_the_oldest_events_as_if_never_given(tokenizer, time):
     history = [{"item": f"thing {place}", "timestamp": 100 * place} for place in range(6)]
