@@ -11,6 +11,7 @@ import ast
 import csv
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 from _rivals import minilm_folder
 from _training import quiet_training
+
+from m6rec.train.metrics import auc, bootstrap_interval
 
 COLUMNS = ("user_id", "item_id", "event", "label", "part")
 VERBS = ("dislike", "like")
@@ -31,6 +34,8 @@ FINETUNING: dict[int, dict[str, Any]] = {
     8000: {"num_train_epochs": 2, "learning_rate": 5e-5, "per_device_train_batch_size": 64},
 }
 """By the number of labelled rows."""
+PRIOR = 10.0
+"""What a film's like rate is smoothed by; not searched."""
 
 
 def read_rows(data: Path, part: str) -> list[dict[str, Any]]:
@@ -157,7 +162,6 @@ def measured(run: Any) -> dict[str, Any]:
     """Measure a model on validation and test rows; the interval is that of drawing the test's users anew."""
     from m6rec.train.evaluation import predictions
     from m6rec.train.finetune import examples_of
-    from m6rec.train.metrics import auc, bootstrap_interval
 
     aucs = {}
     for part in ("valid", "test"):
@@ -165,21 +169,57 @@ def measured(run: Any) -> dict[str, Any]:
         predicted = predictions(run.model, examples, "click", run.collator, cache=run.segment_cache)
         aucs[part] = auc(predicted, examples.labels)
     users = [user.rpartition("-")[2] for user in examples.user_ids]
-    interval = bootstrap_interval(
-        np.column_stack([predicted, examples.labels]), lambda rows: auc(*rows.T), groups=users, samples=1000
-    )
     return {
         "auc": aucs["test"],
         "valid_auc": aucs["valid"],
-        "interval": {"auc": list(interval)},
+        "interval": {"auc": by_user(predicted, examples.labels, users)},
         "examples": len(predicted),
         "parameters": run.model.num_parameters(),
     }
 
 
+def rule(data: Path, folder: Path, seed: int, *, films: bool) -> list[dict[str, Any]]:
+    """Measure a rule without training: the share of likes in the row's own history, and the film's like rate with it.
+
+    The rate is counted in the histories of all training rows, each user's film once, and drawn towards the mean as if
+    PRIOR more had been asked.
+    """
+    told: dict[tuple[str, str], int] = {}
+    for row in read_rows(data, "train") if films else ():
+        told |= {
+            (row["user_id"], film): int(like) for film, like in zip(row["history_movie_id"], row["history_rating"])
+        }
+    likes, asked = Counter[str](), Counter[str]()
+    for (_, film), like in told.items():
+        likes[film] += like
+        asked[film] += 1
+    mean = sum(likes.values()) / max(sum(asked.values()), 1)
+    aucs = {}
+    for part in ("valid", "test"):
+        rows = read_rows(data, part)
+        scores = np.array([np.mean(list(map(int, row["history_rating"]))) for row in rows])
+        if films:
+            asked_for = [row["movie_id"] for row in rows]
+            scores += [(likes[film] + PRIOR * mean) / (asked[film] + PRIOR) for film in asked_for]
+        labels = np.array([int(row["rating"]) for row in rows])
+        aucs[part] = auc(scores, labels)
+    interval = by_user(scores, labels, [row["user_id"] for row in rows])
+    return [{"auc": aucs["test"], "valid_auc": aucs["valid"], "interval": {"auc": interval}, "examples": len(rows)}]
+
+
+def by_user(scores: np.ndarray, labels: np.ndarray, users: list[str]) -> list[float]:
+    """Return the AUC's 95% interval when users are drawn anew."""
+    pairs = np.column_stack([scores, labels])
+    return list(bootstrap_interval(pairs, lambda rows: auc(*rows.T), groups=users, samples=1000))
+
+
 def cells() -> dict[str, Callable[[Path, Path, int], list[dict[str, Any]]]]:
     """What `quality.py` runs: a name -> a function of the data's folder, the cell's folder, and the seed."""
-    found = {"m6rec, 0 labels": partial(few_shot, shots=0)}
+    found: dict[str, Callable[[Path, Path, int], list[dict[str, Any]]]] = {
+        "share of likes in the history": partial(rule, films=False),
+        "the same and the film's like rate": partial(rule, films=True),
+        "m6rec, 0 labels": partial(few_shot, shots=0),
+    }
     for shots in FINETUNING:
         whole = shots == max(FINETUNING)
         found[f"m6rec, {shots} labels"] = partial(few_shot, shots=shots, tells="labels" if whole else "")
