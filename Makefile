@@ -24,13 +24,17 @@ $(VENV)/.movielens: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps recbole==1.2.1
 	@touch $@
 
+$(VENV)/.ray: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	@touch $@
+
 quickstart: $(VENV)/.movielens ## install, train on MovieLens-100K, evaluate and recommend (10 minutes on 2 cores)
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/m6rec quickstart $(ARGS)
 
 test: $(VENV)/.installed lint types ## lint, types and the fast tests (15 minutes)
 	$(PYTEST)
 
-test-all: $(VENV)/.movielens lint types ## all tests, also the slow ones and those on real data
+test-all: $(VENV)/.movielens $(VENV)/.ray lint types ## all tests, also the slow ones and those on real data
 	$(PYTEST) -m ""
 
 lint: $(VENV)/.installed ## ruff: style, annotations, docstrings, complexity

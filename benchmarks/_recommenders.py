@@ -43,11 +43,12 @@ IDS = {
     "num_attention_heads": 2,
     "initializer_range": 0.02,
     "segment_summary": 1,
+    "skipped_kinds": ["event"],
     "embedding_dim": 64,
     "hidden_dropout": 0.3,
     "item_memory_dropout": 0.0,
 }
-"""SASRec: a layer that reads item vectors; of texts there is one, the same for all."""
+"""SASRec: a layer that reads item vectors, one position an event; of texts there is one, the same for all."""
 SASREC: dict[str, dict[str, Any]] = {
     "beauty": {"num_train_epochs": 14, "per_device_train_batch_size": 64, "learning_rate": 1.5e-3},
     "ml-100k": {"num_train_epochs": 24, "per_device_train_batch_size": 64, "learning_rate": 1.5e-3},

@@ -162,10 +162,15 @@ def draw(result: dict[str, Any]) -> None:
             seconds = [1e3 * row[f"{kept}_seconds"] for row in rows]
             axes[0, 2].plot([row["events"] for row in rows], seconds, style, label=f"{way}, {kept}")
     axes[0, 2].set(xlabel="events, and one more (10 candidates)", ylabel="ms a request")
+    memory = axes[1, 2].twinx()
     for way in ("exact", "hnsw"):
         rows = [row for row in result["catalogues"] if row["way"] == way]
-        axes[1, 2].plot([row["items"] for row in rows], [row["ms_median"] for row in rows], "o-", label=way)
+        place = [row["items"] for row in rows]
+        (line,) = axes[1, 2].plot(place, [row["ms_median"] for row in rows], "o-", label=f"{way}, ms")
+        memory.plot(place, [row["vectors_mb"] + row["index_mb"] for row in rows], "--", color=line.get_color())
+        axes[1, 2].plot([], [], "--", color=line.get_color(), label=f"{way}, MB")  # for the legend
     axes[1, 2].set(xlabel="items of the catalogue", ylabel="ms a search", xscale="log", yscale="log")
+    memory.set(ylabel="MB of vectors and index", yscale="log")
     for axis in axes.flat:
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)

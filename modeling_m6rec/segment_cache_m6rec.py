@@ -1,6 +1,7 @@
 """Segment states kept between calls: an item's text is read once, for as long as the model does not change."""
 
 import hashlib
+import io
 import json
 import threading
 from collections import OrderedDict
@@ -285,9 +286,19 @@ def _digest(model: "M6RecModel") -> bytes:
 def digest_weights(digest: Any, modules: Iterable[nn.Module]) -> None:
     """Update a digest of hashlib with the names, shapes, types and numbers of all weights."""
     for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for name, value in module.state_dict().items():
+            digest_weight(digest, name, value)
+
+
+def digest_weight(digest: Any, name: str, value: Any) -> None:
+    """Update a digest of hashlib with a value of a `state_dict`."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return
+    packed = io.BytesIO()  # quantized layers have (weight, bias) and a number type there
+    torch.save(value, packed)
+    digest.update(name.encode() + packed.getvalue())
 
 
 def _key(owner: Owner, segment: SegmentKey) -> str:
@@ -314,4 +325,12 @@ def _adapters(tuned: Iterable[Any]) -> tuple:
     return tuple(found)
 
 
-__all__ = ["SegmentCache", "SegmentKey", "active_adapters", "digest_weights", "live_identity", "storages"]
+__all__ = [
+    "SegmentCache",
+    "SegmentKey",
+    "active_adapters",
+    "digest_weight",
+    "digest_weights",
+    "live_identity",
+    "storages",
+]

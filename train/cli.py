@@ -103,6 +103,11 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", help="click, rating, interaction, retrieval or plausibility")
     command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed")
     command.add_argument("--explain", action="store_true", help="say which events spoke for an item")
+    exits = command.add_mutually_exclusive_group()
+    exits.add_argument("--exit-layer", type=int, metavar="N", help="read only so many of the joint layers")
+    exits.add_argument(
+        "--exit-confidence", type=float, metavar="P", help="read joint layers until all answers are as sure as this"
+    )
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
     command.add_argument("--chunk-size", type=int, default=1024, metavar="N", help="requests that are saved together")
     command.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="when a request cannot be used")
@@ -189,9 +194,8 @@ def _recommend(options: argparse.Namespace) -> None:
     if options.overrides and options.user is None:
         raise ValueError(f"{options.overrides[0]!r}: overrides say where the log is, which only --user reads")
     recommend = commands.load_pipeline(options.model)
-    asked: dict[str, Any] = {"explain": options.explain}
-    asked |= {"task": options.task} if options.task else {}
-    asked |= {"top_k": options.top_k} if options.top_k is not None else {}
+    given = {name: getattr(options, name) for name in ("task", "top_k", "exit_layer", "exit_confidence")}
+    asked = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
     if options.input:
         _recommend_offline(recommend, options, asked)
         return

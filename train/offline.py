@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
-import torch
 from tqdm.auto import tqdm
 
 from ..items_m6rec import identity
 from ..pipeline_m6rec import RecommendationPipeline
+from ..segment_cache_m6rec import digest_weight, digest_weights
 from ..version import __version__
 from .recommend import Failed, RequestReader
 
@@ -58,7 +58,7 @@ class Job:
 
     source: Path
     output: Path
-    """`.parquet`: a table by SCHEMA. Else a JSON value a line: the list of items, or `{"error": message}`."""
+    """`.parquet`: a table by SCHEMA. `.jsonl`: a JSON value a line, the list of items or `{"error": message}`."""
     model: str
     """The `fingerprint` of what answers."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +71,8 @@ class Job:
     """A request that cannot be answered leaves its error in the output; else it ends the run."""
 
     def __post_init__(self) -> None:
+        if self.output.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"{self.output} is neither .jsonl nor .parquet: name the answers by what they shall be")
         for name in ("batch_size", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a whole number from 1 up")
@@ -252,8 +254,7 @@ def fingerprint(recommend: RecommendationPipeline) -> str:
     settings = {name: value for name, value in model.config.to_dict().items() if not name.startswith(("_", "transf"))}
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
     digest = hashlib.sha256(json.dumps([__version__, settings, adapters], default=_plain).encode())
-    for name, tensor in model.state_dict().items():
-        _add_tensor(digest, name, tensor)
+    digest_weights(digest, [model])
     with tempfile.TemporaryDirectory() as folder:
         recommend.processor.save_pretrained(folder)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
@@ -261,13 +262,8 @@ def fingerprint(recommend: RecommendationPipeline) -> str:
     if catalogue is not None:
         for name in catalogue:
             digest.update(json.dumps([name, catalogue.item(name)], default=str).encode())
-        _add_tensor(digest, "vectors", catalogue.vectors(list(catalogue)))
+        digest_weight(digest, "vectors", catalogue.vectors(list(catalogue)))
     return digest.hexdigest()
-
-
-def _add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _plain(value: Any) -> Any:

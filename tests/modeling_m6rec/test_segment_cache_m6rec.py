@@ -305,6 +305,26 @@ def test_the_same_model_is_known_again_whatever_does_not_matter(tmp_path):
     assert equal(read(loaded.model, segments, cache), cold) and counted(cache) == (len(segments), 0, len(segments))
 
 
+@pytest.mark.filterwarnings("ignore:torch.*quantiz")
+def test_a_quantized_model_is_known_by_its_packed_weights(tmp_path):
+    """PyTorch keeps them in no parameter or buffer, and beside them what is no tensor."""
+
+    def quantized(change=0.0):
+        model = build(TWO_STAGES)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[0, 0] += change
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+    model, same, other = quantized(), quantized(), quantized(0.3)
+    assert model.fingerprint() == same.fingerprint() != other.fingerprint()
+    segments = texts()
+    cold = read(model.model, segments, SegmentCache(directory=tmp_path))
+    cache = SegmentCache(directory=tmp_path)
+    assert equal(read(same.model, segments, cache), cold) and counted(cache) == (len(segments), 0, len(segments))
+    cache = SegmentCache(directory=tmp_path)
+    assert not equal(read(other.model, segments, cache), cold) and cache.hits == 0
+
+
 def test_it_takes_no_part_while_segments_learn_or_drop_out(tmp_path):
     network, segments, cache = build(TWO_STAGES, hidden_dropout=0.5).model, texts(), SegmentCache(directory=tmp_path)
     encode_segments(network, segments, cache)  # gradients are on

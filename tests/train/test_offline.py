@@ -14,6 +14,7 @@ from functools import partial
 
 import pyarrow.parquet
 import pytest
+import torch
 
 from m6rec.segment_cache_m6rec import SegmentCache
 from m6rec.train import offline
@@ -125,7 +126,7 @@ def test_lines_and_tables_of_requests_get_the_same_answers(recommend, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "requests.parquet")
     write_lines(tmp_path / "requests.jsonl", rows)
     options = {"explain": True, "top_k": 3}
-    jobs = [Job(tmp_path / f"requests.{end}", tmp_path / f"{end}.out", "m", options) for end in ("jsonl", "parquet")]
+    jobs = [Job(tmp_path / f"requests.{end}", tmp_path / f"{end}.jsonl", "m", options) for end in ("jsonl", "parquet")]
     texts = [answered(recommend, job)[0] for job in jobs]
     assert texts[0] == texts[1] and "退潮" in texts[0].decode(), "Chinese stays readable"
 
@@ -278,6 +279,14 @@ def test_bad_sizes_are_named(tmp_path):
             Job(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "m", **{name: 0})
 
 
+@pytest.mark.parametrize("name", ["answers.csv", "answers.json", "answers", "answers.jsonl.gz"])
+def test_an_output_of_another_kind_is_refused(tmp_path, name):
+    source = write_lines(tmp_path / "in.jsonl", ["a"])
+    with pytest.raises(ValueError, match=rf"/{name} is neither \.jsonl nor \.parquet: name the answers"):
+        answered(Stub(), Job(source, tmp_path / name, "m"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 # ------------------------------------------------------------------------------------------------------ taking over
 
 
@@ -352,6 +361,18 @@ def test_a_fingerprint_knows_all_that_answers(folder, recommend, tmp_path):
     assert fingerprint(other) != told
     (tmp_path / "moved" / "metrics.json").write_text("{}")
     assert fingerprint(load_pipeline(str(tmp_path / "moved"))) == told, "nor do files matter that answer nothing"
+
+
+@pytest.mark.filterwarnings("ignore:torch.*quantiz")
+def test_a_fingerprint_knows_quantized_weights(folder):
+    def quantized(change=0.0):
+        recommend = load_pipeline(str(folder))
+        with torch.no_grad():
+            recommend.model.model.layers[-1].mlp.down_proj.weight[0, 0] += change
+        recommend.model = torch.ao.quantization.quantize_dynamic(recommend.model, {torch.nn.Linear})
+        return recommend
+
+    assert fingerprint(quantized()) == fingerprint(quantized()) != fingerprint(quantized(0.3))
 
 
 # ------------------------------------------------------------------------------------------------- kills, full disks
@@ -501,6 +522,23 @@ def test_the_command_answers_goes_on_and_restarts(folder, tmp_path, capsys, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
 
 
+@pytest.mark.parametrize(("option", "value", "other"), [("exit_layer", 1, 2), ("exit_confidence", 0.5, 0.75)])
+def test_the_command_stops_early(folder, recommend, tmp_path, capsys, option, value, other):
+    asked, bad = {**REQUESTS[2], "history": REQUESTS[3]["history"]}, {"histroy": []}
+    source, output = write_lines(tmp_path / "in.jsonl", [asked, bad]), tmp_path / "out.parquet"
+    command = ["recommend", folder, "--input", source, "--output", output, "--chunk-size", 1, "--task", "click"]
+    early = [*command, f"--{option.replace('_', '-')}"]
+    assert "1 finished chunks are kept" in said(capsys, *early, value)[1]
+    assert f"{option} was {value}, is {other}" in said(capsys, *early, other)[1]
+    assert f"{option} was {value}, is None" in said(capsys, *command)[1]
+    assert said(capsys, *early, value, "--on-error", "skip")[0] == 0
+    found = pyarrow.parquet.read_table(output)["answer"][0].as_py()
+    expected = recommend(asked, task="click", **{option: value})
+    told = [(row["item"], row["score"], row["exit_layer"]) for row in found]
+    assert told == [(row["item"], pytest.approx(row["score"]), row.get("exit_layer")) for row in expected]
+    assert {row["score"] for row in found}.isdisjoint(row["score"] for row in recommend(asked, task="click"))
+
+
 def test_what_the_command_cannot_do_is_said(folder, tmp_path, capsys, monkeypatch):
     command = [
         "recommend",
@@ -511,6 +549,8 @@ def test_what_the_command_cannot_do_is_said(folder, tmp_path, capsys, monkeypatc
         tmp_path / "o.jsonl",
     ]
     assert "--workers 2 goes with --ray" in said(capsys, *command, "--workers", 2)[1]
+    assert "exit_layer=9: give a number from 1 to" in said(capsys, *command, "--exit-layer", 9)[1]
+    assert "exit_confidence=0.0: give" in said(capsys, *command, "--exit-confidence", 0, "--on-error", "skip")[1]
     assert "top_k=0: give" in said(capsys, *command, "--top-k", 0, "--on-error", "skip")[1]
     assert "chunk_size is 0" in said(capsys, *command, "--chunk-size", 0)[1]
     monkeypatch.setitem(sys.modules, "ray", None)
