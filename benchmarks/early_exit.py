@@ -1,6 +1,6 @@
 """Early exit: AUC and seconds after each joint layer, and where requests stop by themselves.
 
-    python benchmarks/early_exit.py [--quality DIR] [--rows 480] [--candidates 1500] [--rate 2e-4] [--seed 0]
+    python benchmarks/early_exit.py [--quality DIR] [--rows 640] [--candidates 1500] [--rate 1e-4] [--seed 0]
 
 One model of the clicks in `_quality.py`: MiniLM, its last 3 layers joint, each trained to score (`exit_layers`), one
 state a text. `exit_layer` leaves the layers behind it out; `exit_confidence` leaves them out where all candidates of a
@@ -67,9 +67,9 @@ def main() -> None:
     """Train, then score every way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quality", type=Path, default=os.environ.get("M6REC_DATA", "../shared/data"), metavar="DIR")
-    parser.add_argument("--rows", type=int, default=480)
+    parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--candidates", type=int, default=1500)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/early_exit"))

@@ -36,8 +36,7 @@ def bf16(model: M6RecForRecommendation) -> M6RecForRecommendation:
 
 
 def compiled(model: M6RecForRecommendation) -> M6RecForRecommendation:
-    """bfloat16, each layer compiled; they share one graph."""
-    model = bf16(model)
+    """Each layer compiled; they share one graph."""
     for layer in model.model.layers:
         layer.compile(dynamic=True)
     return model
@@ -52,8 +51,9 @@ def int8(model: M6RecForRecommendation) -> M6RecForRecommendation:
 
 VARIANTS: dict[str, Callable[[M6RecForRecommendation], M6RecForRecommendation]] = {
     "float32": lambda model: model,
+    "float32, compiled": compiled,
     "bfloat16": bf16,
-    "bfloat16, compiled": compiled,
+    "bfloat16, compiled": lambda model: compiled(bf16(model)),
     "int8": int8,
 }
 
@@ -125,7 +125,15 @@ def main() -> None:
         }
         for name, variant in variants.items()
     ]
-    result = {"threads": options.threads, "layers": options.layers, "texts": TEXTS, "tokens": TOKENS, "rows": rows}
+    processor = torch.backends.cpu.get_cpu_capability()
+    result = {
+        "processor": processor,
+        "threads": options.threads,
+        "layers": options.layers,
+        "texts": TEXTS,
+        "tokens": TOKENS,
+        "rows": rows,
+    }
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 

@@ -1,7 +1,7 @@
 """Seconds to score 100 candidates for a user of 50 events: ours against a cross-encoder and others, at 135M parameters.
 
     python benchmarks/scoring_speed.py [--threads 2] [--rounds 5]                         speed: 20 to 60 minutes
-    python benchmarks/scoring_speed.py --quality DIR [--rows 480] [--seeds 0 1 2]        AUC beside each way of reading
+    python benchmarks/scoring_speed.py --quality DIR [--rows 640] [--seeds 0 1 2]        AUC beside each way of reading
 
 Speed: SmolLM2-135M's shapes with random weights, in bfloat16 where the processor multiplies it in hardware, else in
 float32; a user of 600 tokens = 50 events, candidates of 12 tokens. All ways run in one process, in turn (ABAB), and
@@ -287,9 +287,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quality", type=Path, metavar="DIR", help="measure AUC on the data in DIR, not speed")
-    parser.add_argument("--rows", type=int, default=480, help="training rows of a cell, of 8 targets each")
+    parser.add_argument("--rows", type=int, default=640, help="training rows of a cell, of 8 targets each")
     parser.add_argument("--candidates", type=int, default=1500, help="held-out clicks that are scored, at most")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of all cells")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of all cells")
     parser.add_argument("--part", choices=("valid", "test"), default="test", help="what is scored")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
