@@ -202,7 +202,9 @@ def test_what_is_missing_is_named(chain, capsys, tmp_path):
     for missing in (str(tmp_path / "nowhere"), "nowhere/at-all"):
         assert f"{missing!r} is no folder of a model" in refused(capsys, "recommend", missing, "--request", "a man")
     assert "user 'u99' is not in the log" in refused(capsys, "recommend", tuned, "--user", "u99")
-    assert "gone.jsonl" in refused(capsys, "recommend", tuned, "--input", "gone.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "gone.jsonl" in refused(
+        capsys, "recommend", tuned, "--input", "gone.jsonl", "--output", tmp_path / "out.jsonl"
+    )
     assert not (tmp_path / "out.jsonl").exists()
     assert "ml-100k.inter is missing" in refused(capsys, "quickstart", "--data", tmp_path, "--output", tmp_path / "q")
 
