@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,8 @@ def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]
         (folder / "cell.json").write_text(json.dumps(run_cell(options, name, seed, folder), indent=2) + "\n")
         return {}
     print(f"time budget: {BUDGET_MINUTES} core-minutes; cells are kept in {options.runs}", flush=True)
-    cells = list(all_cells(options, script))
+    run_cells(options, script)
+    cells = kept_cells(options)
     aucs = {}
     for name in CELLS:
         if own := [cell["auc"] for cell in cells if cell["cell"] == name]:
@@ -153,13 +153,20 @@ def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]
     return {"quality": {**about, "cells": cells, "means": simple_means(options)}, "aucs": aucs}
 
 
-def cell_folder(options: argparse.Namespace, name: str, seed: int) -> Path:
+def cell_folder(options: argparse.Namespace, name: str, seed: int | str) -> Path:
     """Where a cell is kept; other settings are other cells."""
-    return options.runs / f"{name}-{options.part}-{options.rows}-{options.candidates}-{options.rate:g}-{seed}"
+    return Path(options.runs, f"{name}-{options.part}-{options.rows}-{options.candidates}-{options.rate:g}-{seed}")
 
 
-def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, Any]]:
-    """Return each cell, run unless it has been."""
+def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return all cells of these settings, whichever call ran them."""
+    found = options.runs.glob(f"{cell_folder(options, '*', '*').name}/cell.json")
+    cells = [json.loads(path.read_text()) for path in found]
+    return sorted(cells, key=lambda cell: (list(CELLS).index(cell["cell"]), cell["seed"]))
+
+
+def run_cells(options: argparse.Namespace, script: Path) -> None:
+    """Run the cells that are asked for, unless they have been, and print what they found."""
     for seed in options.seeds:
         for name in options.cells:
             folder = cell_folder(options, name, seed)
@@ -177,7 +184,6 @@ def all_cells(options: argparse.Namespace, script: Path) -> Iterator[dict[str, A
                 f"{cell['scoring_cpu_seconds']:.0f} s of scoring on one core",
                 flush=True,
             )
-            yield cell
 
 
 __all__ = ["CELLS", "cut", "measure_quality", "recipe_of"]
