@@ -105,3 +105,14 @@ def test_word_memory_grows_and_shrinks_with_the_vocabulary():
     assert torch.equal(model.model.word_memory.weight, before[: VOCAB - 2])
     assert build({"num_joint_layers": 2}).resize_token_embeddings(VOCAB + 1).weight.shape[0] == VOCAB + 1
     assert IDS["vocab_size"] == VOCAB
+
+
+def test_an_event_of_which_all_is_skipped_is_no_place_of_the_user():
+    model = build({"num_joint_layers": 2, "segment_summary": 1}, skipped_kinds=["event"])
+    verb, item = [EVENT, 30, SEG], [ITEM, 31, 32, SEG]
+    whole = pad([[SOURCE, *verb, *item, *verb, *verb, *item, SOURCE_END]])
+    with torch.no_grad():
+        vectors = [model.embed(**whole, plan=plan).user_vectors for plan in PLANS]
+    for found in vectors:
+        assert found.shape[1] == 3 and found.isfinite().all()  # the head, and the two events with an item
+        close(found, vectors[0])
