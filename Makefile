@@ -9,10 +9,11 @@ DATA ?= ../shared/data
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint types format bench reproduce-beauty reproduce-movielens clean
+.PHONY: help quickstart test test-all lint types format bench reproduce-beauty reproduce-beauty-cold \
+	reproduce-movielens reproduce-tallrec clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,6 +57,12 @@ $(VENV)/.minilm: $(VENV)/.movielens
 
 reproduce-beauty: $(VENV)/.minilm ## train and measure Amazon Beauty's row of docs/results.md (DATA=folder of the data sets)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset beauty --models m6rec $(ARGS)
+
+reproduce-beauty-cold: $(VENV)/.minilm ## train and measure the row of Amazon Beauty's cold items
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset beauty-cold --models m6rec $(ARGS)
+
+reproduce-tallrec: $(VENV)/.minilm ## pretrain, tune and measure the rows of TALLRec's few labels
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset tallrec $(ARGS)
 
 reproduce-movielens: $(VENV)/.minilm ## train and measure MovieLens-100K's row of docs/results.md
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset ml-100k --models "m6rec quickstart" $(ARGS)

@@ -1,21 +1,55 @@
-"""MovieLens-100K's likes: the recipe `video`, and means of known labels on the same candidates.
+"""MovieLens-100K's likes: the recipe `video`, and means of known labels and RecBole's models on the same candidates.
 
 Four stars or more are a like. Each is asked after all that its user did before, in the last tenth too (`rolling`).
 """
 
 import json
+import os
+import subprocess
+import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
+import torch
 from _ranking_rivals import unread
 
-from m6rec.train.data import read_log
-from m6rec.train.evaluation import scoring_baselines, scoring_examples
+from m6rec.train.data import Log, read_log
+from m6rec.train.evaluation import (
+    ScoringExamples,
+    all_events,
+    questions,
+    scoring_baselines,
+    scoring_examples,
+    scoring_report,
+)
 from m6rec.train.examples import RequestWriter
+from m6rec.train.metrics import auc
 from m6rec.train.recipe import Recipe, load_recipe
-from m6rec.train.splits import by_time
+from m6rec.train.splits import Split, by_time, histories
 
 ASKED = ("click", "rating")
+HELD_OUT = ("valid", "test")
+LAST_ITEMS = 20
+"""Items of a history that RecBole's models read, at most; the recipe reads as many events."""
+RECBOLE: dict[str, dict[str, Any]] = {
+    "DIN": {"history": "marked", "features": False, "embedding_size": 16, "mlp_hidden_size": [64, 64]},
+    "DeepFM": {"history": "marked", "features": True, "embedding_size": 16},
+}
+"""What RecBole's models are told (`history`: see `items_before`; `features` of items: year and genres), and their
+settings. The histories, and DeepFM's size and learning rate, were chosen by AUC on the validation part of seed 0; DIN's
+size and features were not searched. To DeepFM the history is one more field, the mean of its ids' vectors. Of users
+both are given age, gender and occupation, which RecBole's DIN does not use."""
+SHARED = {
+    "epochs": 30,
+    "stopping_step": 3,
+    "train_batch_size": 512,
+    "learning_rate": 1e-3,
+    "dropout_prob": 0.2,
+    "MAX_ITEM_LIST_LENGTH": LAST_ITEMS,
+}
 
 
 def recipe(data: Path, folder: Path, seed: int) -> Recipe:
@@ -61,4 +95,113 @@ def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
     return row({task: report[task]["m6rec"] for task in ASKED})
 
 
-__all__ = ["mean_likes", "trained"]
+# ------------------------------------------------------------------------------------------------------------ RecBole
+
+
+def recbole(data: Path, folder: Path, kind: str, seed: int, python: str | None = None) -> list[dict[str, Any]]:
+    """Train a model of RecBole (DIN, DeepFM) on the training part, and choose the number of its epochs.
+
+    It runs by the python of an environment of its own (pip install recbole==1.2.1 "numpy<2" "pandas<3"), which is
+    given, or named by the variable M6REC_RECBOLE_PYTHON.
+    """
+    if not (python := python or os.environ.get("M6REC_RECBOLE_PYTHON")):
+        raise ValueError("RecBole has no environment: set M6REC_RECBOLE_PYTHON to the python of one that has it")
+    settings = {**SHARED, **RECBOLE[kind]}
+    told = {name: settings.pop(name) for name in ("history", "features")}
+    with tempfile.TemporaryDirectory(dir=folder.absolute()) as place:
+        examples = write_likes(recipe(data, folder, seed), Path(place), seed, **told)
+        facts = run_recbole(python, Path(place), kind, settings, seed)
+        return [measure_recbole(Path(place), examples, facts)]
+
+
+def write_likes(
+    asked: Recipe, folder: Path, seed: int, history: str | None, features: bool
+) -> dict[str, ScoringExamples]:
+    """Write RecBole's tables, and return the examples that the rows of the held-out parts are."""
+    log = read_log(asked.data)
+    split = by_time(log.interactions, asked.evaluation.valid_fraction, asked.evaluation.test_fraction, seed)
+    everything = all_events(split)
+    table = pandas.DataFrame({f"{name}:token": everything[name].astype(str) for name in ("user_id", "item_id")})
+    if history:
+        table["item_id_list:token_seq"] = items_before(everything, history)
+    table["label:float"] = everything["label"].astype(float)
+    folder = folder / "likes"
+    folder.mkdir()
+    write_described(log, folder, features)
+    table[everything.index.isin(split.train.index)].to_csv(folder / "likes.train.inter", sep="\t", index=False)
+    writer, found = RequestWriter(log), {}
+    for part in HELD_OUT:
+        found[part] = scoring_examples(writer, unread(1), split, part, "click", asked.task, asked.evaluation, seed)
+        places = asked_places(split, part, asked, seed)
+        table.iloc[places].to_csv(folder / f"likes.{part}.inter", sep="\t", index=False)
+    return found
+
+
+def asked_places(split: Split, part: str, asked: Recipe, seed: int) -> np.ndarray:
+    """Return where the events that `scoring_examples` asks about stand among all events, in its order."""
+    heard: np.ndarray = np.ones(len(all_events(split)), dtype=bool)  # each event has a label
+    return np.concatenate([one.asked for one in questions(split, part, heard, 1, asked.evaluation, seed)])
+
+
+def items_before(events: pandas.DataFrame, history: str) -> list[str]:
+    """Return the last items that the user of each event met before it, oldest first.
+
+    Held-out events are known too once they are past.
+
+    Args:
+        events: All events, in order.
+        history: "all" items, those "liked" alone, or "marked": all, and what was not liked has an id of its own.
+    """
+    items, labels = events["item_id"].astype(str).to_numpy(), events["label"].to_numpy()
+    found = [""] * len(events)
+    for places in histories(events).values():
+        before: deque[str] = deque(maxlen=LAST_ITEMS)
+        for place in places:
+            found[place] = " ".join(before)
+            if labels[place] == 1 or history != "liked":
+                before.append(items[place] + ("-" if labels[place] != 1 and history == "marked" else ""))
+    return found
+
+
+def write_described(log: Log, folder: Path, features: bool) -> None:
+    """Write what is known of items, if asked, and of users."""
+    if features:
+        genres = log.items["genres"].str.replace(", ", " ")
+        items = {"item_id:token": log.items.index, "release_year:token": log.items["year"], "class:token_seq": genres}
+        pandas.DataFrame(items).to_csv(folder / "likes.item", sep="\t", index=False)
+    if log.users is not None:
+        users = log.users[["age", "gender", "occupation"]].rename(columns=lambda name: f"{name}:token")
+        users.rename_axis("user_id:token").to_csv(folder / "likes.user", sep="\t")
+
+
+def run_recbole(python: str, folder: Path, kind: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Train by the other environment, with the folder as its working directory, where RecBole leaves files."""
+    threads = torch.get_num_threads()
+    asked = {"kind": kind, "settings": settings, "folder": str(folder), "seed": seed, "threads": threads}
+    command = [python, str(Path(__file__).with_name("_recbole_rivals.py").absolute()), json.dumps(asked)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    told: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return told
+
+
+def measure_recbole(folder: Path, examples: dict[str, ScoringExamples], told: dict[str, Any]) -> dict[str, Any]:
+    """Measure what RecBole has predicted of the test part after the epoch with the best validation AUC."""
+    predicted = np.load(folder / "predictions.npz")
+    for part, own in examples.items():
+        if own.item_ids.tolist() != predicted[f"{part}_items"].tolist():
+            raise ValueError(f"RecBole's rows of the {part} part are not those that are asked about")
+    searched = [auc(epoch, examples["valid"].labels) for epoch in predicted["valid"]]
+    epochs = int(np.argmax(searched)) + 1
+    report = scoring_report(predicted["test"][epochs - 1], examples["test"], "click")
+    return {
+        **{name: report[name] for name in ("auc", "gauc", "examples")},
+        "seconds": told["seconds"][epochs - 1],
+        "peak_memory_gib": told["peak_memory_gib"],
+        "parameters": told["parameters"],
+        "setting": epochs,
+        "searched": {str(epoch): value for epoch, value in enumerate(searched, 1)},
+    }
+
+
+__all__ = ["mean_likes", "recbole", "trained"]

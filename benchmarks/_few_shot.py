@@ -2,9 +2,10 @@
 
 A row is ten films that a user liked or not, and whether they like one more. Of a draw of few rows each stands for a
 user of its own, and nothing else of the training file is read. The model begins as MiniLM and is pretrained by `likes`:
-users who are made up over the films' titles, years and genres, without anyone's behaviour. `histories` tells of a film
-beside its text how many like it, counted in the histories of all 8,000 training rows with their likes; later histories
-hold many of the films that earlier rows ask for, so these rows are not free of labels. All was chosen on validation.
+users who are made up over the films' titles, years and genres, without anyone's behaviour. Beside a film's text stands
+how many like it, counted in the histories of the drawn rows (of all 8,000: among their labels); in the rows that are
+called `histories counted`, in the histories of all 8,000 training rows. Later histories hold many of the films that
+earlier rows ask for, so these are not free of labels. All was chosen on validation.
 """
 
 import ast
@@ -121,7 +122,7 @@ def history_likes(writer: Any, rows: list[dict[str, Any]], drawn: list[dict[str,
     return ItemLikes(np.array(users), places, np.array(list(told.values())), len(writer.items))
 
 
-def few_shot(data: Path, folder: Path, seed: int, *, shots: int, tells: str = "") -> list[dict[str, Any]]:
+def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool = False) -> list[dict[str, Any]]:
     """Tune the pretrained model on a draw of labelled rows, and measure it: a row of the table.
 
     Args:
@@ -129,8 +130,7 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, tells: str = ""
         folder: Of this cell; the pretrained model is kept beside it.
         seed: Of the draw and of the training.
         shots: Labelled rows; 0: the pretrained model as it is.
-        tells: What is told of a film beside its text: nothing; its likes among the `labels` that are trained on; or
-            those in the `histories` of all training rows.
+        everyone: Tell of a film how many like it in the histories of all training rows, not of the drawn ones alone.
     """
     from m6rec.segment_cache_m6rec import SegmentCache
     from m6rec.train.build import prepare
@@ -140,17 +140,17 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, tells: str = ""
     base, rows = pretrained(data, folder.parent / "pretrained"), read_rows(data, "train")
     folder.mkdir(parents=True, exist_ok=True)
     tree = recipe(folder, seed, **FINETUNING.get(shots, {}))
+    drawn = draw(rows, shots or 16, seed)
     if shots == len(rows):
         tree["data"] = {"source": "tallrec", "directory": str(data / "tallrec-movie")}
     else:
-        drawn = draw(rows, shots or 16, seed)
         write_tables(data, drawn, folder)
     tree["model"]["checkpoint"] = str(base)
     tree["task"] |= {"targets": 1, "rows_together": 8 if shots == len(rows) else 1}
-    tree["text"]["statistics"] = ["item_likes"] if tells else []
+    tree["text"]["statistics"] = ["item_likes"] if shots else []
     run = prepare(load_recipe(tree))
-    if tells == "histories":
-        run.writer.statistics = history_likes(run.writer, rows, drawn)
+    if 0 < shots < len(rows):  # all rows make a log, whose own statistic counts every label once
+        run.writer.statistics = history_likes(run.writer, rows if everyone else drawn, drawn)
     start = time.process_time()
     if shots:
         fit(run)
@@ -221,10 +221,9 @@ def cells() -> dict[str, Callable[[Path, Path, int], list[dict[str, Any]]]]:
         "m6rec, 0 labels": partial(few_shot, shots=0),
     }
     for shots in FINETUNING:
-        whole = shots == max(FINETUNING)
-        found[f"m6rec, {shots} labels"] = partial(few_shot, shots=shots, tells="labels" if whole else "")
-        if not whole:
-            found[f"m6rec, {shots} labels, histories counted"] = partial(few_shot, shots=shots, tells="histories")
+        found[f"m6rec, {shots} labels"] = partial(few_shot, shots=shots)
+        if shots < max(FINETUNING):
+            found[f"m6rec, {shots} labels, histories counted"] = partial(few_shot, shots=shots, everyone=True)
     return found
 
 

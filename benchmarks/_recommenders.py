@@ -31,6 +31,9 @@ RIVALS = ("popularity", "similar_text", "sentence_transformers", "item_knn", "ea
 PYTHON = "M6REC_RECTOOLS_PYTHON"
 """Names the python of an environment with RecTools; without it its models are left out."""
 RECTOOLS = {"sasrec (RecTools)": "SASRecModel", "bert4rec (RecTools)": "BERT4RecModel"}
+RECBOLE_PYTHON = "M6REC_RECBOLE_PYTHON"
+"""Names the python of an environment with RecBole; without it its models are left out."""
+RECBOLE = {"din (RecBole)": "DIN", "deepfm (RecBole)": "DeepFM"}
 BONUS = 0.03
 """Of new items: `model.config.new_item_bonus`."""
 IDS = {
@@ -44,6 +47,7 @@ IDS = {
     "initializer_range": 0.02,
     "segment_summary": 1,
     "skipped_kinds": ["event"],
+    "word_similarity": 0.0,
     "embedding_dim": 64,
     "hidden_dropout": 0.3,
     "item_memory_dropout": 0.0,
@@ -92,6 +96,8 @@ def prepared(
     from m6rec.train.recipe import load_recipe
 
     changed = changes(name, data, folder, seed, text, ids, bool(recipe)) | {"evaluation.cold_fraction": cold}
+    if cold and text and ids:
+        changed["model.config.new_item_bonus"] = BONUS
     asked = load_recipe(recipe or RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in changed.items()])
     log = read_log(asked.data)
     if not text:
@@ -143,8 +149,6 @@ def ours(
 
     run = prepared(name, data, folder, seed, text, ids, cold, recipe)
     fit(run)
-    if cold and text and ids:
-        run.model.config.new_item_bonus = BONUS
     return measured(run)
 
 
@@ -185,6 +189,13 @@ def _likes(data: Path, folder: Path, seed: int) -> Rows:
     return [trained(data, folder, seed)]
 
 
+def _recbole(kind: str, data: Path, folder: Path, seed: int) -> Rows:
+    """A model of RecBole on MovieLens-100K's clicks."""
+    from _click_rivals import recbole
+
+    return recbole(data, folder, kind, seed)
+
+
 def _rival(reader: str, name: str, cold: float, data: Path, folder: Path, seed: int) -> Rows:
     from _ranking_rivals import rival
 
@@ -204,6 +215,7 @@ DATASETS: dict[str, dict[str, Model]] = {
     "ml-100k-click": {
         "m6rec": _likes,
         **{name: partial(_mean_likes, name) for name in ("item_mean", "user_mean", "history_mean", "history_and_item")},
+        **{name: partial(_recbole, kind) for name, kind in RECBOLE.items() if RECBOLE_PYTHON in os.environ},
     },
     "tallrec": few_shot_cells(),
     "transfer": {

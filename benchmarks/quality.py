@@ -85,10 +85,8 @@ def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of all cells of the data set that have been run, model by model."""
-    order = list(DATASETS[options.dataset])
     cells = [json.loads(path.read_text()) for path in (options.runs / options.dataset).glob("*/cell.json")]
-    cells = sorted((rows for rows in cells if rows), key=lambda rows: (order.index(rows[0]["model"]), rows[0]["seed"]))
-    return [row for rows in cells for row in rows]
+    return [row for rows in sorted(filter(None, cells), key=lambda rows: rows[0]["seed"]) for row in rows]
 
 
 def with_earlier(rows: list[dict[str, Any]], place: Path, order: list[str]) -> list[dict[str, Any]]:

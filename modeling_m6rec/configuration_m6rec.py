@@ -150,7 +150,14 @@ class M6RecConfig(PreTrainedConfig):
     these are frozen, this is what learns of brands and series, also for items that come later (ours)."""
     new_item_bonus: float = 0.0
     """Added to the product of a user's and an item's vector where the item's memory has learnt nothing: an item that
-    never was anybody's next scores too low. To be chosen on validation events of items held out of training (ours)."""
+    never was anybody's next scores too low. No loss knows of it: to be chosen on validation events of items held out
+    of training (ours)."""
+    word_similarity: float = 0.0
+    """So many times the likeness of an item's words to those of the user's last items, rare words above all, is added
+    to the product of a user's and an item's vector: it needs no learning and holds for items that come later. No loss
+    knows of it: to be chosen on validation (ours)."""
+    word_similarity_dim: int = 1024
+    """Places in user and item vectors that this takes; the more, the closer it is to exact words."""
     exit_layers: list[int] | None = None
     """Joint layers (counted from 1) after which scores are trained as well, for early exit; None = the last only."""
 
@@ -232,15 +239,16 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def vector_width(self) -> int:
-        """Width of user and item vectors: `embedding_dim`, and one place more for `new_item_bonus`."""
-        return self.embedding_dim + bool(self.new_item_bonus)
+        """Width of user and item vectors: `embedding_dim`, and what `word_similarity` and `new_item_bonus` need."""
+        return self.embedding_dim + self.word_similarity_dim * bool(self.word_similarity) + bool(self.new_item_bonus)
 
     @property
     def vector_settings(self) -> dict[str, Any]:
         """Settings that change item vectors without changing a weight."""
         names = ("hidden_act", "norm_type", "norm_position", "norm_eps", "num_attention_heads", "num_joint_layers")
         names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
-        since = {"segment_pooling": "last", "new_item_bonus": 0.0}  # version 0.1 was without: its catalogues stay valid
+        # Version 0.1 was without: its catalogues stay valid.
+        since = {"segment_pooling": "last", "new_item_bonus": 0.0, "word_similarity": 0.0}
         names += tuple(name for name, without in since.items() if getattr(self, name) != without)
         return {name: getattr(self, name) for name in names}
 
@@ -364,6 +372,8 @@ class M6RecConfig(PreTrainedConfig):
                 self.new_item_bonus != 0 and self.num_item_memory == 0,
                 f"new_item_bonus={self.new_item_bonus} needs item memory, which tells new items from others",
             ),
+            (self.word_similarity < 0, f"word_similarity={self.word_similarity} is negative: give 0 (off) or more"),
+            (self.word_similarity_dim < 1, f"word_similarity_dim={self.word_similarity_dim}: give 1 or more"),
             (not 0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} is not in [0, 1)"),
             (self.embedding_temperature <= 0, f"embedding_temperature={self.embedding_temperature} must be positive"),
             (

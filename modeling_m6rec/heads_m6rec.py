@@ -58,9 +58,18 @@ def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch
 
 def item_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
     """Find the [SEG] of each given [ITEM] segment in the order of the row: B x M, -1 where absent."""
-    is_item = (ids == config.segment_token_id) & (lay.kind == KIND_NUMBER["item"]) & ~lay.written
-    place = is_item.cumsum(1)
-    return last_index(is_item, place - 1, _slots(place))
+    return in_order(closes_item(ids, lay, config))
+
+
+def closes_item(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    """Say which tokens are the [SEG] of a given [ITEM] segment: B x T bool."""
+    return (ids == config.segment_token_id) & (lay.kind == KIND_NUMBER["item"]) & ~lay.written
+
+
+def in_order(marked: torch.Tensor) -> torch.Tensor:
+    """Return where the marked of B x T tokens stand, one after another: B x M, -1 where a row has fewer."""
+    number = marked.cumsum(1)
+    return last_index(marked, number - 1, _slots(number))
 
 
 def mean_log_likelihood(
@@ -113,4 +122,13 @@ def _slots(numbers: torch.Tensor) -> int:
     return int(numbers.max()) if numbers.numel() else 0
 
 
-__all__ = ["Beside", "head_places", "item_places", "mean_log_likelihood", "target_ends", "user_places"]
+__all__ = [
+    "Beside",
+    "closes_item",
+    "head_places",
+    "in_order",
+    "item_places",
+    "mean_log_likelihood",
+    "target_ends",
+    "user_places",
+]

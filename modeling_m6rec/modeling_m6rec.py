@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
@@ -21,13 +20,21 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapters_m6rec import adapter_settings, load_adapted
 from .configuration_m6rec import M6RecConfig
-from .heads_m6rec import Beside, item_places, mean_log_likelihood, target_ends, user_places
+from .heads_m6rec import Beside, mean_log_likelihood, target_ends
 from .layers_m6rec import M6RecWritingTransform, make_norm
 from .layout_m6rec import Layout, blank, layout, read
 from .losses_m6rec import UNKNOWN, rating_from_logits, retrieval_loss, score_losses, text_loss, text_targets
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
 from .plans_m6rec import last_states
 from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters, digest_weights
+from .vectors_m6rec import (
+    Given,
+    item_sketches,
+    item_vectors,
+    learnt_item_vectors,
+    learnt_user_vectors,
+    row_vectors,
+)
 
 
 @dataclass
@@ -193,14 +200,16 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         found.update(score_losses(exit_scores, score_labels, self.config, step))
         if retrieval_labels is not None:
             known = out.alone_states if item_states is None and item_input_ids is not None else item_states
-            items = self.embed_items(item_input_ids, item_attention_mask, known, item_memory_ids)
+            texts = self._texts(item_input_ids, item_attention_mask, known)
+            items = learnt_item_vectors(self, texts, item_memory_ids)
             wanted = beside(retrieval_labels, UNKNOWN)
             users = self._labelled_users(states, lay, wanted)
             against = (items, wanted[wanted != UNKNOWN], self.config.embedding_temperature, item_log_frequency)
             found["retrieval"] = contrast(users, *against, step.get("retrieval"))
         if only_losses:
             return M6RecOutput(loss=self._total(found), losses=found)
-        vectors = self._vectors(out, chosen, beside, item_ids, hidden_events) if return_vectors else (None, None)
+        given = Given(ids, attention_mask, item_ids, hidden_events)
+        vectors = row_vectors(self, out, given, beside) if return_vectors else (None, None)
         return M6RecOutput(
             loss=self._total(found),
             logits=self._logits(out, ids.shape[1], logits_to_keep) if return_logits else None,
@@ -251,6 +260,25 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
         """Embed items by themselves, M x D: of M x L ids ([ITEM] ... [SEG], padded right), or M x H `item_states`."""
+        texts = self._texts(input_ids, attention_mask, states, segment_cache)
+        if not self.config.word_similarity:
+            return item_vectors(self, texts, memory_ids)
+        if input_ids is None:
+            raise ValueError(
+                "items have no words to compare (config.word_similarity): give their ids beside the states"
+            )
+        return item_vectors(
+            self, texts, memory_ids, item_sketches(self, input_ids, self._valid(input_ids, attention_mask))
+        )
+
+    def _texts(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        states: torch.Tensor | None,
+        segment_cache: SegmentCache | None = None,
+    ) -> torch.Tensor:
+        """Read items as `embed_items` does, with what was learnt of their words: M x H."""
         self._require_segment_layers()
         if input_ids is None and (states is None or self.config.word_memory):
             raise ValueError(
@@ -261,7 +289,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             states = self.item_states(input_ids, attention_mask, segment_cache)
         if self.config.word_memory:
             states = self.model.add_words(states, input_ids, self._valid(input_ids, attention_mask))
-        return self._item_vectors(self.model.remember(states, memory_ids), memory_ids)
+        return states
 
     def item_states(
         self,
@@ -345,39 +373,6 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         states = out.last_hidden_state if out.kept is None else out.kept.back(out.last_hidden_state, tokens)
         return self.write_logits(states[:, slice(-to_keep, None) if isinstance(to_keep, int) else to_keep])
 
-    def _vectors(
-        self,
-        out: M6RecModelOutput,
-        ids: torch.Tensor,
-        beside: Beside,
-        item_ids: torch.Tensor | None,
-        hidden: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """User and item vectors; None without segment layers, or when going on from a cache."""
-        lay = out.layout
-        if not self.config.num_segment_layers or beside.is_part:
-            return None, None
-        seen = None if hidden is None else ~beside(hidden.bool(), 0)
-        users, items = user_places(ids, lay, self.config, seen), item_places(ids, lay, self.config)
-        memory = None if item_ids is None else read(beside(item_ids, 0), items)
-        states = self.model.remember(read(out.segment_states[:, -beside.tokens :], items), memory)
-        user_states = read(out.last_hidden_state[:, -beside.tokens :], users)
-        return (
-            blank(self._user_vectors(user_states), users),
-            blank(self._item_vectors(states, memory), items),
-        )
-
-    def _user_vectors(self, states: torch.Tensor) -> torch.Tensor:
-        vectors = functional.normalize(self.user_projection(states).float(), dim=-1)
-        return functional.pad(vectors, (0, 1), value=1.0) if self.config.new_item_bonus else vectors
-
-    def _item_vectors(self, states: torch.Tensor, memory_ids: torch.Tensor | None) -> torch.Tensor:
-        vectors = functional.normalize(self.item_projection(self.item_norm(states)).float(), dim=-1)
-        if not self.config.new_item_bonus:
-            return vectors
-        new = vectors.new_ones(states.shape[:-1]) if memory_ids is None else self.model.is_new(memory_ids)
-        return torch.cat((vectors, self.config.new_item_bonus * new[..., None]), -1)
-
     def _require_segment_layers(self) -> None:
         if not self.config.num_segment_layers:
             raise ValueError(
@@ -421,7 +416,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                     "with bidirectional history a user vector before the last event has seen the answer: label the "
                     "last event only, or set history_attention='causal'"
                 )
-        return self._user_vectors(states[known])
+        return learnt_user_vectors(self, states[known])
 
     def _total(self, found: dict[str, torch.Tensor]) -> torch.Tensor | None:
         weights = self.config.loss_weights or {}
@@ -439,8 +434,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         settings, adapters = sorted(self.config.vector_settings.items()), active_adapters(parts)
         # Without adapters as in version 0.1, whose catalogues stay valid.
         digest = hashlib.sha256(repr((settings, adapters) if adapters else settings).encode())
-        memories = [memory for memory in (self.model.item_memory, self.model.word_memory) if memory is not None]
-        digest_weights(digest, [*parts, *memories])
+        beside = (self.model.item_memory, self.model.word_memory, self.model.word_sketch)
+        digest_weights(digest, [*parts, *(memory for memory in beside if memory is not None)])
         return digest.hexdigest()
 
     @classmethod

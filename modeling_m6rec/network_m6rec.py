@@ -35,6 +35,7 @@ from .layout_m6rec import (
 )
 from .plans_m6rec import PLANS, Rows, last_states, run
 from .segment_cache_m6rec import SegmentCache, SegmentKey
+from .sketch_m6rec import M6RecWordSketch
 from .user_states_m6rec import UserStates
 
 
@@ -85,6 +86,8 @@ class M6RecPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.EmbeddingBag):  # word memory: nothing has been learnt of any word
             init.zeros_(module.weight)
+        if isinstance(module, M6RecWordSketch):
+            init.zeros_(module.rarity)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as the library does, and word memory with it: of new words nothing has been learnt."""
@@ -105,6 +108,8 @@ class M6RecModel(M6RecPreTrainedModel):
         rows = config.num_item_memory
         self.item_memory = nn.Embedding(rows + 1, size, padding_idx=0) if rows else None
         self.word_memory = nn.EmbeddingBag(config.vocab_size, size, mode="sum") if config.word_memory else None
+        width = config.word_similarity_dim
+        self.word_sketch = M6RecWordSketch(config.vocab_size, width) if config.word_similarity else None
         self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
         self.rotary = M6RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
@@ -264,7 +269,9 @@ class M6RecModel(M6RecPreTrainedModel):
 
     @torch.no_grad()
     def resize_word_memory(self, rows: int) -> None:
-        """Change the number of words that can be learnt of, if there is word memory."""
+        """Change the number of words that can be learnt of and compared, if any are."""
+        if self.word_sketch is not None:
+            self.word_sketch.resize(rows)
         old = self.word_memory
         if old is not None and rows != len(old.weight):
             kept = min(len(old.weight), rows)

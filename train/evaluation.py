@@ -274,8 +274,12 @@ def answers(
     field: str,
     bf16: bool = False,
     cache: SegmentCache | None = None,
+    part: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
 ) -> list[torch.Tensor]:
-    """Run rows through the model in batches of similar length and return `field` of the output, a row each."""
+    """Run rows through the model in batches of similar length, and return a part of the output's `field` for each row.
+
+    What `part` returns must not be a view, which would keep the whole batch.
+    """
     model.eval()
     how: dict[str, Any] = {} if cache is None else {"plan": "cached", "segment_cache": cache}
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
@@ -288,7 +292,7 @@ def answers(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             out = getattr(model(**batch, **how, return_logits=False), field)
         for row, value in zip(batch_rows, out.float().cpu()):
-            found[row] = value
+            found[row] = part(value)
     return found
 
 
@@ -300,10 +304,12 @@ def user_vectors(
     cache: SegmentCache | None = None,
 ) -> torch.Tensor:
     """Embed users as of the end of their histories: U x D."""
-    vectors = answers(model, rows, collator, "user_vectors", bf16, cache)
-    # Behind a row's last place stands NaN; a model that has diverged has nothing else, and the metrics refuse it.
-    lengths = [int(own.isfinite().all(-1).sum()) for own in vectors]
-    return torch.stack([own[max(length - 1, 0)] for own, length in zip(vectors, lengths)])
+    return torch.stack(answers(model, rows, collator, "user_vectors", bf16, cache, _last_place))
+
+
+def _last_place(vectors: torch.Tensor) -> torch.Tensor:
+    """Take the last of a row's E x D vectors: behind it stands NaN, and a model that has diverged has nothing else."""
+    return vectors[max(int(vectors.isfinite().all(-1).sum()) - 1, 0)].clone()
 
 
 def rank_catalogue(

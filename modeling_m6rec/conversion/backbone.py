@@ -33,7 +33,7 @@ FREE = {"attention_dropout", "hidden_dropout", "initializer_range"}
 """Fields that a backbone decides unless they are given; all its others are the shape of its weights."""
 FRESH = (
     *("score_head.", "item_norm.", "user_projection.", "item_projection."),
-    *("model.embed_kind.", "model.embed_event.", "model.item_memory.", "model.word_memory."),
+    *("model.embed_kind.", "model.embed_event.", "model.item_memory.", "model.word_memory.", "model.word_sketch."),
 )
 """Weights that no language model has."""
 SPREAD = 0.5

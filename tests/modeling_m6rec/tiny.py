@@ -66,6 +66,7 @@ BLOCKS = [
     {"num_joint_layers": 3, "num_hidden_groups": 1, "embedding_size": 20, "tie_word_embeddings": True},
     {"num_joint_layers": 1, "num_hidden_groups": 2, "qk_norm": True, "score_head": "option", "segment_summary": 2},
     {"num_joint_layers": 2, "segment_summary": 1, "skipped_kinds": ["event"], "segment_attention": "bidirectional"},
+    {"num_joint_layers": 2, "segment_summary": 1, "word_similarity": 0.3, "word_memory": True, "new_item_bonus": 0.2},
     {"num_joint_layers": 2, "exit_layers": [1], "rating_loss": "regression", "norm_type": "layer", "word_memory": True},
 ]
 SMALL = [
@@ -96,6 +97,8 @@ def build(settings, **more):
     model = M6RecForRecommendation(config).eval()
     if model.model.word_memory is not None:
         torch.nn.init.normal_(model.model.word_memory.weight)
+    if model.model.word_sketch is not None:
+        model.model.word_sketch.count([[word for word in WORDS if word % rank == 0] for rank in range(1, 9)])
     return model
 
 

@@ -1,6 +1,7 @@
 """What a run is made of: tokenizer, processor and model that fit each other, new or from a checkpoint."""
 
 import dataclasses
+import math
 
 import pandas
 import pytest
@@ -101,6 +102,19 @@ def test_a_checkpoint_is_gone_on_from_as_it_was(saved, make_recipe):
     assert again.processor.item_rows == saved.processor.item_rows
     assert again.processor.template == saved.processor.template
     assert again.model.config.hidden_dropout == 0.25
+
+
+def test_words_are_counted_once_in_the_catalogue_of_the_model(saved, make_recipe):
+    run = prepare(on(saved, make_recipe, model={"config": {"word_similarity": 0.5}}))
+    rarity = run.model.model.word_sketch.rarity
+    texts = [set(ids) for ids in run.catalogue.input_ids]
+    word = run.catalogue.input_ids[0][1]
+    assert float(rarity[word]) == pytest.approx(math.log((1 + len(texts)) / (1 + sum(word in text for text in texts))))
+    run.model.model.word_sketch.rarity = rarity + 1  # as if counted elsewhere
+    save(run)
+    again = prepare(make_recipe(model={"checkpoint": str(run.recipe.output_dir)}))
+    assert torch.equal(again.model.model.word_sketch.rarity, rarity + 1)
+    assert again.model.config.word_similarity == 0.5
 
 
 def test_new_items_get_rows_behind_those_of_the_checkpoint(saved, make_recipe, tables, tmp_path):
