@@ -27,7 +27,7 @@ from m6rec.train.metrics import auc, bootstrap_interval
 COLUMNS = ("user_id", "item_id", "event", "label", "part")
 VERBS = ("dislike", "like")
 MODEL = {"num_joint_layers": 2, "segment_summary": 1, "segment_pooling": "mean", "embedding_dim": 128}
-PRETRAINING = {"max_steps": 120, "learning_rate": 5e-4, "per_device_train_batch_size": 64}
+PRETRAINING = {"max_steps": 480, "learning_rate": 1e-3, "per_device_train_batch_size": 64}
 FINETUNING: dict[int, dict[str, Any]] = {
     16: {"num_train_epochs": 2, "learning_rate": 1e-5, "per_device_train_batch_size": 8},
     64: {"num_train_epochs": 2, "learning_rate": 1e-5, "per_device_train_batch_size": 16},
