@@ -32,7 +32,7 @@ FINETUNING: dict[int, dict[str, Any]] = {
     16: {"num_train_epochs": 2, "learning_rate": 1e-5, "per_device_train_batch_size": 8},
     64: {"num_train_epochs": 2, "learning_rate": 1e-5, "per_device_train_batch_size": 16},
     256: {"num_train_epochs": 2, "learning_rate": 2e-5, "per_device_train_batch_size": 16},
-    8000: {"num_train_epochs": 2, "learning_rate": 5e-5, "per_device_train_batch_size": 64},
+    8000: {"num_train_epochs": 2, "learning_rate": 3e-4, "per_device_train_batch_size": 64},
 }
 """By the number of labelled rows."""
 PRIOR = 10.0
