@@ -245,13 +245,14 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     processor = make_processor(recipe, log, writer, texts)
     model = make_model(recipe, processor)
     catalogue = catalogue_rows(writer, split, processor)
-    sketch = model.model.word_sketch
-    if sketch is not None and not sketch.is_counted:
-        sketch.count(catalogue.input_ids)
     collator = M6RecDataCollator(processor, model.config, catalogue, recipe.task, recipe.seed)
     sizes = (model.num_parameters(), len(writer.items), len(split.train))
     logger.info("%d parameters, %d items, %d training events", *sizes)
-    return Run(recipe, log, split, writer, processor, model, catalogue, collator)
+    run = Run(recipe, log, split, writer, processor, model, catalogue, collator)
+    sketch = run.base_model.model.word_sketch
+    if sketch is not None and not sketch.is_counted:
+        sketch.count(catalogue.input_ids)
+    return run
 
 
 def catalogue_rows(writer: RequestWriter, split: Split, processor: M6RecProcessor) -> CatalogueRows:
