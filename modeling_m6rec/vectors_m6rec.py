@@ -122,13 +122,14 @@ def _row_sketches(
     sketches = _sketches(model, ids, lay, closing)
     number = beside(closing.cumsum(1) - closing.long(), 0)
     words = _pick(sketches, read(number, items))
-    told = closing & lay.source
-    told = told if given.hidden is None else told & ~given.hidden.bool()
-    met = told.cumsum(1)
+    if given.hidden is not None:
+        closing &= ~given.hidden.bool()
+        sketches = _sketches(model, ids, lay, closing)
+    met = closing.cumsum(1)  # candidates stand behind their user, and before that of the next request
     opens = (ids == config.source_token_id) & lay.source
     earlier = (met * opens).cummax(1).values  # of other requests in the row
     # The sum of all items so far, less that of all but the last few.
-    total = functional.pad(_sketches(model, ids, lay, told).cumsum(1), (0, 0, 1, 0))
+    total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
     last, first = read(beside(met, 0), users), read(beside(torch.maximum(met - SIMILAR_ITEMS, earlier), 0), users)
     return (_pick(total, last) - _pick(total, first)) / (last - first).clamp_min(1)[..., None], words
 
