@@ -36,28 +36,25 @@ RECBOLE_PYTHON = "M6REC_RECBOLE_PYTHON"
 RECBOLE = {"din (RecBole)": "DIN", "deepfm (RecBole)": "DeepFM"}
 BONUS = 0.03
 """Of new items: `model.config.new_item_bonus`."""
-IDS = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
+IDS: dict[str, Any] = {
     "gated_mlp": False,
     "hidden_act": "gelu",
-    "num_hidden_layers": 2,
-    "num_joint_layers": 1,
+    "num_hidden_layers": 3,
+    "num_joint_layers": 2,
     "num_attention_heads": 2,
-    "initializer_range": 0.02,
     "segment_summary": 1,
     "skipped_kinds": ["event"],
     "word_similarity": 0.0,
-    "embedding_dim": 64,
-    "hidden_dropout": 0.3,
     "item_memory_dropout": 0.0,
 }
-"""SASRec: a layer that reads item vectors, one position an event; of texts there is one, the same for all."""
-SASREC: dict[str, dict[str, Any]] = {
-    "beauty": {"num_train_epochs": 14, "per_device_train_batch_size": 64, "learning_rate": 1.5e-3},
-    "ml-100k": {"num_train_epochs": 24, "per_device_train_batch_size": 64, "learning_rate": 1.5e-3},
+"""SASRec: two layers that read item vectors, one position an event."""
+SASREC: dict[str, tuple[int, float, dict[str, Any]]] = {
+    "beauty": (128, 0.3, {"num_train_epochs": 14, "per_device_train_batch_size": 64, "learning_rate": 2e-3}),
+    "ml-100k": (64, 0.2, {"num_train_epochs": 24, "per_device_train_batch_size": 64, "learning_rate": 4e-3}),
 }
-"""How long and how fast; of an early search on validation, no row has been measured with them yet."""
+"""How wide, how much is dropped, how long and how fast: docs/experiments.md has the search."""
+ITEM_SPREAD = 0.05
+"""Standard deviation of SASRec's item vectors at first."""
 
 
 def changes(
@@ -74,9 +71,12 @@ def changes(
         "model.item_memory": ids,
     }
     if not text:
-        found |= {"model.backbone": None, "model.preset": "tiny", "model.config": IDS}
+        width, dropout, training = SASREC[name]
+        shape = {"hidden_size": width, "intermediate_size": 4 * width, "embedding_dim": width}
+        found |= {"model.backbone": None, "model.preset": "tiny"}
+        found |= {"model.config": {**IDS, **shape, "hidden_dropout": dropout}}
         found |= {"text.max_length": 600, "text.vocab_size": 400}
-        found |= {f"training.{key}": value for key, value in SASREC[name].items()}
+        found |= {f"training.{key}": value for key, value in training.items()}
     return found
 
 
@@ -106,7 +106,8 @@ def prepared(
     run = prepare(asked, log)
     if not text:  # as SASRec begins: item vectors drawn, not zero, and one table for what is met and what comes next
         with torch.no_grad():
-            run.model.model.item_memory.weight[1:].normal_(0, IDS["hidden_size"] ** -0.5)
+            run.model.model.embeddings.tokens.weight.zero_()  # frozen: nothing stands in place of the texts
+            run.model.model.item_memory.weight[1:].normal_(0, ITEM_SPREAD)
             run.model.user_projection.weight.copy_(run.model.item_projection.weight)
     return run
 

@@ -31,6 +31,14 @@ IDS = {
 }
 PLANS = ("flat", "compact", "reuse", "cached")
 
+READINGS = [
+    ("causal", "causal", "request"),
+    ("causal", "bidirectional", "segment"),
+    ("bidirectional", "causal", "segment"),
+    ("bidirectional", "bidirectional", "request"),
+]
+"""History attention, segment attention and joint positions: half of the combinations, in which every two values meet.
+The property tests draw from all."""
 GRID = [
     {
         "num_joint_layers": joint,
@@ -39,9 +47,7 @@ GRID = [
         "segment_summary": summary,
         "joint_positions": positions,
     }
-    for joint, history, segment, positions in itertools.product(
-        (1, 2, 4), ("causal", "bidirectional"), ("causal", "bidirectional"), ("request", "segment")
-    )
+    for joint, (history, segment, positions) in itertools.product((1, 2, 4), READINGS)
     for summary in ((None,) if joint == 4 else (None, 1, 2))
 ]
 BERT = {
