@@ -49,7 +49,7 @@ IDS: dict[str, Any] = {
 }
 """SASRec: two layers that read item vectors, one position an event."""
 SASREC: dict[str, tuple[int, float, dict[str, Any]]] = {
-    "beauty": (128, 0.3, {"num_train_epochs": 14, "per_device_train_batch_size": 64, "learning_rate": 2e-3}),
+    "beauty": (128, 0.3, {"num_train_epochs": 12, "per_device_train_batch_size": 128, "learning_rate": 3e-3}),
     "ml-100k": (64, 0.2, {"num_train_epochs": 24, "per_device_train_batch_size": 64, "learning_rate": 4e-3}),
 }
 """How wide, how much is dropped, how long and how fast: docs/experiments.md has the search."""
@@ -104,12 +104,21 @@ def prepared(
         log.items[log.items.columns.difference(["title"])] = ""
         log.items["title"] = "item"
     run = prepare(asked, log)
-    if not text:  # as SASRec begins: item vectors drawn, not zero, and one table for what is met and what comes next
-        with torch.no_grad():
-            run.model.model.embeddings.tokens.weight.zero_()  # frozen: nothing stands in place of the texts
-            run.model.model.item_memory.weight[1:].normal_(0, ITEM_SPREAD)
-            run.model.user_projection.weight.copy_(run.model.item_projection.weight)
+    if not text:
+        _begin_as_sasrec(run.model)
     return run
+
+
+@torch.no_grad()
+def _begin_as_sasrec(model: Any) -> None:
+    """Draw item vectors, and let the last of a history be what a user begins as: layers and places add to it later."""
+    network = model.model
+    network.item_memory.weight[1:].normal_(0, ITEM_SPREAD)
+    model.user_projection.weight.copy_(model.item_projection.weight)
+    tokens = network.embeddings.tokens  # frozen: nothing stands in place of the texts
+    added = [part for layer in network.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    for part in (tokens, network.embed_kind, network.embed_event, *added):
+        part.weight.zero_()
 
 
 def measured(run: Any) -> Rows:

@@ -166,6 +166,7 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     if recipe.task.interactions:
         fields["interactions"] = list(recipe.task.interactions)
     fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
+    bonus = fields.pop("new_item_bonus", None)
     if arguments.checkpoint:
         scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
         # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
@@ -185,6 +186,9 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         model.set_attn_implementation(arguments.attention)
     if rows and max(rows.values()) != model.config.num_item_memory:
         model.resize_item_memory(max(rows.values()))
+    if bonus is not None:  # a new model has item memory only now
+        model.config.new_item_bonus = bonus
+        model.config.validate()
     return model
 
 

@@ -92,6 +92,15 @@ def test_item_memory_has_a_row_for_every_item(make_recipe):
     assert prepare(make_recipe()).model.model.item_memory is None
 
 
+def test_a_bonus_of_new_items_stands_in_a_recipe(saved, make_recipe):
+    bonus = {"config": {"new_item_bonus": 0.3}}
+    assert prepare(make_recipe(model={"item_memory": True, **bonus})).model.config.new_item_bonus == 0.3
+    assert prepare(on(saved, make_recipe, model=bonus)).model.config.new_item_bonus == 0.3
+    assert prepare(on(saved, make_recipe)).model.config.new_item_bonus == 0.0
+    with pytest.raises(Exception, match=r"new_item_bonus=0\.3 needs item memory"):
+        prepare(make_recipe(model=bonus))
+
+
 def test_a_checkpoint_is_gone_on_from_as_it_was(saved, make_recipe):
     again = prepare(on(saved, make_recipe))
     weights, kept = again.model.state_dict(), saved.model.state_dict()
