@@ -16,6 +16,7 @@ import pandas
 import torch
 from _ranking_rivals import unread
 
+from m6rec import M6RecForRecommendation
 from m6rec.train.data import Log, read_log
 from m6rec.train.evaluation import (
     ScoringExamples,
@@ -92,7 +93,8 @@ def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
     asked = recipe(data, folder, seed)
     pretrain(asked)
     report = finetune(asked)  # goes on from what was pretrained
-    return row({task: report[task]["m6rec"] for task in ASKED})
+    parameters = M6RecForRecommendation.from_pretrained(folder / "model").num_parameters()
+    return {**row({task: report[task]["m6rec"] for task in ASKED}), "parameters": parameters}
 
 
 # ------------------------------------------------------------------------------------------------------------ RecBole
