@@ -111,14 +111,11 @@ def prepared(
 
 @torch.no_grad()
 def _begin_as_sasrec(model: Any) -> None:
-    """Draw item vectors, and let the last of a history be what a user begins as: layers and places add to it later."""
+    """Draw item vectors, with nothing in place of texts, and one projection of what is met and what comes next."""
     network = model.model
+    network.embeddings.tokens.weight.zero_()  # frozen
     network.item_memory.weight[1:].normal_(0, ITEM_SPREAD)
     model.user_projection.weight.copy_(model.item_projection.weight)
-    tokens = network.embeddings.tokens  # frozen: nothing stands in place of the texts
-    added = [part for layer in network.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    for part in (tokens, network.embed_kind, network.embed_event, *added):
-        part.weight.zero_()
 
 
 def measured(run: Any) -> Rows:

@@ -27,8 +27,8 @@ NOTES = {
     "beauty-cold": (
         "A seeded tenth of the products loses every training purchase, as if they had just come in; each is ranked "
         "against the whole catalogue. `warm` are the other products' test events, on the same models. Models of ids "
-        "alone cannot tell cold products from one another. Each seed holds other products out, which are easier or harder "
-        "to find: compare within a seed (in docs/experiments.md). `m6rec` has `new_item_bonus` .03, chosen on "
+        "alone cannot tell cold products from one another. Each seed holds other products out, which are easier or "
+        "harder to find: compare within a seed (in docs/experiments.md). `m6rec` has `new_item_bonus` .03, chosen on "
         "validation purchases of the products of seed 1; without it, here, it has .0999 / .0593 on warm and .0657 / "
         ".0388 on cold products."
     ),
