@@ -36,8 +36,8 @@ NOTES = {
         "Each user's last film held out, the one before it for validation, full ranking of 1,682 films. **Ties:** many "
         "ratings share a second; their order in the file follows the item ids, so it is drawn by the seed of the run. "
         "`m6rec` is of the recipe `movielens` before it learnt of words; `m6rec quickstart` is what `make quickstart` "
-        "trains. `sasrec (m6rec ids only)`, whose settings were hardly searched, is below RecTools' SASRec: compare "
-        "with the latter."
+        "trains. `sasrec (m6rec ids only)` stays below RecTools' SASRec (its search is in docs/experiments.md): "
+        "compare with the latter."
     ),
     "ml-100k-click": (
         "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
@@ -47,7 +47,8 @@ NOTES = {
     ),
     "transfer": (
         "Nothing of Beauty is learnt: the model of texts alone is trained on MovieLens-100K's films and asked about "
-        "cosmetics; the other rows rank by the similarity of texts, untrained."
+        "cosmetics: what it learnt does not carry over, and chance is .0008. The other rows rank by the similarity of "
+        "texts, untrained."
     ),
     "tallrec": (
         "Ten liked or disliked films, then: is one more liked? 1,000 test rows, but of 16 users only, so intervals are "
