@@ -39,10 +39,17 @@ EASE_LAMBDAS = (100.0, 300.0, 1000.0)
 SHRINKAGES = (0.0, 10.0, 50.0)
 NEIGHBOURS = (20, 100, 500)
 RECTOOLS: dict[str, dict[str, Any]] = {
-    "ml-100k": {"checks": [10, 20, 30, 40], "session_max_len": 100, "n_factors": 64, "batch_size": 64},
-    "amazon-beauty": {"checks": [4, 6, 8, 10, 12], "session_max_len": 20, "n_factors": 128, "batch_size": 64},
+    "ml-100k": {"session_max_len": 100, "n_factors": 64, "batch_size": 64},
+    "amazon-beauty": {"session_max_len": 20, "n_factors": 128, "batch_size": 64},
 }
-"""Epochs after which validation is asked, and shapes, of RecTools' models."""
+"""Shapes of RecTools' models."""
+CHECKS: dict[tuple[str, str], list[int]] = {
+    ("ml-100k", "SASRecModel"): [10, 20, 30, 40],
+    ("ml-100k", "BERT4RecModel"): [40, 80, 120, 160],
+    ("amazon-beauty", "SASRecModel"): [4, 6, 8, 10, 12],
+    ("amazon-beauty", "BERT4RecModel"): [10, 15, 20, 25],
+}
+"""Epochs after which validation is asked: of a row BERT4Rec learns the few masked items alone."""
 SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}
 
 Scorer = Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray]
@@ -223,8 +230,7 @@ def rectools(
     if not (python := python or os.environ.get("M6REC_RECTOOLS_PYTHON")):
         raise ValueError("RecTools has no environment: set M6REC_RECTOOLS_PYTHON to the python of one that has it")
     given = problem(data, dataset, seed, cold_fraction)
-    settings = {**SHARED, **RECTOOLS[dataset]}
-    checks = settings.pop("checks")
+    settings, checks = {**SHARED, **RECTOOLS[dataset]}, CHECKS[dataset, kind]
     with tempfile.TemporaryDirectory() as folder:
         known = {}
         for part in ("valid", "test"):

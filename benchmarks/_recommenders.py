@@ -170,6 +170,11 @@ def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) ->
     return measured(other)
 
 
+def untrained(name: str, data: Path, folder: Path, seed: int) -> Rows:
+    """Measure the model of texts alone as it is before it has learnt anything."""
+    return measured(prepared(name, data, folder, seed, text=True, ids=False))
+
+
 def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
     """All models of a ranking."""
     reader = READERS[name]
@@ -226,6 +231,7 @@ DATASETS: dict[str, dict[str, Model]] = {
     },
     "tallrec": few_shot_cells(),
     "transfer": {
+        "m6rec untrained": partial(untrained, "beauty"),
         "m6rec trained on films": partial(transferred, "ml-100k", "beauty"),
         "sentence_transformers": partial(_rival, "amazon-beauty", "sentence_transformers", 0.0),
         "similar_text": partial(_rival, "amazon-beauty", "similar_text", 0.0),

@@ -101,6 +101,8 @@ class M6RecConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    entry_dropout: float = 0.0
+    """Of what enters the joint layers: segment states with item memory, kind and place, as SASRec drops its input."""
     initializer_range: float | None = None
     """Standard deviation of new weights; None = hidden_size ** -0.5: with the customary 0.02, which suits widths near
     1,000, a narrow model's attention is flat, and clicks are not learnt for hundreds of steps (ours)."""

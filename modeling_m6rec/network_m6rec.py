@@ -282,7 +282,8 @@ class M6RecModel(M6RecPreTrainedModel):
     def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
         event = lay.event.clamp_max(self.config.max_events)
-        return self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_ids)
+        states = self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_ids)
+        return functional.dropout(states, self.config.entry_dropout, self.training)
 
     def joint_positions(self, lay: Layout) -> torch.Tensor:
         """Return B x Q positions in the request or in the segment, as configured."""

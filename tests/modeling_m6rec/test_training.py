@@ -119,6 +119,20 @@ def test_item_memory_is_dropped_per_occurrence_in_training_only():
     assert (model.eval().model.remember(states, ids) != 0).any(-1).all()
 
 
+def test_what_enters_the_joint_layers_is_dropped_in_training_only():
+    texts = Writer(5).source(3)
+    model, lay = (
+        build({"num_joint_layers": 2}, entry_dropout=0.25).model,
+        layout(**pad([texts]), config=config_of_ids()),
+    )
+    states = torch.ones(1, len(texts), 36)
+    whole = model.eval().enter(states, lay)
+    entered = torch.stack([model.train().enter(states, lay) for _ in range(40)])
+    kept = entered != 0
+    assert 0.2 < 1 - kept.float().mean() < 0.3
+    close(entered[kept], (whole / 0.75).expand_as(entered)[kept])
+
+
 @small
 def test_trainer_runs_bare_and_learns(settings, tmp_path):
     model = build(settings)
