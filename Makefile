@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGES := modeling_m6rec tokenization train model_cards
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 DATA ?= ../shared/data
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all lint types format bench reproduce-beauty reproduce-beauty-cold \

@@ -44,7 +44,7 @@ RECTOOLS: dict[str, dict[str, Any]] = {
 }
 """Shapes of RecTools' models."""
 CHECKS: dict[tuple[str, str], list[int]] = {
-    ("ml-100k", "SASRecModel"): [10, 20, 30, 40],
+    ("ml-100k", "SASRecModel"): [20, 40, 60, 80],
     ("ml-100k", "BERT4RecModel"): [40, 80, 120, 160],
     ("amazon-beauty", "SASRecModel"): [4, 6, 8, 10, 12],
     ("amazon-beauty", "BERT4RecModel"): [10, 15, 20, 25],

@@ -46,14 +46,16 @@ IDS: dict[str, Any] = {
     "skipped_kinds": ["event"],
     "word_similarity": 0.0,
     "item_memory_dropout": 0.0,
+    "entry_norm": True,
 }
 """SASRec: two layers that read item vectors, one position an event."""
 SASREC: dict[str, tuple[int, float, dict[str, Any]]] = {
-    "beauty": (128, 0.3, {"num_train_epochs": 12, "per_device_train_batch_size": 128, "learning_rate": 3e-3}),
-    "ml-100k": (64, 0.2, {"num_train_epochs": 24, "per_device_train_batch_size": 64, "learning_rate": 4e-3}),
+    "beauty": (128, 0.3, {"num_train_epochs": 8, "per_device_train_batch_size": 128, "learning_rate": 1e-3}),
+    "ml-100k": (64, 0.3, {"num_train_epochs": 16, "per_device_train_batch_size": 64, "learning_rate": 1e-3}),
 }
 """How wide, how much is dropped, how long and how fast: docs/experiments.md has the search."""
-ITEM_SPREAD = 0.05
+ATTENTION_DROPOUT = 0.1
+ITEM_SPREAD = 0.02
 """Standard deviation of SASRec's item vectors at first."""
 
 
@@ -74,7 +76,8 @@ def changes(
         width, dropout, training = SASREC[name]
         shape = {"hidden_size": width, "intermediate_size": 4 * width, "embedding_dim": width}
         found |= {"model.backbone": None, "model.preset": "tiny"}
-        found |= {"model.config": {**IDS, **shape, "hidden_dropout": dropout}}
+        drop = {"entry_dropout": dropout, "hidden_dropout": dropout, "attention_dropout": ATTENTION_DROPOUT}
+        found |= {"model.config": {**IDS, **shape, **drop}}
         found |= {"text.max_length": 600, "text.vocab_size": 400}
         found |= {f"training.{key}": value for key, value in training.items()}
     return found
@@ -111,11 +114,17 @@ def prepared(
 
 @torch.no_grad()
 def _begin_as_sasrec(model: Any) -> None:
-    """Draw item vectors, with nothing in place of texts, and one projection of what is met and what comes next."""
+    """Draw item vectors, with nothing in place of texts, so that a user begins as the last item."""
     network = model.model
     network.embeddings.tokens.weight.zero_()  # frozen
     network.item_memory.weight[1:].normal_(0, ITEM_SPREAD)
-    model.user_projection.weight.copy_(model.item_projection.weight)
+    added = [
+        weight for layer in network.layers for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
+    ]
+    for weight in (network.embed_kind.weight, network.embed_event.weight, *added):
+        weight.zero_()
+    for projection in (model.user_projection, model.item_projection):
+        torch.nn.init.eye_(projection.weight)
 
 
 def measured(run: Any) -> Rows:
@@ -172,7 +181,11 @@ def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) ->
 
 def untrained(name: str, data: Path, folder: Path, seed: int) -> Rows:
     """Measure the model of texts alone as it is before it has learnt anything."""
-    return measured(prepared(name, data, folder, seed, text=True, ids=False))
+    from m6rec.segment_cache_m6rec import SegmentCache
+
+    run = prepared(name, data, folder, seed, text=True, ids=False)
+    run.segment_cache = SegmentCache()
+    return [{**row, "trainable_parameters": 0} for row in measured(run)]
 
 
 def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:

@@ -20,8 +20,9 @@ NOTES = {
         "bought next; popularity is counted on the training part alone. "
         "Published: with seen items left out SASRec with sampled softmax .0921 / .0531, eSASRec .0928 / .0523; kept in "
         "TIGER .0648 / .0384, LIGER .0745 / .0402, ActionPiece .0775 / .0424, RPG .0809 / .0464, OneRec-SFT with 1.7B "
-        "parameters .0925 / .0501. `sasrec (RecTools)` is that of full cross-entropy, 128 wide, with "
-        "its epochs chosen on validation. `m6rec text only` has no item memory. `word_similarity` of `m6rec` lifts "
+        "parameters .0925 / .0501. `sasrec` is that of full cross-entropy, 128 wide, by RecTools with "
+        "its epochs chosen on validation and as a configuration of this package. `m6rec text only` has no item memory. "
+        "`word_similarity` of `m6rec` lifts "
         "what was bought as well, which costs where it is kept in: without it one seed had .0884 / .0479 there."
     ),
     "beauty-cold": (
@@ -36,8 +37,8 @@ NOTES = {
         "Each user's last film held out, the one before it for validation, full ranking of 1,682 films. **Ties:** many "
         "ratings share a second; their order in the file follows the item ids, so it is drawn by the seed of the run. "
         "`m6rec` is of the recipe `movielens` before it learnt of words; `m6rec quickstart` is what `make quickstart` "
-        "trains. `sasrec (m6rec ids only)` stays below RecTools' SASRec (its search is in docs/experiments.md): "
-        "compare with the latter."
+        "trains. `sasrec (m6rec ids only)` is a configuration of this package without texts; epochs of RecTools' "
+        "models are chosen on validation, up to 80 of SASRec and 160 of BERT4Rec."
     ),
     "ml-100k-click": (
         "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
@@ -46,9 +47,10 @@ NOTES = {
         "their own, and answer likes only. Ours is the recipe `video`, one seed."
     ),
     "transfer": (
-        "Nothing of Beauty is learnt: the model of texts alone is trained on MovieLens-100K's films and asked about "
-        "cosmetics: what it learnt does not carry over, and chance is .0008. The other rows rank by the similarity of "
-        "texts, untrained."
+        "Nothing of Beauty is learnt. `m6rec untrained` is the model of texts alone as the recipe `beauty` makes it, "
+        "before its first step (`training.num_train_epochs=0`); `m6rec trained on films` has learnt MovieLens-100K and "
+        "is asked about cosmetics: what it learnt does not carry over, and chance is .0008. The other rows rank by the "
+        "similarity of texts, untrained."
     ),
     "tallrec": (
         "Ten liked or disliked films, then: is one more liked? 1,000 test rows, but of 16 users only, so intervals are "

@@ -101,6 +101,9 @@ class M6RecConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    entry_norm: bool = False
+    """Normalise what enters the joint layers: small vectors, such as those of item memory, then weigh as much as what
+    the layers add to them, and are learnt in a quarter of the steps (ours)."""
     entry_dropout: float = 0.0
     """Of what enters the joint layers: segment states with item memory, kind and place, as SASRec drops its input."""
     initializer_range: float | None = None

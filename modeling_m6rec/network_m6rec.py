@@ -110,6 +110,7 @@ class M6RecModel(M6RecPreTrainedModel):
         self.word_memory = nn.EmbeddingBag(config.vocab_size, size, mode="sum") if config.word_memory else None
         width = config.word_similarity_dim
         self.word_sketch = M6RecWordSketch(config.vocab_size, width) if config.word_similarity else None
+        self.entry_norm = make_norm(config, size) if config.entry_norm else nn.Identity()
         self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
         self.rotary = M6RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
@@ -283,7 +284,7 @@ class M6RecModel(M6RecPreTrainedModel):
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
         event = lay.event.clamp_max(self.config.max_events)
         states = self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_ids)
-        return functional.dropout(states, self.config.entry_dropout, self.training)
+        return functional.dropout(self.entry_norm(states), self.config.entry_dropout, self.training)
 
     def joint_positions(self, lay: Layout) -> torch.Tensor:
         """Return B x Q positions in the request or in the segment, as configured."""

@@ -35,10 +35,10 @@ NOT_OF_SEGMENTS = frozenset(
     """
     _name_or_path architectures auto_map custom_pipelines dtype transformers_version output_attentions
     output_hidden_states problem_type return_dict use_cache attention_dropout class_weights embedding_dim
-    embedding_temperature entry_dropout exit_layers final_norm hidden_dropout history_attention initializer_range
-    interactions item_memory_dropout joint_positions label_smoothing lm_head_bias lm_head_transform loss_weights
-    max_events new_item_bonus num_item_memory rating_loss rating_values score_head segment_summary skipped_kinds
-    tie_word_embeddings trained_tasks word_memory word_similarity word_similarity_dim
+    embedding_temperature entry_dropout entry_norm exit_layers final_norm hidden_dropout history_attention
+    initializer_range interactions item_memory_dropout joint_positions label_smoothing lm_head_bias lm_head_transform
+    loss_weights max_events new_item_bonus num_item_memory rating_loss rating_values score_head segment_summary
+    skipped_kinds tie_word_embeddings trained_tasks word_memory word_similarity word_similarity_dim
     """.split()  # noqa: SIM905 - a line for each would hide the rest of the file
 )
 """Fields of the configuration that change no segment state; one that is missing here costs a miss, no wrong state."""

@@ -34,6 +34,7 @@ FREE = {"attention_dropout", "hidden_dropout", "initializer_range"}
 FRESH = (
     *("score_head.", "item_norm.", "user_projection.", "item_projection."),
     *("model.embed_kind.", "model.embed_event.", "model.item_memory.", "model.word_memory.", "model.word_sketch."),
+    "model.entry_norm.",
 )
 """Weights that no language model has."""
 SPREAD = 0.5

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.modeling_m6rec.tiny import Writer, build, close, item_rows, pad
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _few_shot
 import _ranking_rivals
+import _recommenders
 import quality
 from _results_page import write_page
 
@@ -119,3 +122,12 @@ def test_likes_of_histories_leave_out_what_is_asked():
     overall = 3 / 4
     shares = [(own + 5 * overall) / (count + 5) for own, count in ((0, 0), (2, 2), (0, 1), (1, 1), (0, 0))]
     assert likes.of(np.arange(5)) == [round(share * 20) * 5 for share in shares]
+
+
+def test_sasrec_begins_as_the_last_item():
+    model = build({"num_joint_layers": 2, "segment_summary": 1}, entry_norm=True, embedding_dim=36)
+    _recommenders._begin_as_sasrec(model)
+    ids = pad([Writer(3).source(4)])["input_ids"]
+    out = model(ids, item_ids=item_rows(ids), return_vectors=True)
+    close(out.user_vectors[:, 1:], out.item_vectors)
+    assert out.item_vectors.std(1).min() > 0

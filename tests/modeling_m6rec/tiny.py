@@ -71,12 +71,18 @@ BLOCKS = [
     {**BERT, "num_joint_layers": 4, "joint_positions": "request", "tie_word_embeddings": True},
     {"num_joint_layers": 3, "num_hidden_groups": 1, "embedding_size": 20, "tie_word_embeddings": True},
     {"num_joint_layers": 1, "num_hidden_groups": 2, "qk_norm": True, "score_head": "option", "segment_summary": 2},
-    {"num_joint_layers": 2, "segment_summary": 1, "skipped_kinds": ["event"], "word_similarity": 0.3},
+    {
+        "num_joint_layers": 2,
+        "segment_summary": 1,
+        "skipped_kinds": ["event"],
+        "word_similarity": 0.3,
+        "entry_norm": True,
+    },
     {"num_joint_layers": 2, "exit_layers": [1], "rating_loss": "regression", "norm_type": "layer", "word_memory": True},
 ]
 SMALL = [
     GRID[0],
-    {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional", "word_memory": True},
+    {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional", "word_memory": True, "entry_norm": True},
     {**GRID[0], "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 2},
     {"num_joint_layers": 4},
 ]
