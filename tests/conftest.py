@@ -1,4 +1,4 @@
-"""What every test shares: no network, the same seed, the same number type."""
+"""What every test shares: no network, the same seed, the same number type, nothing warned of yet."""
 
 import os
 import socket
@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from transformers.utils import logging
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -18,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
+    logging.warning_once.cache_clear()
     yield
     torch.set_default_dtype(torch.float32)
 
