@@ -44,7 +44,7 @@ NOTES = {
         "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
         "test. Each like and rating is asked after all that its user did before it, for the means as for the model: "
         "most users of the last tenth are new. RecBole's models read the last 20 items, those not liked by ids of "
-        "their own, and answer likes only. Ours is the recipe `video`, one seed."
+        "their own, and answer likes only. Ours is the recipe `video`."
     ),
     "transfer": (
         "Nothing of Beauty is learnt. `m6rec untrained` is the model of texts alone as the recipe `beauty` makes it, "
