@@ -47,7 +47,7 @@ CHECKS: dict[tuple[str, str], list[int]] = {
     ("ml-100k", "SASRecModel"): [20, 40, 60, 80],
     ("ml-100k", "BERT4RecModel"): [40, 80, 120, 160],
     ("amazon-beauty", "SASRecModel"): [4, 6, 8, 10, 12],
-    ("amazon-beauty", "BERT4RecModel"): [10, 15, 20, 25],
+    ("amazon-beauty", "BERT4RecModel"): [10, 20, 30],
 }
 """Epochs after which validation is asked: of a row BERT4Rec learns the few masked items alone."""
 SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}

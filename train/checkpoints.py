@@ -127,9 +127,25 @@ def find_checkpoint(resume: str | bool | None, folder: Path) -> Path | None:
 
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint of a folder that was written last."""
-    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}")]
+    found = [path.parent for path in _complete(folder)]
     written = {path: ((path / STATE_FILE).stat().st_mtime_ns, int(path.name.rpartition("-")[2])) for path in found}
     return max(written, key=written.__getitem__, default=None)
+
+
+def last_of_run(folder: Path, count: int, step: int, recipe: Recipe, run: dict[str, Any]) -> list[Path]:
+    """Return the last checkpoints that a run has written up to a step, in their order; another run's are passed over.
+
+    Args:
+        folder: The output folder.
+        count: How many, at most.
+        step: The last step of the run.
+        recipe: What was trained.
+        run: Facts of the run, as `describe` wrote them.
+    """
+    steps = {path.parent: int(path.parent.name.rpartition("-")[2]) for path in _complete(folder)}
+    told = [path for path in steps if steps[path] <= step and (path / RUN_FILE).is_file()]
+    own = [path for path in told if not _other(path, recipe, run)]
+    return sorted(own, key=steps.__getitem__)[-count:]
 
 
 def describe(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> None:
@@ -152,23 +168,34 @@ def refuse_other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> None:
     if not (checkpoint / RUN_FILE).is_file() or not (checkpoint / RECIPE_FILE).is_file():
         logger.warning("%s does not say what it was trained on: nothing was compared", checkpoint)
         return
-    before = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
-    stage = run["stage"]
-    then, now = _decisive(load_recipe(checkpoint), stage) | before, _decisive(recipe, stage) | run
-    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    told = [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in other]
-    if told:
+    if told := _other(checkpoint, recipe, run):
         raise ValueError(
             f"{checkpoint} was written by another run: {'; '.join(told)}. Go on with the same settings, or leave "
             "--resume (training.resume_from_checkpoint) out to start anew"
         )
 
 
+def _complete(folder: Path) -> list[Path]:
+    """Find the states of a folder's checkpoints: a checkpoint has one once it is whole."""
+    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}"))
+
+
+def _other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> list[str]:
+    """Tell in what the run of a checkpoint, which says what it was trained on, differs."""
+    before = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    stage = run["stage"]
+    then, now = _decisive(load_recipe(checkpoint), stage) | before, _decisive(recipe, stage) | run
+    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in other]
+
+
 def _decisive(recipe: Recipe, stage: str) -> dict[str, Any]:
     """All settings that decide what a stage trains, by name."""
-    # What pretraining says of its own training stands in `training` by now.
+    # What pretraining says of its own training stands in `training` by now; a mean is taken when all are trained.
     recipe = dataclasses.replace(
-        recipe, pretraining=dataclasses.replace(recipe.pretraining, training={}, output_dir=None)
+        recipe,
+        pretraining=dataclasses.replace(recipe.pretraining, training={}, output_dir=None),
+        tuning=dataclasses.replace(recipe.tuning, average_checkpoints=1),
     )
     found: dict[str, Any] = {}
     for section in DECISIVE[stage]:
@@ -234,6 +261,7 @@ __all__ = [
     "describe",
     "files_written_whole",
     "find_checkpoint",
+    "last_of_run",
     "newest",
     "put_right",
     "refuse_other",

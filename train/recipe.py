@@ -69,6 +69,21 @@ class Recipe:
             )
         if not self.training.get("output_dir"):
             raise ValueError("training.output_dir is missing: name the folder that the run writes")
+        self._check_average()
+
+    def _check_average(self) -> None:
+        count, kept = self.tuning.average_checkpoints, self.training.get("save_total_limit")
+        if count == 1:
+            return
+        if self.training.get("save_strategy") in ("no", "best") or self.training.get("load_best_model_at_end"):
+            raise ValueError(
+                f"tuning.average_checkpoints is {count}: expected training.save_strategy epoch or steps, and no "
+                "training.load_best_model_at_end, which takes one of them"
+            )
+        if kept is not None and kept < count:
+            raise ValueError(
+                f"training.save_total_limit is {kept}, and tuning.average_checkpoints {count}: expected as many or more"
+            )
 
     @property
     def output_dir(self) -> Path:

@@ -80,7 +80,7 @@ class ModelArguments:
 
 @dataclass
 class TuningArguments:
-    """The `tuning:` section: which weights learn, and how the others are kept."""
+    """The `tuning:` section: which weights learn, how the others are kept, and which of what was learnt is taken."""
 
     method: Method = "full"
     """How the model is tuned; all but `full` leave its weights as they are and train an adapter beside them."""
@@ -90,6 +90,9 @@ class TuningArguments:
     """Keep the weights that do not learn in 8 or 4 bits (bitsandbytes)."""
     merge: bool = False
     """Write whole weights in the end, with the adapter merged into them, in place of the adapter."""
+    average_checkpoints: int = 1
+    """Let the weights in the end be the mean of those of the last so many checkpoints, as of the last epochs
+    (Vaswani et al. 2017). 1: the last ones, or with training.load_best_model_at_end the best."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -101,6 +104,10 @@ class TuningArguments:
             raise ValueError(
                 "tuning.method 'full' trains every weight: settings, quantization and merge are for the other methods"
             )
+        if self.average_checkpoints < 1:
+            raise ValueError(f"tuning.average_checkpoints is {self.average_checkpoints}; expected 1 or more")
+        if self.average_checkpoints > 1 and self.method == "adalora":
+            raise ValueError("tuning.average_checkpoints: a mean would bring back the ranks that adalora has cut")
 
 
 @dataclass

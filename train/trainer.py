@@ -5,8 +5,9 @@ processes; a run that goes on from a checkpoint repeats an unbroken one; checkpo
 is logged by name.
 """
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .curves import save_curves
 from .order import EpochRows, SeededOrder
 from .tuning import attach
 
+logger = logging.getLogger(__name__)
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Kinds of training in which no process has the whole model, so that all must take part in whatever it does."""
 
@@ -93,19 +95,39 @@ class M6RecTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the beginning or from a checkpoint; then draw what was logged."""
-        folder = self.run.recipe.output_dir
+        folder, count = self.run.recipe.output_dir, self.run.recipe.tuning.average_checkpoints
+        if count > 1 and self.accelerator.distributed_type in SHARDED:
+            raise ValueError("tuning.average_checkpoints: sharded checkpoints cannot be averaged; leave it out")
         if self.args.should_save:
             checkpoints.put_right(folder)
         self.accelerator.wait_for_everyone()
-        found = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
-        if found is not None:
-            checkpoints.refuse_other(found, self.run.recipe, self._facts())
-        result = super().train(None if found is None else str(found), *args, **kwargs)
+        start = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
+        if start is not None:
+            checkpoints.refuse_other(start, self.run.recipe, self._facts())
+        result = super().train(None if start is None else str(start), *args, **kwargs)
         if self.accelerator.distributed_type in SHARDED:
             self._take_back()
+        if count > 1:
+            found = checkpoints.last_of_run(folder, count, self.state.global_step, self.run.recipe, self._facts())
+            if len(found) < count:
+                logger.warning("%d of %d checkpoints to average were written: see training.save_*", len(found), count)
+            self._average(found)
         if self.is_world_process_zero():
             save_curves(self.state.log_history, folder)
         return result
+
+    @torch.no_grad()
+    def _average(self, places: Sequence[Path]) -> None:
+        """Let the weights that were learnt be the mean of those of checkpoints; without any they stay as they are."""
+        learnt = [weight for weight in self.model.parameters() if weight.requires_grad]
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in learnt]
+        for place in places:
+            self._load_from_checkpoint(str(place))
+            for total, weight in zip(sums, learnt):
+                total += weight
+        for total, weight in zip(sums, learnt) if places else ():
+            weight.copy_(total / len(places))
+        logger.info("the weights are the mean of %s", ", ".join(place.name for place in places))
 
     def _take_back(self) -> None:
         """Let the model of the run, in the process that goes on with it, hold all weights again."""

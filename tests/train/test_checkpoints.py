@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers.modeling_utils
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -163,6 +165,40 @@ def test_a_resumed_run_repeats_the_unbroken_one(tables, tmp_path, case):
         again, resumed = ends(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
         assert again == log
         assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+def mean_of(folder, steps):
+    """The mean of what the checkpoints of some steps hold, by name."""
+    states = [load_file(next((folder / f"checkpoint-{step}").glob("*model.safetensors"))) for step in steps]
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weights_may_be_the_mean_of_the_last_checkpoints(tables, tmp_path, method, caplog):
+    """Of this run: a later checkpoint of a longer run of the same folder, and those of another one, are passed over."""
+
+    def weights(name, resume=None, **tuning):
+        steps = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "learning_rate": 0.01}
+        steps |= {"resume_from_checkpoint": resume} if resume else {}
+        own = {"tuning": {"method": method, **tuning}, "training": steps, "model": DROPOUT}
+        run = prepare(load_recipe(recipe_of(tables, tmp_path / name, **own)))
+        fit(run)
+        return get_peft_model_state_dict(run.model) if method == "lora" else run.model.state_dict()
+
+    last = weights("last")
+    found = weights("mean", average_checkpoints=3)
+    mean = mean_of(tmp_path / "mean", (2, 3, 4))
+    learnt = {name for name in mean if not torch.equal(last[name], found[name])}
+    assert learnt and all(torch.allclose(found[name], mean[name], rtol=0, atol=1e-7) for name in mean)
+    for step, place in (("3", "checkpoint-9"), ("2", "checkpoint-3")):
+        shutil.rmtree(tmp_path / "mean" / place, ignore_errors=True)
+        shutil.copytree(tmp_path / "mean" / f"checkpoint-{step}", tmp_path / "mean" / place)
+    other = tmp_path / "mean" / "checkpoint-1" / "recipe.yaml"
+    other.write_text(other.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    again = weights("mean", resume=str(tmp_path / "mean" / "checkpoint-4"), average_checkpoints=4)
+    mean = mean_of(tmp_path / "mean", (2, 2, 4))
+    assert all(torch.allclose(again[name], mean[name], rtol=0, atol=1e-7) for name in mean)
+    assert "3 of 4" in caplog.text
 
 
 def tree(folder):

@@ -78,11 +78,28 @@ def test_a_wrong_type_is_refused_with_what_was_given_and_expected(entry, message
         ("evaluation.max_users=0", "evaluation.max_users is 0; expected 1 or more"),
         ("training.output_dir=null", "training.output_dir is missing"),
         ("training={}", "training.output_dir is missing"),
+        ("tuning.average_checkpoints=0", "tuning.average_checkpoints is 0; expected 1 or more"),
+        ("tuning={average_checkpoints: 2, method: adalora}", "bring back the ranks that adalora has cut"),
     ],
 )
 def test_a_value_without_a_meaning_is_refused(entry, message):
     with pytest.raises(ValueError, match=message):
         recipe(entry)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("training.save_strategy=no", "average_checkpoints is 3: expected training.save_strategy epoch or steps"),
+        ("training.load_best_model_at_end=true", "no training.load_best_model_at_end, which takes one of them"),
+        ("training.save_total_limit=2", "save_total_limit is 2, and tuning.average_checkpoints 3: expected as many"),
+    ],
+)
+def test_a_mean_needs_its_checkpoints(entry, message):
+    mean = recipe("tuning.average_checkpoints=3", "training.save_total_limit=3")
+    assert mean.for_pretraining().tuning.average_checkpoints == 1
+    with pytest.raises(ValueError, match=message):
+        recipe("tuning.average_checkpoints=3", entry)
 
 
 def test_numbers_and_texts_are_read_as_people_mean_them(tmp_path):
