@@ -47,9 +47,11 @@ CHECKS: dict[tuple[str, str], list[int]] = {
     ("ml-100k", "SASRecModel"): [20, 40, 60, 80],
     ("ml-100k", "BERT4RecModel"): [40, 80, 120, 160],
     ("amazon-beauty", "SASRecModel"): [4, 6, 8, 10, 12],
-    ("amazon-beauty", "BERT4RecModel"): [10, 20, 30],
+    ("amazon-beauty", "BERT4RecModel"): [5, 10, 15],
 }
 """Epochs after which validation is asked: of a row BERT4Rec learns the few masked items alone."""
+OWN: dict[tuple[str, str], dict[str, Any]] = {("amazon-beauty", "BERT4RecModel"): {"mask_prob": 0.6}}
+"""What one of them has for itself: the share of masked items of BERT4Rec's paper."""
 SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}
 
 Scorer = Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray]
@@ -230,7 +232,8 @@ def rectools(
     if not (python := python or os.environ.get("M6REC_RECTOOLS_PYTHON")):
         raise ValueError("RecTools has no environment: set M6REC_RECTOOLS_PYTHON to the python of one that has it")
     given = problem(data, dataset, seed, cold_fraction)
-    settings, checks = {**SHARED, **RECTOOLS[dataset]}, CHECKS[dataset, kind]
+    settings = {**SHARED, **RECTOOLS[dataset], **OWN.get((dataset, kind), {})}
+    checks = CHECKS[dataset, kind]
     with tempfile.TemporaryDirectory() as folder:
         known = {}
         for part in ("valid", "test"):

@@ -1,8 +1,8 @@
 """The models and data sets of `quality.py`: each takes (data folder, its own folder, seed) and returns its rows.
 
-Ours are recipes of the package: MiniLM reads texts, frozen, each once, its tokens' mean standing for
-the text; new joint layers read the history. `ids` says whether items have a memory of their own, `text` whether their
-texts are read: without them the model is SASRec with the full softmax. `m6rec quickstart` is a small new model.
+Ours are recipes of the package, of which `beauty` has a backbone: MiniLM reads texts, frozen, each once, its tokens'
+mean standing for the text, and new joint layers read the history. `ids` says whether items have a memory of their own,
+`text` whether their texts are read: without them the model is SASRec with the full softmax.
 """
 
 import json
@@ -22,8 +22,19 @@ Model = Callable[[Path, Path, int], Rows]
 
 READERS = {"beauty": "amazon-beauty", "ml-100k": "ml-100k"}
 """Reader (also the name of the folder) of each data set."""
-RECIPES = {"beauty": "beauty", "ml-100k": "movielens"}
-"""Of the package: the first of each data set's models."""
+DOMAINS = {"beauty": "ecommerce", "ml-100k": "video"}
+RECIPES = {"beauty": "beauty", "ml-100k": "quickstart"}
+"""Of the package: what each data set's models are trained by."""
+WITH_BACKBONE = "beauty"
+"""Recipe of the models that read any data set with MiniLM, and (their texts left out) of SASRec."""
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "ml-100k": {
+        "training.num_train_epochs": 12,
+        "training.per_device_train_batch_size": 64,
+        "training.learning_rate": 1e-3,
+    }
+}
+"""What that recipe takes on other data sets: as many steps."""
 COLD = 0.1
 """Share of the items that are held out of training where cold items are measured."""
 RIVALS = ("popularity", "similar_text", "sentence_transformers", "item_knn", "ease")
@@ -50,8 +61,27 @@ IDS: dict[str, Any] = {
 }
 """SASRec: two layers that read item vectors, one position an event."""
 SASREC: dict[str, tuple[int, float, dict[str, Any]]] = {
-    "beauty": (128, 0.3, {"num_train_epochs": 8, "per_device_train_batch_size": 128, "learning_rate": 1e-3}),
-    "ml-100k": (64, 0.3, {"num_train_epochs": 16, "per_device_train_batch_size": 64, "learning_rate": 1e-3}),
+    "beauty": (
+        128,
+        0.3,
+        {
+            "training.num_train_epochs": 8,
+            "training.per_device_train_batch_size": 128,
+            "training.learning_rate": 1e-3,
+        },
+    ),
+    "ml-100k": (
+        64,
+        0.3,
+        {
+            "training.num_train_epochs": 16,
+            "training.per_device_train_batch_size": 64,
+            "training.learning_rate": 1e-3,
+            "training.lr_scheduler_type": "constant_with_warmup",
+            "training.save_strategy": "epoch",
+            "tuning.average_checkpoints": 10,
+        },
+    ),
 }
 """How wide, how much is dropped, how long and how fast: docs/experiments.md has the search."""
 ATTENTION_DROPOUT = 0.1
@@ -59,27 +89,27 @@ ITEM_SPREAD = 0.02
 """Standard deviation of SASRec's item vectors at first."""
 
 
-def changes(
-    name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, small: bool = False
-) -> dict[str, Any]:
-    """What one of our models changes in the data set's recipe; `small`: it has no backbone."""
+def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, recipe: str) -> dict[str, Any]:
+    """What one of our models changes in a recipe, its own data set's or another's."""
     found: dict[str, Any] = {
+        "data.source": READERS[name],
         "data.directory": str(data / READERS[name]),
         "data.seed": seed,
+        "text.domain": DOMAINS[name],
         "training.seed": seed,
         "training.output_dir": str(folder / "model"),
         "training.disable_tqdm": True,
-        "model.backbone": None if small else str(minilm_folder()),
+        "model.backbone": str(minilm_folder()) if text and recipe == WITH_BACKBONE else None,
         "model.item_memory": ids,
     }
+    if recipe == WITH_BACKBONE:
+        found |= ELSEWHERE.get(name, {})
     if not text:
         width, dropout, training = SASREC[name]
         shape = {"hidden_size": width, "intermediate_size": 4 * width, "embedding_dim": width}
-        found |= {"model.backbone": None, "model.preset": "tiny"}
         drop = {"entry_dropout": dropout, "hidden_dropout": dropout, "attention_dropout": ATTENTION_DROPOUT}
-        found |= {"model.config": {**IDS, **shape, **drop}}
-        found |= {"text.max_length": 600, "text.vocab_size": 400}
-        found |= {f"training.{key}": value for key, value in training.items()}
+        found |= {"model.preset": "tiny", "model.config": {**IDS, **shape, **drop}}
+        found |= {"text.max_length": 600, "text.vocab_size": 400, **training}
     return found
 
 
@@ -93,15 +123,17 @@ def prepared(
     cold: float = 0.0,
     recipe: str | None = None,
 ) -> Any:
-    """Read a data set and make one of our models for it, by its recipe or by another one that has no backbone."""
+    """Read a data set and make one of our models for it, by its recipe or by another one."""
     from m6rec.train.build import prepare
     from m6rec.train.data import read_log
     from m6rec.train.recipe import load_recipe
 
-    changed = changes(name, data, folder, seed, text, ids, bool(recipe)) | {"evaluation.cold_fraction": cold}
+    recipe = recipe or RECIPES[name]
+    changed = changes(name, data, folder, seed, text, ids, recipe)
+    changed["evaluation.cold_fraction"] = cold
     if cold and text and ids:
         changed["model.config.new_item_bonus"] = BONUS
-    asked = load_recipe(recipe or RECIPES[name], [f"{key}={json.dumps(value)}" for key, value in changed.items()])
+    asked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
     log = read_log(asked.data)
     if not text:
         log.items[log.items.columns.difference(["title"])] = ""
@@ -172,7 +204,7 @@ def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) ->
     """Train the model of texts alone on one data set, and measure it on another, of which it has seen nothing."""
     from m6rec.train.finetune import fit
 
-    run = prepared(learnt, data, folder, seed, text=True, ids=False)
+    run = prepared(learnt, data, folder, seed, text=True, ids=False, recipe=WITH_BACKBONE)
     fit(run)
     other = prepared(asked, data, folder, seed, text=True, ids=False)
     other.model, other.segment_cache = run.model, run.segment_cache
@@ -194,7 +226,7 @@ def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
     return {
         "m6rec": partial(ours, name, cold=cold),
         "m6rec text only": partial(ours, name, ids=False, cold=cold),
-        "sasrec (m6rec ids only)": partial(ours, name, text=False, cold=cold),
+        "sasrec (m6rec ids only)": partial(ours, name, text=False, cold=cold, recipe=WITH_BACKBONE),
         **{rival: partial(_rival, reader, rival, cold) for rival in RIVALS},
         **{name: partial(_rectools, reader, kind, cold) for name, kind in RECTOOLS.items() if PYTHON in os.environ},
     }
@@ -236,7 +268,7 @@ def _rectools(reader: str, kind: str, cold: float, data: Path, folder: Path, see
 DATASETS: dict[str, dict[str, Model]] = {
     "beauty": _rankings("beauty"),
     "beauty-cold": _rankings("beauty", COLD),
-    "ml-100k": {"m6rec quickstart": partial(ours, "ml-100k", recipe="quickstart"), **_rankings("ml-100k")},
+    "ml-100k": _rankings("ml-100k"),
     "ml-100k-click": {
         "m6rec": _likes,
         **{name: partial(_mean_likes, name) for name in ("item_mean", "user_mean", "history_mean", "history_and_item")},

@@ -36,9 +36,9 @@ NOTES = {
     "ml-100k": (
         "Each user's last film held out, the one before it for validation, full ranking of 1,682 films. **Ties:** many "
         "ratings share a second; their order in the file follows the item ids, so it is drawn by the seed of the run. "
-        "`m6rec` is of the recipe `movielens` before it learnt of words; `m6rec quickstart` is what `make quickstart` "
-        "trains. `sasrec (m6rec ids only)` is a configuration of this package without texts; epochs of RecTools' "
-        "models are chosen on validation, up to 80 of SASRec and 160 of BERT4Rec."
+        "`m6rec` is what `make quickstart` trains, `sasrec (m6rec ids only)` a configuration of this package without "
+        "texts; the weights of both are means over epochs (`tuning.average_checkpoints`). Epochs of RecTools' models "
+        "are chosen on validation, up to 80 of SASRec and 160 of BERT4Rec."
     ),
     "ml-100k-click": (
         "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
