@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m6rec.train.recipe import load_recipe
 from tests.modeling_m6rec.tiny import Writer, build, close, item_rows, pad
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -131,3 +132,27 @@ def test_sasrec_begins_as_the_last_item():
     out = model(ids, item_ids=item_rows(ids), return_vectors=True)
     close(out.user_vectors[:, 1:], out.item_vectors)
     assert out.item_vectors.std(1).min() > 0
+
+
+@pytest.mark.parametrize("name", sorted(_recommenders.READERS))
+@pytest.mark.parametrize(
+    ("recipe", "text", "ids"),
+    [
+        ("beauty", True, True),
+        ("beauty", True, False),
+        ("beauty", False, True),
+        ("quickstart", True, True),
+        ("quickstart", True, False),
+    ],
+)
+def test_what_our_models_change_is_a_recipe(name, recipe, text, ids, tmp_path):
+    """Also that of one data set on another's; without texts nothing reads them, whatever the recipe begins with."""
+    changed = _recommenders.changes(name, Path("data"), tmp_path, 3, text, ids, recipe)
+    asked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
+    assert (asked.data.source, asked.data.seed, asked.seed) == (_recommenders.READERS[name], 3, 3)
+    assert asked.text.domain == _recommenders.DOMAINS[name] and asked.model.item_memory == ids
+    assert (asked.model.backbone is None) == (not text or recipe != _recommenders.WITH_BACKBONE)
+    assert asked.model.freeze_segments and asked.task.negatives == "catalogue"
+    if not text:
+        width = _recommenders.SASREC[name][0]
+        assert asked.model.config["hidden_size"] == asked.model.config["embedding_dim"] == width
