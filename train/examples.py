@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..tokenization import M6RecProcessor
 from .data import Log
 from .sections import TaskArguments
-from .splits import histories
+from .splits import histories, shuffled_ties
 from .statistics import ITEM_LIKES, ItemLikes
 
 UNKNOWN = -100
@@ -323,6 +323,35 @@ def retrieval_rows(
     return [{**row, **extra} for row, extra in zip(readings, extras)]
 
 
+class RetrievalRows(Dataset):
+    """Training rows of retrieval where events of the same time have another order in each epoch; see `training_rows`.
+
+    Args:
+        writer: Writes the requests.
+        frame: Training events, ordered.
+        processor: Reads the requests.
+        bidirectional: History is read in both directions.
+        seed: Of the orders.
+    """
+
+    def __init__(
+        self, writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool, seed: int
+    ) -> None:
+        self.source, self.seed = (writer, frame, processor, bidirectional), seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order and read anew."""
+        writer, frame, processor, bidirectional = self.source
+        self.rows = retrieval_rows(writer, shuffled_ties(frame, self.seed, epoch), processor, bidirectional)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
 def read_requests(
     processor: M6RecProcessor, requests: Sequence[dict[str, Any]], task: str, description: str
 ) -> list[dict[str, Any]]:
@@ -406,6 +435,7 @@ __all__ = [
     "Candidates",
     "Negatives",
     "RequestWriter",
+    "RetrievalRows",
     "ScoringRows",
     "Window",
     "item_likes",

@@ -17,12 +17,12 @@ from transformers import AutoProcessor
 from .build import Run, catalogue_rows, make_split, make_writer
 from .collator import M6RecDataCollator
 from .data import read_log
-from .examples import SCORED, ScoringRows, retrieval_rows
+from .examples import SCORED, RetrievalRows, ScoringRows, retrieval_rows
 from .recipe import load_recipe
 from .writing import writing_examples
 
 logger = logging.getLogger(__name__)
-Part = Sequence[dict[str, Any]] | ScoringRows
+Part = Sequence[dict[str, Any]] | ScoringRows | RetrievalRows
 
 
 class TrainingSet(Dataset):
@@ -49,7 +49,7 @@ class TrainingSet(Dataset):
         """Draw anew."""
         self.epoch = epoch
         for part in itertools.chain(self.parts, *self.replayed):
-            if isinstance(part, ScoringRows):
+            if isinstance(part, ScoringRows | RetrievalRows):
                 part.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -79,7 +79,11 @@ def training_parts(run: Run, retrieval: bool = True) -> list[Part]:
     source = (run.writer, run.split.train, run.processor)
     parts: list[Part] = []
     if retrieval and "retrieval" in recipe.task.learn:
-        parts.append(retrieval_rows(*source, run.model.config.history_attention == "bidirectional"))
+        bidirectional = run.model.config.history_attention == "bidirectional"
+        if recipe.task.shuffle_ties:
+            parts.append(RetrievalRows(*source, bidirectional, recipe.seed))
+        else:
+            parts.append(retrieval_rows(*source, bidirectional))
     if any(name in SCORED for name in recipe.task.learn):
         rows = ScoringRows(*source, recipe.task, recipe.seed)
         # Negatives are drawn in each epoch; what stays the same is read once.

@@ -123,6 +123,9 @@ class TaskArguments:
     rows_together: int = 1
     """Training rows of a user that follow each other and stay together where rows are shuffled. They share most of
     their texts, which a batch reads once: with 8, a step over a dozen events a row took about half the time."""
+    shuffle_ties: bool = False
+    """For retrieval: events of a user at the same time have no order of their own; draw one anew in each epoch, in
+    place of one for all."""
     interactions: dict[str, list[str]] = field(default_factory=dict)
     """For interaction: name of an interaction -> events of the log that count as it."""
     negatives_per_event: int = 0

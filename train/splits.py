@@ -129,6 +129,23 @@ def given(interactions: pandas.DataFrame, seed: int = 0) -> Split:
     return Split(train, valid, test)
 
 
+def shuffled_ties(frame: pandas.DataFrame, seed: int, epoch: int) -> pandas.DataFrame:
+    """Orders events of the same user and time anew.
+
+    Args:
+        frame: Events, ordered, with timestamps.
+        seed: Every order depends on (seed, epoch) alone.
+        epoch: Each has its own order.
+    """
+    if not _has_times(frame):
+        raise ValueError(
+            "task.shuffle_ties: this log has no timestamps, so its order is all that is known; leave it out"
+        )
+    users, _ = pandas.factorize(frame["user_id"], sort=True)
+    drawn = numpy.random.default_rng([seed, epoch]).random(len(frame))
+    return frame.iloc[numpy.lexsort((drawn, frame["timestamp"].to_numpy(), users))]
+
+
 def histories(frame: pandas.DataFrame) -> dict[str, numpy.ndarray]:
     """The row positions (for `iloc`) of each user's events, in the order of the rows.
 
@@ -219,4 +236,5 @@ __all__ = [
     "hold_items_out",
     "leave_one_out",
     "order",
+    "shuffled_ties",
 ]

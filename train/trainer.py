@@ -119,7 +119,7 @@ class M6RecTrainer(Trainer):
     @torch.no_grad()
     def _average(self, places: Sequence[Path]) -> None:
         """Let the weights that were learnt be the mean of those of checkpoints; without any they stay as they are."""
-        learnt = [weight for weight in self.model.parameters() if weight.requires_grad]
+        learnt = [weight for weight in self.run.model.parameters() if weight.requires_grad]
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in learnt]
         for place in places:
             self._load_from_checkpoint(str(place))

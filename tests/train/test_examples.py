@@ -1,5 +1,6 @@
 """Rows: every event is learnt, nothing is told that is asked, labels stand beside what they belong to."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -9,18 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m6rec.train.build import prepare
 from m6rec.train.data import Log
 from m6rec.train.examples import (
     Negatives,
     RequestWriter,
     ScoringRows,
     read_requests,
+    retrieval_rows,
     target_labels,
     training_rows,
     windows,
 )
+from m6rec.train.replay import TrainingSet, training_parts
 from m6rec.train.sections import TaskArguments
-from m6rec.train.splits import histories
+from m6rec.train.splits import histories, shuffled_ties
 
 EVERYTHING = {
     "learn": ["retrieval", "click", "rating", "interaction"],
@@ -305,3 +309,23 @@ def test_item_memory_rows_are_written_where_the_processor_has_them(make_recipe):
     told = np.concatenate([row["item_ids"] for row in rows])
     assert set(told) - {0} <= set(run.processor.item_rows.values())
     assert (told > 0).any()
+
+
+def test_rows_of_retrieval_may_tell_ties_in_another_order_in_each_epoch(make_recipe):
+    run = prepare(make_recipe(task={"learn": ["retrieval", "click"], "shuffle_ties": True}, training={"seed": 3}))
+    times = run.split.train["timestamp"] // 3  # three events of a user at a time
+    run.split = dataclasses.replace(run.split, train=run.split.train.assign(timestamp=times))
+    rows = TrainingSet(training_parts(run))
+    epochs = []
+    for epoch in (0, 1, 0):
+        rows.set_epoch(epoch)
+        epochs.append([*rows])
+        frame = shuffled_ties(run.split.train, 3, epoch)
+        count = len(rows.parts[0])
+        assert epochs[-1][:count] == retrieval_rows(run.writer, frame, run.processor, False)
+    assert epochs[0] == epochs[2] != epochs[1] and epochs[0][count:] == epochs[1][count:]
+    assert [len(row["next_items"]) for row in epochs[0][:count]] == [
+        len(row["next_items"]) for row in epochs[1][:count]
+    ]
+    run.recipe.task.shuffle_ties = False
+    assert training_parts(run)[0] == retrieval_rows(run.writer, run.split.train, run.processor, False)

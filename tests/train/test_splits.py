@@ -1,6 +1,7 @@
 """Splits: nothing lost, nothing leaked, the same from any order of the rows."""
 
 import itertools
+import math
 import time
 from collections import defaultdict
 
@@ -22,6 +23,7 @@ from m6rec.train.splits import (
     hold_items_out,
     leave_one_out,
     order,
+    shuffled_ties,
 )
 from tests.conftest import real_data
 
@@ -330,3 +332,21 @@ def test_no_more_can_be_cold_than_leaves_something_to_learn():
     alone = Split(split.train[split.train["item_id"] == "3"], split.valid[:0], split.test[:0])
     with pytest.raises(ValueError, match="no training events are left: the 1 items"):
         hold_items_out(alone, 0.4)
+
+
+@given_(rows, seeds, st.integers(0, 3))
+@settings(deadline=None)
+def test_ties_are_ordered_anew_in_each_epoch_and_times_stay(events, seed, epoch):
+    ordered = order(frame(events), seed)
+    again = shuffled_ties(ordered, abs(seed), epoch)
+    assert sorted(again.index) == list(ordered.index)
+    assert again[["user_id", "timestamp"]].to_numpy().tolist() == ordered[["user_id", "timestamp"]].to_numpy().tolist()
+    pandas.testing.assert_frame_equal(again, shuffled_ties(ordered, abs(seed), epoch))
+
+
+def test_each_order_of_a_tie_is_met_and_a_log_without_times_is_refused():
+    tied = frame([("a", "1", 0), ("a", "2", 1), ("a", "10", 1)])
+    found = {tuple(shuffled_ties(tied, 0, epoch)["item_id"]) for epoch in range(20)}
+    assert found == {("1", "2", "10"), ("1", "10", "2")}
+    with pytest.raises(ValueError, match=r"task\.shuffle_ties: this log has no timestamps"):
+        shuffled_ties(tied.assign(timestamp=math.nan), 0, 0)
