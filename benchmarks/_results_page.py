@@ -51,7 +51,7 @@ NOTES = {
     "transfer": (
         "Nothing of Beauty is learnt. `m6rec untrained` is the model of texts alone as the recipe `beauty` makes it, "
         "before its first step (`training.num_train_epochs=0`); `m6rec trained on films` has learnt MovieLens-100K by "
-        "the same recipe and is asked about cosmetics: what it learnt does not carry over, and what it still finds is by "
+        "the same recipe: that does not carry over to cosmetics, and what it finds it finds by "
         "`word_similarity` (without that .0012, where chance is .0008). The other rows rank by the "
         "similarity of texts, untrained."
     ),

@@ -337,13 +337,16 @@ class RetrievalRows(Dataset):
     def __init__(
         self, writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool, seed: int
     ) -> None:
-        self.source, self.seed = (writer, frame, processor, bidirectional), seed
+        self.source, self.seed, self.epoch = (writer, frame, processor, bidirectional), seed, -1
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Order and read anew."""
+        if epoch == self.epoch:
+            return
         writer, frame, processor, bidirectional = self.source
         self.rows = retrieval_rows(writer, shuffled_ties(frame, self.seed, epoch), processor, bidirectional)
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)
