@@ -80,6 +80,7 @@ SASREC: dict[str, tuple[int, float, dict[str, Any]]] = {
             "training.lr_scheduler_type": "constant_with_warmup",
             "training.save_strategy": "epoch",
             "tuning.average_checkpoints": 10,
+            "task.shuffle_ties": True,
         },
     ),
 }
