@@ -39,7 +39,7 @@ NOTES = {
         "Each user's last film held out, the one before it for validation, full ranking of 1,682 films. **Ties:** many "
         "ratings share a second; their order in the file follows the item ids, so it is drawn by the seed of the run. "
         "`m6rec` is what `make quickstart` trains, `sasrec (m6rec ids only)` a configuration of this package without "
-        "texts; the weights of both are means over epochs (`tuning.average_checkpoints`). Epochs of RecTools' models "
+        "texts; both have `tuning.average_checkpoints` and `task.shuffle_ties`. Epochs of RecTools' models "
         "are chosen on validation, up to 80 of SASRec and 160 of BERT4Rec."
     ),
     "ml-100k-click": (
