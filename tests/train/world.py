@@ -1,5 +1,7 @@
-"""Small worlds to train on: a log of twelve users with every trait of a real one, and a checkerboard to be learnt."""
+"""Small worlds to train on: a log of twelve users with every trait of a real one, and a checkerboard to be learnt;
+and requests to be answered by what was."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,18 @@ TITLES = [
     *["红色港湾", "漫长的冬天", "夜行列车", "寂静的田野", "玻璃高塔", "盐与石", "退潮", "山的另一边"],
 ]
 ITEMS = [{"item_id": f"i{row}", "title": title, "year": str(1990 + row)} for row, title in enumerate(TITLES)]
+
+
+REQUESTS = [
+    {"user": "一位女性", "history": [{"event": "watch", "item": "红色港湾"}, {"event": "skip", "item": "夜行列车"}]},
+    {"history": [{"event": "watch", "item": {"item_id": "i3"}, "rating": 4, "timestamp": 1_600_000_000}]},
+    {"user": "a man", "history": [], "candidates": ["Low Tide", "退潮", {"item_id": 7, "title": "Night Train"}]},
+    {"history": [{"event": "like", "item": {"title": "Old Harbour", "year": 1970}}] * 3},
+    "nobody in particular",
+    {"history": [{"event": "search", "query": "glass"}], "candidates": ["Glass Towers", "Low Tide"]},
+    {"user": "nobody in particular"},
+]  # fmt: skip
+"""Each a way of asking: users as texts and by their histories, of either language, with candidates and without."""
 
 
 def write_world(folder: Path) -> dict[str, str]:
@@ -48,6 +62,12 @@ def write_tables(folder: Path, **tables: list[dict[str, Any]]) -> dict[str, str]
     for name, rows in tables.items():
         pandas.DataFrame(rows).to_csv(paths[name], index=False)
     return paths
+
+
+def write_lines(path: Path, requests: list[Any]) -> Path:
+    """Write requests as lines of JSON."""
+    path.write_text("".join(json.dumps(request, ensure_ascii=False) + "\n" for request in requests), encoding="utf-8")
+    return path
 
 
 def best_of_steps(count: int, metric: str) -> dict[str, Any]:
