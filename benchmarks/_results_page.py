@@ -58,7 +58,8 @@ NOTES = {
     "tallrec": (
         "Ten liked or disliked films, then: is one more liked? 1,000 test rows, but of 16 users only, so intervals are "
         "drawn by user. The share of likes in the user's own history needs no training at all: it belongs into every "
-        "table of this data set, and is missing from the published ones. With "
+        "table of this data set, and is missing from the published ones. Published on 16, 64 and 256 labels: TALLRec "
+        "(LLaMA-7B) .672, .675, .720; models of ids .50 to .54. With "
         "16, 64 and 256 labels nothing else of the data set is read, but likes of films are counted in these rows' own "
         "histories; with `histories counted`, in those of all 8,000 training rows. Seconds are without the pretraining "
         "on made-up users, five processor minutes that all rows share."
