@@ -47,6 +47,8 @@ RECBOLE_PYTHON = "M6REC_RECBOLE_PYTHON"
 RECBOLE = {"din (RecBole)": "DIN", "deepfm (RecBole)": "DeepFM"}
 BONUS = 0.03
 """Of new items: `model.config.new_item_bonus`."""
+WORDS_UNTRAINED = 4.0
+"""Of a model that has learnt nothing yet: `model.config.word_similarity`."""
 IDS: dict[str, Any] = {
     "gated_mlp": False,
     "hidden_act": "gelu",
@@ -217,6 +219,7 @@ def untrained(name: str, data: Path, folder: Path, seed: int) -> Rows:
     from m6rec.segment_cache_m6rec import SegmentCache
 
     run = prepared(name, data, folder, seed, text=True, ids=False)
+    run.model.config.word_similarity = WORDS_UNTRAINED
     run.segment_cache = SegmentCache()
     return [{**row, "trainable_parameters": 0} for row in measured(run)]
 
