@@ -20,13 +20,14 @@ from .version import __version__
 if TYPE_CHECKING:
     from .catalogue_m6rec import Catalogue
     from .pipeline_m6rec import RecommendationPipeline
-    from .tokenization import M6RecProcessor, M6RecTokenizer
+    from .processing_m6rec import M6RecProcessor
+    from .tokenization_m6rec import M6RecTokenizer
     from .user_states_m6rec import UserStates
 
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
-    "M6RecProcessor": "m6rec.tokenization",
-    "M6RecTokenizer": "m6rec.tokenization",
+    "M6RecProcessor": "m6rec.processing_m6rec",
+    "M6RecTokenizer": "m6rec.tokenization_m6rec",
     "RecommendationPipeline": "m6rec.pipeline_m6rec",
     "UserStates": "m6rec.user_states_m6rec",
 }
@@ -47,7 +48,7 @@ def __dir__() -> list[str]:
 def _register_tokenizer() -> None:
     from transformers import AutoTokenizer
 
-    from .tokenization import M6RecTokenizer
+    from .tokenization_m6rec import M6RecTokenizer
 
     AutoTokenizer.register(M6RecConfig, tokenizer_class=M6RecTokenizer, exist_ok=True)
 
@@ -55,7 +56,7 @@ def _register_tokenizer() -> None:
 def _register_processor() -> None:
     from transformers import AutoProcessor
 
-    from .tokenization import M6RecProcessor
+    from .processing_m6rec import M6RecProcessor
 
     AutoProcessor.register(M6RecConfig, M6RecProcessor, exist_ok=True)
 
@@ -73,8 +74,8 @@ AutoModel.register(M6RecConfig, M6RecForRecommendation, exist_ok=True)
 AutoModelForCausalLM.register(M6RecConfig, M6RecForRecommendation, exist_ok=True)
 M6RecConfig.register_for_auto_class("AutoConfig")
 M6RecForRecommendation.register_for_auto_class("AutoModelForCausalLM")
-beside("transformers.models.auto.tokenization_auto", "m6rec.tokenization", _register_tokenizer)
-beside("transformers.models.auto.processing_auto", "m6rec.tokenization", _register_processor)
+beside("transformers.models.auto.tokenization_auto", "m6rec.tokenization_m6rec", _register_tokenizer)
+beside("transformers.models.auto.processing_auto", "m6rec.processing_m6rec", _register_processor)
 beside("transformers.pipelines", "m6rec.pipeline_m6rec", _register_pipeline)
 beside("peft", "m6rec.tuning", partial(import_module, "m6rec.tuning"))
 

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from .catalogue_files_m6rec import TEXT_COLUMN, read_catalogue, write_catalogue
 from .catalogue_index_m6rec import VectorIndex, check_settings, nearest
-from .items_m6rec import Item, Model, identity, item_identity, item_texts, plain, reading, table_rows
+from .items_m6rec import Item, Model, item_identity, item_texts, plain, reading, table_rows
 from .segment_cache_m6rec import SegmentCache
+from .values_m6rec import normalize_id
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +91,7 @@ class Catalogue:
         return iter(self._items)
 
     def __contains__(self, item_id: Any) -> bool:
-        return identity(item_id, "item_id") in self._items
+        return normalize_id(item_id, "item_id") in self._items
 
     def item(self, item_id: Any) -> Item:
         """Return an item as requests take it: its text, or its fields and its `item_id`."""
@@ -224,7 +225,7 @@ class Catalogue:
         return max((int(item_id) for item_id, item in self._items.items() if isinstance(item, str)), default=-1) + 1
 
     def _known(self, item_id: Any) -> str:
-        known = identity(item_id, "item_id")
+        known = normalize_id(item_id, "item_id")
         if known not in self._items:
             raise ValueError(f"item_id {known!r} is not among the {len(self)} items of the catalogue")
         return known
@@ -267,7 +268,7 @@ class Catalogue:
         exclude = [None] * len(users) if exclude is None else exclude
         if len(exclude) != len(users):
             raise ValueError(f"exclude has {len(exclude)} entries for {len(users)} users: give one for each")
-        names = [{identity(item_id, "exclude") for item_id in own or ()} for own in exclude]
+        names = [{normalize_id(item_id, "exclude") for item_id in own or ()} for own in exclude]
         left_out = [[self._rows[name] for name in own if name in self._rows] for own in names]
         found = self._ask_index(users, top_k, left_out, filter)
         missing = [number for number, own in enumerate(found) if own is None]

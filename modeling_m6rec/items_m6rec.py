@@ -1,13 +1,13 @@
 """Items and tables of them, as users hold them: texts or mappings of fields, in lists, data frames and datasets."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
+
+from .values_m6rec import normalize_id
 
 Item = str | dict[str, Any]
 """A text, or fields; `item_id` among them is never worded."""
@@ -15,26 +15,10 @@ Model = Any
 """An M6RecForRecommendation, also within a PeftModel, which hands on what it lacks."""
 
 
-def identity(value: Any, place: str) -> str:
-    """Return an item id as text, by the rule of the processor: 7, 7.0 and "7" are one item.
-
-    >>> identity(7.0, "item_id")
-    '7'
-    """
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-        number = float(value)
-        return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
-    raise ValueError(f"{place}: {value!r} is no item_id: give a text that is not empty, or a number")
-
-
 def item_identity(item: Any, place: str = "item") -> str | None:
     """Return the id of an item, None if it carries none."""
     known = isinstance(item, Mapping) and item.get("item_id") is not None
-    return identity(item["item_id"], f"{place}.item_id") if known else None
+    return normalize_id(item["item_id"], f"{place}.item_id") if known else None
 
 
 def without_stats(item: Any) -> Any:
@@ -91,7 +75,6 @@ def reading(model: Model) -> Iterator[None]:
 __all__ = [
     "Item",
     "Model",
-    "identity",
     "item_identity",
     "item_texts",
     "plain",

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .catalogue_m6rec import Catalogue, Predicate, cosines, embed
-from .items_m6rec import Item, identity, item_identity, item_texts, without_stats
+from .items_m6rec import Item, item_identity, item_texts, without_stats
 from .scoring_m6rec import Scorer, Told
+from .values_m6rec import normalize_id
 
 FROM_CATALOGUE = 10
 """Items found in a catalogue, unless told otherwise."""
@@ -95,7 +96,7 @@ class Ranker:
     def _described_item(self, item: Any, place: str) -> Any:
         if not isinstance(item, Mapping) or set(item) - {"stats"} != {"item_id"} or item["item_id"] is None:
             return item
-        item_id = identity(item["item_id"], f"{place}.item_id")
+        item_id = normalize_id(item["item_id"], f"{place}.item_id")
         try:
             catalogue = self.catalogue()
         except ValueError as error:

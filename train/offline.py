@@ -22,9 +22,9 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
-from ..items_m6rec import identity
 from ..pipeline_m6rec import RecommendationPipeline
 from ..segment_cache_m6rec import digest_weight, digest_weights
+from ..values_m6rec import normalize_id
 from ..version import __version__
 from .recommend import Failed, RequestReader
 
@@ -198,7 +198,7 @@ def _named(request: Any) -> tuple[str | None, Any]:
         return None, request
     asked = {name: value for name, value in request.items() if name != "request_id"}
     try:
-        return identity(request["request_id"], "request_id"), asked
+        return normalize_id(request["request_id"], "request_id"), asked
     except ValueError as error:
         return None, Failed(str(error))
 
@@ -245,7 +245,7 @@ def _cell(item: dict[str, Any]) -> dict[str, Any]:
 
 def _with_text_id(entry: dict[str, Any]) -> dict[str, Any]:
     known = entry.get("item_id") is not None
-    return {**entry, "item_id": identity(entry["item_id"], "item_id")} if known else dict(entry)
+    return {**entry, "item_id": normalize_id(entry["item_id"], "item_id")} if known else dict(entry)
 
 
 def fingerprint(recommend: RecommendationPipeline) -> str:

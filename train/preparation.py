@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas
 
+from ..reading_m6rec import Reading
 from ..tokenization import M6RecProcessor
-from ..tokenization.reading_m6rec import Reading
 from .build import item_texts, make_processor, make_split, make_writer
 from .corpus import AnySource, StreamedSource, vocabulary_texts
 from .data import Log, read_log, repeated_rows

@@ -15,11 +15,11 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..batching_m6rec import infilling, masking
 from ..configuration_m6rec import KINDS, M6RecConfig
 from ..modeling_m6rec import M6RecForRecommendation
 from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor
-from ..tokenization.batching_m6rec import infilling, masking
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .cards import keep_facts
 from .collator import UNKNOWN, M6RecDataCollator

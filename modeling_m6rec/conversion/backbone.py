@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, Token
 
 from ..configuration_m6rec import M6RecConfig
 from ..modeling_m6rec import M6RecForRecommendation
-from ..tokenization import M6RecTokenizer
+from ..tokenization_m6rec import M6RecTokenizer
 from .bert import BERT
 from .family import Family, Weights
 from .gpt2 import GPT2

@@ -57,7 +57,7 @@ FIRST = [
     "import m6rec",
     "import m6rec.pipeline_m6rec",
     "import m6rec.tokenization",
-    "import m6rec.tokenization.processing_m6rec",
+    "import m6rec.processing_m6rec",
     "from m6rec import *",
     "import m6rec; from transformers import AutoTokenizer",
     "import m6rec; from transformers import AutoProcessor",

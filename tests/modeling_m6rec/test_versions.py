@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 from m6rec import Catalogue, M6RecConfig, M6RecForRecommendation, M6RecProcessor
 from m6rec.catalogue_files_m6rec import FORMAT
 from m6rec.configuration_m6rec import FORMAT_VERSION
-from m6rec.tokenization.processing_m6rec import FORMAT_VERSION as PROCESSOR_FORMAT
+from m6rec.processing_m6rec import FORMAT_VERSION as PROCESSOR_FORMAT
 from m6rec.tuning import M6RecAdapterConfig
 from tests.fixtures.make import REQUESTS, answers, numbers
 from tests.modeling_m6rec.shop import ITEMS, build, processor

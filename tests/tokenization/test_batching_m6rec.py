@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m6rec.batching_m6rec import infilling, masking, pad, written_labels
 from m6rec.tokenization import M6RecProcessor
-from m6rec.tokenization.batching_m6rec import infilling, masking, pad, written_labels
 
 IDS = {
     "pad_token_id": 9,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from m6rec import KINDS as model_kinds
 from m6rec import M6RecConfig
 from m6rec.layout_m6rec import layout
+from m6rec.request_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, Kept
 from m6rec.tokenization import KINDS, M6RecProcessor
-from m6rec.tokenization.request_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, Kept
 
 MARKERS = ("[BOS']", "[EOS']", "[BOS]", "[EOS]", "[SEG]")
 

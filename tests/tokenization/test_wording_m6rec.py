@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from m6rec.tokenization import load_template
-from m6rec.tokenization.wording_m6rec import Wording
+from m6rec.wording_m6rec import Wording
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from .request_m6rec import (
     value_text,
     wrong_type,
 )
+from .values_m6rec import normalize_id
 
 KEPT_ITEMS = 100_000
 """Items and verbs whose wording is kept, since logs repeat them."""
@@ -170,10 +171,7 @@ class Wording:
         """Return an item's row in the item memory, 0 where it has none."""
         if isinstance(item, str) or check_mapping(item, place).get("item_id") is None:
             return 0
-        identity = item["item_id"]
-        if isinstance(identity, bool) or not isinstance(identity, str | Real):
-            raise wrong_type(identity, f"{place}.item_id", "a text or a number")
-        return self.item_rows.get(value_text(identity, f"{place}.item_id", self.words), 0)
+        return self.item_rows.get(normalize_id(item["item_id"], f"{place}.item_id"), 0)
 
     def event(self, event: Any, place: str) -> Event:
         """Word one event of the history, which is an item's text or a mapping."""
