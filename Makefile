@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PACKAGES := modeling_m6rec tokenization train model_cards
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 DATA ?= ../shared/data
+NAMES := build/.names-$(shell find $(PACKAGES) -type f ! -name '*.pyc' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -15,7 +16,10 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
 
-$(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
+$(NAMES): # of the package's files: the editable install links each of them, so a new one needs another install
+	@mkdir -p build && rm -f build/.names-* && touch $@
+
+$(VENV)/.installed: setup.cfg constraints.txt pyproject.toml $(NAMES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
@@ -71,4 +75,4 @@ bench: $(VENV)/.movielens ## every benchmark, each prints its time budget first
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the environment and what the quickstart wrote
-	rm -rf $(VENV) m6rec-ml100k
+	rm -rf $(VENV) build m6rec-ml100k
