@@ -1,7 +1,8 @@
 """Model cards: filled by the facts of a run, and by nothing else."""
 
-from .card import CARDS, LANGUAGES, MARK, is_place, render_card, render_cards, write_cards
+from .card import CARDS, LANGUAGES, MARK, render_card, render_cards, write_cards
 from .facts import CardFacts, DataFacts, hardware
+from .privacy import find_place, find_secrets, is_place, is_private, is_secret, is_secret_variable
 
 __all__ = [
     "CARDS",
@@ -9,8 +10,13 @@ __all__ = [
     "MARK",
     "CardFacts",
     "DataFacts",
+    "find_place",
+    "find_secrets",
     "hardware",
     "is_place",
+    "is_private",
+    "is_secret",
+    "is_secret_variable",
     "render_card",
     "render_cards",
     "write_cards",

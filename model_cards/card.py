@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .facts import CardFacts, DataFacts
+from .privacy import is_private, is_secret
 
 LANGUAGES = ("en", "zh")
 """Languages that cards are written in."""
@@ -35,10 +36,6 @@ LEANINGS = ("coverage", "popularity_bias")
 """Metrics that say how a model treats items, not how right it is."""
 COUNTS = ("examples", "groups", "texts", "negatives_per_event")
 """How figures of a report end that count and do not measure."""
-SECRET = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credential)s?$|api_?key", re.IGNORECASE)
-"""Keys of a recipe that no card may hold."""
-PLACE = re.compile(r"(?:^|[\s=:'\"])(?:~|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\|file:)")
-"""A path that means something on one machine only."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "en": {
         "user": "A woman in her thirties",
@@ -88,7 +85,7 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
         seconds=_known(facts.seconds),
         evaluation=recipe.get("evaluation") or {},
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
-        command=f"`{facts.command}`" if facts.command and not is_place(facts.command) else None,
+        command=f"`{facts.command}`" if facts.command and not is_private(facts.command) else None,
         versions=", ".join(f"{package} {version}" for package, version in facts.versions.items()) or None,
         scored=next((task for task in ("click", "rating", "interaction") if task in facts.tasks), None),
     )
@@ -205,18 +202,16 @@ def _known(value: Any) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """Leave out secrets, and texts that name a place on this machine, at any depth."""
+    """Leave out, at any depth, secrets and what names a place on this machine, as a key or as a value."""
     if isinstance(value, Mapping):
-        kept = {key: inner for key, inner in value.items() if not SECRET.search(str(key)) and not is_place(inner)}
-        return {key: _public(inner) for key, inner in kept.items()}
+        return {
+            key: _public(inner)
+            for key, inner in value.items()
+            if not (is_secret(str(key), inner) or is_private(str(key)) or is_private(inner))
+        }
     if isinstance(value, list | tuple):
-        return [_public(inner) for inner in value if not is_place(inner)]
+        return [_public(inner) for inner in value if not is_private(inner)]
     return value
-
-
-def is_place(value: Any) -> bool:
-    """Say whether a value is a text that names a place on one machine."""
-    return isinstance(value, str) and PLACE.search(value) is not None
 
 
 def _python(value: Any) -> str:
@@ -224,4 +219,4 @@ def _python(value: Any) -> str:
     return pformat(value, width=100, sort_dicts=False)
 
 
-__all__ = ["CARDS", "EXAMPLES", "LANGUAGES", "MARK", "is_place", "render_card", "render_cards", "write_cards"]
+__all__ = ["CARDS", "EXAMPLES", "LANGUAGES", "MARK", "render_card", "render_cards", "write_cards"]

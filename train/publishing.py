@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ..adapters_m6rec import BASE, adapter_settings
 from ..catalogue_files_m6rec import ITEMS
-from ..model_cards import CARDS, MARK, render_cards
+from ..model_cards import CARDS, MARK, find_place, find_secrets, is_place, is_secret, is_secret_variable, render_cards
 from ..pipeline_m6rec import FOLDER
 from .cards import folder_facts, hub_id
 from .recipe import RECIPE_FILE
@@ -69,35 +69,8 @@ AUTO = {
 SIBLING = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 SHARD = 5 * 10**9
 """Bytes of a file of weights, at most; a bigger one is divided."""
-SECRETS = {
-    "a token of the Hub": r"\bhf_[A-Za-z0-9]{30,}",
-    "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50,})",
-    "a key of AWS": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a key of Google": r"\bAIza[\w-]{35}",
-    "a key of an OpenAI-like service": r"\bsk-[\w-]{20,}",
-    "a token of Slack": r"\bxox[abeoprs]-[\w-]{10,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
-    "a signed token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.",
-    "a password in an address": r"\w://[^\s/:@]+:[^\s/:@]+@",
-    "a secret": (
-        r"(?i:\b(?:passw(?:or)?d|secret|api_?key|(?:access|auth|hub|hf)_?token))"
-        r"[\"']?\s*[:=]\s*[\"'][^\s\"']{8,}"
-    ),
-}
-"""What it is -> how it looks. The values of this process's own secrets are looked for besides."""
-ANY_SECRET = re.compile("|".join(SECRETS.values()))
-SECRET_KEY = re.compile(
-    r"(?:^|_)(?:passw(?:or)?d|secret|credentials?|api_?key|(?:access|auth|hub|hf|bearer)_?token)$", re.IGNORECASE
-)
-"""Keys of a value that is secret."""
-SECRET_VARIABLE = re.compile(r"(?:token|secret|passw(?:or)?d|key)$", re.IGNORECASE)
-"""Variables of the environment whose value is secret."""
-PLACE = re.compile(
-    r"(?:^|(?<=[\s=:,'\"(`\[]))(?:~?/(?:[^\s/'\"`)\]]+/)+[^\s/'\"`)\]]+|~/\w|[A-Za-z]:[\\/](?!/)\w|\\\\\w+\\\w|file:/)"
-)
-"""A path of one machine within a text: two parts at least, for a single one is also a word after a slash."""
-WHOLE_PLACE = re.compile(r"/[\w.@+-]+/?")
-"""A path of one machine that is a whole value."""
+KEYED_BY_DATA = ("model.vocab", "model.merges", "item_rows")
+"""Values of JSON files whose keys are texts or ids of the data."""
 
 
 @dataclass
@@ -290,33 +263,28 @@ def _problems(file: str, content: Path | str, known: tuple[str, ...]) -> Iterato
     else:
         text = _text(content)
         for number, line in enumerate(text.splitlines(), 1):
-            yield from ((f", line {number}", what) for what in _secrets(line, known))
-            if not file.endswith(".json") and (found := PLACE.search(line)):
-                yield f", line {number}", f"a path of one machine, {found[0]!r}"
+            yield from ((f", line {number}", what) for what in find_secrets(line, known))
+            if not file.endswith(".json") and (found := find_place(line)):
+                yield f", line {number}", f"a path of one machine, {found!r}"
         if file.endswith(".json"):
             yield from _values(json.loads(text), "")
 
 
-def _secrets(text: str, known: tuple[str, ...]) -> Iterator[str]:
-    if ANY_SECRET.search(text):
-        yield from (what for what, pattern in SECRETS.items() if re.search(pattern, text))
-    if any(secret in text for secret in known):
-        yield "a secret of this machine's environment"
-
-
 def _values(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Look through a JSON value; a vocabulary, which may hold any piece of text, is passed over."""
+    """Look through a JSON value; what has texts or ids of the data as its keys, as a vocabulary, is passed over."""
     if isinstance(value, dict):
         for name, inner in value.items():
             place = f"{key}.{name}" if key else str(name)
-            if SECRET_KEY.search(str(name)) and isinstance(inner, str) and inner:
+            if is_secret(str(name), inner):
                 yield f", key {place}", "a secret"
-            elif place not in ("model.vocab", "model.merges"):
+            elif place not in KEYED_BY_DATA:
+                if is_place(name):
+                    yield f", key {place}", f"a path of one machine, {name!r}"
                 yield from _values(inner, place)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             yield from _values(inner, f"{key}[{number}]")
-    elif isinstance(value, str) and (PLACE.search(value) or WHOLE_PLACE.fullmatch(value)):
+    elif is_place(value):
         yield f", key {key}", f"a path of one machine, {value!r}"
 
 
@@ -327,7 +295,7 @@ def _weights(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     except SafetensorError as error:
         yield "", f"no safetensors, whatever it is called ({error})"
         return
-    yield from ((f", metadata {name}", what) for name, value in metadata.items() for what in _secrets(value, known))
+    yield from ((f", metadata {name}", what) for name, value in metadata.items() for what in find_secrets(value, known))
     yield from ((f", metadata{where.removeprefix(', key')}", what) for where, what in _values(metadata, ""))
 
 
@@ -340,8 +308,11 @@ def _cells(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         for batch in table.iter_batches():
             for name in set(batch.schema.names) - told:
                 for number, value in enumerate(batch.column(name).to_pylist()):
-                    is_place = isinstance(value, str) and PLACE.match(value)
-                    whats = [*_secrets(str(value), known), *([f"a path of one machine, {value!r}"] if is_place else [])]
+                    is_place = isinstance(value, str) and find_place(value) is not None
+                    whats = [
+                        *find_secrets(str(value), known),
+                        *([f"a path of one machine, {value!r}"] if is_place else []),
+                    ]
                     if whats:
                         told.add(name)
                         yield from ((f", column {name}, row {row + number}", what) for what in whats)
@@ -350,7 +321,7 @@ def _cells(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _own_secrets() -> Iterator[str]:
-    return (value for name, value in os.environ.items() if SECRET_VARIABLE.search(name))
+    return (value for name, value in os.environ.items() if is_secret_variable(name, value))
 
 
 def _training_data(found: Plan, folder: Path) -> list[str]:

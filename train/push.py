@@ -36,7 +36,7 @@ def push(
         say: Prints a line.
         private: Make a repository that only its owners see.
         revision: The branch that gets it; it is made where there is none. None: main.
-        dry_run: Only say what would be sent, and what not.
+        dry_run: Only say what would be sent, and what not; the cards are written into a temporary folder.
         token: Of the Hub. None: the one of `hf auth login` or HF_TOKEN.
         base: Hub's id of an adapter's base, where the adapter names a folder.
 
@@ -52,6 +52,7 @@ def push(
         found = plan(Path(folder), name, Path(scratch), base, (own,) if own else ())
         say(listing(found))
         if dry_run:
+            say(f"the files that are written for the push lie in {_keep_texts(found)}")
             say("nothing was sent (--dry-run)")
             return
         try:
@@ -74,6 +75,15 @@ def listing(found: Plan) -> str:
     if found.staying:
         lines += ["not published:", *(f"  {file}: {why}" for file, why in found.staying.items())]
     return "\n".join(lines)
+
+
+def _keep_texts(found: Plan) -> Path:
+    """Write the texts of a plan, such as the cards, into a new folder where they can be looked at."""
+    folder = Path(tempfile.mkdtemp(prefix="m6rec-push-"))
+    for file, text in found.going.items():
+        if isinstance(text, str):
+            (folder / file).write_text(text, encoding="utf-8", newline="\n")
+    return folder
 
 
 def _send(found: Plan, api: HfApi, name: str, private: bool, revision: str | None) -> str:

@@ -411,6 +411,20 @@ def test_secrets_stay_out():
     assert "hf_1" not in text and "token" not in text and "seed: 1" in text
 
 
+def test_numbers_of_tokens_stay_in():
+    settings = {"num_virtual_tokens": 8, "max_tokens": 64, "pad_token": "[PAD]", "first_option_token": "yes"}
+    recipe = {"tuning": {"settings": settings}, "pretraining": {"texts": {"/data/en.txt": 1, "org/en": 2}}}
+    text = render_card(CardFacts(name="x", recipe=recipe))
+    kept = {"tuning": {"settings": settings}, "pretraining": {"texts": {"org/en": 2}}}
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == kept
+
+
+def test_a_secret_under_a_harmless_name_stays_out():
+    token = "hf_" + "aB3" * 11
+    text = render_card(CardFacts(name="x", recipe={"training": {"run_name": f"by {token}", "seed": 1}}, command=token))
+    assert token not in text and "seed: 1" in text
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_the_recipe_of_a_card_is_a_recipe(name):
     recipe = load_recipe(name, ["training.output_dir=runs/x", "model.config.num_joint_layers=null"])

@@ -169,6 +169,10 @@ def test_a_dry_run_sends_nothing(films, hub, capsys):
     assert "events.csv: a table or text, perhaps training data" in said
     assert "notes/model.safetensors: no weights of this model" in said
     assert "nothing was sent" in said
+    cards = Path(re.search(r"written for the push lie in (.*)", said)[1])
+    assert sorted(path.name for path in cards.iterdir()) == ["README.md", "README_zh.md"]
+    assert "# org/films" in (cards / "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(cards)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the push that is killed is a fork of this process")
@@ -288,6 +292,11 @@ REFUSED = [
     (in_json("config.json", "note", TOKEN), r"config\.json, line 1: a token of the Hub"),
     (in_json("processor_config.json", "hub_token", "x"), r"processor_config\.json, key hub_token: a secret"),
     (in_json("tokenizer_config.json", "api_key", "x"), r"tokenizer_config\.json, key api_key: a secret"),
+    (in_json("config.json", "token", "x"), r"config\.json, key token: a secret"),
+    (in_json("config.json", "inner", {"passwords": ["x"]}), r"config\.json, key inner\.passwords: a secret"),
+    (in_json("config.json", "apiKeys", {"a": "x"}), r"config\.json, key apiKeys: a secret"),
+    (in_json("config.json", "texts", {"/data/x.txt": 1}), r"config\.json, key texts\./data/x\.txt: a path"),
+    (in_json("config.json", "note", "runs in /data"), r"config\.json, key note: a path .* 'runs in /data'"),
     (in_text("README.md", f"# My films\n\nlogin {TOKEN}\n"), r"README\.md, line 3: a token of the Hub"),
     (in_text("README.md", "# My films\nhttps://me:pass@host/x\n"), r"README\.md, line 2: a password in an address"),
     (in_text("README.md", "use 1a2b3c4d5e6f\n"), r"README\.md, line 1: a secret of this machine's environment"),
@@ -313,6 +322,18 @@ def test_refused(films, hub, monkeypatch, spoil, message):
         push(films, "org/films", quiet)
     assert TOKEN not in str(error.value) and "1a2b3c4d5e6f" not in str(error.value)
     assert not hub.repositories
+
+
+def test_names_of_tokens_are_no_secrets(films, hub, capsys):
+    for name, value in [
+        ("num_virtual_tokens", 8),
+        ("max_tokens", 9),
+        ("first_option_token", "yes"),
+        ("pad_token", "!"),
+    ]:
+        in_json("config.json", name, value)(films)
+    in_json("processor_config.json", "item_rows", {"password": 1, "/data/token": 2})(films)
+    assert main(["push", str(films), "org/films", "--dry-run"]) == 0, capsys.readouterr().err
 
 
 def test_all_that_is_refused_is_named_at_once(films, hub, capsys):
