@@ -111,6 +111,7 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
     command.add_argument("--chunk-size", type=int, default=1024, metavar="N", help="requests that are saved together")
     command.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="when a request cannot be used")
+    command.add_argument("--no-texts", action="store_true", help="with --input: no texts of items that have an id")
     command.add_argument("--restart", action="store_true", help="throw away what an interrupted run has finished")
     command.add_argument("--ray", action="store_true", help="answer by workers of Ray Data (extra `ray`)")
     command.add_argument("--workers", type=int, metavar="N", help="with --ray: how many; default: one a CPU")
@@ -219,6 +220,7 @@ def _recommend_offline(recommend: Any, options: argparse.Namespace, asked: dict[
         options.batch_size,
         options.chunk_size,
         options.on_error == "skip",
+        not options.no_texts,
     )
     workers = os.cpu_count() or 1 if options.workers is None else options.workers
     run = partial(answer_with_ray, options.model, workers) if options.ray else partial(answer_here, recommend)

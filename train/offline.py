@@ -9,6 +9,7 @@ there, they are put together in the order of the input, take the place of the ou
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -26,9 +27,13 @@ from ..pipeline_m6rec import RecommendationPipeline
 from ..segment_cache_m6rec import digest_weight, digest_weights
 from ..values_m6rec import normalize_id
 from ..version import __version__
+from .printing import why_unwritable
 from .recommend import Failed, RequestReader
 
+logger = logging.getLogger(__name__)
 JOB_FILE, PARTIAL = "job.json", ".partial"
+FORMAT = 2
+"""Of the parts; rises when answers are written otherwise."""
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
 REASON = {"event": pyarrow.string(), "item_id": pyarrow.string(), "contribution": pyarrow.float64()}
 ITEM = {
@@ -58,7 +63,7 @@ class Job:
 
     source: Path
     output: Path
-    """`.parquet`: a table by SCHEMA. `.jsonl`: a JSON value a line, the list of items or `{"error": message}`."""
+    """`.parquet`: a table by SCHEMA. `.jsonl`: an object a line with the same fields, without those that are null."""
     model: str
     """The `fingerprint` of what answers."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -69,10 +74,14 @@ class Job:
     which chunks were answered before."""
     skip_errors: bool = False
     """A request that cannot be answered leaves its error in the output; else it ends the run."""
+    texts: bool = True
+    """Repeat the text of each item in the answers; else only of those without an id."""
 
     def __post_init__(self) -> None:
         if self.output.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"{self.output} is neither .jsonl nor .parquet: name the answers by what they shall be")
+        if self.output == self.source or (self.output.exists() and self.output.samefile(self.source)):
+            raise ValueError(f"{self.source} is the input and the output: the answers would replace the requests")
         for name in ("batch_size", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a whole number from 1 up")
@@ -80,7 +89,8 @@ class Job:
     @property
     def decisive(self) -> dict[str, Any]:
         """All that decides what the answers to given requests are, by name."""
-        return {"model": self.model, **self.options, "batch_size": self.batch_size, "chunk_size": self.chunk_size}
+        own = {"batch_size": self.batch_size, "chunk_size": self.chunk_size, "texts": self.texts, "format": FORMAT}
+        return {"model": self.model, **self.options, **own}
 
     def reader(self) -> RequestReader:
         """Open the requests."""
@@ -146,7 +156,7 @@ def answer_file(job: Job, run: Run, restart: bool = False) -> Report:
     count = sum(chunk.size for chunk in chunks)
     kept = count - sum(chunk.size for chunk in missing)
     sizes = {chunk.number: chunk for chunk in missing}
-    with tqdm(total=count, initial=kept, desc="Answering", unit="request", delay=1) as bar:
+    with tqdm(total=count, initial=kept, desc="Answering", unit="request", delay=1, disable=None) as bar:
         for answered in run(job, missing) if missing else ():
             if answered.failure is not None:
                 raise ValueError(f"{answered.failure}{parts.kept()}")
@@ -172,16 +182,19 @@ def answer_chunk(recommend: RecommendationPipeline, reader: RequestReader, job: 
         return Answered(chunk.number, b"", 0, f"{job.source} was changed while it was read: run it again")
     recommend.segment_cache.clear()
     names, asked = zip(*map(_named, requests))
-    answers: list[Any] = []
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(asked), job.batch_size):
-        answers += _answers(recommend, asked[start : start + job.batch_size], job.options)
-        wrong = [place for place in range(start, len(answers)) if isinstance(answers[place], Failed)]
-        if wrong and not job.skip_errors:
-            place = f"row {chunk.row + wrong[0]} of {job.source} (the first is row 0)"
-            return Answered(chunk.number, b"", len(wrong), f"{place}: {answers[wrong[0]].message}")
-    errors = sum(isinstance(answer, Failed) for answer in answers)
+        answers = _answers(recommend, asked[start : start + job.batch_size], job.options)
+        for place, answer in enumerate(answers, start):
+            told = _row(answer, job.texts)
+            if (message := told.get("error")) is not None and requests[place] is not answer:
+                told["error"] = f"{reader.places[place]}: {message}"
+            rows.append({"row": chunk.row + place, "request_id": names[place], **told})
+            if "error" in told and not job.skip_errors:
+                return Answered(chunk.number, b"", 1, told["error"])
+    errors = sum("error" in told for told in rows)
     encode = _table if job.output.suffix == ".parquet" else _lines
-    return Answered(chunk.number, encode(chunk.row, names, answers), errors)
+    return Answered(chunk.number, encode(rows), errors)
 
 
 def _chunks(job: Job) -> Iterator[Chunk]:
@@ -211,26 +224,57 @@ def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options
     if not any(isinstance(request, Failed) for request in requests):
         try:
             return recommend(list(requests), batch_size=len(requests), **options)
-        except (TypeError, ValueError) as error:
+        except OSError:  # of the disk or the network, not of a request
+            raise
+        except Exception as error:  # noqa: BLE001  whatever the model's code raises concerns this request alone
             if alone:
-                return [Failed(str(error))]
+                return [_failed(error)]
     return [answer for request in requests for answer in _answers(recommend, [request], options)]
 
 
-def _lines(row: int, names: Sequence[str | None], answers: Sequence[Any]) -> bytes:
-    told = ({"error": answer.message} if isinstance(answer, Failed) else answer for answer in answers)
-    return "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in told).encode(errors="backslashreplace")
+def _failed(error: Exception) -> Failed:
+    """Word the error of a request; one that no check has raised with the name of its type."""
+    logger.debug("a request cannot be answered", exc_info=error)
+    return Failed(str(error) if type(error) in (TypeError, ValueError) else f"{type(error).__name__}: {error}")
 
 
-def _table(row: int, names: Sequence[str | None], answers: Sequence[Any]) -> bytes:
-    rows: list[dict[str, Any]] = []
-    for place, (name, answer) in enumerate(zip(names, answers), row):
-        wrong = isinstance(answer, Failed)
-        own = {"answer": None, "error": answer.message} if wrong else {"answer": list(map(_cell, answer))}
-        rows.append({"row": place, "request_id": name, **own})
+def _row(answer: Any, texts: bool) -> dict[str, Any]:
+    """Write an answer as JSON can hold it, or the error in its place."""
+    if isinstance(answer, Failed):
+        return {"error": answer.message}
+    items = [entry if texts or entry.get("item_id") is None else _without_text(entry) for entry in answer]
+    try:
+        json.dumps(items)
+    except (TypeError, ValueError) as error:  # an id that is no number and no text
+        return {"error": str(error)}
+    return {"answer": items}
+
+
+def _without_text(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "item"}
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    told = ({name: value for name, value in row.items() if value is not None} for row in rows)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in told).encode(errors="backslashreplace")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> bytes:
+    cells = [{"answer": None, "error": None, **row} for row in rows]
+    for row in cells:
+        row["answer"] = None if row["answer"] is None else list(map(_cell, row["answer"]))
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SCHEMA), buffer)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_encodable(cells), SCHEMA), buffer)
     return buffer.getvalue()
+
+
+def _encodable(value: Any) -> Any:
+    """Escape, at any depth, halves of characters, which JSON can name and UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {name: _encodable(inner) for name, inner in value.items()}
+    return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
 def _cell(item: dict[str, Any]) -> dict[str, Any]:
@@ -387,13 +431,13 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _told_where(folder: Path) -> Iterator[None]:
-    """Say of what cannot be written, as on a full disk, what becomes of the finished work."""
+    """Say of what cannot be written why, and what becomes of the finished work."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"answers cannot be written: {error}. Is the disk full? Finished chunks are kept in {folder}; once "
-            "there is room, the same command goes on from them"
+            f"answers cannot be written: {error}. {why_unwritable(error, folder.parent)} Finished chunks are kept in "
+            f"{folder}; then the same command goes on from them"
         ) from error
 
 

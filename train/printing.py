@@ -1,6 +1,8 @@
 """What a person reads: reports as tables, and answers beside what was asked."""
 
+import errno
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -48,4 +50,19 @@ def answer_lines(request: Any, answer: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["answer_lines", "tables"]
+def why_unwritable(error: OSError, folder: Path) -> str:
+    """Say what can be done about an error of writing into a folder.
+
+    >>> why_unwritable(OSError(errno.ENOSPC, "No space left on device"), Path("runs"))
+    'The disk is full: make room.'
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full: make room."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"You have no permission to write into {folder}: change that, or name another place."
+    if error.errno == errno.EROFS:
+        return f"{folder} is on a disk that can only be read: name another place."
+    return "Mend that first."
+
+
+__all__ = ["answer_lines", "tables", "why_unwritable"]

@@ -1,6 +1,7 @@
 """What `m6rec recommend` recommends with and to: a trained model, a request, a file of them, a user of the log."""
 
 import json
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +23,9 @@ from .splits import histories, order
 
 ROWS_AT_ONCE = 1024
 """Rows of a table that are read together; bounds memory."""
+MAX_DEPTH = 64
+"""How deep the lists and objects of a request may lie in one another."""
+TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels: a request has a history of events of items with fields"
 
 
 def load_pipeline(model: str) -> RecommendationPipeline:
@@ -56,26 +60,32 @@ class RequestReader:
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}")
         self._rows, self._next = self._open(), 0
+        self.places: list[str] = []
+        """Where the requests that were read last stand: the file, and the line or the row."""
 
     def read(self, row: int, count: int) -> list[Any]:
         """Read `count` requests from a row on, fewer where the file ends; going back begins the file again."""
         if row < self._next:
             self._rows, self._next = self._open(), 0
         deque(islice(self._rows, row - self._next), maxlen=0)  # rows that are passed over are not decoded
-        found = [self._decoded(decode) for decode in islice(self._rows, count)]
+        found, self.places = [], []
+        for place, decode in islice(self._rows, count):
+            self.places.append(f"{self.path}, {place}")
+            found.append(self._decoded(decode))
         self._next = row + len(found)
         return found
 
-    def _open(self) -> Iterator[Callable[[], Any]]:
+    def _open(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         return _parquet_rows(self.path) if self.path.suffix == ".parquet" else _json_lines(self.path)
 
     def _decoded(self, decode: Callable[[], Any]) -> Any:
         try:
             return decode()
         except ValueError as error:
+            told = f"{self.places[-1]} {error}"
             if self._strict:
-                raise
-            return Failed(str(error))
+                raise ValueError(told) from error
+            return Failed(told)
 
 
 class Failed(NamedTuple):
@@ -84,28 +94,33 @@ class Failed(NamedTuple):
     message: str
 
 
-def _json_lines(path: Path) -> Iterator[Callable[[], Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield partial(_from_json, line, f"{path}, line {number}")
+                yield f"line {number}", partial(_from_json, line)
 
 
-def _parquet_rows(path: Path) -> Iterator[Callable[[], Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     try:
         # Not buffered whole: a row group may be as large as the file.
         table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except pyarrow.ArrowException as error:
+        columns = [name for name in table.schema_arrow.names if not name.startswith("__index_level_")]  # pandas' own
+        first = 0
+        with table:
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
+                for row in range(len(batch)):
+                    yield f"row {first + row} (the first is row 0)", partial(_table_row, batch, row)
+                first += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
         raise ValueError(f"{path} is no valid Parquet: {error}") from error
-    columns = [name for name in table.schema_arrow.names if not name.startswith("__index_level_")]  # pandas' own
-    with table:
-        for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
-            for row in range(len(batch)):
-                yield partial(_table_row, batch, row)
 
 
 def _table_row(batch: pyarrow.RecordBatch, row: int) -> Any:
-    return _given(batch.slice(row, 1).to_pylist()[0])
+    try:
+        return _given(batch.slice(row, 1).to_pylist()[0])
+    except ValueError as error:  # a time before the year 1, a text that is no UTF-8
+        raise ValueError(f"cannot be read: {error}") from error
 
 
 def _given(value: Any) -> Any:
@@ -117,17 +132,41 @@ def _given(value: Any) -> Any:
 
 def parse_request(text: str) -> Any:
     """Read a request given as JSON, or as the bare text of who the user is."""
-    return _from_json(text, "the request") if text.lstrip().startswith(("{", '"')) else text.strip()
+    if not text.lstrip().startswith(("{", '"')):
+        return text.strip()
+    try:
+        return _from_json(text)
+    except ValueError as error:
+        raise ValueError(f"the request {error}") from error
 
 
-def _from_json(text: str | bytes, place: str) -> Any:
+def _from_json(text: str | bytes) -> Any:
     try:
         request = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{place} is no valid JSON: {error}") from error
+        raise ValueError(f"is no valid JSON: {error}") from error
     if not isinstance(request, str | dict):
-        raise ValueError(f"{place} is {request!r}: expected a request, an object or a text")
+        raise ValueError(f"is {reprlib.repr(request)}: expected a request, an object or a text")
+    if _too_deep(request):
+        raise ValueError(TOO_DEEP)
     return request
+
+
+def _too_deep(value: Any) -> bool:
+    """Say whether lists and objects lie in one another deeper than MAX_DEPTH; goes down level by level."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_recommend_for_a_file_of_requests(chain, tmp_path):
         assert printed == f"2 requests answered in {output}\n"
         texts.append(output.read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
-    assert [len(json.loads(line)) for line in texts[0].splitlines()] == [3, 3]
+    assert [len(json.loads(line)["answer"]) for line in texts[0].splitlines()] == [3, 3]
 
 
 @pytest.mark.parametrize(

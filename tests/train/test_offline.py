@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import time
@@ -37,7 +38,10 @@ class Stub:
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The answers in lines, in their order; where there is none, the object with the error."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["row"] for row in rows] == list(range(len(rows)))
+    return [row.get("answer", row) for row in rows]
 
 
 def answered(recommend, job, restart=False):
@@ -99,7 +103,9 @@ def test_a_table_holds_what_the_lines_hold(recommend, tmp_path):
 
 def test_interactions_are_a_map(tmp_path):
     answer = [{"rank": 1, "item": "x", "score": 0.5, "interactions": {"like": 0.25, "follow": 0.75}}, {"rank": 2}]
-    found = pyarrow.parquet.read_table(pyarrow.BufferReader(offline._table(4, ["a"], [answer]))).to_pylist()
+    found = pyarrow.parquet.read_table(
+        pyarrow.BufferReader(offline._table([{"row": 4, "request_id": "a", "answer": answer}]))
+    ).to_pylist()
     items = [entry["interactions"] for entry in found[0]["answer"]]
     assert found[0]["row"] == 4 and items == [[("like", 0.25), ("follow", 0.75)], None]
 
@@ -122,10 +128,111 @@ def test_no_requests_are_no_answers(tmp_path, name):
     assert data == b"" or pyarrow.parquet.read_table(tmp_path / name).num_rows == 0
 
 
-def test_answers_may_take_the_place_of_the_requests(tmp_path):
-    path = write_lines(tmp_path / "file.jsonl", ["a", "b", "c"])
-    answered(Stub(), Job(path, path, "m", chunk_size=2))
-    assert [answer[0]["item"] for answer in read_lines(path)] == ["item for a", "item for b", "item for c"]
+@pytest.mark.parametrize("other", ["same", "dots", "symbolic", "hard"])
+def test_answers_never_take_the_place_of_the_requests(tmp_path, other):
+    path, output = write_lines(tmp_path / "file.jsonl", ["a", "b", "c"]), tmp_path / "out.jsonl"
+    if other == "symbolic":
+        output.symlink_to(path)
+    elif other == "hard":
+        output.hardlink_to(path)
+    else:
+        output = path if other == "same" else tmp_path / "x" / ".." / "file.jsonl"
+        (tmp_path / "x").mkdir()
+    with pytest.raises(ValueError, match=r"file\.jsonl is the input and the output: the answers would replace"):
+        Job(path, output, "m", chunk_size=2)
+    assert path.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("index 7"), RecursionError("deep"), KeyError("x"), MemoryError(), RuntimeError("shape")]
+)
+def test_any_error_of_the_model_concerns_one_request(tmp_path, error):
+    class Raising(Stub):
+        def __call__(self, requests, batch_size, **options):
+            if "bad" in requests:
+                raise error
+            return super().__call__(requests, batch_size, **options)
+
+    (tmp_path / "in.jsonl").write_text('"a"\n\n"bad"\n"c"\n')
+    job = partial(Job, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "m", {}, 2, 2)
+    place = rf"in\.jsonl, line 3: {type(error).__name__}: "
+    with pytest.raises(ValueError, match=place):
+        answered(Raising(), job())
+    assert answered(Raising(), job(skip_errors=True))[1] == (3, 0, 1)
+    first, second, third = read_lines(tmp_path / "out.jsonl")
+    assert (first[0]["item"], third[0]["item"]) == ("item for a", "item for c")
+    assert re.search(place, second["error"])
+
+
+def test_an_error_of_the_disk_is_no_error_of_a_request(tmp_path):
+    class Raising(Stub):
+        def __call__(self, requests, batch_size, **options):
+            raise OSError(errno.EIO, "Input/output error")
+
+    source = write_lines(tmp_path / "in.jsonl", ["a"])
+    with pytest.raises(OSError, match="Input/output error"):
+        answered(Raising(), Job(source, tmp_path / "out.jsonl", "m", skip_errors=True))
+
+
+HOSTILE = {
+    "a long text": '{"history": ["' + "字" * 5000 + '"]}',
+    "a deep list": "[" * 100_000,
+    "a deep user": '{"user": ' + "[" * 900 + "]" * 900 + "}",
+    "deep objects": '{"user": ' + '{"a": ' * 900 + "1" + "}" * 900 + "}",
+    "half a character": '{"user": "\\ud800", "candidates": ["\\udc00", "b"]}',
+    "a long number": '{"user": ' + "9" * 5000 + "}",
+    "no number": '{"user": {"age": NaN}, "history": [{"item": "a", "rating": Infinity, "timestamp": 1e400}]}',
+    "no text": '{"candidates": [[], {}, null]}',
+    "an id of no kind": '{"candidates": [{"item_id": [1], "title": "x"}, {"item_id": {}, "title": "y"}]}',
+    "a null byte": '{"user": "\\u0000"}',
+}
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_no_line_ends_a_run(recommend, tmp_path, name):
+    lines = ['"before"', *HOSTILE.values(), '"after"']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    job = Job(tmp_path / "in.jsonl", tmp_path / name, "m", {"task": "retrieval"}, 4, 5, skip_errors=True)
+    _, report, _ = answered(recommend, job)
+    assert report.requests == len(lines) and report.errors < len(lines) - 2
+    rows = pyarrow.parquet.read_table(job.output).to_pylist() if name == "out.parquet" else json_rows(job.output)
+    assert rows[0]["answer"] and rows[-1]["answer"]
+    for number, row in enumerate(rows, 1):
+        assert bool(row.get("answer")) != bool(row.get("error")), lines[number - 1][:80]
+        assert not row.get("error") or f"in.jsonl, line {number}" in row["error"]
+    deep = [rows[place]["error"] for place, line in enumerate(lines) if line in list(HOSTILE.values())[1:4]]
+    assert len(deep) == 3 and all("nested deeper than" in error for error in deep)
+
+
+def json_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_can_be_joined_to_requests(tmp_path):
+    requests = [
+        {"request_id": " 7 ", "user": "a"},
+        "b",
+        {"request_id": 3, "user": "bad"},
+        {"request_id": [], "user": 1},
+    ]
+    source = write_lines(tmp_path / "in.jsonl", requests)
+    for name in ("out.jsonl", "out.parquet"):
+        answered(Stub(), Job(source, tmp_path / name, "m", {}, 1, 2, skip_errors=True))
+    lines = json_rows(tmp_path / "out.jsonl")
+    rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    for told in (lines, rows):
+        assert [row.get("request_id") for row in told] == ["7", None, "3", None]
+        assert "request_id: []" in told[3]["error"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_texts_of_items_with_ids_can_be_left_out(recommend, tmp_path, name):
+    requests = [REQUESTS[0], {"user": "a", "candidates": ["Low Tide", {"item_id": "i3"}]}]
+    source = write_lines(tmp_path / "in.jsonl", requests)
+    answered(recommend, Job(source, tmp_path / name, "m", {"task": "retrieval"}, texts=False))
+    rows = pyarrow.parquet.read_table(tmp_path / name).to_pylist() if "parquet" in name else json_rows(tmp_path / name)
+    assert [bool(entry.get("item")) for entry in rows[0]["answer"]] == [False] * 10
+    assert {entry.get("item_id"): entry.get("item") for entry in rows[1]["answer"]} == {None: "Low Tide", "i3": None}
 
 
 def test_a_chunk_does_not_depend_on_what_was_answered_before(recommend, tmp_path):
@@ -190,7 +297,7 @@ def test_a_request_that_fails_ends_the_run_and_nothing_finished_is_lost(tmp_path
         output.parent.mkdir()
         output.write_text(before)
     with pytest.raises(
-        ValueError, match=r"row 6 of .*in\.jsonl .*: request: 'bad one' means.*; 3 finished .*out\.jsonl\.parts"
+        ValueError, match=r"in\.jsonl, line 7: request: 'bad one' means.*; 3 finished .*out\.jsonl\.parts"
     ):
         answered(Stub(), job)
     assert (output.read_text() if output.exists() else None) == before and len(parts(output.parent)) == 3
@@ -203,7 +310,7 @@ def test_a_request_that_fails_ends_the_run_and_nothing_finished_is_lost(tmp_path
 
 def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
     source = write_lines(tmp_path / "in.jsonl", ["bad one"])
-    with pytest.raises(ValueError, match="row 0 of"):
+    with pytest.raises(ValueError, match="line 1: "):
         answered(Stub(), Job(source, tmp_path / "out.jsonl", "m"))
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
@@ -236,11 +343,11 @@ def test_a_request_that_fails_can_leave_its_error_instead(tmp_path):
 def test_stopping_and_skipping_take_over_from_each_other(tmp_path):
     source = write_lines(tmp_path / "in.jsonl", ["a", "b", "bad", "c", "d"])
     make = partial(Job, source, tmp_path / "out.jsonl", "m", {}, 2, 2)
-    with pytest.raises(ValueError, match="row 2 of"):
+    with pytest.raises(ValueError, match="line 3: "):
         answered(Stub(), make())
     interrupt(Stub(), make(skip_errors=True), after=1)
     assert [name[-7:] for name in parts(tmp_path)] == ["-0.part", "-1.part"]
-    with pytest.raises(ValueError, match="row 2 of"):
+    with pytest.raises(ValueError, match="line 3: "):
         answered(Stub(), make())
     assert answered(Stub(), make(skip_errors=True))[1:] == ((5, 4, 1), [2])
 

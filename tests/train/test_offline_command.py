@@ -19,7 +19,7 @@ def test_the_command_answers_goes_on_and_restarts(folder, tmp_path, capsys, monk
     source, output = write_lines(tmp_path / "in.jsonl", [*REQUESTS, {"histroy": []}]), tmp_path / "out.parquet"
     command = ["recommend", folder, "--input", source, "--output", output, "--chunk-size", 2, "--top-k", 3]
     code, told = said(capsys, *command)
-    assert code == 2 and "row 7 of" in told and "unknown key 'histroy'" in told and "3 finished chunks are kept" in told
+    assert code == 2 and "line 8: " in told and "unknown key 'histroy'" in told and "3 finished chunks are kept" in told
     code, told = said(capsys, *command[:-1], 4)
     assert code == 2 and "top_k was 3, is 4" in told and "--restart" in told
     code, told = said(capsys, *command, "--on-error", "skip")

@@ -60,7 +60,7 @@ def test_a_request_that_fails_is_told_as_here(folder, source, tmp_path):
     job = Job(source, tmp_path / "out.jsonl", fingerprint(recommend), {}, 2, 3)
     (chunk,) = _chunks(job)
     (found,) = ChunkWorker(str(folder), job)(as_table([chunk])).to_pylist()
-    assert "row 2 of" in found["failure"] and "unknown key 'histroy'" in found["failure"]
+    assert "line 3: " in found["failure"] and "unknown key 'histroy'" in found["failure"]
     assert found == answer_chunk(recommend, job.reader(), job, chunk)._asdict()
 
 
@@ -127,10 +127,10 @@ def test_what_was_begun_here_is_finished_by_workers(folder, source, tmp_path, ra
     )
     assert whole.errors == 1
     job = Job(source, output, fingerprint(recommend), {"explain": False}, 8, 8)
-    with pytest.raises(ValueError, match="row 50 of"):
+    with pytest.raises(ValueError, match="line 51: "):
         answer_file(job, lambda job, chunks: answer_here(recommend, job, chunks))
     command = [folder, "--input", source, "--output", output, "--batch-size", 8, "--chunk-size", 8, "--ray"]
-    for more, code, told in (([], 2, "row 50 of"), (["--on-error", "skip"], 0, "of them by an earlier run; 1 have")):
+    for more, code, told in (([], 2, "line 51: "), (["--on-error", "skip"], 0, "of them by an earlier run; 1 have")):
         process = started(ray_environment, *command, "--workers", 2, *more)
         out, error = process.communicate(timeout=300)
         assert process.returncode == code, error[-3000:]
