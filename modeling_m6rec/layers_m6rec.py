@@ -204,7 +204,7 @@ class M6RecAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor,
         layer_idx: int = 0,
-        past_key_values: Cache | None = None,
+        key_cache: Cache | None = None,
         shared: SharedKeys | None = None,
         asking: torch.Tensor | None = None,
         **kwargs: Any,
@@ -222,8 +222,8 @@ class M6RecAttention(nn.Module):
         if rotary is not None:
             cos, sin = rotary if asking is None else (at(part[:, 0], asking)[:, None] for part in rotary)
             query, key = rotate(query, cos, sin), rotate(key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, layer_idx)
+        if key_cache is not None:
+            key, value = key_cache.update(key, value, layer_idx)
         weights = None
         if shared is not None:
             attended = shared_attention(query, key, value, attention_mask, self.scaling, shared)

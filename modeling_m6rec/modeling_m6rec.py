@@ -25,6 +25,7 @@ from .layers_m6rec import M6RecWritingTransform, make_norm
 from .layout_m6rec import Layout, blank, layout, read
 from .losses_m6rec import UNKNOWN, rating_from_logits, retrieval_loss, score_losses, text_loss, text_targets
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
+from .outputs_m6rec import CACHE_NAMES, CachedOutput, library_arguments, one_cache
 from .plans_m6rec import last_states
 from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters, digest_weights
 from .vectors_m6rec import (
@@ -38,7 +39,7 @@ from .vectors_m6rec import (
 
 
 @dataclass
-class M6RecOutput(ModelOutput):
+class M6RecOutput(CachedOutput):
     """What M6Rec returns; NaN stands where a row has fewer targets, places or items than the longest.
 
     Attributes:
@@ -49,7 +50,7 @@ class M6RecOutput(ModelOutput):
         item_vectors: B x M x D, l2-normalised: the items of the row in their order.
         plausibility: B x N mean log-likelihood of each target's written tokens, if asked for.
         losses: Each loss by name, unweighted.
-        past_key_values: The cache, if one was asked for.
+        cache: The cache, if one was asked for; also found as `past_key_values`.
         layout: Layout of the Q tokens.
         exit_layers: B, the joint layers that each row went through, if `decide` was given.
         hidden_states: Output of every layer, if asked for.
@@ -63,7 +64,7 @@ class M6RecOutput(ModelOutput):
     item_vectors: torch.FloatTensor | None = None
     plausibility: torch.FloatTensor | None = None
     losses: dict[str, torch.Tensor] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     layout: Layout | None = None
     exit_layers: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -125,6 +126,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         segment_cache: SegmentCache | None = None,
         only_losses: bool = False,
         contrast: Callable[..., torch.Tensor] = retrieval_loss,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> M6RecOutput:
         """Read rows and answer with every head; the labels that are given select the losses.
@@ -135,7 +137,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             layout_ids: B x T, all ids so far (P virtual tokens left out); see `M6RecModel.forward`.
             item_ids: B x T rows of item memory, 0 = none.
             hidden_events: B x T bool, tokens that no other token sees in the joint layers.
-            past_key_values: A cache to fill or to go on from.
+            past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
             labels: B x T ids of the tokens to be written, else -100.
             click_labels: B x N, 0 or 1, -100 = unknown.
@@ -157,6 +159,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             segment_cache: Segment states kept between calls, for plan "cached".
             only_losses: Return the losses and compute nothing else: what training reads.
             contrast: Computes the retrieval loss; arguments as of `retrieval_loss`.
+            cache: A cache to fill or to go on from.
             **kwargs: Handed on, such as `user_states` and `decide`; `num_items_in_batch` to the losses: a number of
                 tokens to be written, or for each loss by name the weight of its labels (`label_weights`) in the whole
                 optimizer step.
@@ -177,7 +180,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             layout_ids,
             item_ids,
             hidden_events,
-            past_key_values,
+            one_cache(cache, past_key_values),
             inputs_embeds,
             use_cache=use_cache,
             plan=plan,
@@ -218,7 +221,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             item_vectors=vectors[1],
             plausibility=mean_log_likelihood(states, chosen, lay, self) if return_plausibility else None,
             losses=found or None,
-            past_key_values=out.past_key_values,
+            cache=out.cache,
             layout=lay,
             exit_layers=out.exit_layers,
             hidden_states=out.hidden_states,
@@ -329,16 +332,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         if self.config.document_attention == "bidirectional" and lay.plain.any():
             raise ValueError("a document that is read in both directions cannot be written on: use a [TEXT] target")
         settings = generation_config or self.generation_config
+        kwargs = library_arguments(kwargs)
         own = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens or []
         kwargs["suppress_tokens"] = sorted({*own, *self.config.structural_token_ids})
         return super().generate(inputs, generation_config, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Give `forward` all ids so far, off which it reads the layout."""
-        kwargs["layout_ids"] = input_ids
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Give `forward` all ids so far, off which it reads the layout, and PEFT the cache under both names."""
+        kwargs = {**library_arguments(kwargs), "layout_ids": input_ids}
+        prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache = one_cache(*(prepared.get(name) for name in CACHE_NAMES))
+        return prepared if cache is None else {**prepared, **dict.fromkeys(CACHE_NAMES, cache)}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:

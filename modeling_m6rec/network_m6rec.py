@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m6rec import KINDS, M6RecConfig
@@ -33,14 +33,17 @@ from .layout_m6rec import (
     segment_mask,
     summary_keys,
 )
+from .outputs_m6rec import CACHE_NAMES, CachedOutput, one_cache
 from .plans_m6rec import PLANS, Rows, last_states, run
 from .segment_cache_m6rec import SegmentCache, SegmentKey
 from .sketch_m6rec import M6RecWordSketch
 from .user_states_m6rec import UserStates
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass
-class M6RecModelOutput(ModelOutput):
+class M6RecModelOutput(CachedOutput):
     """What the network returns.
 
     Attributes:
@@ -48,7 +51,7 @@ class M6RecModelOutput(ModelOutput):
         segment_states: B x Q x H, what the segment layers made of each token.
         alone_states: M x H, the last states of the segments that were given to be read alone, without word memory.
         exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
-        past_key_values: The cache, if one was asked for.
+        cache: The cache, if one was asked for; also found as `past_key_values`.
         layout: Layout of the Q tokens, virtual ones left out.
         kept: With `compact_output`, which tokens of the row the Q are.
         exit_layers: B, the joint layers that each row went through, if `decide` was given.
@@ -60,7 +63,7 @@ class M6RecModelOutput(ModelOutput):
     segment_states: torch.FloatTensor | None = None
     alone_states: torch.FloatTensor | None = None
     exit_states: tuple[torch.FloatTensor, ...] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     layout: Layout | None = None
     kept: Picked | None = None
     exit_layers: torch.LongTensor | None = None
@@ -76,7 +79,7 @@ class M6RecPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["M6RecLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flex_attn = False  # torch 2.13 crashes in it on a CPU, with masks such as ours
     _supports_attention_backend = True
@@ -342,6 +345,7 @@ class M6RecModel(M6RecPreTrainedModel):
         compact_output: bool = False,
         heads: Sequence[str] | None = None,
         asked: torch.BoolTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Read rows.
@@ -352,7 +356,7 @@ class M6RecModel(M6RecPreTrainedModel):
             layout_ids: B x T, all ids so far; needed with `inputs_embeds` or a filled cache, else it is `input_ids`.
             item_ids: B x T rows of item memory, 0 = none (DESIGN: non-zero at the [SEG] of an [ITEM] segment only).
             hidden_events: B x T bool, tokens that no other token sees in the joint layers.
-            past_key_values: A cache to fill or to go on from.
+            past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
             use_cache: Return a cache.
             plan: How to run (see `plans_m6rec`); None = "compact" where nothing asks for every state, else "flat".
@@ -367,6 +371,7 @@ class M6RecModel(M6RecPreTrainedModel):
             heads: What reads the last states: "score" does where targets are scored, "user" where users are read; of
                 other tokens they then mean nothing, and the last joint layer leaves these out. None = they all count.
             asked: B x T bool, further tokens whose last states are read.
+            cache: A cache to fill or to go on from.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -374,7 +379,8 @@ class M6RecModel(M6RecPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = self._usable(one_cache(cache, past_key_values))
+        past = 0 if cache is None else int(cache.get_seq_length())
         if layout_ids is None:
             if input_ids is None or past:
                 raise ValueError("layout_ids (all ids so far) must come with inputs_embeds or a filled cache")
@@ -392,15 +398,15 @@ class M6RecModel(M6RecPreTrainedModel):
         if asking is not None and asked is not None:
             asking = asking | _widen(asked, total)
         rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone, asking)
-        whole = not (use_cache or past_key_values is not None or inputs_embeds is not None)
+        whole = not (use_cache or cache is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
         if plan != "cached" and user_states is not None or plan not in ("reuse", "cached") and decide is not None:
             raise ValueError(f"plan={plan!r} keeps no users and stops at no exit: use plan='cached'")
         if plan == "flat":
             embeds = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            return self._flat(embeds, rows, past_key_values, past, **kwargs)
+            if use_cache and cache is None:
+                cache = self._usable(DynamicCache(config=self.config))
+            return self._flat(embeds, rows, cache, past, **kwargs)
         read, segment_states, alone_states, kept, left = run(self, plan, rows, segment_cache, user_states, decide)
         if not compact_output:
             read, segment_states = [kept.back(state, total) for state in read], kept.back(segment_states, total)
@@ -413,6 +419,18 @@ class M6RecModel(M6RecPreTrainedModel):
             kept=kept if compact_output else None,
             exit_layers=left,
         )
+
+    def _usable(self, cache: Cache | None) -> Cache | None:
+        """Leave an empty cache out where layers are computed twice, which would fill it twice; refuse a filled one."""
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        if int(cache.get_seq_length()):
+            raise ValueError(
+                "gradient checkpointing computes each layer twice and cannot go on from a cache (nor learn prefixes): "
+                "call model.gradient_checkpointing_disable(), or give whole rows"
+            )
+        logger.warning_once("gradient checkpointing computes each layer twice: no cache is kept (use_cache=False)")
+        return None
 
     def _choose(self, plan: str | None, whole: bool, kwargs: dict[str, Any]) -> str:
         """Settle the plan: only the flat one can fill caches, take embeddings or record every layer."""
@@ -432,15 +450,15 @@ class M6RecModel(M6RecPreTrainedModel):
         return plan
 
     def _flat(
-        self, embeds: torch.Tensor, rows: Rows, past_key_values: Cache | None, past: int, **kwargs: Any
+        self, embeds: torch.Tensor, rows: Rows, cache: Cache | None, past: int, **kwargs: Any
     ) -> M6RecModelOutput:
         """The plain plan: every token goes through every layer, masks say who sees whom."""
         lay, (queries, total) = rows.lay, (embeds.shape[1], rows.lay.valid.shape[1])
         virtual, new = past + queries - total, min(queries, total)
-        self._refuse_bad_chunks(rows, total - new, virtual, past_key_values)
+        self._refuse_bad_chunks(rows, total - new, virtual, cache)
         here, ahead = lay.last(new), queries - new
-        width = queries if past_key_values is None else past_key_values.get_mask_sizes(queries, 0)[0]
-        kwargs["past_key_values"] = past_key_values
+        width = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
+        kwargs["key_cache"] = cache
 
         def front(field: torch.Tensor) -> torch.Tensor:
             return functional.pad(field, (ahead, 0))
@@ -463,7 +481,7 @@ class M6RecModel(M6RecPreTrainedModel):
             segment_states=segment_states,
             alone_states=last_states(self, rows.alone),
             exit_states=tuple(read),
-            past_key_values=past_key_values,
+            cache=cache,
             layout=here,
         )
 

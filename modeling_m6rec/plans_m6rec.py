@@ -304,7 +304,7 @@ class _Walk:
         known = [] if past is None else past.shared(self.rows)
         ends = [last] if past is None else exits
         asking = self.near.asking if ends[-1] == exits[-1] else None
-        read = model.joint_stage(*self.near[:3], ends, known or None, first, asking, past_key_values=cache)
+        read = model.joint_stage(*self.near[:3], ends, known or None, first, asking, key_cache=cache)
         if cache is None:
             return iter(read)
         bias = None

@@ -103,9 +103,7 @@ def run_tokens(model, call):
     for layer in model.model.layers[model.config.num_segment_layers :]:
         handles.append(
             layer.register_forward_hook(
-                lambda _, args, kwargs, out: (
-                    seen.append(tuple(args[0].shape[:2])) if "past_key_values" in kwargs else None
-                ),
+                lambda _, args, kwargs, out: seen.append(tuple(args[0].shape[:2])) if "key_cache" in kwargs else None,
                 with_kwargs=True,
             )
         )
