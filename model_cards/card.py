@@ -28,13 +28,13 @@ MARK = "<!-- Written by m6rec, and anew at each push unless this line is deleted
 """The last line of a card that nobody has made their own."""
 OWN = "m6rec"
 """The model's own name in a report; the others are baselines."""
-CONDITIONS = ("examples", "seen", "negatives_per_event", "negatives")
+CONDITIONS = ("examples", "seen", "repeats", "repeats_counted", "negatives_per_event", "negatives")
 """What the figures of a report rest on."""
 INTERVALS = "intervals"
 """Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
 LEANINGS = ("coverage", "popularity_bias")
 """Metrics that say how a model treats items, not how right it is."""
-COUNTS = ("examples", "groups", "texts", "negatives_per_event")
+COUNTS = ("examples", "groups", "texts", "repeats", "negatives_per_event")
 """How figures of a report end that count and do not measure."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "en": {

@@ -1,15 +1,20 @@
-"""Baselines that stand in every table: popularity, most similar text, and for clicks the share of likes."""
+"""Baselines of every table: popularity, similar texts, neighbours and words, and for clicks the share of likes."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from .metrics import UNSPACED
+from .transitions import Transitions, recent_shares
 
 WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
 """A word of any script with spaces, or a single character of one without."""
+
+WORDS = 0.3
+"""What likeness of words counts beside transitions."""
 
 
 def popularity_scores(counts: np.ndarray, num_users: int) -> np.ndarray:
@@ -32,37 +37,84 @@ class SimilarText:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
+        words = _Words(texts)
+        rarity = torch.log((1 + words.shape[0]) / (1 + words.frequency))
+        self.matrix = words.matrix((1 + words.counts.log()) * rarity[words.columns])
+
+    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M."""
+        items = [np.asarray(history, dtype=int) for history in histories]
+        shares = np.zeros((len(items), self.matrix.shape[0]))
+        for user, history in enumerate(items):
+            np.add.at(shares[user], history, 1 / max(len(history), 1))
+        return _likeness(self.matrix, shares)
+
+
+class NeighboursAndWords:
+    """Scores items by what followed the last items in other histories, and by the rare words they share with them.
+
+    The sum, over the last items by `RECENCY`, of the transitions to an item and of `WORDS` times the cosine of TF-IDF
+    vectors, whose term weight is log((1 + M) / (1 + df)) + 1 for each word of a text. Nothing is learnt, and no setting
+    is tuned to a data set.
+
+    Args:
+        texts: Text of each of the M items.
+        sequences: Items of each training history, in order, as rows of the catalogue.
+
+    >>> rule = NeighboursAndWords(["red shoes", "blue shoes", "green tea", "tea pot"], [[0, 2], [0, 2], [3, 0]])
+    >>> rule.scores([[0]])[0].argsort()[::-1].tolist()      # green tea was bought after red shoes
+    [2, 0, 3, 1]
+    """
+
+    def __init__(self, texts: Sequence[str], sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
+        self.transitions = Transitions.fit(sequences, len(texts))
+        words = _Words(texts)
+        rarity = torch.log((1 + words.shape[0]) / (1 + words.frequency)) + 1
+        self.words = words.matrix(rarity[words.columns])
+
+    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M."""
+        shares = recent_shares(histories, self.transitions.num_items)
+        return self.transitions.scores_of(shares) + WORDS * _likeness(self.words, shares)
+
+
+class _Words:
+    """Which words each text holds, and how often.
+
+    Attributes:
+        rows: Text of each entry.
+        columns: Word of each entry.
+        counts: How often the text holds the word.
+        frequency: In how many texts each word is.
+        shape: Texts x words.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
         words: dict[str, int] = {}
         rows: list[int] = []
         columns: list[int] = []
         counts: list[int] = []
         for row, text in enumerate(texts):
-            own: dict[int, int] = {}
-            for word in WORD.findall(text.lower()):
-                column = words.setdefault(word, len(words))
-                own[column] = own.get(column, 0) + 1
+            own = Counter(words.setdefault(word, len(words)) for word in WORD.findall(text.lower()))
             rows += [row] * len(own)
             columns += own.keys()
             counts += own.values()
-        shape = (len(texts), max(len(words), 1))
-        places = torch.tensor([rows, columns], dtype=torch.long)
-        frequency = torch.bincount(places[1], minlength=shape[1])
-        rarity = torch.log((1 + len(texts)) / (1 + frequency.double()))
-        weights = (1 + torch.tensor(counts, dtype=torch.double).log()) * rarity[places[1]]
-        norms = torch.zeros(len(texts), dtype=torch.double).index_add(0, places[0], weights**2).sqrt().clamp_min(1e-12)
-        self.matrix = torch.sparse_coo_tensor(
-            places, weights / norms[places[0]], shape, check_invariants=False
-        ).coalesce()
+        self.shape = (len(texts), max(len(words), 1))
+        self.rows, self.columns = torch.tensor([rows, columns], dtype=torch.long)
+        self.counts = torch.tensor(counts, dtype=torch.double)
+        self.frequency = torch.bincount(self.columns, minlength=self.shape[1]).double()
 
-    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """Score all items for users with these item rows in their histories: U x M."""
-        items = [torch.as_tensor(np.asarray(history, dtype=int)) for history in histories]
-        share = torch.zeros(self.matrix.shape[0], len(items), dtype=torch.double)
-        for user, history in enumerate(items):
-            share[:, user].index_add_(
-                0, history, torch.full((len(history),), 1 / max(len(history), 1), dtype=torch.double)
-            )
-        return (self.matrix @ (self.matrix.t() @ share)).T.numpy()
+    def matrix(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the texts' vectors of these weights of the entries, each of length 1, as a sparse matrix."""
+        norms = torch.zeros(self.shape[0], dtype=torch.double).index_add(0, self.rows, weights**2).sqrt()
+        values = weights / norms.clamp_min(1e-12)[self.rows]
+        places = torch.stack([self.rows, self.columns])
+        return torch.sparse_coo_tensor(places, values, self.shape, check_invariants=False).coalesce()
+
+
+def _likeness(vectors: torch.Tensor, shares: np.ndarray) -> np.ndarray:
+    """Multiply the items' vectors with the users', the sums of those of weighted items (U x M): U x M."""
+    return (vectors @ (vectors.t() @ torch.from_numpy(shares.T.copy()))).T.numpy()
 
 
 def like_rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray, strength: float = 5.0) -> np.ndarray:
@@ -85,4 +137,4 @@ def like_rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray, streng
     return np.array([rates.get(name, overall) for name in asked.tolist()])
 
 
-__all__ = ["SimilarText", "like_rates", "popularity_scores"]
+__all__ = ["NeighboursAndWords", "SimilarText", "like_rates", "popularity_scores"]

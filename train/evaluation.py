@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor
 from .baselines import SimilarText, like_rates, popularity_scores
 from .collator import CatalogueRows, M6RecDataCollator
+from .data import repeated_rows
 from .examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
 from .metrics import (
     bootstrap_interval,
@@ -41,6 +42,8 @@ USERS_AT_ONCE = 1024
 """Users whose scores of the whole catalogue are held at once: 100 MB for 12,000 items."""
 LIKE_STRENGTH = 5.0
 """How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
+SHOWN_REPEATS = 5
+"""Users of repeated items that a warning names, at most."""
 SHOWS_PROGRESS = 2000
 """Rows from which on an evaluation shows a progress bar."""
 
@@ -55,6 +58,7 @@ class RankingExamples:
         histories: Catalogue rows each has met before, in order.
         targets: Catalogue rows of the held-out events.
         cold: U bool: the target never occurs in training.
+        left_out: Ids of the users who are not asked about, since they have met the target before.
     """
 
     users: list[str]
@@ -62,6 +66,12 @@ class RankingExamples:
     histories: list[np.ndarray]
     targets: np.ndarray
     cold: np.ndarray
+    left_out: list[str] = field(default_factory=list)
+
+    @cached_property
+    def repeated(self) -> np.ndarray:
+        """U bool: the user has met the target before."""
+        return np.array([target in history for target, history in zip(self.targets, self.histories)], dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -128,25 +138,44 @@ def before_and_in(split: Split, part: str) -> tuple[pandas.DataFrame, pandas.Dat
 def ranking_examples(
     writer: RequestWriter, processor: M6RecProcessor, split: Split, part: str, arguments: EvaluationArguments, seed: int
 ) -> RankingExamples:
-    """Prepare the ranking of each user's first event in the part "valid" or "test"."""
+    """Prepare the ranking of each user's first event in the part "valid" or "test".
+
+    With `exclude_seen` and `repeats: leave_out` an event of an item that the user has met before is not asked about.
+    """
     known, held_out = before_and_in(split, part)
     before, after = histories(known), histories(held_out)
-    users = _drawn([user for user in after if user in before], arguments, seed)
-    catalogue_rows = np.array([writer.rows[item_id] for item_id in known["item_id"]], dtype=int)
-    requests, seen = [], []
-    for user in users:
-        places = before[user]
-        seen.append(catalogue_rows[places])
-        requests.append(writer.request(user, writer.events(known.iloc[places[-processor.max_events :]])))
-    targets = [held_out["item_id"].iat[after[user][0]] for user in users]
-    trained = set(split.train["item_id"])
+    drawn = _drawn([user for user in after if user in before], arguments, seed)
+    catalogue_rows, held_out_rows = (
+        np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int) for frame in (known, held_out)
+    )
+    seen = {user: catalogue_rows[before[user]] for user in drawn}
+    targets = {user: held_out_rows[after[user][0]] for user in drawn}
+    leaves_out = arguments.exclude_seen and arguments.repeats == "leave_out"
+    users = [user for user in drawn if targets[user] not in seen[user]] if leaves_out else drawn
+    asked = set(users)
+    requests = [
+        writer.request(user, writer.events(known.iloc[before[user][-processor.max_events :]])) for user in users
+    ]
+    trained = {writer.rows[item_id] for item_id in split.train["item_id"].unique()}
     return RankingExamples(
         users,
         read_requests(processor, requests, "retrieval", f"Reading {part} users"),
-        seen,
-        np.array([writer.rows[item_id] for item_id in targets], dtype=int),
-        np.array([item_id not in trained for item_id in targets], dtype=bool),
+        [seen[user] for user in users],
+        np.array([targets[user] for user in users], dtype=int),
+        np.array([targets[user] not in trained for user in users], dtype=bool),
+        [user for user in drawn if user not in asked],
     )
+
+
+def count_repeats(split: Split, part: str) -> tuple[int, int]:
+    """Count the events that `ranking_examples` asks about in a part, and those of items that their users know.
+
+    Returns:
+        How many are of items that the user has met before, and how many there are.
+    """
+    known, held_out = (frame[["user_id", "item_id"]] for frame in before_and_in(split, part))
+    first = held_out[held_out["user_id"].isin(known["user_id"].unique())].drop_duplicates("user_id")
+    return int(repeated_rows(pandas.concat([known, first]))[len(known) :].sum()), len(first)
 
 
 def _drawn(users: list[str], arguments: EvaluationArguments, seed: int) -> list[str]:
@@ -342,12 +371,45 @@ def _ranked(
 def ranking_scores_report(
     scores: Scores | np.ndarray, examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
 ) -> dict[str, Any]:
-    """Measure U x M scores: recall, NDCG, MRR for all, warm and cold items, coverage and popularity bias."""
+    """Measure U x M scores: recall, NDCG, MRR, coverage and popularity bias.
+
+    Figures of warm, cold and repeated items stand apart as well; of the latter the report says how many there are and
+    what they count as.
+    """
     ranks, top = _ranked(scores, examples, arguments.exclude_seen, max(arguments.ks))
-    report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), {"warm": ~examples.cold, "cold": examples.cold})
+    subsets = {"warm": ~examples.cold, "cold": examples.cold, "repeated": examples.repeated}
+    report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), subsets)
     report[f"coverage@{max(arguments.ks)}"] = coverage(top, len(counts))
     report[f"popularity_bias@{max(arguments.ks)}"] = popularity_bias(top, counts)
-    return {**report, "seen": "out" if arguments.exclude_seen else "in"}
+    return {**report, "seen": "out" if arguments.exclude_seen else "in", **_repeats(examples, arguments)}
+
+
+def _repeats(examples: RankingExamples, arguments: EvaluationArguments) -> dict[str, Any]:
+    """Say how many held-out events are of items that their users have met before, and what they count as."""
+    count = int(examples.repeated.sum()) + len(examples.left_out)
+    if not count:
+        return {}
+    if examples.left_out:
+        return {"repeats": count, "repeats_counted": "not at all"}
+    return {"repeats": count, "repeats_counted": "as misses" if arguments.exclude_seen else "as others"}
+
+
+def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -> None:
+    """Say which held-out events are of items that are left out of the ranking, and what may be done about it."""
+    users = examples.left_out or [user for user, repeated in zip(examples.users, examples.repeated) if repeated]
+    if not users or not arguments.exclude_seen:
+        return
+    counted = "are not asked about" if examples.left_out else "count as misses"
+    named = ", ".join(map(repr, users[:SHOWN_REPEATS])) + (", ..." if len(users) > SHOWN_REPEATS else "")
+    logger.warning(
+        "%d of %d held-out events are of items that their users have met before (users %s), and seen items are left "
+        "out, as the pipeline does by default: these events %s. evaluation.exclude_seen=false (and exclude_seen=False "
+        "of the pipeline) recommends seen items too",
+        len(users),
+        len(examples.users) + len(examples.left_out),
+        named,
+        counted,
+    )
 
 
 def ranking_intervals(
@@ -480,6 +542,7 @@ __all__ = [
     "ScoringExamples",
     "all_events",
     "catalogue_vectors",
+    "count_repeats",
     "predictions",
     "questions",
     "rank_catalogue",
@@ -491,4 +554,5 @@ __all__ = [
     "scoring_examples",
     "scoring_report",
     "user_vectors",
+    "warn_of_repeats",
 ]

@@ -78,8 +78,8 @@ def measure(run: Run, examples: Any, task: str, bf16: bool = False, intervals: b
     """Measure the model of a run on prepared examples of a task; of rankings also bootstrap intervals, if asked."""
     if not examples.rows:
         raise ValueError(
-            f"there is no event to measure {task!r} on: hold out more (evaluation.valid_fraction, test_fraction), or "
-            "set training.eval_strategy to no"
+            f"there is no event to measure {task!r} on: hold out more (evaluation.valid_fraction, test_fraction), ask "
+            "about repeats too (evaluation.repeats), or set training.eval_strategy to no"
         )
     if task == "retrieval":
         cache = run.segment_cache
@@ -107,6 +107,8 @@ def _own_report(run: Run, part: str, bf16: bool) -> dict[str, dict[str, dict[str
     report: dict[str, dict[str, dict[str, Any]]] = {}
     for task in measured(run):
         examples = examples_of(run, part, task)
+        if task == "retrieval":
+            evaluation.warn_of_repeats(examples, run.recipe.evaluation)
         if not examples.rows:
             logger.warning("%s is not measured: the %s part holds no event for it", task, part)
             continue

@@ -19,6 +19,7 @@ from ..tokenization import M6RecProcessor
 from .build import item_texts, make_processor, make_split, make_writer
 from .corpus import AnySource, StreamedSource, vocabulary_texts
 from .data import Log, read_log, repeated_rows
+from .evaluation import count_repeats
 from .examples import SCORED, Candidates, Negatives, RequestWriter, refuse_equal_labels, windows
 from .pretrain import raw_sources
 from .recipe import Recipe
@@ -28,6 +29,8 @@ from .writing import TextSource, dialogue_examples
 READ = 500
 """Requests of a task that are read for their lengths, drawn by the seed."""
 SHOWN = 5
+REVISITS = 0.05
+"""Share of repeats among the held-out events from which on a log is one of re-visits (ours)."""
 MOST_VALUES = 12
 """Values of a column that are counted one by one, at most."""
 EARLY = pandas.Timestamp("1990-01-01").timestamp()
@@ -49,7 +52,7 @@ def prepare_report(recipe: Recipe) -> dict[str, Any]:
         log = read_log(recipe.data)
         split = make_split(recipe, log)
         report |= {"events": _events(log), "items": _items(log), "users": _users(log), "dropped": log.dropped}
-        report |= {"split": _split(split, recipe), "warnings": _warnings(log, split)}
+        report |= {"split": _split(split, recipe), "warnings": _warnings(log, split) + _repeats(split, recipe)}
         writer = make_writer(recipe, log, split)
         processor = _processor(recipe, log, writer, raw)
         report["requests"] = _requests(recipe, split, writer, processor, report["warnings"])
@@ -181,6 +184,7 @@ def _split(split: Split, recipe: Recipe) -> dict[str, Any]:
     parts = {name: getattr(split, name) for name in PARTS}
     users = {name: set(part["user_id"]) for name, part in parts.items()}
     cold, held_out = cold_items(split), pandas.concat([split.valid, split.test])
+    repeated, asked = count_repeats(split, "test")
     return {
         "by": recipe.evaluation.split,
         **{name: {"events": len(part), "users": len(users[name])} for name, part in parts.items()},
@@ -188,6 +192,8 @@ def _split(split: Split, recipe: Recipe) -> dict[str, Any]:
         "held-out users without a training event": len((users["valid"] | users["test"]) - users["train"]),
         "cold items (held out, but not in train)": len(cold),
         "held-out events of cold items": int(held_out["item_id"].isin(cold).sum()),
+        "retrievals in the test": asked,
+        "retrievals of an item that the user has met before": repeated,
     }
 
 
@@ -204,6 +210,29 @@ def _warnings(log: Log, split: Split) -> list[str]:
     if same:
         found.append(f"{same} items have the same text as another: by text alone no model can tell them apart")
     return found
+
+
+def _repeats(split: Split, recipe: Recipe) -> list[str]:
+    """Say what follows from held-out items that their users know, and which setting fits such a log."""
+    repeated, asked = count_repeats(split, "test")
+    if not repeated or "retrieval" not in recipe.task.learn:
+        return []
+    found = (
+        f"{repeated} of {asked} retrievals of the test ({repeated / asked:.1%}) ask for an item that the user has met "
+        "before"
+    )
+    if not recipe.evaluation.exclude_seen:
+        return [f"{found}: seen items stay in the ranking; recommend with exclude_seen=False too"]
+    if recipe.evaluation.repeats == "leave_out":
+        counted = "they are left out of the evaluation"
+    else:
+        counted = "they count as misses (evaluation.repeats=leave_out leaves them out)"
+    found += f", and seen items are never recommended: {counted}"
+    if repeated / asked < REVISITS:
+        return [f"{found}. They are rare: evaluation.exclude_seen=true fits"]
+    return [
+        f"{found}. This is a log of re-visits: set evaluation.exclude_seen=false, and recommend with exclude_seen=False"
+    ]
 
 
 # What the model reads

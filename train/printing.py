@@ -20,6 +20,7 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
         first = next(iter(rows.values()))
         names = [name for name, value in first.items() if isinstance(value, float) and "/" not in name]
         seen = f", seen items {first['seen']}" if "seen" in first else ""
+        seen += f", {first['repeats']} repeats counted {first['repeats_counted']}" if "repeats" in first else ""
         width = max(map(len, rows))
         sizes = [max(len(name), 6) for name in names]
         lines = [f"{task} ({first['examples']} examples{seen})"]

@@ -13,6 +13,7 @@ OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour", "likes")
 WRITTEN = ("explanation", "query", "conversation", "item_text")
 STATISTICS = ("item_likes",)
 Negatives = Literal["batch", "sampled", "catalogue"]
+Repeats = Literal["miss", "leave_out"]
 SplitName = Literal["leave-one-out", "time", "given"]
 Method = Literal["full", "lora", "adalora", "ia3", "adapter", "prefix", "prompt", "option", "option-adapter"]
 Quantization = Literal["8bit", "nf4"]
@@ -263,7 +264,11 @@ class EvaluationArguments:
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Cut-offs of the ranking metrics."""
     exclude_seen: bool = True
-    """Leave the items out that the user has met before."""
+    """Leave the items out that the user has met before, as the pipeline does by default."""
+    repeats: Repeats = "miss"
+    """What a held-out event of an item that the user has met before counts as where seen items are left out: `miss`,
+    since the pipeline never recommends such an item, so that figures are those of the product; or `leave_out`: such
+    events are not asked about, and the report says how many they are."""
     max_users: int | None = None
     """Evaluate on so many users, drawn by the seed; None: all."""
     rolling: bool = False
@@ -275,6 +280,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):
             raise ValueError(f"evaluation.split is {self.split!r}; expected one of {', '.join(get_args(SplitName))}")
+        if self.repeats not in get_args(Repeats):
+            raise ValueError(f"evaluation.repeats is {self.repeats!r}; expected one of {', '.join(get_args(Repeats))}")
         if not 0 <= self.cold_fraction < 0.5 or self.cold_pretend and not self.cold_fraction:
             raise ValueError(
                 f"evaluation.cold_fraction is {self.cold_fraction}; expected a share of the items below 0.5, and "

@@ -74,6 +74,8 @@ def test_where_everybody_goes(make):
         "held-out users without a training event": 0,
         "cold items (held out, but not in train)": 3,  # c, d, e
         "held-out events of cold items": 3,
+        "retrievals in the test": 2,
+        "retrievals of an item that the user has met before": 0,
     }
 
 

@@ -17,23 +17,26 @@ def target_ranks(
 ) -> NDArray[np.float64]:
     """Return the rank of each user's target among all items that are not excluded.
 
-    r = 1 + (items with a higher score) + (other items with the same score) / 2.
+    r = 1 + (items with a higher score) + (other items with the same score) / 2. An excluded target is never
+    recommended: its rank is infinite, which every metric counts as a miss.
 
     Args:
         scores: U x M, higher is better; -inf stands below everything, and ties with -inf.
         targets: The column of each user's relevant item (U).
-        excluded: Columns to leave out, one list a user (seen items); the target itself always stays.
+        excluded: Columns to leave out, one list a user (seen items).
 
     Returns:
-        The 1-based ranks (U), halves where an even number of items tie.
+        The 1-based ranks (U), halves where an even number of items tie, inf where the target is excluded.
 
     Raises:
         ValueError: A score is NaN, a target or an excluded column is not in the catalogue, or the lengths differ.
 
     >>> target_ranks([[0.9, 0.5, 0.5, 0.1]], [1])                       # 1 higher, 1 other equal: 1 + 1 + 1/2
     array([2.5])
-    >>> target_ranks([[0.9, 0.5, 0.5, 0.1]], [1], excluded=[[0, 1]])    # the higher one is seen: 1 + 0 + 1/2
+    >>> target_ranks([[0.9, 0.5, 0.5, 0.1]], [1], excluded=[[0]])       # the higher one is seen: 1 + 0 + 1/2
     array([1.5])
+    >>> target_ranks([[0.9, 0.5, 0.5, 0.1]], [1], excluded=[[0, 1]])    # the target is seen: never recommended
+    array([inf])
     """
     table = _score_table(scores)
     if not len(table):
@@ -42,11 +45,10 @@ def target_ranks(
     same_length("targets", len(columns), "scores", len(table))
     users = np.arange(len(table))
     kept = _kept(table.shape, excluded)
-    kept[users, columns] = True
     own = table[users, columns][:, None]
     higher = ((table > own) & kept).sum(axis=1)
     equal = ((table == own) & kept).sum(axis=1)
-    return higher + (equal + 1) / 2
+    return np.where(kept[users, columns], higher + (equal + 1) / 2, np.inf)
 
 
 def top_items(

@@ -33,6 +33,8 @@ def worlds(draw):
 
 
 def slow_rank(scores, target, seen):
+    if target in seen:
+        return np.inf
     rank = 1.0
     for item, score in enumerate(scores):
         if item == target or item in seen:
@@ -70,8 +72,19 @@ def test_equal_scores_stand_in_the_middle():
 def test_ranks_by_hand():
     scores = [[0.9, 0.5, 0.1, -np.inf], [-np.inf, -np.inf, 0.3, -np.inf]]
     assert target_ranks(scores, [2, 1]).tolist() == [3.0, 1 + 1 + 2 / 2]
-    assert target_ranks(scores, [2, 1], [[0], [2, 1]]).tolist() == [2.0, 1 + 0 + 2 / 2]
+    assert target_ranks(scores, [2, 1], [[0], [2]]).tolist() == [2.0, 1 + 0 + 2 / 2]
     assert target_ranks(scores, [2, 1], np.array([[0, 1], [0, 0]])).tolist() == [1.0, 1 + 1 + 1 / 2]
+
+
+def test_an_excluded_target_is_a_miss_of_every_metric():
+    scores = [[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]]
+    ranks = target_ranks(scores, [0, 0], [[0, 1], [1]])
+    assert ranks.tolist() == [np.inf, 1.0]
+    assert (recall_at_k(ranks, 3), ndcg_at_k(ranks, 3), mrr(ranks)) == (0.5, 0.5, 0.5)
+    assert [row.tolist() for row in top_items(scores, 3, [[0, 1], [1]])] == [[2], [0, 2]]
+
+
+def test_ranks_of_one_user_and_of_none():
     assert target_ranks([[3, 1, 2]], [2.0]).tolist() == [2.0]
     assert target_ranks(np.empty((0, 3)), []).tolist() == []
 
