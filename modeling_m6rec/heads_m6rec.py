@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from .configuration_m6rec import M6RecConfig
-from .layout_m6rec import KIND_NUMBER, Layout, last_index, skipped
+from .layout_m6rec import KIND_NUMBER, Layout, largest, last_index, latest, skipped, value_at
 from .losses_m6rec import UNKNOWN
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Beside:
 
 def target_ends(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
     """Find each target's [EOS], where it is scored: B x N, -1 where a row has fewer targets."""
-    return last_index(_ends_target(ids, lay, config), lay.target - 1, _slots(lay.target))
+    return last_index(_ends_target(ids, lay, config), lay.target - 1, largest(lay.target))
 
 
 def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch.Tensor | None = None) -> torch.Tensor:
@@ -51,9 +51,11 @@ def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch
     reads = _tells_user(ids, lay, config)
     # A place begins where request or event rise above all before: that holds for the kept tokens of a plan as well.
     number = (lay.request * (ids.shape[1] + 1) + lay.event) * reads
-    highest = functional.pad(number.cummax(1).values, (1, -1))
-    place = (number > highest).cumsum(1)
-    return last_index(reads if seen is None else reads & seen, place - 1, _slots(place))
+    # Neither the numbers of heads nor those of events ever fall, so that the highest of each is the latest.
+    of_events = lay.event > 0
+    highest = torch.maximum(*(value_at(number, latest(reads & part)) for part in (of_events, ~of_events)))
+    place = (number > functional.pad(highest, (1, -1))).cumsum(1)
+    return last_index(reads if seen is None else reads & seen, place - 1, largest(place))
 
 
 def item_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
@@ -69,7 +71,7 @@ def closes_item(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
 def in_order(marked: torch.Tensor) -> torch.Tensor:
     """Return where the marked of B x T tokens stand, one after another: B x M, -1 where a row has fewer."""
     number = marked.cumsum(1)
-    return last_index(marked, number - 1, _slots(number))
+    return last_index(marked, number - 1, largest(number))
 
 
 def mean_log_likelihood(
@@ -91,7 +93,7 @@ def mean_log_likelihood(
     written = lay.written & (lay.target > 0)
     wanted = written & functional.pad(written, (1, -1))  # all but the [TEXT] that opens it
     targets = functional.pad(torch.where(wanted, ids, UNKNOWN)[:, 1:], (0, 1), value=UNKNOWN)
-    known, slots = targets != UNKNOWN, _slots(lay.target)
+    known, slots = targets != UNKNOWN, largest(lay.target)
     logits = model.write_logits(states[known]).float()
     likelihood = -functional.cross_entropy(logits, targets[known], reduction="none")
     row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[known]
@@ -115,11 +117,6 @@ def _tells_user(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
     told = (lay.event > 0) | lay.source & (lay.kind == KIND_NUMBER["user"])
     told = (ids == config.segment_token_id) & told & ~skipped(lay, config)
     return told | lay.source & (ids == config.source_token_id)
-
-
-def _slots(numbers: torch.Tensor) -> int:
-    """The largest of numbers that count from 1."""
-    return int(numbers.max()) if numbers.numel() else 0
 
 
 __all__ = [

@@ -2,6 +2,8 @@
 
 Shapes: B rows, T tokens of a row, Q queries (the last Q of the T), P virtual tokens in front, K keys = P + T, and for
 picked tokens N slots of up to C tokens each.
+
+What the plan "flat" runs can be exported: sizes are read off `shape`, since `len` would fix them to the example's.
 """
 
 from typing import NamedTuple
@@ -127,34 +129,34 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
     structured = ((opens_source | opens_target) & valid & (rank == 0)).any(1, keepdim=True)
     real = valid & structured
     opens_source, opens_target = opens_source & real, opens_target & real
-    previous = torch.nn.functional.pad(_latest(valid), (1, -1), value=-1)
-    opens_document = valid & ~structured & (number != _at(number, previous))
+    previous = torch.nn.functional.pad(latest(valid), (1, -1), value=-1)
+    opens_document = valid & ~structured & (number != value_at(number, previous))
 
     # Regions: the latest opener decides. Targets of one request share its source and its positions after it.
-    opener = _latest(opens_source | opens_target | opens_document)
+    opener = latest(opens_source | opens_target | opens_document)
     before = torch.nn.functional.pad(opener, (1, -1), value=-1)
-    source = _at(opens_source, opener)
-    first_target = _latest(opens_target & _at(opens_source, before))
-    source_length = _at(rank - _at(rank, _latest(opens_source)), first_target)
-    request_position = rank - _at(rank, opener) + torch.where(source, 0, source_length)
+    source = value_at(opens_source, opener)
+    first_target = latest(opens_target & value_at(opens_source, before))
+    source_length = value_at(rank - value_at(rank, latest(opens_source)), first_target)
+    request_position = rank - value_at(rank, opener) + torch.where(source, 0, source_length)
 
     # Segments: opened by a kind token, by a marker, and by whatever follows a marker or a closing [SEG].
     kind_here = (input_ids - config.first_kind_token_id + 1).clamp(0, len(KINDS) + 1) % (len(KINDS) + 1) * real
     source_end = (input_ids == config.source_end_token_id) & real
     marker = opens_source | opens_target | source_end | (input_ids == config.eos_token_id) & real
     closes = marker | (input_ids == config.segment_token_id) & real
-    opens_segment = opens_document | real & ((kind_here > 0) | marker | _at(closes, previous))
-    segment_start = _latest(opens_segment)
+    opens_segment = opens_document | real & ((kind_here > 0) | marker | value_at(closes, previous))
+    segment_start = latest(opens_segment)
 
     # Events: [EVENT] opens one; [NOW] and [EOS'] close the last, so that the user vector never reads the moment.
     opens_event = source & (kind_here == KIND_NUMBER["event"])
     ends_event = opens_source | source & ((kind_here == KIND_NUMBER["now"]) | source_end)
-    in_event = source & _at(opens_event, _latest(opens_event | ends_event))
+    in_event = source & value_at(opens_event, latest(opens_event | ends_event))
     event = opens_event.cumsum(1)
-    event = (event - _at(event, _latest(opens_source))) * in_event
+    event = (event - value_at(event, latest(opens_source))) * in_event
 
     # Written: from the first [TEXT] of a target to the end of that target, whatever follows.
-    text = _latest(~source & (kind_here == KIND_NUMBER["text"]))
+    text = latest(~source & (kind_here == KIND_NUMBER["text"]))
     written = ~structured | ~source & (text >= 0) & (text >= opener)
     fields = Layout(
         valid,
@@ -162,10 +164,10 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
         written,
         opens_source.cumsum(1) + (opens_document.cumsum(1) - 1).clamp_min(0),
         opens_target.cumsum(1) * ~source,
-        _at(kind_here, segment_start),
+        value_at(kind_here, segment_start),
         event,
         opens_segment.cumsum(1),
-        rank - _at(rank, segment_start),
+        rank - value_at(rank, segment_start),
         request_position,
     )
     return Layout(*(field * valid for field in fields))
@@ -238,11 +240,11 @@ def mean_at_close(states: torch.Tensor, lay: Layout, closing: torch.Tensor) -> t
 
     `closing` (B x T bool) marks [SEG]; the segment must be there whole.
     """
-    slots = int(lay.segment.max()) + 1
-    slot = lay.segment + torch.arange(len(states), device=states.device)[:, None] * slots
-    count = torch.bincount(slot.flatten(), minlength=len(states) * slots).clamp_min(1)
-    total = states.new_zeros(len(count), states.shape[-1]).index_add(0, slot.flatten(), states.flatten(0, 1))
-    mean = (total / count[:, None])[slot]
+    slots = largest(lay.segment) + 1
+    slot = (lay.segment + row_starts(lay.segment, slots)).flatten()
+    count = slot.new_zeros(states.shape[0] * slots).index_add(0, slot, torch.ones_like(slot)).clamp_min(1)
+    total = states.new_zeros(states.shape[0] * slots, states.shape[-1]).index_add(0, slot, states.flatten(0, 1))
+    mean = (total / count[:, None]).index_select(0, slot).view_as(states)
     return torch.where((closing & lay.valid & ~lay.written)[..., None], mean, states)
 
 
@@ -267,6 +269,38 @@ def attention_bias(
     return bias.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
 
+def largest(numbers: torch.Tensor) -> int:
+    """Return the largest of B x T numbers, or 0 if there are none.
+
+    While a graph is exported these must be the numbers 0 to T of whole rows: a size that `torch.export` and ONNX can
+    follow takes the place of the number, which no graph can hold.
+    """
+    if torch.compiler.is_exporting():
+        index = torch.arange(numbers.shape[1], device=numbers.device)
+        return (index < numbers.max()).nonzero().shape[0]
+    return int(numbers.max()) if numbers.numel() else 0
+
+
+def row_starts(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Return where each of B x ... rows begins when they stand one after another, `size` places each: B x 1."""
+    return torch.arange(rows.shape[0], device=rows.device)[:, None] * size
+
+
+def latest(where: torch.Tensor) -> torch.Tensor:
+    """B x T bool -> index of the latest True at or before each token, -1 if none."""
+    tokens = where.shape[1]
+    index = torch.arange(tokens, device=where.device).expand_as(where)
+    rank = where.cumsum(1)
+    # The index of each True by its rank; rank 0 stands for none, and the last place takes what is not True.
+    places = torch.full((where.shape[0], tokens + 2), -1, device=where.device)
+    return places.scatter(1, torch.where(where, rank, tokens + 1), index).gather(1, rank)
+
+
+def value_at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values[b, index[b, t]], zero where the index is -1."""
+    return values.gather(1, index.clamp_min(0)) * (index >= 0)
+
+
 def last_index(where: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Tensor:
     """Find the last marked token of each slot: B x T bool and B x T slot numbers -> B x slots, -1 if none."""
     index = torch.arange(where.shape[1], device=where.device).expand_as(where)
@@ -289,24 +323,13 @@ def blank(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.masked_fill((index < 0)[..., None], float("nan"))
 
 
-def _latest(where: torch.Tensor) -> torch.Tensor:
-    """B x T bool -> index of the latest True at or before each token, -1 if none."""
-    index = torch.arange(where.shape[1], device=where.device).expand_as(where)
-    return index.masked_fill(~where, -1).cummax(1).values
-
-
-def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """values[b, index[b, t]], zero where the index is -1."""
-    return values.gather(1, index.clamp_min(0)) * (index >= 0)
-
-
 def _equal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query[:, :, None] == key[:, None]
 
 
 def _not_later(lay: Layout, queries: int) -> torch.Tensor:
     index = torch.arange(lay.valid.shape[1], device=lay.valid.device)
-    return (index[None] <= index[len(index) - queries :, None])[None]
+    return (index[None] <= index[index.shape[0] - queries :, None])[None]
 
 
 def _sees_whole_document(query: Layout, config: M6RecConfig) -> torch.Tensor:
@@ -322,12 +345,16 @@ __all__ = [
     "attention_bias",
     "blank",
     "joint_mask",
+    "largest",
     "last_index",
+    "latest",
     "layout",
     "mean_at_close",
     "pick",
     "read",
+    "row_starts",
     "segment_mask",
     "skipped",
     "summary_keys",
+    "value_at",
 ]

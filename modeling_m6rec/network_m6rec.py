@@ -27,9 +27,11 @@ from .layout_m6rec import (
     at,
     attention_bias,
     joint_mask,
+    largest,
     layout,
     mean_at_close,
     pick,
+    row_starts,
     segment_mask,
     summary_keys,
 )
@@ -230,12 +232,19 @@ class M6RecModel(M6RecPreTrainedModel):
         item = (lay.kind == KIND_NUMBER["item"]) & lay.valid & ~lay.written
         closing = item & (ids == self.config.segment_token_id)
         words = item & ~closing & (lay.segment_position > 0)
-        slots = int(lay.segment.max()) + 1
-        slot = lay.segment + torch.arange(len(ids), device=ids.device)[:, None] * slots
-        read = self.read_words(ids[words], torch.bincount(slot[words], minlength=len(ids) * slots))
-        row, column = closing.nonzero(as_tuple=True)
-        place = row * states.shape[1] + column + states.shape[1] - ids.shape[1]
-        return states.flatten(0, 1).index_add(0, place, read[slot[closing]].to(states.dtype)).view_as(states)
+        slots = largest(lay.segment) + 1
+        slot = (lay.segment + row_starts(ids, slots)).flatten()
+        vectors = self.word_vectors(ids) * words[..., None]
+        total = vectors.new_zeros(ids.shape[0] * slots, vectors.shape[-1]).index_add(0, slot, vectors.flatten(0, 1))
+        count = slot.new_zeros(ids.shape[0] * slots).index_add(0, slot, words.flatten().long())
+        read = (total / count.clamp_min(1).sqrt()[:, None]).index_select(0, slot).view_as(vectors)
+        read = torch.where(closing[..., None], read, 0).to(states.dtype)
+        return states + functional.pad(read, (0, 0, states.shape[1] - ids.shape[1], 0))
+
+    def word_vectors(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return word memory of each of B x T words, B x T x H."""
+        assert self.word_memory is not None
+        return self.word_memory(ids.flatten()[:, None]).view(*ids.shape, -1)
 
     def add_words_in_bank(
         self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor
@@ -463,7 +472,7 @@ class M6RecModel(M6RecPreTrainedModel):
         def front(field: torch.Tensor) -> torch.Tensor:
             return functional.pad(field, (ahead, 0))
 
-        order = torch.arange(ahead, device=embeds.device).expand(len(embeds), -1)
+        order = torch.arange(ahead, device=embeds.device).expand(embeds.shape[0], -1)
         positions = torch.cat((order, self.embedding_positions(here)), 1)
         # Virtual tokens are seen from the joint layers on: a segment state depends on its segment alone.
         bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)

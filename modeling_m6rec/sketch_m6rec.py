@@ -52,13 +52,14 @@ class M6RecWordSketch(nn.Module):
         kept = self.rarity[:words]
         self.rarity = torch.cat((kept, kept.max().expand(more))) if len(kept) else kept
 
-    def forward(self, ids: torch.Tensor, texts: torch.Tensor, number: int) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, texts: torch.Tensor, number: int, where: torch.Tensor) -> torch.Tensor:
         """Sketch texts.
 
         Args:
-            ids: Words of all texts, in any order.
-            texts: The text that each stands in, counted from 0.
+            ids: B x T ids, words of the texts among them.
+            texts: B x T, the text that each stands in, counted from 0.
             number: How many texts there are.
+            where: B x T bool, the ids that are words of a text.
 
         Returns:
             number x D, l2-normalised; zero where a text has no word.
@@ -66,16 +67,17 @@ class M6RecWordSketch(nn.Module):
         Raises:
             ValueError: If no words have been counted.
         """
-        if not self.is_counted:
+        if not torch.compiler.is_exporting() and not self.is_counted:  # `export_program` asks before it exports
             raise ValueError(
                 "word_similarity does not know how rare words are: train with it or name it to `m6rec evaluate`, which "
                 "count the catalogue's words, or call model.model.word_sketch.count(processor.encode_items(items))"
             )
         key = ids * FACTOR % RANGE
         steps = self.rarity[ids] * (1 - 2 * (key >> 31))
-        sketch = self.rarity.new_zeros(number * self.width)
-        sketch.index_add_(0, texts * self.width + (key >> 4) % self.width, steps)
-        return functional.normalize(sketch.view(number, self.width), dim=-1)
+        # One text more takes what is no word: to choose the words first would make a size that depends on their number.
+        place = texts.masked_fill(~where, number) * self.width + (key >> 4) % self.width
+        sketch = self.rarity.new_zeros((number + 1) * self.width).index_add(0, place.flatten(), steps.flatten())
+        return functional.normalize(sketch.view(number + 1, self.width)[:number], dim=-1)
 
 
 __all__ = ["M6RecWordSketch"]

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from .heads_m6rec import Beside, closes_item, item_places, user_places
-from .layout_m6rec import Layout, blank, layout, read
+from .layout_m6rec import Layout, blank, largest, latest, layout, read, row_starts, value_at
 
 if TYPE_CHECKING:
     from .modeling_m6rec import M6RecForRecommendation
@@ -107,7 +107,7 @@ def item_sketches(model: "M6RecForRecommendation", ids: torch.Tensor, valid: tor
     """Say what words items hold that stand by themselves: M x L ids of [ITEM] ... [SEG] -> M x W."""
     words = valid & (ids != model.config.segment_token_id)
     words[:, 0] = False
-    return model.model.word_sketch(ids[words], words.nonzero()[:, 0], len(ids))
+    return model.model.word_sketch(ids, row_starts(ids, 1).expand_as(ids), ids.shape[0], words)
 
 
 def _row_sketches(
@@ -127,7 +127,7 @@ def _row_sketches(
         sketches = _sketches(model, ids, lay, closing)
     met = closing.cumsum(1)  # candidates stand behind their user, and before that of the next request
     opens = (ids == config.source_token_id) & lay.source
-    earlier = (met * opens).cummax(1).values  # of other requests in the row
+    earlier = value_at(met, latest(opens))  # of other requests in the row
     # The sum of all items so far, less that of all but the last few.
     total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
     last, first = read(beside(met, 0), users), read(beside(torch.maximum(met - SIMILAR_ITEMS, earlier), 0), users)
@@ -136,13 +136,14 @@ def _row_sketches(
 
 def _sketches(model: "M6RecForRecommendation", ids: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
     """Sketch the items of B x T ids whose [SEG] are `closing`, in their order: B x M x W."""
-    number, segments = closing.cumsum(1), int(lay.segment.max()) + 1
-    items = int(number.max())
-    item = torch.full((len(ids), segments + 1), -1, device=ids.device)
-    item = item.scatter(1, lay.segment.masked_fill(~closing, segments), number - 1)[:, :segments].gather(1, lay.segment)
+    number, segments = closing.cumsum(1), ids.shape[1] + 1
+    items = largest(number)
+    item = torch.full((ids.shape[0], segments + 1), -1, device=ids.device)
+    item = item.scatter(1, lay.segment.masked_fill(~closing, segments), number - 1).gather(1, lay.segment)
     words = (item >= 0) & (lay.segment_position > 0) & (ids != model.config.segment_token_id) & lay.valid
-    text = item + items * torch.arange(len(ids), device=ids.device)[:, None]
-    return model.model.word_sketch(ids[words], text[words], len(ids) * items).unflatten(0, (len(ids), items))
+    text = item + row_starts(ids, items)
+    sketches = model.model.word_sketch(ids, text, ids.shape[0] * items, words)
+    return sketches.view(ids.shape[0], items, sketches.shape[-1])
 
 
 def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
