@@ -11,7 +11,7 @@ BASE ?= HEAD
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-all lint types format docs bench reproduce-beauty reproduce-beauty-cold \
+.PHONY: help quickstart test check test-all fuzz lint types format docs bench reproduce-beauty reproduce-beauty-cold \
 	reproduce-movielens reproduce-tallrec clean
 
 help: ## show this list
@@ -45,6 +45,11 @@ test-all: $(VENV)/.movielens $(VENV)/.ray lint types ## all tests, also the slow
 
 check: $(VENV)/.installed lint types ## the inner loop: lint, types, and the tests of the files that differ from BASE (HEAD)
 	$(PYTEST) $$($(BIN)/python tests/changed.py $(BASE))
+
+SEED ?= 0
+BUDGET ?= inf
+fuzz: $(VENV)/.installed ## drawn requests, tables, recipes and damaged files (SEED=0 BUDGET=seconds ARGS="--scale 0.1")
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz --seed $(SEED) --budget $(BUDGET) $(ARGS)
 
 lint: $(VENV)/.installed ## ruff: style, annotations, docstrings, complexity
 	$(BIN)/ruff check .
