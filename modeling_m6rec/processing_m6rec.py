@@ -24,6 +24,7 @@ from .request_m6rec import (
     wrong_type,
 )
 from .tokenization_m6rec import KINDS, M6RecTokenizer
+from .values_m6rec import normalize_id
 from .wording_m6rec import Event, Segment, Wording
 
 FORMAT_VERSION = 1
@@ -78,7 +79,7 @@ class M6RecProcessor(ProcessorMixin):
         self.max_events = max_events
         self.time = time
         self.forget_events = forget_events
-        self.item_rows = item_rows if item_rows is None else {str(key): row for key, row in item_rows.items()}
+        self.item_rows = None if item_rows is None else _rows_by_id(item_rows)
         super().__init__(tokenizer)
         self._ids = tokenizer.structural_ids
         self.options = self._ids["num_options"] if options is True else int(options)
@@ -376,6 +377,15 @@ class M6RecProcessor(ProcessorMixin):
         if role not in ("user", "system"):
             raise ValueError(f"text[{place}].role: expected user, system or assistant, got {role!r}")
         return role, check_text(fields.get("content"), f"text[{place}].content")
+
+
+def _rows_by_id(rows: Mapping[Any, int]) -> dict[str, int]:
+    """Return rows of the item memory by normalised id; of two keys that are one id, the normalised one counts.
+
+    Tables once kept white space around ids, so older processors may hold such keys.
+    """
+    ids = {key: normalize_id(key, "item_rows: a key") for key in rows}
+    return {known: rows[known] if known in rows else rows[key] for key, known in ids.items()}
 
 
 def _templates() -> Any:

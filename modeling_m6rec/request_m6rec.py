@@ -3,11 +3,13 @@
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from datetime import UTC, date, datetime
+from datetime import date
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+
+from .values_m6rec import time_seconds, time_text
 
 SCORING_TASKS = ("click", "rating", "interaction")
 WRITING_TASKS = ("explanation", "query", "conversation", "item_text")
@@ -100,18 +102,8 @@ def check_number(value: Any, place: str) -> float:
 
 
 def check_moment(value: Any, place: str) -> float:
-    """Return a moment in Unix seconds, given as such, as a datetime or as an ISO text (UTC where no zone is named)."""
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value.strip())
-        except ValueError as error:
-            raise ValueError(f"{place}: {_short(value)} is neither Unix seconds nor an ISO date and time") from error
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
-    if isinstance(value, datetime):
-        moment = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return check_number((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds(), place)
-    return check_number(value, place)
+    """Return a moment in seconds, read by the rule for times; small numbers count from a beginning of their own."""
+    return time_seconds(value, place, relative=True)
 
 
 def number_text(value: float) -> str:
@@ -142,8 +134,7 @@ def value_text(value: Any, place: str, words: Mapping[str, str]) -> str:
     if isinstance(value, list | tuple) and value:
         return words["list"].join(value_text(each, f"{place}[{index}]", words) for index, each in enumerate(value))
     if isinstance(value, date):
-        check_moment(value, place)  # a missing date of pandas is a datetime too
-        return value.isoformat()
+        return time_text(value, place)
     if isinstance(value, Real):
         check_number(value, place)
         return number_text(value)  # type: ignore[arg-type]  # numbers.Real is no type to mypy

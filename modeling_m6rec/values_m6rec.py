@@ -1,33 +1,234 @@
-"""Values that every part of m6rec reads by one rule: ids."""
+"""Values that every part of m6rec reads by one rule: ids and times."""
 
 import math
+import re
+import reprlib
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
+EXACT_FLOAT = 2**53
+"""From here on a float no longer tells neighbouring whole numbers apart."""
+
+TIME_UNITS = {
+    "seconds": (1e8, 1e11, 1.0),
+    "milliseconds": (1e11, 1e14, 1e3),
+    "microseconds": (1e14, 1e17, 1e6),
+    "nanoseconds": (1e17, 1e20, 1e9),
+}
+"""Unit of a number since 1970 -> the magnitudes that are read in it (from, up to), and how many make a second.
+
+Each reaches from 1973 to 5138. A smaller number is no time by itself: years (2019), written dates (20231114), days of a
+spreadsheet (45244) and positions (0, 1, 2) are such numbers."""
+WORDS, MOMENT = "words", "moment"
+"""How a time is given that is not a number: as an ISO 8601 text, or as a date or datetime."""
+EARLIEST, LATEST = -62135596800.0, 1e11
+"""Seconds of the first time, the beginning of the year 1, and the end, in 5138: as numbers these stay seconds."""
+TIME_EXPECTED = (
+    "seconds (also milliseconds, microseconds, nanoseconds) since 1970, an ISO 8601 date or time, or a datetime"
+)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?")
+_YEAR_FIRST = re.compile(r"([0-9]{4})[-/.]([0-9]{1,2})(?:[-/.]([0-9]{1,2})(?:([T ])([0-9]{1,2})(:.*|[-+Z].*)?)?)?")
+_DATE_DIGITS = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+
 
 def normalize_id(value: Any, place: str) -> str:
-    """Return an id as text: white space around it is removed, and 7, 7.0 and "7" are one id.
+    """Return an id as text: white space around it is removed, and 7, 7.0 and "7" are one id; "007" stays "007".
 
     >>> normalize_id(7.0, "item_id"), normalize_id(" A ", "item_id")
     ('7', 'A')
 
     Args:
-        value: A text that is not empty, or a finite number.
+        value: A text that is not empty, a whole number, or a float or decimal that is whole. A float must be below
+            2**53: from there on two ids may be the same float.
         place: Where the value stands, for the error.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is none of them.
     """
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-        number = float(value)
-        return str(int(number)) if number.is_integer() and abs(number) < 2**53 else repr(number)
+    if isinstance(value, str):
+        text = value.strip()
+        if text and _is_unicode(text):
+            return text
+    elif isinstance(value, Integral) and not isinstance(value, bool):
+        if abs(int(value)) < 10**1000:
+            return str(int(value))
+    elif isinstance(value, Real | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        whole = int(value)  # type: ignore[arg-type]  # numbers.Real is no type to mypy
+        if whole == value and (abs(whole) < EXACT_FLOAT or isinstance(value, Decimal)):
+            return str(whole)
+        raise ValueError(f"{place}: {value!r} is no id: give a whole number below 2**53, or the id as a text")
     raise ValueError(
-        f"{place}: {value!r} ({type(value).__name__}) is no id: give a text that is not empty, or a finite number"
+        f"{place}: {short(value)} ({type(value).__name__}) is no id: give a text that is not empty, or a whole number"
     )
 
 
-__all__ = ["normalize_id"]
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which no file can hold
+        return False
+    return True
+
+
+def near_id(item_id: str) -> str:
+    """Return what ids that people may mean as one have in common: `00006`, `6.0` and `6`; `Ab-1` and `ab-1`.
+
+    >>> near_id("00006"), near_id("6.0"), near_id("Ab-1 ")
+    ('6', '6', 'ab-1')
+    """
+    text = "".join(each for each in item_id.casefold() if each.isprintable() and not each.isspace())
+    found = re.fullmatch(r"[+]?0*([0-9]+)(?:\.0*)?", text)
+    return found[1] if found else text
+
+
+def time_seconds(value: Any, place: str, relative: bool = False) -> float:
+    """Return a time as seconds since 1970, by one rule for requests and tables.
+
+    A number is in seconds, milliseconds, microseconds or nanoseconds by its magnitude (TIME_UNITS); so is a text that
+    holds one. Any other text is an ISO 8601 date or time. What names no zone is in UTC. Less than a microsecond is cut.
+
+    >>> time_seconds(1577836800000, "timestamp"), time_seconds("2020-01-01T08:00+08:00", "timestamp")
+    (1577836800.0, 1577836800.0)
+
+    Args:
+        value: A number, a text, a date or datetime, or such a scalar of NumPy or pandas.
+        place: Where it stands, for the error.
+        relative: Whether a number below the magnitude of all units is seconds since any other moment. Only the time
+            between two events is worded, so a request may count from a beginning of its own.
+
+    Raises:
+        ValueError: It is no time.
+        TypeError: It is of a type that no time has.
+    """
+    return read_time(value, place, relative)[0]
+
+
+def read_time(value: Any, place: str, relative: bool = False) -> tuple[float, str]:
+    """Return a time as `time_seconds` does, and how it was given: a name of TIME_UNITS, WORDS or MOMENT."""
+    if isinstance(value, np.datetime64):
+        value = value.astype("datetime64[us]").item()  # None for "not a time", a number beyond the year 9999
+        if not isinstance(value, datetime):
+            raise ValueError(f"{place}: NaT, or a time beyond the year 9999: expected {TIME_EXPECTED}")
+    if isinstance(value, date):
+        return _of_date(value, place), MOMENT
+    if isinstance(value, str):
+        text = value.strip()
+        if not _NUMBER.fullmatch(text):
+            return _of_words(text, place), WORDS
+        return _of_number(float(text), value, place, relative)
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        raise TypeError(f"{place}: expected {TIME_EXPECTED}, got {type(value).__name__} ({short(value)})")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    return _of_number(number, value, place, relative)
+
+
+def _of_number(number: float, given: Any, place: str, relative: bool) -> tuple[float, str]:
+    if not math.isfinite(number):
+        raise ValueError(f"{place}: {short(given)} is no time: expected a finite number, or {TIME_EXPECTED}")
+    written = written_date(number)
+    if written:
+        raise ValueError(
+            f"{place}: {short(given)} is no time: its digits are a date, write {written[0].isoformat()!r}; "
+            f"expected {TIME_EXPECTED}"
+        )
+    size = abs(number)
+    for unit, (first, last, in_a_second) in TIME_UNITS.items():
+        if first <= size < last:
+            return number / in_a_second, unit
+    if relative and size < TIME_UNITS["seconds"][0]:
+        return number, "seconds"
+    raise ValueError(f"{place}: {short(given)} is no time: expected {TIME_EXPECTED}")
+
+
+def written_date(number: float) -> tuple[datetime, str] | None:
+    """Return the date that a number's digits are, and its form: 20231114 is one; None where they are none."""
+    if not (1.9e7 <= number < 2.1e13 and number.is_integer()):
+        return None
+    digits = str(int(number))
+    form = _DATE_DIGITS.get(len(digits))
+    if form is None or not "1900" <= digits[:4] < "2100":
+        return None
+    try:
+        return datetime.strptime(digits, form), form
+    except ValueError:  # a month 13, an hour 24
+        return None
+
+
+def _of_date(value: date, place: str) -> float:
+    if value != value:  # NaT
+        raise ValueError(f"{place}: {value} is no time: expected {TIME_EXPECTED}")
+    if not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    # pandas' own kind of datetime counts nanoseconds, and may lie beyond the year 9999
+    fields = (value.year, value.month, value.day, value.hour, value.minute, value.second, value.microsecond)
+    try:
+        since = datetime(*fields, tzinfo=value.tzinfo or UTC, fold=value.fold) - _EPOCH
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{place}: {value} is no time between the years 1 and 5138: {error}") from error
+    seconds = since.days * 86400 + since.seconds + since.microseconds / 1e6
+    if not EARLIEST <= seconds < LATEST:
+        raise ValueError(f"{place}: {value} is no time between the years 1 and 5138")
+    return seconds
+
+
+def _of_words(text: str, place: str) -> float:
+    iso = re.sub(r" ?(UTC|GMT)$", "+00:00", text)
+    if found := _YEAR_FIRST.fullmatch(iso):  # 2020-1-2 3:04 and 2020/01/02 are meant the same
+        year, month, day, between, hour, rest = found.groups()
+        iso = f"{year}-{month:0>2}-{day or '1':0>2}" + (f"{between}{hour:0>2}{rest or ''}" if hour else "")
+    try:
+        return _of_date(datetime.fromisoformat(iso), place)
+    except ValueError as error:
+        raise ValueError(f"{place}: {short(text)} is no time: expected {TIME_EXPECTED}") from error
+
+
+def time_text(value: date, place: str) -> str:
+    """Write a date or datetime in ISO form, in UTC where it names a zone: equal moments are written alike.
+
+    Raises:
+        ValueError: It is a missing date, which to pandas is a datetime too.
+    """
+    _of_date(value, place)
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        return value.isoformat()
+    try:
+        return value.astimezone(UTC).isoformat()
+    except OverflowError as error:
+        raise ValueError(f"{place}: {value} is not between the years 1 and 9999 in UTC") from error
+
+
+def short(value: Any) -> str:
+    """Write a value for an error, at no great length."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return f"a whole number of {value.bit_length()} bits"
+    text = _SHORT.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+__all__ = [
+    "EARLIEST",
+    "EXACT_FLOAT",
+    "LATEST",
+    "MOMENT",
+    "TIME_EXPECTED",
+    "TIME_UNITS",
+    "WORDS",
+    "near_id",
+    "normalize_id",
+    "read_time",
+    "short",
+    "time_seconds",
+    "time_text",
+    "written_date",
+]

@@ -283,15 +283,19 @@ def _key(item: Any, place: str) -> Any:
         return item
     if not isinstance(item, Mapping):
         raise wrong_type(item, place, "a text or a mapping of fields")
-    values = [
-        (tuple(value), *map(type, value)) if isinstance(value, list | tuple) else value for value in item.values()
-    ]
-    key = (tuple(item), tuple(values), tuple(map(type, values)))
+    key = (tuple(item), tuple(map(_exactly, item.values())))
     try:
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _exactly(value: Any) -> Any:
+    """Say what a value is so that other types, and equal moments of other zones, are not the same."""
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_exactly, value))
+    return type(value), value.isoformat() if isinstance(value, date) else value
 
 
 def _present(fields: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,14 @@ import numpy
 import pandas
 from datasets import Dataset
 
+from ..values_m6rec import near_id, normalize_id
 from .beauty import beauty_tables
 from .lastfm import lastfm_tables
 from .movielens import find_movielens, movielens_tables
-from .splits import PARTS
+from .splits import PARTS, tie_keys
 from .tables import Table, find_folder, load_table
 from .tallrec import tallrec_tables
+from .times import ORDER, check_form
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,14 @@ class DataArguments:
     """Table of items: item_id and text columns."""
     users: str | None = None
     """Table of users: user_id and text columns. None: nothing is known of users."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Role -> column, for each role whose column is not called like it; an id's is the same in all tables. The role
-    `part` (train, valid or test, for `evaluation.split: given`) is read only where it is named here."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Role -> column, for each role whose column is not called like it; an id's is the same in all tables. None: no
+    column is of that role, whatever it is called. The role `part` (train, valid or test, for `evaluation.split: given`)
+    is read only where it is named here."""
+    time_format: str | None = None
+    """How the column of times is written. None: seconds, milliseconds, microseconds or nanoseconds since 1970, by their
+    magnitude, or ISO 8601. Else one of these units, `excel` (days of a spreadsheet), a form such as `%d.%m.%Y`, or
+    `order`: numbers that say which of a user's events came first and nothing of the time between them."""
     item_columns: list[str] | None = None
     """Columns of the items table that the model reads, in this order. None: all but the id."""
     drop_invalid: bool = False
@@ -86,6 +93,10 @@ class DataArguments:
         unknown = [role for role in self.columns if role not in ROLES]
         if unknown:
             raise ValueError(f"data.columns: unknown role {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
+        required = [role for role in ("user_id", "item_id") if self.columns.get(role, role) is None]
+        if required:
+            raise ValueError(f"data.columns.{required[0]} is null, and no event is without it: name its column")
+        check_form(self.time_format)
         if not math.isfinite(self.min_rating_liked):
             raise ValueError(f"data.min_rating_liked is {self.min_rating_liked}; expected a finite number")
         tables = [name for name in ("interactions", "items", "users", "columns") if getattr(self, name)]
@@ -102,7 +113,8 @@ class Log:
     interactions: pandas.DataFrame
     """user_id, item_id, timestamp (seconds since 1970, UTC; NaN everywhere where the table has no times); where given
     also rating (NaN where unknown), event, label (0 or 1, NaN where unknown), text (empty where missing) and part. Rows
-    keep the table's order. Ids, events and parts are categories: some 30 bytes a row, and what its text takes."""
+    keep the table's order, or stand in that of `data.time_format: order`. Ids, events and parts are categories: some 30
+    bytes a row, and what its text takes."""
     items: pandas.DataFrame
     """Text columns by item_id; what is missing is empty, and no row is empty altogether."""
     users: pandas.DataFrame | None = None
@@ -112,15 +124,17 @@ class Log:
 
     def item_fields(self, item_id: str) -> dict[str, str]:
         """The texts of an item by column, in order, without the empty ones."""
-        if item_id not in self.items.index:
-            raise KeyError(f"item {item_id!r} is not in the items table")
-        return _filled(self.items, item_id)
+        known = normalize_id(item_id, "item_id")
+        if known not in self.items.index:
+            raise KeyError(f"item {item_id!r} is not in the items table{nearly(known, self.items.index)}")
+        return _filled(self.items, known)
 
     def user_fields(self, user_id: str) -> dict[str, str]:
         """The texts of a user by column, without the empty ones; nothing for a user whom no table describes."""
-        if self.users is None or user_id not in self.users.index:
+        known = normalize_id(user_id, "user_id")
+        if self.users is None or known not in self.users.index:
             return {}
-        return _filled(self.users, user_id)
+        return _filled(self.users, known)
 
 
 def _filled(texts: pandas.DataFrame, row: str) -> dict[str, str]:
@@ -168,22 +182,44 @@ def build_log(interactions: Dataset, items: Dataset, users: Dataset | None, argu
     """
     described = _described("items", items, arguments)
     table = Table("interactions", interactions, arguments.columns, arguments.drop_invalid)
-    events = _events(table, described.texts.index)
+    events = _events(table, described.texts.index, arguments)
     if "label" not in events and "rating" in events:
         liked = (events["rating"] >= arguments.min_rating_liked).astype(float)
         events["label"] = _smallest(liked.where(events["rating"].notna()))
-    kept = events
-    if not events["timestamp"].isna().all():
-        known = [name for name in ("user_id", "item_id", "timestamp", "event") if name in events]
-        repeated = repeated_rows(events[known])
-        if repeated.any():
-            kept = events[~repeated].reset_index(drop=True)
-            table.dropped[f"interactions: repeats another row's {', '.join(known)}"] = int(repeated.sum())
+    kept = _in_order(_without_repeated(events, table), arguments.seed)
     profiles = None if users is None else _described("users", users, arguments)
     dropped = {**described.dropped, **table.dropped, **(profiles.dropped if profiles else {})}
     for reason, count in dropped.items():
         logger.warning("dropped %d rows: %s", count, reason)
     return Log(kept, described.texts, profiles.texts if profiles else None, dropped)
+
+
+def _without_repeated(events: pandas.DataFrame, table: Table) -> pandas.DataFrame:
+    when = ORDER if ORDER in events else "timestamp"
+    if events[when].isna().all():
+        return events
+    known = [name for name in ("user_id", "item_id", when, "event") if name in events]
+    repeated = repeated_rows(events[known])
+    if not repeated.any():
+        return events
+    named = [table.column("timestamp") if name == ORDER else name for name in known]
+    table.dropped[f"interactions: repeats another row's {', '.join(named)}"] = int(repeated.sum())
+    return events[~repeated].reset_index(drop=True)
+
+
+def _in_order(events: pandas.DataFrame, seed: int) -> pandas.DataFrame:
+    """Puts events into the order that a column says, if one does; equal places at random, as equal times are."""
+    if ORDER not in events:
+        return events
+    rows = numpy.lexsort((tie_keys(events, seed), events[ORDER].to_numpy()))
+    return events.drop(columns=ORDER).iloc[rows].reset_index(drop=True)
+
+
+def nearly(item_id: str, known: Iterable[str]) -> str:
+    """Say which of the known ids nearly is one that is not among them, for an error; nothing if none is."""
+    near = near_id(item_id)
+    found = next((each for each in known if near_id(each) == near), None)
+    return "" if found is None else f"; {found!r} nearly is it: write the id alike"
 
 
 def repeated_rows(rows: pandas.DataFrame) -> numpy.ndarray:
@@ -218,11 +254,19 @@ def _described(name: str, rows: Dataset, arguments: DataArguments) -> _Described
     return _Described(table.kept(texts), table.dropped)
 
 
-def _events(table: Table, item_ids: pandas.Index) -> pandas.DataFrame:
+def _events(table: Table, item_ids: pandas.Index, arguments: DataArguments) -> pandas.DataFrame:
     events = pandas.DataFrame({role: table.ids(role) for role in ("user_id", "item_id")})
-    table.refuse(~events["item_id"].isin(item_ids), table.column("item_id"), "an item of the items table")
-    if table.has("timestamp"):
-        events["timestamp"] = table.seconds("timestamp")
+    known = events["item_id"].isin(item_ids)
+    table.refuse(
+        ~known,
+        table.column("item_id"),
+        "an item of the items table",
+        lambda row: _nearly_known(events["item_id"][~known], item_ids),
+    )
+    if table.has("timestamp") and arguments.time_format == ORDER:
+        events["timestamp"], events[ORDER] = math.nan, table.order("timestamp")
+    elif table.has("timestamp"):
+        events["timestamp"] = table.seconds("timestamp", arguments.time_format)
     else:
         logger.warning("%s: no column 'timestamp': each user's events keep the order of the table", table.name)
         events["timestamp"] = math.nan
@@ -244,6 +288,17 @@ def _events(table: Table, item_ids: pandas.Index) -> pandas.DataFrame:
     return events
 
 
+def _nearly_known(unknown: pandas.Series, item_ids: pandas.Index) -> str:
+    """Say how many of the ids that are not in the items table nearly are, and how the first is written there."""
+    known = {near_id(item_id): item_id for item_id in reversed(item_ids)}
+    near = {str(item_id): known[near_id(item_id)] for item_id in unknown.unique() if near_id(item_id) in known}
+    if not near:
+        return ""
+    given, found = next(iter(near.items()))
+    count = int(unknown.isin(list(near)).sum())
+    return f"; {count} of these are nearly there, {given!r} as {found!r}: write ids alike in both tables"
+
+
 def _smallest(labels: pandas.Series) -> pandas.Series:
     """Labels as small numbers: whole ones where all are known."""
     return labels.astype("float32" if labels.hasnans else "int8")
@@ -256,6 +311,7 @@ __all__ = [
     "Log",
     "Source",
     "build_log",
+    "nearly",
     "read_log",
     "read_movielens",
     "repeated_rows",

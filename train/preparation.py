@@ -6,7 +6,9 @@ tokenizer is trained, where the recipe asks for a new one.
 m6rec prepare own-data.yaml
 """
 
+import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ import pandas
 
 from ..reading_m6rec import Reading
 from ..tokenization import M6RecProcessor
+from ..values_m6rec import near_id
 from .build import item_texts, make_processor, make_split, make_writer
 from .corpus import AnySource, StreamedSource, vocabulary_texts
-from .data import Log, read_log, repeated_rows
+from .data import DataArguments, Log, read_log, repeated_rows
 from .evaluation import count_repeats
 from .examples import SCORED, Candidates, Negatives, RequestWriter, refuse_equal_labels, windows
 from .pretrain import raw_sources
 from .recipe import Recipe
 from .splits import PARTS, Split, cold_items, histories
+from .times import ORDER
 from .writing import TextSource, dialogue_examples
 
 READ = 500
@@ -51,7 +55,7 @@ def prepare_report(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.source != "tables" or recipe.data.interactions or recipe.data.items or not raw:
         log = read_log(recipe.data)
         split = make_split(recipe, log)
-        report |= {"events": _events(log), "items": _items(log), "users": _users(log), "dropped": log.dropped}
+        report |= {"events": _events(log, recipe), "items": _items(log), "users": _users(log), "dropped": log.dropped}
         report |= {"split": _split(split, recipe), "warnings": _warnings(log, split) + _repeats(split, recipe)}
         writer = make_writer(recipe, log, split)
         processor = _processor(recipe, log, writer, raw)
@@ -104,7 +108,7 @@ def _number(value: Any) -> str:
 # The log
 
 
-def _events(log: Log) -> dict[str, Any]:
+def _events(log: Log, recipe: Recipe) -> dict[str, Any]:
     frame = log.interactions
     counts = frame["user_id"].value_counts()
     counts = counts[counts > 0]
@@ -116,7 +120,7 @@ def _events(log: Log) -> dict[str, Any]:
         "items met": met,
         "density": (len(frame) - repeated) / (len(counts) * len(log.items)),
         "of an item that the user has met before": repeated,
-        "time": _time(frame),
+        "time": _time(frame, recipe.data),
         "per user": {
             "fewest": int(counts.min()),
             "median": float(counts.median()),
@@ -133,8 +137,11 @@ def _events(log: Log) -> dict[str, Any]:
     return found
 
 
-def _time(frame: pandas.DataFrame) -> dict[str, Any] | str:
+def _time(frame: pandas.DataFrame, data: DataArguments) -> dict[str, Any] | str:
     times = frame["timestamp"]
+    if times.isna().all() and data.time_format == ORDER:
+        column = data.columns.get("timestamp") or "timestamp"
+        return f"none: each user's events stand in the order of the column {column!r}"
     if times.isna().all():
         return "none: each user's events keep the order of the table"
     first, last = (
@@ -202,7 +209,18 @@ def _warnings(log: Log, split: Split) -> list[str]:
     frame = log.interactions
     if frame["timestamp"].min() < EARLY:
         first = pandas.Timestamp(frame["timestamp"].min(), unit="s").isoformat(" ", "seconds")
-        found.append(f"the first event is of {first}: are the times seconds since 1970, or dates?")
+        found.append(
+            f"the first event is of {first}: were numbers taken for times of another unit? See data.time_format"
+        )
+    if frame["timestamp"].max() > time.time() + 366 * 86400:
+        last = datetime.fromtimestamp(frame["timestamp"].max(), UTC).replace(tzinfo=None).isoformat(" ", "seconds")
+        found.append(f"the last event is of {last}, more than a year from now: what do its times mean?")
+    near = pandas.Series([near_id(item_id) for item_id in log.items.index], index=log.items.index, dtype="str")
+    if len(alike := near[near.duplicated(keep=False)].sort_values(kind="stable")):
+        found.append(
+            f"{len(alike)} items have ids that others nearly have too, such as {alike.index[0]!r} and "
+            f"{alike.index[1]!r}: if they are the same item, write its id in one way"
+        )
     empty = [name for name in PARTS[1:] if getattr(split, name).empty]
     if empty:
         found.append(f"nothing is held out for {' and '.join(empty)}: nothing can be measured there")

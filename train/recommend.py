@@ -16,7 +16,8 @@ from transformers import AutoProcessor
 from ..catalogue_m6rec import Catalogue
 from ..pipeline_m6rec import FOLDER, RecommendationPipeline
 from ..tuning import load_model
-from .data import read_log
+from ..values_m6rec import normalize_id
+from .data import nearly, read_log
 from .examples import RequestWriter
 from .recipe import load_recipe
 from .splits import histories, order
@@ -174,12 +175,14 @@ def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, An
     recipe = load_recipe(model, overrides)
     log = read_log(recipe.data)
     ordered = order(log.interactions, recipe.data.seed)
-    places = histories(ordered).get(user_id)
-    if places is None:
-        known = ", ".join(map(repr, ordered["user_id"].unique()[:5]))
-        raise ValueError(f"user {user_id!r} is not in the log, which begins with the users {known}")
+    known, users = normalize_id(user_id, "--user"), histories(ordered)
+    if known not in users:
+        first = ", ".join(map(repr, ordered["user_id"].unique()[:5]))
+        raise ValueError(
+            f"user {user_id!r} is not in the log, which begins with the users {first}{nearly(known, users)}"
+        )
     writer = RequestWriter(log)
-    return writer.request(user_id, writer.events(ordered.iloc[places]))
+    return writer.request(known, writer.events(ordered.iloc[users[known]]))
 
 
 __all__ = [

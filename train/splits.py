@@ -41,7 +41,7 @@ def order(interactions: pandas.DataFrame, seed: int) -> pandas.DataFrame:
     """
     users, _ = pandas.factorize(interactions["user_id"], sort=True)
     if _has_times(interactions):
-        keys = (_tie_keys(interactions, seed), _part_ranks(interactions), interactions["timestamp"].to_numpy(), users)
+        keys = (tie_keys(interactions, seed), _part_ranks(interactions), interactions["timestamp"].to_numpy(), users)
         rows = numpy.lexsort(keys)
     else:
         rows = numpy.argsort(users, kind="stable")
@@ -214,7 +214,7 @@ def _part_ranks(interactions: pandas.DataFrame) -> numpy.ndarray:
     return pandas.Categorical(interactions["part"], categories=list(PARTS)).codes
 
 
-def _tie_keys(interactions: pandas.DataFrame, seed: int) -> numpy.ndarray:
+def tie_keys(interactions: pandas.DataFrame, seed: int) -> numpy.ndarray:
     """A pseudo-random number an event, the same wherever the event stands in the table."""
     who_what = [name for name in ("user_id", "item_id", "event") if name in interactions]
     secret = hashlib.sha256(str(seed).encode()).hexdigest()[:16]  # pandas takes keys of 16 characters
@@ -237,4 +237,5 @@ __all__ = [
     "leave_one_out",
     "order",
     "shuffled_ties",
+    "tie_keys",
 ]

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from ..values_m6rec import EARLIEST, EXACT_FLOAT, LATEST, normalize_id
+from .times import TIME_SCALES, in_form, read_times, time_hint
+
 FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_LARGEST_SECONDS = 1e11  # the year 5138; as milliseconds it is 1973
-_EXACT_FLOAT = 2**53  # above it a float no longer tells neighbouring whole numbers apart
+_ID = "an id: a text, or a whole number"
 _SEPARATORS = ",;\t"
 _ROWS_AT_ONCE = 250_000
 """Rows whose texts are parsed together: as Python's texts they take some 60 bytes each."""
@@ -141,8 +144,8 @@ class Table:
     """What messages call it."""
     rows: Dataset
     """All of it; not in memory."""
-    columns: Mapping[str, str]
-    """Role -> column, for the roles whose column is not called like the role."""
+    columns: Mapping[str, str | None]
+    """Role -> column, for the roles whose column is not called like the role; None: there is none of that role."""
     drop: bool = False
     """Whether rows that are refused are left out, and counted, instead of ending it all."""
     dropped: dict[str, int] = field(default_factory=dict, init=False)
@@ -155,11 +158,11 @@ class Table:
 
     def has(self, role: str) -> bool:
         """Whether the table has a column for the role; a column that the user named must be there."""
-        return role in self.columns or role in self.rows.column_names
+        return self.columns.get(role, role if role in self.rows.column_names else None) is not None
 
     def column(self, role: str) -> str:
         """The column that plays the role."""
-        return self.named(self.columns.get(role, role))
+        return self.named(self.columns.get(role) or role)
 
     def named(self, column: str) -> str:
         """The column itself, once it is known to be there."""
@@ -167,8 +170,15 @@ class Table:
             raise ValueError(f"{self.name}: no column {column!r}; the columns are {', '.join(self.rows.column_names)}")
         return column
 
-    def refuse(self, bad: Any, column: str, expected: str) -> None:
-        """Raises on the first bad row, counted from 1 after any header; or notes the bad rows as dropped."""
+    def refuse(self, bad: Any, column: str, expected: str, hint: Callable[[int], str] | None = None) -> None:
+        """Raises on the first bad row, counted from 1 after any header; or notes the bad rows as dropped.
+
+        Args:
+            bad: Whether a row is, for each.
+            column: Whose cells they are.
+            expected: What the cells are not.
+            hint: From the first bad row's place to what may be done about it.
+        """
         bad = numpy.asarray(bad, dtype=bool)
         if not bad.any():
             return
@@ -180,6 +190,7 @@ class Table:
         raise ValueError(
             f"{self.name}: column {column!r}, row {row + 1}: expected {expected}, got {self.rows[row][column]!r} "
             f"({int(bad.sum())} of {len(bad)} rows are refused; data.drop_invalid: true leaves them out)"
+            f"{hint(row) if hint else ''}"
         )
 
     def kept(self, taken: pandas.DataFrame) -> pandas.DataFrame:
@@ -223,21 +234,36 @@ class Table:
             raise ValueError(f"{self.name}: column {column!r} cannot be read as text: {error}") from error
 
     def ids(self, role: str) -> pandas.Series:
-        """An id column as text, unchanged, in categories."""
+        """An id column by the rule for ids (`normalize_id`), in categories; what is no id is refused."""
         column = self.column(role)
-        ids = self.words(column)
-        names = ids.cat.categories
-        self.refuse(ids.isin(names[names.str.strip() == ""]), column, "an id")
-        if pyarrow.types.is_floating(self.rows.features.arrow_schema.field(column).type):
-            inexact = ids.isin(names[~names.str.fullmatch(r"-?\d*")])
-            self.refuse(inexact, column, "a whole number below 2**53 (store other ids as text)")
-        return ids
+        values = self._arrow(column)
+        if pyarrow.types.is_nested(values.type):
+            values = pyarrow.chunked_array([pyarrow.array(self.text(column), pyarrow.large_string())])
+            self.refuse(numpy.ones(len(values), dtype=bool), column, f"{_ID}, no list")
+        encoded = values.dictionary_encode("encode").combine_chunks()
+        cells = encoded.dictionary.to_pylist()
+        names = [_id_or_none(cell) for cell in cells]
+        categories = pandas.Index(sorted({name for name in names if name is not None}), dtype="str")
+        order = {name: place for place, name in enumerate(categories)}
+        places = numpy.array([-1 if name is None else order[name] for name in names], dtype=numpy.int32)
+        rows = encoded.indices.to_numpy(zero_copy_only=False)
+        missing = numpy.array([_is_missing(cell) for cell in cells])[rows]
+        self.refuse(missing, column, "an id")
+        floats = pyarrow.types.is_floating(values.type)
+        whole = "a whole number below 2**53 (store other ids as text)"
+        self.refuse((places[rows] < 0) & ~missing, column, whole if floats else _ID)
+        return pandas.Series(pandas.Categorical.from_codes(places[rows], categories))
 
     def unique_ids(self, role: str) -> pandas.Index:
         """An id column without repetition; where bad rows are dropped, all rows but the first of an id are bad."""
         ids = self.ids(role)
-        self.refuse(ids.duplicated(), self.column(role), "an id that no earlier row has")
+        repeated = ids.duplicated() & ids.notna()
+        self.refuse(repeated, self.column(role), "an id that no earlier row has", lambda row: self._earlier(ids, row))
         return pandas.Index(ids.astype("str"), name=role)
+
+    def _earlier(self, ids: pandas.Series, row: int) -> str:
+        first = int((ids == ids[row]).to_numpy().argmax())
+        return f": {ids[row]!r} stands in row {first + 1}; white space around an id is no part of it"
 
     def numbers(self, role: str) -> pandas.Series:
         """A numeric column as finite floats; NaN where a cell is empty, but not everywhere."""
@@ -248,25 +274,43 @@ class Table:
             raise ValueError(f"{self.name}: column {column!r} is empty in all {len(numbers)} rows: leave it out")
         return numbers
 
-    def seconds(self, role: str) -> pandas.Series:
+    def seconds(self, role: str, form: str | None = None) -> pandas.Series:
         """A time column as seconds since 1970.
 
-        Numbers are seconds as long as the column's largest is at most 1e11; a column that goes beyond it is in
-        milliseconds, beyond 1e14 in microseconds, beyond 1e17 in nanoseconds. All else must be an ISO 8601 date or
-        time, in UTC unless it says otherwise. Which of the two a column is, most of its rows decide.
+        Args:
+            role: Of the column.
+            form: How times are written, see `DataArguments.time_format`. None: by the rule for times (`time_seconds`),
+                and all rows in the same way. Which way a column is written, most of its rows decide.
         """
         column = self.column(role)
-        kind = self.rows.features.arrow_schema.field(column).type
-        if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
-            seconds = _since_1970(self._arrow(column).cast(pyarrow.timestamp("us"), safe=False).to_pandas())
-        else:
-            numbers = self._floats(column)
-            if not _is_number(kind) and numbers.isna().mean() > 0.5:
-                seconds = self._parsed(column, _since_1970_in_words)
-            else:
-                seconds = _to_seconds(numbers)
-        self.refuse(~_finite(seconds), column, "a time (seconds or ISO 8601, one of them in all rows)")
-        return seconds
+        if form is not None:
+            named = self._times_of_form(column, form)
+            self.refuse(~named.between(EARLIEST, LATEST, inclusive="left"), column, f"a time of the form {form!r}")
+            return named
+        found = [read_times(piece, partial(self._text, column)) for piece in self._pieces(column)]
+        seconds, ways = (numpy.concatenate(each) for each in zip(*found))
+        counts = numpy.bincount(ways[ways >= 0], minlength=1)
+        usual = int(counts.argmax()) if counts.any() else -1
+        self.refuse(
+            (ways < 0) | (ways != usual),
+            column,
+            "a time (seconds or ISO 8601, one of them in all rows)",
+            lambda row: f"; {time_hint(self.rows[row][column], usual)}",
+        )
+        return pandas.Series(seconds)
+
+    def order(self, role: str) -> pandas.Series:
+        """A column of numbers that say in which order events were, and no more."""
+        column = self.column(role)
+        numbers = self._floats(column)
+        self.refuse(~_finite(numbers), column, "a number that says the order of a user's events")
+        return numbers
+
+    def _times_of_form(self, column: str, form: str) -> pandas.Series:
+        if form in TIME_SCALES:
+            start, seconds, count = TIME_SCALES[form]
+            return (self._floats(column) - start) * seconds / count
+        return self._parsed(column, lambda texts: in_form(texts, form))
 
     def _floats(self, column: str) -> pandas.Series:
         """A column as floats, NaN where a cell is no number."""
@@ -312,7 +356,7 @@ def _plain(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < _EXACT_FLOAT else str(value)
+        return str(int(value)) if value.is_integer() and abs(value) < EXACT_FLOAT else str(value)
     if isinstance(value, list):
         return ", ".join(filter(None, map(_plain, value)))
     if isinstance(value, dict | bytes):
@@ -320,23 +364,19 @@ def _plain(value: Any) -> str:
     return str(value).removesuffix(" 00:00:00")  # JSON readers turn a mere date into midnight
 
 
+def _id_or_none(value: Any) -> str | None:
+    try:
+        return normalize_id(value, "id")
+    except ValueError:
+        return None
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def _finite(numbers: pandas.Series) -> pandas.Series:
     return numbers.abs() < math.inf  # NaN is not
-
-
-def _since_1970(times: pandas.Series) -> pandas.Series:
-    return (times - pandas.Timestamp("1970-01-01", tz=times.dt.tz)) / pandas.Timedelta(seconds=1)
-
-
-def _since_1970_in_words(texts: pandas.Series) -> pandas.Series:
-    return _since_1970(pandas.to_datetime(texts, format="ISO8601", utc=True, errors="coerce"))
-
-
-def _to_seconds(numbers: pandas.Series) -> pandas.Series:
-    largest = numbers[_finite(numbers)].abs().max()  # NaN if there is none
-    while largest > _LARGEST_SECONDS:
-        numbers, largest = numbers / 1000, largest / 1000
-    return numbers
 
 
 __all__ = ["FORMATS", "Table", "csv_options", "find_folder", "load_table", "require_files"]

@@ -25,7 +25,7 @@ def test_a_template_words_every_task(tokenizer, domain, language):
     request = {
         "user": {"gender": "女", "age": 31, "occupation": "editor"},
         "history": [
-            {"event": verb, "item": "thing", "timestamp": 10.0**place}
+            {"event": verb, "item": "thing", "timestamp": 1.5**place}
             for place, verb in enumerate(template["events"]["verbs"])
         ],
         "candidates": [

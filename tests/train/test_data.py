@@ -22,7 +22,8 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-EVENTS = {"user_id": ["u1", "u2", "u1"], "item_id": ["b", "a", "a"], "timestamp": [30, 20, 10]}
+T = 1_600_000_000
+EVENTS = {"user_id": ["u1", "u2", "u1"], "item_id": ["b", "a", "a"], "timestamp": [T + 30, T + 20, T + 10]}
 ITEMS = {"item_id": ["a", "b", "c"], "title": ["靴子", "Coat", "Hat"], "brand": ["", None, "X"]}
 
 
@@ -36,7 +37,7 @@ def test_the_three_tables_by_hand():
     assert log.interactions.to_dict("list") == {
         "user_id": ["u1", "u2", "u1"],
         "item_id": ["b", "a", "a"],
-        "timestamp": [30.0, 20.0, 10.0],
+        "timestamp": [T + 30.0, T + 20.0, T + 10.0],
         "event": ["buy", "", "click"],
     }
     assert log.items.index.tolist() == ["a", "b", "c"]
@@ -102,6 +103,65 @@ def test_numeric_ids_join_whatever_number_type_each_table_has():
     assert log.items.index.tolist() == ["1", "2", "3"]
 
 
+def test_white_space_around_ids_is_no_part_of_them_in_any_table():
+    log = log_of(
+        {"item_id": ["b ", "\u3000a", "a"]}, {"item_id": [" a", "b", "c\t"]}, {"user_id": ["u1 "], "age": [30]}
+    )
+    assert log.interactions["item_id"].tolist() == ["b", "a", "a"]
+    assert log.items.index.tolist() == ["a", "b", "c"]
+    assert log.item_fields(" a ") == {"title": "靴子"}
+    assert log.user_fields("u1") == {"age": "30"}
+    with pytest.raises(ValueError, match=r"items: .* row 2: expected an id that no earlier row has, got 'a '"):
+        log_of(items={"item_id": ["a", "a ", "b"]})
+
+
+@pytest.mark.parametrize(
+    ("events", "items", "told"),
+    [
+        (["6", "7", "6"], ["00006", "00007", "x"], "3 of these are nearly there, '6' as '00006'"),
+        (["6.0", "7", "6.0"], ["6", "7", "x"], "2 of these are nearly there, '6.0' as '6'"),
+        (["A", "b", "z"], ["a", "b", "x"], "1 of these are nearly there, 'A' as 'a'"),
+    ],
+)
+def test_ids_that_nearly_are_in_the_items_table_are_named(events, items, told):
+    with pytest.raises(
+        ValueError, match=f"expected an item of the items table.*{told}: write ids alike in both tables"
+    ):
+        log_of({"item_id": events}, {"item_id": items})
+    with pytest.raises(KeyError, match="item '01' is not in the items table; '1' nearly is it"):
+        log_of({"item_id": [1, 1, 1]}, {"item_id": [1, 2, 3]}).item_fields("01")
+
+
+def test_an_order_of_events_is_no_time():
+    rows = {"user_id": ["u1"] * 4, "item_id": ["a", "b", "c", "c"], "timestamp": ["10", "9", "2", "2"]}
+    events = Dataset.from_dict(rows)
+    log = build_log(events, Dataset.from_dict(ITEMS), None, DataArguments(time_format="order"))
+    assert log.interactions["item_id"].tolist() == ["c", "b", "a"]
+    assert log.interactions["timestamp"].isna().all()
+    assert list(log.interactions) == ["user_id", "item_id", "timestamp"]
+    assert log.dropped == {"interactions: repeats another row's user_id, item_id, timestamp": 1}
+    with pytest.raises(ValueError, match=r"row 1: expected a time .*data\.time_format: order"):
+        build_log(events, Dataset.from_dict(ITEMS), None, DataArguments())
+
+
+def test_events_at_the_same_place_of_an_order_are_shuffled_by_the_seed():
+    rows = {"user_id": ["u"] * 40, "item_id": [f"i{row}" for row in range(40)], "timestamp": [1] * 40}
+    items = Dataset.from_dict({"item_id": rows["item_id"], "title": rows["item_id"]})
+    orders = [
+        build_log(Dataset.from_dict(rows), items, None, DataArguments(time_format="order", seed=seed)).interactions
+        for seed in (0, 0, 1)
+    ]
+    first, same, other = (log["item_id"].tolist() for log in orders)
+    assert first == same != other
+    assert rows["item_id"] not in (first, other)
+
+
+def test_a_column_that_is_not_to_be_read():
+    log = log_of({"rating": [1, 2, 3]}, columns={"timestamp": None, "rating": None})
+    assert log.interactions["timestamp"].isna().all()
+    assert "rating" not in log.interactions
+
+
 def repeated(**columns):
     return {name: numpy.repeat(values, 2).tolist() for name, values in (EVENTS | columns).items()}
 
@@ -115,7 +175,7 @@ def test_repeated_events_are_dropped_and_counted(caplog):
 
 def test_events_that_differ_in_kind_or_time_are_not_repeated():
     assert len(log_of(repeated() | {"event": ["view", "buy"] * 3}).interactions) == 6
-    assert len(log_of(repeated() | {"timestamp": range(6)}).interactions) == 6
+    assert len(log_of(repeated() | {"timestamp": range(T, T + 6)}).interactions) == 6
 
 
 def test_without_times_the_order_of_the_table_counts_and_repetitions_stay(caplog):
@@ -135,7 +195,7 @@ def test_without_times_the_order_of_the_table_counts_and_repetitions_stay(caplog
             {"events": {"item_id": ["a", "x", "y"]}},
             r"interactions: column 'item_id', row 2: expected an item of the items table, got 'x' \(2 of 3 rows",
         ),
-        ({"events": {"timestamp": ["1", "2", "noon"]}}, r"interactions: column 'timestamp', row 3: .*'noon'"),
+        ({"events": {"timestamp": [str(T), str(T), "noon"]}}, r"interactions: column 'timestamp', row 3: .*'noon'"),
         (
             {"events": {"rating": [1.0, float("nan"), 5.0]}},
             r"column 'rating', row 2: expected a finite number or nothing, got nan",
@@ -182,6 +242,8 @@ def test_empty_and_missing_tables(tmp_path):
     [
         ({"source": "ml-1m"}, "data.source is 'ml-1m'; expected one of tables, ml-100k"),
         ({"columns": {"usr": "a"}}, "data.columns: unknown role usr; the roles are user_id, item_id"),
+        ({"columns": {"item_id": None}}, "data.columns.item_id is null, and no event is without it: name its column"),
+        ({"time_format": "ISO"}, "data.time_format is 'ISO'; expected one of seconds, "),
         ({"min_rating_liked": float("nan")}, "data.min_rating_liked is nan"),
         ({"source": "ml-100k", "items": "i.csv"}, "'ml-100k' has its own tables; remove data.items"),
         ({"directory": "d"}, "data.directory 'd' is read by data.source ml-100k, amazon-beauty, .* only"),
@@ -247,7 +309,7 @@ def test_bad_rows_are_left_out_with_their_reasons(caplog):
     events = {
         "user_id": ["u1", "u2", "", "u1", "u1", "u1", "u1"],
         "item_id": ["a", "b", "a", "x", "c", "a", "a"],
-        "timestamp": ["1", "2", "3", "4", "5", "later", "1"],
+        "timestamp": [*(f"{T + place}" for place in range(5)), "later", str(T)],
         "label": ["1", "0", "0", "1", "1", "1", "1"],
     }
     items = {"item_id": ["a", "b", "c", "a"], "title": ["靴子", "Coat", " ", "Boots"]}
@@ -262,7 +324,7 @@ def test_bad_rows_are_left_out_with_their_reasons(caplog):
     assert log.interactions.to_dict("list") == {
         "user_id": ["u1", "u2"],
         "item_id": ["a", "b"],
-        "timestamp": [1.0, 2.0],
+        "timestamp": [T, T + 1],
         "label": [1, 0],
     }
     assert log.items["title"].to_dict() == {"a": "靴子", "b": "Coat"}

@@ -169,9 +169,37 @@ def test_what_cannot_be_learnt_or_measured_is_a_warning(make, columns, sections,
     assert any(message in warning for warning in found["warnings"])
 
 
-def test_times_that_are_no_seconds_are_suspected(make):
-    counters = [{**event, "timestamp": place} for place, event in enumerate(EVENTS)]
-    assert prepare_report(make(events=counters))["warnings"][0].startswith("the first event is of 1970-01-01 00:00:00")
+@pytest.mark.parametrize(
+    ("year", "warning"),
+    [("1970", "the first event is of 1970-01-01 00:00:00: "), ("2996", "the last event is of 2996-")],
+)
+def test_times_long_ago_and_to_come_are_suspected(make, year, warning):
+    moved = [{**event, "timestamp": f"{year}-01-01 00:00:{place:02}"} for place, event in enumerate(EVENTS)]
+    found = prepare_report(make(events=moved))["warnings"]
+    assert sum(each.startswith(warning) for each in found) == 1
+    assert not any(each.startswith(("the first event is of", "the last event is of")) for each in warnings_of(make()))
+
+
+def warnings_of(recipe):
+    return prepare_report(recipe)["warnings"]
+
+
+def test_an_order_is_named_and_its_gaps_are_not_worded(make):
+    places = [{**event, "timestamp": place} for place, event in enumerate(EVENTS)]
+    text = report(make(events=places, data={"time_format": "order"}))
+    assert "time: none: each user's events stand in the order of the column 'timestamp'" in text
+    assert "within a minute" not in text and "[AGE]" not in text
+
+
+def test_ids_that_nearly_are_the_same_are_suspected(make):
+    items = [
+        *ITEMS,
+        {"item_id": "A", "title": "gown"},
+        {"item_id": "007", "title": "x"},
+        {"item_id": "7", "title": "y"},
+    ]
+    told = "4 items have ids that others nearly have too, such as '007' and '7'"
+    assert any(warning.startswith(told) for warning in warnings_of(make(items=items)))
 
 
 def test_without_times_the_order_of_the_table_is_named(make):

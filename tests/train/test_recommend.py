@@ -165,7 +165,7 @@ def test_a_user_of_the_log_has_all_events_in_order(folder, tables):
 
 
 def test_the_log_may_have_moved(folder, tmp_path):
-    moved = write_tables(tmp_path, interactions=[{"user_id": "new", "item_id": "i2", "timestamp": 5}])
+    moved = write_tables(tmp_path, interactions=[{"user_id": "new", "item_id": "i2", "timestamp": 10**9}])
     request = user_request(str(folder), "new", [f"data.interactions={moved['interactions']}"])
     assert [event["item"]["title"] for event in request["history"]] == ["Night Train"]
 

@@ -26,7 +26,7 @@ def films(tables, tmp_path_factory):
 def goods(tmp_path_factory):
     """The tables of a shop: eight users who bought some of ten goods."""
     events = [
-        {"user_id": f"u{user}", "item_id": f"g{(user * 3 + step) % 10}", "timestamp": step, "event": "buy"}
+        {"user_id": f"u{user}", "item_id": f"g{(user * 3 + step) % 10}", "timestamp": 10**9 + step, "event": "buy"}
         for user in range(8)
         for step in range(6)
     ]
@@ -180,7 +180,7 @@ def test_item_memories_are_kept_apart(films, tables, goods, tmp_path):
         )
     clash = write_tables(
         tmp_path / "clash",
-        interactions=[{"user_id": f"u{row % 4}", "item_id": "i0", "timestamp": row} for row in range(12)],
+        interactions=[{"user_id": f"u{row % 4}", "item_id": "i0", "timestamp": 10**9 + row} for row in range(12)],
         items=[{"item_id": "i0", "title": "soap"}],
     )
     with pytest.raises(ValueError, match="remembered has an item 'i0' that is not this run's"):

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec.train.tables import Table, find_folder, load_table, require_files
+from m6rec.train.times import WAYS, check_form, read_times
+from m6rec.values_m6rec import normalize_id, read_time
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +192,7 @@ def test_ids_keep_their_digits():
     assert table([7.0, 8.0]).ids("item_id").tolist() == ["7", "8"]
     assert table([2**63 - 1]).ids("item_id").tolist() == ["9223372036854775807"]
     assert table([-1, 2**64 - 1], pyarrow.decimal128(20)).ids("item_id").tolist() == ["-1", "18446744073709551615"]
-    assert table(["007", " 7", "7.0"]).ids("item_id").tolist() == ["007", " 7", "7.0"]
+    assert table(["007", " 7", "7.0"]).ids("item_id").tolist() == ["007", "7", "7.0"]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,69 @@ def test_what_is_no_id(values, message):
         table(values).ids("item_id")
 
 
+numbers = st.one_of(
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-3000, 10**5),
+    st.integers(int(1.9e11), int(2.1e11)),
+    st.sampled_from([scale * 10**power for power in range(8, 19) for scale in (1, 1.5777)]),
+    st.floats(),
+)
+moments = st.datetimes(datetime.datetime(1, 1, 2), datetime.datetime(9999, 12, 30))
+digits = st.from_regex(r"[-+]?[0-9]{1,20}(\.[0-9]{0,10})?(e[0-9]{1,2})?", fullmatch=True)
+isos = st.one_of(
+    st.from_regex(r"20[0-9]{2}[-/.]?[01]?[0-9][-/.]?[0-3]?[0-9]([ T][0-2]?[0-9](:[0-5][0-9]){0,2})?", fullmatch=True),
+    st.from_regex(r"20[0-9]{2}-0[1-9]-[0-3][0-9][ T]([0-2][0-6]:?){3}(\.[0-9]{1,9})?(Z|[-+]1[0-9]:?30)?"),
+    moments.map(str),
+    moments.map(datetime.datetime.isoformat),
+)  # fmt: skip
+texts = st.one_of(words, traps, digits, isos, isos.map(lambda text: f" {text}\t"))
+
+
+def scalar(rule, value):
+    """What a rule for one value says; None where it refuses."""
+    try:
+        return rule(value, "x")
+    except (ValueError, TypeError):
+        return None
+
+
+COLUMNS = [
+    (texts, pyarrow.string()),
+    (texts, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+    (numbers.map(float), pyarrow.float64()),
+    (st.floats(width=32), pyarrow.float32()),
+    (st.integers(-(2**63), 2**63 - 1) | st.integers(0, 10**10), pyarrow.int64()),
+    (st.integers(0, 2**64 - 1), pyarrow.uint64()),
+    (st.decimals(-(10**17), 10**17, places=2), pyarrow.decimal128(38, 2)),
+    (st.booleans(), pyarrow.bool_()),
+    (moments, pyarrow.timestamp("us")),
+    (moments, pyarrow.timestamp("ms", "Asia/Shanghai")),
+    (st.dates(), pyarrow.date32()),
+    (st.times(), pyarrow.time64("us")),
+]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize(("values", "kind"), COLUMNS, ids=[str(kind) for _, kind in COLUMNS])
+def test_a_column_is_read_by_the_rule_for_one_value(values, kind, data):
+    drawn = data.draw(st.lists(st.none() | values, min_size=1, max_size=20))
+    cells = pyarrow.array(drawn, kind)
+    read = [None if value is None else value for value in cells.to_pylist()]
+    assert ids_of(cells) == [scalar(normalize_id, value) for value in read]
+    seconds, ways = read_times(
+        pyarrow.chunked_array([cells]), lambda piece: pandas.Series(piece.to_pylist(), dtype="str").fillna("")
+    )
+    expected = [scalar(read_time, value) for value in read]
+    assert [None if way < 0 else (second, WAYS[way]) for second, way in zip(seconds.tolist(), ways)] == expected
+
+
+def ids_of(cells):
+    things = Table("things", Dataset(pyarrow.table({"item_id": cells})), {}, drop=True)
+    ids = things.ids("item_id")
+    return [None if pandas.isna(known) else known for known in ids]
+
+
 def test_columns_are_found_by_role_or_by_the_name_given():
     films = table(["a", "b"], role="movieId", item_id="movieId", event="verb")
     assert films.unique_ids("item_id").tolist() == ["a", "b"]
@@ -216,8 +282,11 @@ def test_columns_are_found_by_role_or_by_the_name_given():
         films.text(films.column("event"))
     with pytest.raises(ValueError, match="no column 'user_id'; the columns are movieId"):
         films.ids("user_id")
-    with pytest.raises(ValueError, match=r"row 3: expected an id that no earlier row has, got 'x'"):
+    with pytest.raises(ValueError, match=r"row 3: expected an id that no earlier row has, got 'x' .* stands in row 1;"):
         table(["x", "y", "x"]).unique_ids("item_id")
+    with pytest.raises(ValueError, match=r"row 2: .* got '00001 ' .*: '00001' stands in row 1; white space around"):
+        table(["00001", "00001 "]).unique_ids("item_id")
+    assert films.has("user_id") is Table("t", films.rows, {"movieId": None}).has("movieId") is False
 
 
 @pytest.mark.parametrize("values", [["3", " 4.5 ", "1e1"], [3.0, 4.5, 10.0]])
@@ -246,16 +315,15 @@ def test_an_empty_cell_is_an_unknown_number_but_not_all_can_be(values):
         table(values[1:], pyarrow.array(values).type).numbers("item_id")
 
 
-NEW_YEAR = 1577836800.0  # 2020-01-01 00:00 UTC
+NEW_YEAR, TIME = 1577836800.0, "1577836800"  # 2020-01-01 00:00 UTC
 
 
 @pytest.mark.parametrize(
     ("values", "kind", "seconds"),
     [
-        ([1, 2.5], None, [1.0, 2.5]),
-        ([-5, 10**11], None, [-5.0, 1e11]),
+        ([1577836800, 1577836802.5], None, [NEW_YEAR, NEW_YEAR + 2.5]),
+        ([-NEW_YEAR, 10**9], None, [-NEW_YEAR, 1e9]),
         ([1577836800123], None, [NEW_YEAR + 0.123]),
-        ([1577836800000, 0], None, [NEW_YEAR, 0.0]),
         ([1577836800000000], None, [NEW_YEAR]),
         ([1577836800000000000], None, [NEW_YEAR]),
         (["1577836800", "1577836801.5"], None, [NEW_YEAR, NEW_YEAR + 1.5]),
@@ -265,13 +333,76 @@ NEW_YEAR = 1577836800.0  # 2020-01-01 00:00 UTC
             None,
             [NEW_YEAR + s for s in (0, 1, 2.5)],
         ),
-        (["9999-12-31"], None, [253402214400.0]),
+        (["5138-01-01", "0001-01-01"], None, [99972835200.0, -62135596800.0]),
         ([datetime.date(2020, 1, 1)], None, [NEW_YEAR]),
         ([datetime.datetime(2020, 1, 1, 0, 0, 3)], None, [NEW_YEAR + 3]),
     ],
 )
 def test_times_in_seconds(values, kind, seconds):
     assert table(values, kind).seconds("item_id").tolist() == pytest.approx(seconds, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "hint"),
+    [
+        ([2019, 2020], 1, "'%Y' reads it as the year 2019"),
+        ([20231114, 20231115], 1, "'%Y%m%d' reads it as 2023-11-14 00:00:00"),
+        (["202311141530"], 1, "'%Y%m%d%H%M' reads it as 2023-11-14 15:30:00"),
+        ([20231114153005.0], 1, "'%Y%m%d%H%M%S' reads it as 2023-11-14 15:30:05"),
+        ([45244.5, 45245.0], 1, "excel reads it as 2023-11-14 12:00, the days of a spreadsheet"),
+        ([0, 1, 2], 1, "order takes numbers that only say what came first"),
+        (["14/11/2023"], 1, "names another form, such as '%d.%m.%Y'"),
+        ([TIME, TIME, "1577836800000"], 3, "this one is in milliseconds, most rows are in seconds: write all alike"),
+        ([10**12] * 3 + [10**9] * 2, 4, "this one is in seconds, most rows are in milliseconds"),
+        (["2020-01-01", "2020-01-02", TIME], 3, "this one is in seconds, most rows are in words"),
+        ([True, True], 1, "data.time_format"),
+        ([NEW_YEAR, NEW_YEAR, 0.0], 3, "too small or too large"),
+    ],
+)
+def test_what_can_be_done_about_a_column_that_holds_no_times(values, row, hint):
+    with pytest.raises(ValueError, match=rf"column 'timestamp', row {row}: .*{re.escape(hint)}"):
+        table(values, role="timestamp").seconds("timestamp")
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "seconds"),
+    [
+        ("%Y", [2020, 2020], [NEW_YEAR, NEW_YEAR]),
+        ("%Y%m%d", [20200101.0, 20200102.0], [NEW_YEAR, NEW_YEAR + 86400]),
+        ("%d.%m.%Y %H:%M", ["01.01.2020 00:00", " 01.01.2020 00:01 "], [NEW_YEAR, NEW_YEAR + 60]),
+        ("%Y-%m-%dT%H:%M%z", ["2020-01-01T08:00+0800"], [NEW_YEAR]),
+        ("excel", [43831, 43831.5], [NEW_YEAR, NEW_YEAR + 43200]),
+        ("seconds", ["0", "60"], [0, 60]),
+        ("milliseconds", [0.0, 60000.0], [0, 60]),
+        ("nanoseconds", [10**9], [1]),
+    ],
+)
+def test_other_forms_of_times_are_named(form, values, seconds):
+    check_form(form)
+    assert table(values, role="timestamp").seconds("timestamp", form).tolist() == seconds
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "row"),
+    [("%Y%m%d", [20200101, 20201301], 2), ("excel", ["43831", "x"], 2), ("seconds", [1, 1e12], 2), ("%d", [""], 1)],
+)
+def test_what_is_not_of_the_form_that_is_named(form, values, row):
+    with pytest.raises(ValueError, match=f"row {row}: expected a time of the form '{form}', got"):
+        table(values, role="timestamp").seconds("timestamp", form)
+
+
+@pytest.mark.parametrize("form", ["", "iso", "Excel", "%", "%Q", "dd.mm.yyyy", "order "])
+def test_a_form_that_is_none(form):
+    with pytest.raises(
+        ValueError, match=r"data.time_format is .*; expected one of seconds, .*, excel, order, or a form"
+    ):
+        check_form(form)
+
+
+def test_an_order_is_a_number():
+    assert table(["10", "2"]).order("item_id").tolist() == [10, 2]
+    with pytest.raises(ValueError, match="row 2: expected a number that says the order of a user's events, got 'x'"):
+        table(["10", "x"]).order("item_id")
 
 
 def test_a_time_zone_is_for_showing_only():
@@ -282,14 +413,16 @@ def test_a_time_zone_is_for_showing_only():
 @pytest.mark.parametrize(
     ("values", "row", "got"),
     [
-        (["1", "2", "yesterday"], 3, "'yesterday'"),
+        ([TIME, TIME, "yesterday"], 3, "'yesterday'"),
         (["2020-01-01", "2020-13-01"], 2, "'2020-13-01'"),
+        (["2020-01-01", "9999-12-31"], 2, "'9999-12-31'"),
+        ([datetime.date(2020, 1, 1), datetime.date(9999, 12, 31)], 2, r"datetime.date\(9999, 12, 31\)"),
         (["2020-01-01", "2020-01-02", "1577836800"], 3, "'1577836800'"),
-        (["1", "2", "2020-01-01"], 3, "'2020-01-01'"),
-        (["1", ""], 2, "''"),
-        (["1", "inf"], 2, "'inf'"),
-        ([1.0, float("inf")], 2, "inf"),
-        ([1, None], 2, "None"),
+        ([TIME, TIME, "2020-01-01"], 3, "'2020-01-01'"),
+        ([TIME, ""], 2, "''"),
+        ([TIME, "inf"], 2, "'inf'"),
+        ([NEW_YEAR, float("inf")], 2, "inf"),
+        ([int(NEW_YEAR), None], 2, "None"),
         ([datetime.datetime(2020, 1, 1), None], 2, "None"),
     ],
 )
@@ -367,11 +500,15 @@ def test_pieces_and_the_whole_agree(monkeypatch):
 
 
 def test_bad_rows_are_dropped_and_counted_once():
-    columns = {"user_id": ["a", "", "c", "d"], "rating": ["1", "x", "good", "4"], "timestamp": ["1", "2", "3", "inf"]}
+    columns = {
+        "user_id": ["a", "", "c", "d"],
+        "rating": ["1", "x", "good", "4"],
+        "timestamp": [TIME, TIME, TIME, "inf"],
+    }
     things = Table("things", Dataset.from_dict(columns), {}, drop=True)
     taken = pandas.DataFrame({"u": things.ids("user_id"), "r": things.numbers("rating")})
     taken["t"] = things.seconds("timestamp")
-    assert things.kept(taken).to_numpy().tolist() == [["a", 1.0, 1.0]]
+    assert things.kept(taken).to_numpy().tolist() == [["a", 1.0, NEW_YEAR]]
     assert list(things.dropped.values()) == [1, 1, 1]
     assert [reason.split(":")[1] for reason in things.dropped] == [
         " column 'user_id'",

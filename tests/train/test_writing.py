@@ -42,7 +42,11 @@ def tables(tmp_path_factory):
         for step in range(6):
             verb = ["search", "rate", "rate"][step % 3]
             text = {0: f"films like {user} {step}", 1: f"{REVIEWS[(user + step) % 4]} {user} {step}", 2: ""}[step % 3]
-            row = {"user_id": f"u{user}", "item_id": f"i{(user + 2 * step) % 12}", "timestamp": 100 * step + user}
+            row = {
+                "user_id": f"u{user}",
+                "item_id": f"i{(user + 2 * step) % 12}",
+                "timestamp": 10**9 + 100 * step + user,
+            }
             events.append({**row, "event": verb, "text": text})
     items = [{"item_id": f"i{row}", "title": f"Film number {row}", "year": 1990 + row} for row in range(12)]
     turns = []

@@ -49,7 +49,7 @@ def write_checkerboard(folder: Path, num_users: int = 40, num_items: int = 20) -
     words = ["castle dragon sword", "engine rocket star"]
     items = [{"item_id": f"i{row}", "title": f"{words[row % 2]} {row}"} for row in range(num_items)]
     events = [
-        {"user_id": f"u{user}", "item_id": f"i{item}", "timestamp": time}
+        {"user_id": f"u{user}", "item_id": f"i{item}", "timestamp": 1_600_000_000 + time}
         for user in range(num_users)
         for time, item in enumerate(rng.permutation(numpy.arange(user % 2, num_items, 2))[:8])
     ]
