@@ -69,11 +69,11 @@ def drive(name: str, count: int, seed: int, budget: float) -> Report:
             before = whole.ran
             if report.is_file():
                 whole.add(Report.read(report))
-            if ended.returncode:
-                case = Path(folder) / "case"
-                if not case.is_file():
-                    raise RuntimeError(f"the door {name} could not be opened: {ended.stderr[-2000:]}")
-                whole.fault(f"the process ended with status {ended.returncode}", case.read_text(encoding="utf-8"))
+            if ended.returncode > 0:
+                raise RuntimeError(f"the door {name} could not be opened: {ended.stderr[-2000:]}")
+            if ended.returncode < 0:
+                case = (Path(folder) / "case").read_text(encoding="utf-8")
+                whole.fault(f"the process ended by signal {-ended.returncode}", case)
                 whole.ran = max(whole.ran, before + BLOCK)  # of the block that it died in nothing is known
             elif time.monotonic() - start >= budget:
                 break

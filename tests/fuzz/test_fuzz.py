@@ -61,3 +61,15 @@ def test_a_refusal_is_counted_by_its_words():
     for case in ({}, [], None):
         take(report, Door("any", None, lambda value: normalize_id(value, "item_id")), case, "case")
     assert report.faults == {} and sum(report.refusals.values()) == 3 and len(report.refusals) <= 3
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    report = Report("any", 3, 1)
+    report.refusals["a: expected N"] += 2
+    report.fault("hang", "long case")
+    report.fault("hang", "case")
+    report.write(tmp_path / "report.json")
+    assert Report.read(tmp_path / "report.json") == report
+    whole = Report("any", 1)
+    whole.add(report)
+    assert (whole.ran, whole.refusals, whole.faults["hang"]["count"]) == (4, report.refusals, 2)
