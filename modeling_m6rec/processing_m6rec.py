@@ -7,25 +7,30 @@ from typing import Any
 
 import numpy as np
 from transformers import BatchEncoding, ProcessorMixin
+from transformers.utils import logging
 
 from .batching_m6rec import infilling, pad, written_labels
+from .conversation_m6rec import read_turns
+from .limits_m6rec import MAX_CANDIDATES, MAX_EVENTS, MAX_FACTS
 from .reading_m6rec import Draft, Dropped, Fitter, Reading, Slot, up_to_whole
 from .request_m6rec import (
     REQUEST_KEYS,
     SCORING_TASKS,
     TASKS,
-    TURN_KEYS,
     WRITING_TASKS,
     Kept,
     check_list,
     check_mapping,
     check_moment,
+    check_read,
     check_text,
     wrong_type,
 )
 from .tokenization_m6rec import KINDS, M6RecTokenizer
 from .values_m6rec import normalize_id
 from .wording_m6rec import Event, Segment, Wording
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 """Of processor_config.json, written as `format_version`; absent = 1. It is raised with each change that code which does
@@ -47,8 +52,9 @@ class M6RecProcessor(ProcessorMixin):
     - `candidates`: items, each with `stats` if it has any;
     - `text`: what a writing task writes, or the turns of a conversation.
 
-    An item is a text or fields; its `item_id` is never worded. A task reads what it needs: `retrieval` no candidates,
-    only writing tasks the text. A key that holds None counts as absent.
+    An item is a text or fields; its `item_id` is never worded. A key that holds None counts as absent. Only writing
+    tasks read the text, others refuse it; `retrieval` reads no candidates, and only scoring tasks their `stats`, of
+    which a warning is given once. A request may be so large as `limits_m6rec` says.
 
     Args:
         tokenizer: A tokenizer that knows the tokens of requests.
@@ -193,7 +199,10 @@ class M6RecProcessor(ProcessorMixin):
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """Make a plain row of a text, ended by [EOS], and its labels; a text longer than `max_length` is cut."""
-        row = [*self._encode([check_text(text, "text")])[0][: self.max_length - 1], self._ids["eos_token_id"]]
+        row = [
+            *self._encode([check_text(text, "text", limited=False)])[0][: self.max_length - 1],
+            self._ids["eos_token_id"],
+        ]
         return row, list(row)
 
     def infill(self, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -203,7 +212,7 @@ class M6RecProcessor(ProcessorMixin):
             text: The text; if it is longer than `max_length` allows, it is cut.
             rng: Where every draw comes from.
         """
-        text_ids = self._encode([check_text(text, "text")])[0]
+        text_ids = self._encode([check_text(text, "text", limited=False)])[0]
         row = infilling(text_ids, self._ids, self._kinds["text"], rng, self.max_length)
         return row, self.labels(row)
 
@@ -235,22 +244,23 @@ class M6RecProcessor(ProcessorMixin):
             found[text] = ids
             self._texts.keep(text, ids)
 
-        def encode(text: str) -> list[int]:
-            if text not in found:
-                found[text] = self._encode([text])[0]
-            return found[text]
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            new = [*dict.fromkeys(text for text in texts if text not in found)]
+            found.update(zip(new, self._encode(new) if new else []))
+            return [found[text] for text in texts]
 
         fitter = Fitter(self._ids, self._kinds, encode, self._decode, self.max_length, self.forget_events)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer.decode_text(ids)
 
     # Drafting: which segments a request has, in which order
 
     def _draft(self, request: str | Mapping[str, Any], task: str) -> Draft:
         parts = check_mapping({"user": request} if isinstance(request, str) else request, "request", REQUEST_KEYS)
-        history = check_list(parts.get("history"), "history")
+        check_read(parts, task)
+        history = check_list(parts.get("history"), "history", MAX_EVENTS)
         skipped = up_to_whole(max(0, len(history) - self.max_events), self.forget_events)
         events = [
             self._wording.event(event, f"history[{place}]") for place, event in enumerate(history[skipped:], skipped)
@@ -273,7 +283,7 @@ class M6RecProcessor(ProcessorMixin):
 
     def _user(self, parts: Mapping[str, Any]) -> list[Slot]:
         user = self._wording.user(parts.get("user"))
-        facts = enumerate(check_list(parts.get("facts"), "facts"))
+        facts = enumerate(check_list(parts.get("facts"), "facts", MAX_FACTS))
         slots = [] if user is None else [Slot(user, "user")]
         return slots + [Slot(Segment("fact", check_text(fact, f"facts[{i}]")), f"facts[{i}]") for i, fact in facts]
 
@@ -304,7 +314,7 @@ class M6RecProcessor(ProcessorMixin):
                     segments.append(Segment("age", self._wording.gap(seconds - before)))
                 before = seconds
             segments += [segment for segment in (item, text) if segment is not None]
-            slots.append([Slot(segment) for segment in segments])
+            slots.append([Slot(segment, f"history[{place}]") for segment in segments])
         if now is None or before is None:
             return slots, None
         self._check_order(before, now, "now.timestamp")
@@ -317,10 +327,14 @@ class M6RecProcessor(ProcessorMixin):
 
     def _targets(self, parts: Mapping[str, Any], task: str) -> tuple[list[list[Slot]], list[Slot]]:
         """Make the targets, and the turns of a conversation that stand in the source."""
-        given = check_list(parts.get("candidates"), "candidates")
+        given = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
         candidates = [self._candidate(candidate, f"candidates[{place}]") for place, candidate in enumerate(given)]
         turns = self._turns(parts.get("text"), task)
+        if task not in SCORING_TASKS and any(len(candidate) > 1 for candidate in candidates):
+            logger.warning_once(f"task {task!r} does not read the statistics of candidates (`stats`)")
         if task == "retrieval":
+            if candidates:
+                logger.warning_once("a row of task 'retrieval' holds the user alone: its candidates are not read")
             return [], []
         if task in WRITING_TASKS:
             return self._writing(candidates, turns, task)
@@ -361,22 +375,14 @@ class M6RecProcessor(ProcessorMixin):
         """Read `text` as (role, content) turns; outside conversations it is one turn of the system: what to write."""
         if text is None:
             return []
-        if isinstance(text, str):
-            return [("user" if task == "conversation" else "system", check_text(text, "text"))]
-        turns = check_list(text, "text")
-        if task in WRITING_TASKS and task != "conversation":
-            raise wrong_type(text, "text", f"a text for task {task!r}")
-        return [self._turn(turn, place) for place, turn in enumerate(turns)]
-
-    @staticmethod
-    def _turn(turn: Any, place: int) -> tuple[str, str]:
-        if isinstance(turn, str):  # speakers take turns, and the user begins
-            return ("user", "system")[place % 2], check_text(turn, f"text[{place}]")
-        fields = check_mapping(turn, f"text[{place}]", TURN_KEYS)
-        role = "system" if fields.get("role") == "assistant" else fields.get("role")
-        if role not in ("user", "system"):
-            raise ValueError(f"text[{place}].role: expected user, system or assistant, got {role!r}")
-        return role, check_text(fields.get("content"), f"text[{place}].content")
+        if task not in WRITING_TASKS:
+            return []
+        if task != "conversation":
+            if not isinstance(text, str):
+                raise wrong_type(text, "text", f"a text for task {task!r}")
+            return [("system", check_text(text, "text"))]
+        turns = [text] if isinstance(text, str) else check_list(text, "text")
+        return read_turns(turns, self.template["tasks"]["speakers"])
 
 
 def _rows_by_id(rows: Mapping[Any, int]) -> dict[str, int]:

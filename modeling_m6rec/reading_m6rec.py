@@ -1,9 +1,13 @@
 """From segments to a row of ids: what fits, what is dropped, and what was promised to stand there."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .wording_m6rec import Segment
+
+NEAR = 8
+"""Tokens before and after a cut that are looked at: a character has no more."""
 
 
 @dataclass(slots=True)
@@ -84,10 +88,17 @@ class Draft:
 class Fitter:
     """Encodes a draft, shortens it to the allowed length and writes its row.
 
+    What goes, as far as it must, so that the source fits beside a target of half of `max_length`, or of its own length
+    where that is less: turns and facts that fill more than half (the oldest turns, then the last facts); the oldest
+    events; more turns and facts; whole fields of items in the source. Then, so that all fits: whole fields of
+    candidates and of items in the source, the longest first, and the ends of the longest texts. The newest event, the
+    last turn, the first fact and the first field of an item are never left out, only cut. The work is linear in the
+    size of the draft, but for a logarithm.
+
     Args:
         ids: The tokenizer's `structural_ids`.
         kinds: The kind token of each kind of segment.
-        encode: Turns a text into ids.
+        encode: Turns texts into ids.
         decode: Turns ids into a text.
         max_length: Most tokens of a source with its longest target.
         forget_events: Events are dropped so many at a time.
@@ -97,7 +108,7 @@ class Fitter:
         self,
         ids: dict[str, int],
         kinds: dict[str, int],
-        encode: Callable[[str], Sequence[int]],
+        encode: Callable[[Sequence[str]], Sequence[Sequence[int]]],
         decode: Callable[[Sequence[int]], str],
         max_length: int,
         forget_events: int = 1,
@@ -115,91 +126,151 @@ class Fitter:
         """
         for slot in draft.slots():
             self._fill(slot)
-        excess = self._drop_events(draft)
-        while excess > 0:
-            blamed = draft.start + draft.end + max(draft.targets, key=_length, default=[])
-            if not self._drop_field(blamed, draft.dropped) and not self._cut_text(blamed, excess, draft.dropped):
-                raise ValueError(
-                    f"the request needs {self.max_length + excess} tokens when all that may be dropped is, "
-                    f"but max_length is {self.max_length}: give fewer facts or statistics, or raise max_length"
-                )
-            excess = self._excess(draft)
+        if self._excess(draft) > 0:
+            self._drop_events(draft)
+            self._drop_fields(draft)
+            self._cut_texts(draft)
+        if (excess := self._excess(draft)) > 0:
+            raise ValueError(
+                f"the request needs {self.max_length + excess} tokens when all that may be dropped is, "
+                f"but max_length is {self.max_length}: give fewer statistics, or raise max_length"
+            )
         return self._write(draft)
 
     def _fill(self, slot: Slot) -> None:
         segment = slot.segment
         slot.head = self._heads[segment.kind]
-        slot.body = self.encode(segment.text) if segment.text else ()
+        slot.body = self.encode([segment.text])[0] if segment.text else ()
         slot.tail = () if segment.written else self._segment_end
         if segment.lead:
-            slot.head = (*slot.head, *self.encode(segment.lead))
+            slot.head = (*slot.head, *self.encode([segment.lead])[0])
         if segment.kind == "option":  # its parts are tokens, not text
             first = self.ids["first_option_token_id"]
             slot.head = (*slot.head, *range(first, first + len(segment.parts)))
             slot.body = ()
 
-    @staticmethod
-    def _source_length(draft: Draft) -> int:
-        return 2 + _length(draft.start) + _length(draft.end) + sum(map(_length, draft.events))
+    # How much is too much
+
+    def _room(self, draft: Draft) -> int:
+        """Count the tokens that a target may have."""
+        source = 2 + _length(draft.start) + _length(draft.end) + sum(map(_length, draft.events))
+        return self.max_length - source - (1 + draft.closed if draft.targets else 0)
 
     def _excess(self, draft: Draft) -> int:
-        markers = 1 + draft.closed
-        longest = max((markers + _length(target) for target in draft.targets), default=0)
-        return self._source_length(draft) + longest - self.max_length
+        """Count the tokens by which the source is too long beside its longest target."""
+        return max(map(_length, draft.targets), default=0) - self._room(draft)
 
-    # What goes: the oldest events, then whole fields of items, then the ends of the longest texts.
+    def _half_excess(self, draft: Draft) -> int:
+        """Count the tokens by which the source is too long beside half a row, or its longest target if that is less."""
+        return min(max(map(_length, draft.targets), default=0), self.max_length // 2) - self._room(draft)
 
-    def _drop_events(self, draft: Draft) -> int:
-        excess, gone = self._excess(draft), 0
-        while gone < len(draft.events) and (excess > 0 or gone < up_to_whole(gone, self.forget_events)):
+    # What goes
+
+    def _drop_events(self, draft: Draft) -> None:
+        """Drop turns, facts and events for the sake of half a row of target."""
+        excess = self._half_excess(draft)
+        self._drop_spare(draft, min(excess, _length(draft.start) - self.max_length // 2))
+        excess, gone = self._half_excess(draft), 0
+        while gone < len(draft.events) - 1 and (excess > 0 or gone < up_to_whole(gone, self.forget_events)):
             excess -= _length(draft.events[gone])
             gone += 1
-            if draft.gaps and gone < len(draft.events):  # as if the events before had never been given
+            if draft.gaps:  # as if the events before had never been given
                 first = draft.events[gone]
                 draft.events[gone] = [slot for slot in first if slot.segment.kind != "age"]
                 excess -= _length(first) - _length(draft.events[gone])
         draft.events = draft.events[gone:]
         draft.dropped.events += gone
-        return excess
+        self._drop_spare(draft, excess)
 
-    def _drop_field(self, slots: list[Slot], dropped: Dropped) -> bool:
-        """Drop the longest field of an item; an item's first field, which names it, stays."""
-        fields = [
-            (len(self.encode(part)), slot, index)
-            for slot in slots
-            if slot.segment.is_item
-            for index, part in enumerate(slot.segment.parts[1:], 1)
-        ]
-        if not fields:
+    @staticmethod
+    def _drop_spare(draft: Draft, excess: int) -> None:
+        """Drop the oldest turns but the last, then the last facts but the first."""
+        turns, facts = ([slot for slot in draft.start if slot.segment.kind == kind] for kind in ("text", "fact"))
+        gone = set()
+        for slot in [*turns[:-1], *reversed(facts[1:])]:
+            if excess <= 0:
+                break
+            excess -= len(slot)
+            gone.add(id(slot))
+            draft.dropped.fields.append((slot.place, "text"))
+        draft.start = [slot for slot in draft.start if id(slot) not in gone]
+
+    def _drop_fields(self, draft: Draft) -> None:
+        """Drop whole fields of items."""
+        source = [*draft.start, *(slot for event in draft.events for slot in event), *draft.end]
+        self._drop_longest(source, self._half_excess(draft), draft.dropped)
+        room = self._room(draft)
+        for target in draft.targets:
+            self._drop_longest(target, _length(target) - room, draft.dropped)
+        self._drop_longest(source, self._excess(draft), draft.dropped)
+
+    def _drop_longest(self, slots: list[Slot], excess: int, dropped: Dropped) -> None:
+        """Drop the longest fields of items, no more than must be; an item's first field, which names it, stays."""
+        if excess <= 0:
+            return
+        items = [slot for slot in slots if slot.segment.is_item]
+        whole, room = [slot.segment for slot in items], _length(items) - excess
+        parts = [(place, index) for place, segment in enumerate(whole) for index in range(1, len(segment.parts))]
+        lengths = map(len, self.encode([whole[place].parts[index] for place, index in parts]))
+        order = [part for _, part in sorted(zip(lengths, parts), key=lambda entry: -entry[0])]
+
+        def length(count: int) -> int:
+            """Leave out so many; return how many tokens are left."""
+            gone = set(order[:count])
+            for place, (slot, segment) in enumerate(zip(items, whole)):
+                kept = [index for index in range(len(segment.parts)) if (place, index) not in gone]
+                if len(kept) != len(slot.segment.parts):
+                    slot.segment = segment.only(kept) if len(kept) < len(segment.parts) else segment
+                    self._fill(slot)
+            return _length(items)
+
+        few = bisect_left(range(len(order)), True, key=lambda count: length(count) <= room)
+        length(few)
+        dropped.fields += [(items[place].place, whole[place].names[index]) for place, index in order[:few]]
+
+    def _cut_texts(self, draft: Draft) -> None:
+        """Cut the longest texts of the source and its longest target to one length, then those of other targets."""
+        source = [*draft.start, *(slot for event in draft.events for slot in event), *draft.end]
+        while (excess := self._excess(draft)) > 0:
+            if not self._cut(source + max(draft.targets, key=_length, default=[]), excess, draft.dropped):
+                return
+            room = self._room(draft)
+            for target in draft.targets:
+                self._cut(target, _length(target) - room, draft.dropped)
+
+    def _cut(self, slots: list[Slot], excess: int, dropped: Dropped) -> bool:
+        """Cut texts; return whether there was one that may be."""
+        slots = [slot for slot in slots if len(slot.body) > 1 and not slot.fixed]
+        if excess <= 0 or not slots:
             return False
-        _, slot, index = max(fields, key=lambda entry: entry[0])
-        dropped.fields.append((slot.place, slot.segment.names[index]))
-        slot.segment = slot.segment.without(index)
-        self._fill(slot)
+        lengths = [len(slot.body) for slot in slots]
+        # The largest length, 1 at least, at which enough goes; the last ones keep what then would be too much.
+        level = bisect_left(range(1, max(lengths)), True, key=lambda own: _above(lengths, own + 1) < excess) + 1
+        longest = [slot for slot in slots if len(slot.body) > level]
+        spared = max(0, _above(lengths, level) - excess)
+        for place, slot in enumerate(longest):
+            self._shorten(slot, level + (place >= len(longest) - spared), dropped)
         return True
 
-    def _cut_text(self, slots: list[Slot], excess: int, dropped: Dropped) -> bool:
-        """Shorten one of the longest texts, at most down to the next longest."""
-        slots = [slot for slot in slots if len(slot.body) > 1 and not slot.fixed]
-        if not slots:
-            return False
-        lengths = sorted({len(slot.body) for slot in slots}, reverse=True)
-        longest = [slot for slot in slots if len(slot.body) == lengths[0]]
-        floor = lengths[1] if len(lengths) > 1 else 1
-        slot = longest[0]
-        kept = self._whole_characters(slot.body, max(floor, lengths[0] - max(1, excess // len(longest))))
+    def _shorten(self, slot: Slot, count: int, dropped: Dropped) -> None:
+        """Cut a text to so many tokens, or fewer where it would end inside a character."""
+        if count >= len(slot.body):
+            return
+        kept = self._whole_characters(slot.body, count)
         if kept == 0:
             slot.fixed = True
-            return True
-        slot.body, slot.cut = slot.body[:kept], True
-        if (slot.place, "text") not in dropped.fields:
+            return
+        if not slot.cut:
             dropped.fields.append((slot.place, "text"))
-        return True
+        slot.body, slot.cut = slot.body[:kept], True
 
     def _whole_characters(self, ids: Sequence[int], count: int) -> int:
         """Return the most tokens, `count` or fewer, that do not end inside a character; 0 if there are none."""
-        beyond = self.decode(ids[: count + 8])
-        return next((kept for kept in range(count, 0, -1) if beyond.startswith(self.decode(ids[:kept]))), 0)
+        for kept in range(count, 0, -1):
+            start = max(0, kept - NEAR)
+            if self.decode(ids[start : kept + NEAR]).startswith(self.decode(ids[start:kept])):
+                return kept
+        return 0
 
     def _write(self, draft: Draft) -> Reading:
         reading = Reading([], [], [], draft.dropped)
@@ -239,6 +310,11 @@ def up_to_whole(count: int, step: int) -> int:
 
 def _length(slots: list[Slot]) -> int:
     return sum(map(len, slots))
+
+
+def _above(lengths: list[int], level: int) -> int:
+    """Count what stands above a level."""
+    return sum(length - level for length in lengths if length > level)
 
 
 __all__ = ["Draft", "Dropped", "Fitter", "Reading", "Slot", "up_to_whole"]

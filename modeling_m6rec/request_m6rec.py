@@ -1,6 +1,7 @@
 """What a request may hold: the checks every part of it passes, with errors that name the place."""
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from datetime import date
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .limits_m6rec import MAX_VALUES, check_characters, check_count, short
 from .values_m6rec import time_seconds, time_text
 
 SCORING_TASKS = ("click", "rating", "interaction")
@@ -17,28 +19,33 @@ TASKS = (*SCORING_TASKS, "retrieval", "plausibility", *WRITING_TASKS)
 
 REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text"})
 EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"})
-TURN_KEYS = frozenset({"role", "content"})
 
 
 class Kept(OrderedDict):
-    """A bounded memory that forgets what was used least recently. It is copied and pickled empty."""
+    """A bounded memory that forgets what was used least recently. It is copied and pickled empty.
+
+    Several threads may use one.
+    """
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
+        self._lock = threading.Lock()
 
     def find(self, key: Hashable) -> Any:
         """Return what is kept under `key`, or None."""
-        value = self.get(key)
-        if value is not None:
-            self.move_to_end(key)
-        return value
+        with self._lock:
+            value = self.get(key)
+            if value is not None:
+                self.move_to_end(key)
+            return value
 
     def keep(self, key: Hashable, value: Any) -> None:
         """Keep `value`, and forget the oldest if there are too many."""
-        self[key] = value
-        if len(self) > self.capacity:
-            self.popitem(last=False)
+        with self._lock:
+            self[key] = value
+            if len(self) > self.capacity:
+                self.popitem(last=False)
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return type(self), (self.capacity,)
@@ -46,20 +53,28 @@ class Kept(OrderedDict):
 
 def wrong_type(value: Any, place: str, expected: str) -> TypeError:
     """Make the error for a value of the wrong type."""
-    return TypeError(f"{place}: expected {expected}, got {type(value).__name__} ({_short(value)})")
+    return TypeError(f"{place}: expected {expected}, got {type(value).__name__} ({short(value)})")
 
 
-def check_text(value: Any, place: str) -> str:
-    """Return a text without the white space around it; it must hold something, and be valid Unicode."""
+def check_text(value: Any, place: str, limited: bool = True) -> str:
+    """Return a text without the white space around it; it must hold something, and be valid Unicode.
+
+    Args:
+        value: The text.
+        place: Where it stands, for the error.
+        limited: Its length is limited, as that of every text of a request.
+    """
     if not isinstance(value, str):
         raise wrong_type(value, place, "a text")
+    if limited:
+        check_characters(value, place)
     text = value.strip()
     if not text:
         raise ValueError(f"{place}: the text is empty; leave the key out, or give a text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: {_short(value)} is not valid Unicode ({error.reason})") from error
+        raise ValueError(f"{place}: {short(value)} is not valid Unicode ({error.reason})") from error
     return text
 
 
@@ -73,19 +88,27 @@ def check_mapping(value: Any, place: str, known: frozenset[str] | None = None) -
         if not isinstance(key, str):
             raise wrong_type(key, f"{place}: a key", "a text")
         if known is not None and key not in known:
-            raise ValueError(f"{place}: unknown key {_short(key)}; known keys: {', '.join(sorted(known))}")
+            raise ValueError(f"{place}: unknown key {short(key)}; known keys: {', '.join(sorted(known))}")
     return value
 
 
-def check_list(value: Any, place: str) -> list[Any]:
-    """Return a list; tuples and one-dimensional arrays pass, None is an empty list."""
+def check_list(value: Any, place: str, most: int = MAX_VALUES) -> list[Any]:
+    """Return a list of at most so many entries; tuples and one-dimensional arrays pass, None is an empty list."""
     if value is None:
         return []
-    if isinstance(value, np.ndarray) and value.ndim == 1:
-        return value.tolist()
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) and not (isinstance(value, np.ndarray) and value.ndim == 1):
         raise wrong_type(value, place, "a list")
-    return list(value)
+    check_count(len(value), place, most)
+    return value.tolist() if isinstance(value, np.ndarray) else list(value)
+
+
+def check_read(parts: Mapping[str, Any], task: str) -> None:
+    """Refuse a text for a task that reads none."""
+    if parts.get("text") is not None and task not in WRITING_TASKS:
+        raise ValueError(
+            f"text: task {task!r} does not read it, only {', '.join(WRITING_TASKS)} do. Say who the user is in `user`, "
+            "and what the user looks for as an event: {'event': 'search', 'query': ...}"
+        )
 
 
 def check_number(value: Any, place: str) -> float:
@@ -97,7 +120,7 @@ def check_number(value: Any, place: str) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{place}: expected a finite number, got {_short(value)}")
+        raise ValueError(f"{place}: expected a finite number, got {short(value)}")
     return number
 
 
@@ -141,23 +164,18 @@ def value_text(value: Any, place: str, words: Mapping[str, str]) -> str:
     raise wrong_type(value, place, "a text, a number, a truth value or a list of these")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 __all__ = [
     "EVENT_KEYS",
     "REQUEST_KEYS",
     "SCORING_TASKS",
     "TASKS",
-    "TURN_KEYS",
     "WRITING_TASKS",
     "Kept",
     "check_list",
     "check_mapping",
     "check_moment",
     "check_number",
+    "check_read",
     "check_text",
     "number_text",
     "value_text",

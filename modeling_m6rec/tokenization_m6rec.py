@@ -1,6 +1,7 @@
 """The tokenizer: ordinary text tokens, the tokens that structure a request, and text that stays data."""
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -24,6 +25,8 @@ MARKERS = {
 """Names of the configuration's fields and the spelling of the tokens whose ids they hold."""
 
 KIND_TOKENS = tuple(f"[{kind.upper()}]" for kind in KINDS)
+
+_SETTINGS = threading.Lock()
 
 RARE = "\U00010600"
 """A letter of an undeciphered script: a vocabulary that has an unknown token encodes it so."""
@@ -175,14 +178,20 @@ class M6RecTokenizer(TokenizersBackend):
 
     def _encode_as_data(self, texts: Sequence[str]) -> list[list[int]]:
         backend = self.backend_tokenizer
-        backend.no_truncation()  # an earlier call of the tokenizer may have left these on
-        backend.no_padding()
-        before = backend.encode_special_tokens
-        backend.encode_special_tokens = True
-        try:
-            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        finally:
-            backend.encode_special_tokens = before
+        with _SETTINGS:  # of the backend, which all threads share
+            backend.no_truncation()  # an earlier call of the tokenizer may have left these on
+            backend.no_padding()
+            before = backend.encode_special_tokens
+            backend.encode_special_tokens = True
+            try:
+                return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            finally:
+                backend.encode_special_tokens = before
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Decode ids of text; special tokens among them are left out."""
+        with _SETTINGS:  # a backend that is read cannot be set
+            return self.decode(list(ids), skip_special_tokens=True)
 
     def _spell_out(self, text: str, special: set[int]) -> list[int]:
         """Encode a text with special ids in it: unknown characters, or spellings that are pieces of a Unigram model.

@@ -2,12 +2,15 @@
 
 import string
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from .limits_m6rec import SIMPLE, check_size
 from .request_m6rec import (
     EVENT_KEYS,
     Kept,
@@ -49,10 +52,9 @@ class Segment:
         """Whether its parts are an item's fields: an item's own segment, or a text that words an item."""
         return self.kind in ("item", "text") and bool(self.parts)
 
-    def without(self, index: int) -> "Segment":
-        """Return the segment without one of its fields."""
-        names = self.names[:index] + self.names[index + 1 :]
-        parts = self.parts[:index] + self.parts[index + 1 :]
+    def only(self, fields: Sequence[int]) -> "Segment":
+        """Return the segment with these of its fields only."""
+        names, parts = (tuple(own[index] for index in fields) for own in (self.names, self.parts))
         return replace(self, names=names, parts=parts).framed(self.frame)
 
     def framed(self, frame: tuple[str, str]) -> "Segment":
@@ -92,6 +94,7 @@ class Wording:
         """Word who the user is; None where nothing is said. A `user_id` is no text and is left out."""
         if user is None or isinstance(user, str):
             return None if user is None else Segment("user", check_text(user, "user"))
+        check_size(user, "user")
         fields = _present(check_mapping(user, "user"), leave_out=("user_id",))
         if not fields:
             return None
@@ -102,7 +105,7 @@ class Wording:
         if known != "unknown":
             del fields["gender"]
         if isinstance(age := fields.get("age"), Real) or (isinstance(age, str) and age.strip().isdecimal()):
-            years = check_number(int(age) if isinstance(age, str) else age, "user.age")
+            years = check_number(float(age) if isinstance(age, str) else age, "user.age")
             if not 0 <= years <= 150:
                 raise ValueError(f"user.age: expected years from 0 to 150, got {number_text(years)}")
             subject += wording["age"].format(age=self._ages(int(years)), pronoun=wording["pronouns"][known])
@@ -123,6 +126,7 @@ class Wording:
         if isinstance(now, str):
             names, parts = ["text"], [check_text(now, "now")]
         elif now is not None:
+            check_size(now, "now")
             fields = _present(check_mapping(now, "now"), leave_out=("timestamp",))
             if "date" in fields:
                 fields["date"] = self._month(fields["date"])
@@ -159,6 +163,7 @@ class Wording:
             text = check_text(item, place)
             return self._segment("item", ("text",), (text,), wording["join"])
         fields = check_mapping(item, place)
+        check_size(item, place)
         if fields.get("stats") is not None:
             raise ValueError(f"{place}.stats: statistics vary, so they may stand in a candidate only")
         names, parts = self._fields(wording, _present(fields, leave_out=("item_id", "stats")), place)
@@ -222,6 +227,7 @@ class Wording:
         """Word statistics: a text, a mapping of statistics by name, or a list of these."""
         if stats is None:
             return []
+        check_size(stats, place)
         if isinstance(stats, list | tuple):
             return [each for index, stat in enumerate(stats) for each in self._stat(stat, f"{place}[{index}]")]
         return self._stat(stats, place)
@@ -278,24 +284,28 @@ class _Table:
 
 
 def _key(item: Any, place: str) -> Any:
-    """Say what makes two items the same; None if that cannot be told. Types count: True == 1 == 1.0."""
+    """Say what makes two items the same, to the word; None if that cannot be said.
+
+    Types count, since True == 1 == 1.0. Equal times of other zones are other words, so that a time counts by its text.
+    """
     if isinstance(item, str):
         return item
     if not isinstance(item, Mapping):
         raise wrong_type(item, place, "a text or a mapping of fields")
-    key = (tuple(item), tuple(map(_exactly, item.values())))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _exactly(value: Any) -> Any:
-    """Say what a value is so that other types, and equal moments of other zones, are not the same."""
-    if isinstance(value, list | tuple):
-        return type(value), tuple(map(_exactly, value))
-    return type(value), value.isoformat() if isinstance(value, date) else value
+    key: list[Any] = [tuple(item)]
+    for value in item.values():
+        if type(value) not in SIMPLE and isinstance(value, np.generic):
+            value = value.tolist()
+        key += (type(value), value)
+        if type(value) in SIMPLE:
+            continue
+        if isinstance(value, date):
+            key[-1] = value.isoformat()
+        elif type(value) in (list, tuple) and all(type(each) in SIMPLE for each in value):
+            key[-1] = (*value, *map(type, value))
+        else:
+            return None
+    return tuple(key)
 
 
 def _present(fields: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class WritingExample:
         """The request with the text."""
         if self.name != "conversation":
             return {**self.request, "text": self.text}
-        return {**self.request, "text": [*self.request["text"], {"role": "system", "content": self.text}]}
+        return {**self.request, "text": [*self.request["text"], {"role": "assistant", "content": self.text}]}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def dialogue_examples(
     chosen = dict(zip(("test", "valid", "train"), np.split(order, cuts)))[part]
     for turns in (dialogues[place] for place in sorted(chosen)):
         for place, turn in enumerate(turns):
-            if turn["role"] == "system":
+            if turn["role"] == "assistant":
                 yield WritingExample(
                     "conversation", {"text": turns[max(0, place - max_turns) : place]}, turn["content"]
                 )
@@ -174,7 +174,7 @@ def read_dialogues(task: TaskArguments) -> list[list[dict[str, str]]]:
     dialogues: dict[str, list[dict[str, str]]] = {}
     for dialogue, own, text in zip(ids, system, texts):
         if text:
-            dialogues.setdefault(dialogue, []).append({"role": "system" if own else "user", "content": text})
+            dialogues.setdefault(dialogue, []).append({"role": "assistant" if own else "user", "content": text})
     return list(dialogues.values())
 
 

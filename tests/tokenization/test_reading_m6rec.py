@@ -1,4 +1,4 @@
-"""What fits: the oldest events go first, then item fields, then the ends of long texts; never a candidate."""
+"""What fits: the oldest events go first, then item fields, then the ends of long texts; never the newest event."""
 
 import pytest
 from hypothesis import given, settings
@@ -60,25 +60,27 @@ def test_too_long_drops_the_oldest_events_as_if_never_given(tokenizer, time):
         "candidates": ["short", "a longer candidate"],
     }
     whole = shortest(tokenizer, request)
-    for gone in range(1, 7):
+    for gone in range(1, 6):
         less = {**request, "history": history[gone:]}
-        if gone == 6:  # what [NOW] says of the last event stays true, though that event is dropped
-            continue
         fits = sum(lengths(tokenizer, M6RecProcessor(tokenizer, max_length=10**6, time=time).read(less).input_ids))
         reading = M6RecProcessor(tokenizer, max_length=fits, time=time).read(request)
         assert reading.dropped.events == gone and fits < whole + 10
         assert reading.input_ids == M6RecProcessor(tokenizer, time=time).read(less).input_ids
         one_less = M6RecProcessor(tokenizer, max_length=fits - 1, time=time).read(request)
-        assert one_less.dropped.events > gone
+        assert one_less.dropped.events == min(gone + 1, 5) and bool(one_less.dropped.fields) == (gone == 5)
 
 
 def test_then_the_longest_field_of_the_longest_candidate_goes_whole(tokenizer):
     long = {"name": "hiking boots", "price": 12, "description": "very " * 30, "brand": "b" * 10}
-    request = {"user": "a man", "history": ["socks"], "candidates": ["mat", long]}
-    processor = M6RecProcessor(tokenizer, max_length=60)
+    request = {"user": "a man", "history": ["mat", "socks"], "candidates": ["mat", long]}
+    processor = M6RecProcessor(tokenizer, max_length=70)
     reading = processor.read(request)
-    assert reading.dropped.events == 1 and reading.dropped.fields == [("candidates[1]", "description")]
-    assert reading.segments[1:] == [("item", "mat"), ("item", f"hiking boots, by {'b' * 10}, price 12")]
+    assert reading.dropped.fields == [("candidates[1]", "description")]
+    assert reading.segments[-3:] == [
+        ("item", "socks"),
+        ("item", "mat"),
+        ("item", f"hiking boots, by {'b' * 10}, price 12"),
+    ]
     plausible = processor.read(request, "plausibility")
     assert plausible.dropped.fields == [("candidates[1]", "description")]
     assert plausible.segments[-1] == ("text", f"also clicks hiking boots, by {'b' * 10}, price 12")
@@ -121,6 +123,107 @@ def test_items_alone_are_cut_too(tokenizer):
     assert len(row) <= 20 and tokenizer.convert_ids_to_tokens(row[-1]) == "[SEG]"
 
 
+LONG = "字" * 600
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"history": [LONG]},
+        {"history": ["socks", {"event": "search", "query": LONG}]},
+        {"history": [{"item": {"name": LONG, "description": LONG}}], "candidates": [LONG, {"name": LONG, "x": LONG}]},
+        {"user": LONG, "now": LONG, "facts": [LONG] * 3, "history": [LONG, "socks"], "candidates": ["mat", LONG]},
+        {"user": "a" + LONG, "candidates": ["mat", {"name": "mat", "tags": [LONG] * 3}]},
+    ],
+)
+def test_texts_longer_than_a_row_are_cut_and_leave_the_newest_event(tokenizer, request_):
+    for task in ("click", "plausibility", "retrieval"):
+        asked = {name: value for name, value in request_.items() if name != "candidates" or task != "retrieval"}
+        if task != "retrieval":
+            asked.setdefault("candidates", ["mat"])
+        reading = M6RecProcessor(tokenizer, max_length=128).read(asked, task)
+        row = tokenizer.convert_ids_to_tokens(reading.input_ids)
+        assert 128 - 8 <= sum(lengths(tokenizer, reading.input_ids)) <= 128
+        assert row.count("[EVENT]") == min(1, len(asked.get("history", ()))), "the newest event stays"
+        assert row.count("[BOS]") == len(asked.get("candidates", ())) and all(text for _, text in reading.segments)
+
+
+def test_a_long_candidate_takes_half_of_the_row_from_the_history_and_no_more(tokenizer):
+    history = [f"thing {place}" for place in range(6)]
+    processor = M6RecProcessor(tokenizer, max_length=128)
+    reading = processor.read({"history": history, "candidates": [LONG]})
+    without = M6RecProcessor(tokenizer, max_length=64).read({"history": history}, "retrieval")
+    assert reading.dropped.events == without.dropped.events < 5
+    assert sum(lengths(tokenizer, reading.input_ids)) > 128 - 4
+
+
+@pytest.mark.parametrize("room", [120, 121, 150, 199])
+def test_only_texts_above_the_common_length_are_cut(tokenizer, room):
+    user, fact, now = ("a" * 300, "b c " * 10, "x" * 90)
+    request = {"user": user, "facts": [fact.strip()], "now": now}
+    reading = M6RecProcessor(tokenizer, max_length=room).read(request, "retrieval")
+    counts = [len(tokenizer.encode_text(text)) for _, text in reading.segments]
+    whole = [len(tokenizer.encode_text(text)) for text in (user, fact.strip(), now)]
+    assert len(reading.input_ids) == room and counts[1] == whole[1] < counts[0]
+    assert counts[2] == min(whole[2], counts[2]) and (counts[2] == whole[2] or 0 <= counts[2] - counts[0] <= 1)
+
+
+@pytest.mark.parametrize("turns", [7, 41])
+def test_the_oldest_turns_go_and_the_last_request_stays_whole(tokenizer, turns):
+    said = [f"turn {place}: I recommend tents" if place % 2 else f"turn {place}: and boots?" for place in range(turns)]
+    said[-1] = last = "Yes, recommend me another one of these"
+    reading = M6RecProcessor(tokenizer, max_length=120).read({"user": "a man", "text": said}, "conversation")
+    texts = [text for kind, text in reading.segments if kind == "text"]
+    kept = texts[:-2]
+    assert texts[-2] == f"USER: {last}" and texts[-1] == "SYSTEM:" and len(kept) < turns - 1
+    assert [text.split(": ", 1)[1] for text in kept] == said[turns - 1 - len(kept) : -1], "whole, the latest ones"
+    assert reading.dropped.fields == [(f"text[{place}]", "text") for place in range(turns - 1 - len(kept))]
+
+
+def test_the_last_facts_go_whole(tokenizer):
+    facts = [f"fact number {place}" for place in range(120)]
+    candidate = {"name": "boots", "price": 3}
+    request = {"facts": facts, "history": ["mat", "socks"], "candidates": [candidate]}
+    reading = M6RecProcessor(tokenizer, max_length=128).read(request)
+    kept = [text for kind, text in reading.segments if kind == "fact"]
+    assert kept == facts[: len(kept)] and 3 < len(kept) < 20 and reading.dropped.events == 0
+    assert reading.segments[-1] == ("item", "boots, price 3")
+    assert reading.dropped.fields == [(f"facts[{place}]", "text") for place in range(119, len(kept) - 1, -1)]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"user": "a" + "字" * 1500, "candidates": ["字" * 1500]},
+        {"facts": [f"fact {place}" for place in range(3000)], "candidates": ["mat"]},
+        {"candidates": [{"name": "mat", **{f"field {place}": "x" for place in range(500)}}]},
+        {"candidates": [{"name": f"mat {place}", "text": "long " * place} for place in range(200)]},
+    ],
+)
+def test_shortening_costs_in_proportion_to_the_request(tokenizer, monkeypatch, request_):
+    """Tokens that are encoded and decoded are counted: a quadratic way would take hundreds of times the request."""
+    work = 0
+    encode, decode = type(tokenizer).encode_texts, type(tokenizer).decode
+
+    def counted_encode(self, texts):
+        nonlocal work
+        rows = encode(self, texts)
+        work += sum(map(len, rows))
+        return rows
+
+    def counted_decode(self, ids, *args, **kwargs):
+        nonlocal work
+        work += len(ids)
+        return decode(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "encode_texts", counted_encode)
+    M6RecProcessor(tokenizer, max_length=10**6).read(request_)
+    whole, work = work, 0
+    monkeypatch.setattr(type(tokenizer), "decode", counted_decode)
+    M6RecProcessor(tokenizer, max_length=100).read(request_)
+    assert whole <= work < 15 * whole
+
+
 def test_what_cannot_fit_is_refused(tokenizer):
     request = {"candidates": [{"name": "boots", "stats": ["a"] * 20}]}
     with pytest.raises(ValueError, match="max_length is 30"):
@@ -150,5 +253,7 @@ def test_any_length_is_kept_and_nothing_needed_is_lost(tokenizer, data):
     assert row.count("[EVENT]") == len(request["history"]) - reading.dropped.events
     assert row.count("[SEG]") == len(reading.segments)
     assert row.count("[ITEM]") == row.count("[EVENT]") + len(request["candidates"])
-    if reading.dropped.fields:
-        assert row.count("[EVENT]") == 0, "events go first"
+    assert not request["history"] or row.count("[EVENT]") > 0, "the newest event stays"
+    longest = max(len(tokenizer.encode_text(each["name"])) for each in request["candidates"]) + 30
+    if reading.dropped.fields and longest < room / 2:
+        assert row.count("[EVENT]") <= 1, "events go first"

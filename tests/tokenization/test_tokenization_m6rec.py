@@ -1,6 +1,7 @@
 """The tokenizer: round trips, ids of structure, and special-token text that stays data."""
 
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -115,6 +116,23 @@ def test_encoding_ignores_and_keeps_the_state_of_earlier_calls(tokenizer):
     eos = tokenizer("[EOS]", truncation=True, max_length=2, padding="max_length")["input_ids"]
     assert tokenizer.encode_text("[EOS] hiking shoes") == wanted
     assert eos[0] == tokenizer.eos_token_id == tokenizer("[EOS]")["input_ids"][0]
+
+
+def test_threads_share_a_tokenizer(tokenizer):
+    texts = [f"[EOS] thread {number} 字" for number in range(40)]
+    expected = tokenizer.encode_texts(texts)
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+
+    def work(number):
+        for _ in range(20):
+            rows = tokenizer.encode_texts(texts[number:])
+            assert rows == expected[number:] and tokenizer.decode_text(rows[0]) == texts[number]
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(8)))
+    assert backend.encode_special_tokens == before
 
 
 def test_from_byte_level_backbone():

@@ -1,11 +1,12 @@
 """What the parts of a request are worded as."""
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from m6rec.request_m6rec import value_text
 from m6rec.tokenization import load_template
 from m6rec.wording_m6rec import Wording
 
@@ -91,6 +92,32 @@ def test_item_text_does_not_depend_on_the_order_of_fields(shop):
 def test_kept_wordings_tell_types_apart(shop):
     texts = [shop.item({"name": "x", "new": value}, "").text for value in (1, True, 1.0, [1], [True], (True,), (1,))]
     assert texts == ["x, new: 1", "x, new: yes", "x, new: 1", "x, new: 1", "x, new: yes", "x, new: yes", "x, new: 1"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (datetime(2020, 1, 1, 0, tzinfo=UTC), datetime(2020, 1, 1, 1, tzinfo=timezone(timedelta(hours=1)))),
+        (pd.Timestamp("2020-01-01", tz="UTC"), pd.Timestamp("2020-01-01 09:00", tz="Asia/Tokyo")),
+        (np.datetime64("2020-01-01"), np.datetime64("2020-01-01T00:00")),
+        (np.float32(0.1), 0.1),
+        (1, True),
+        (1, "1"),
+        (["1"], [1]),
+        ([True], [1]),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_equal_values_of_other_words_are_worded_apart(one, other, wrapped):
+    """What is kept of an item is found again by its words, not by values that equal each other."""
+    wording = load_template("ecommerce", "en")
+    items = [{"name": "mat", "since": [value, "x"] if wrapped else value} for value in (one, other)]
+    alone = [Wording(wording).item(item, "item").text for item in items]
+    kept = Wording(wording)
+    for item, text in [*zip(items, alone), *zip(items[::-1], alone[::-1])]:
+        assert kept.item(item, "item").text == text
+    words = load_template("ecommerce", "en")["words"]
+    assert (alone[0] == alone[1]) == (value_text(one, "", words) == value_text(other, "", words))
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,9 @@ def test_each_turn_of_the_system_is_learnt_with_the_turns_before(tables):
     task = TaskArguments(**task_of(tables))
     dialogues = read_dialogues(task)
     assert dialogues[2] == [
-        {"role": "system", "content": "hello"},
+        {"role": "assistant", "content": "hello"},
         {"role": "user", "content": "a film 2?"},
-        {"role": "system", "content": "take 2"},
+        {"role": "assistant", "content": "take 2"},
     ]
     evaluation = EvaluationArguments(valid_fraction=1 / 3, test_fraction=1 / 6)
     parts = {part: list(dialogue_examples(task, part, evaluation, 9, 0)) for part in ("train", "valid", "test")}
