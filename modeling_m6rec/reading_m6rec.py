@@ -91,8 +91,9 @@ class Fitter:
     What goes, as far as it must, so that the source fits beside a target of half of `max_length`, or of its own length
     where that is less: turns and facts that fill more than half (the oldest turns, then the last facts); the oldest
     events; more turns and facts; whole fields of items in the source. Then, so that all fits: whole fields of
-    candidates and of items in the source, the longest first, and the ends of the longest texts. The newest event, the
-    last turn, the first fact and the first field of an item are never left out, only cut. The work is linear in the
+    candidates and of items in the source, the longest first, and the ends of the longest texts. The last
+    turn, the first fact and the first field of an item are never left out, only cut, nor is the newest event if there
+    is room for a token of each text. The work is linear in the
     size of the draft, but for a logarithm.
 
     Args:
@@ -127,15 +128,26 @@ class Fitter:
         for slot in draft.slots():
             self._fill(slot)
         if self._excess(draft) > 0:
-            self._drop_events(draft)
-            self._drop_fields(draft)
-            self._cut_texts(draft)
+            start, given, before = draft.start, [(slot, slot.segment) for slot in draft.slots()], draft.dropped.events
+            events = len(draft.events)
+            self._fit(draft)
+            if self._excess(draft) > 0 and draft.events:  # there is no room for any event
+                draft.start, draft.events, draft.dropped = start, [], Dropped(before + events)
+                for slot, slot.segment in given:
+                    slot.cut = slot.fixed = False
+                    self._fill(slot)
+                self._fit(draft)
         if (excess := self._excess(draft)) > 0:
             raise ValueError(
                 f"the request needs {self.max_length + excess} tokens when all that may be dropped is, "
                 f"but max_length is {self.max_length}: give fewer statistics, or raise max_length"
             )
         return self._write(draft)
+
+    def _fit(self, draft: Draft) -> None:
+        self._drop_events(draft)
+        self._drop_fields(draft)
+        self._cut_texts(draft)
 
     def _fill(self, slot: Slot) -> None:
         segment = slot.segment
