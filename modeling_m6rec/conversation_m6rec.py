@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .limits_m6rec import check_size, short
+from .limits_m6rec import check_size
 from .request_m6rec import check_mapping, check_text
+from .values_m6rec import short
 
 TURN_KEYS = frozenset({"role", "content"})
 PART_KEYS = frozenset({"type", "text"})

@@ -1,10 +1,11 @@
-"""How large a request may be: limits that are checked before any work, and values shortened for errors."""
+"""How large a request may be: limits that are checked before any work."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from .values_m6rec import short
 
 MAX_CHARACTERS = 100_000
 """Of a text."""
@@ -21,26 +22,6 @@ MAX_DEPTH = 12
 
 SIMPLE = frozenset({str, int, float, bool, type(None)})
 """Types of values that hold no others."""
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        digits = x.bit_length() * 3 // 10  # Python refuses to write out some thousands
-        return repr(x) if digits < 80 else f"a whole number of about {digits} digits"
-
-
-_SHORT = _Short()
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def short(value: Any) -> str:
-    """Write a value for an error: what is long, deep, or holds itself is cut.
-
-    >>> short("a" * 1000)[:5], len(short("a" * 1000)), short([[[[[[[[1]]]]]]]])
-    ("'aaaa", 80, '[[[[[[[...]]]]]]]')
-    """
-    text = _SHORT.repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_size(value: Any, place: str, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> None:
@@ -106,5 +87,4 @@ __all__ = [
     "check_characters",
     "check_count",
     "check_size",
-    "short",
 ]

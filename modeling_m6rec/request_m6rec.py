@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .limits_m6rec import MAX_VALUES, check_characters, check_count, short
-from .values_m6rec import time_seconds, time_text
+from .limits_m6rec import MAX_VALUES, check_characters, check_count
+from .values_m6rec import short, time_seconds, time_text
 
 SCORING_TASKS = ("click", "rating", "interaction")
 WRITING_TASKS = ("explanation", "query", "conversation", "item_text")
