@@ -81,7 +81,8 @@ def mean_likes(data: Path, folder: Path, seed: int) -> dict[str, dict[str, Any]]
     writer, found = RequestWriter(log), {}
     for task in ASKED:
         rows = scoring_examples(writer, unread(asked.text.max_events), split, "test", task, asked.task, arguments, seed)
-        found[task] = scoring_baselines(split, writer, rows, "test", task, asked.task, seed)
+        means = scoring_baselines(split, writer, rows, "test", task, asked.task, seed)
+        found[task] = {name: scoring_report(own, rows, task) for name, own in means.items()}
     return {name: row({task: found[task][name] for task in ASKED}) for name in found["click"]}
 
 

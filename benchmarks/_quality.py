@@ -122,7 +122,7 @@ def cut(examples: Any, candidates: int, bos: int) -> Any:
 def simple_means(options: argparse.Namespace) -> dict[str, float]:
     """AUC on the same clicks of the means of known labels, which need no model."""
     from m6rec.train.build import prepare
-    from m6rec.train.evaluation import scoring_baselines
+    from m6rec.train.evaluation import scoring_baselines, scoring_report
     from m6rec.train.finetune import examples_of
     from m6rec.train.recipe import load_recipe
 
@@ -130,7 +130,7 @@ def simple_means(options: argparse.Namespace) -> dict[str, float]:
     examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)
     recipe = run.recipe
     found = scoring_baselines(run.split, run.writer, examples, options.part, "click", recipe.task, recipe.seed)
-    return {name: report["auc"] for name, report in found.items()}
+    return {name: scoring_report(own, examples, "click")["auc"] for name, own in found.items()}
 
 
 def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What rankings are compared with: popularity, neighbours, EASE, texts without training, RecTools' SASRec and BERT4Rec.
+"""What rankings are compared with: popularity, texts, neighbours and words untrained, EASE, RecTools' models.
 
 Each reads what ours reads: the training part to learn from (never validation), and as a user's history all that came
 before the held-out event. What there is to choose is chosen by NDCG@10 on the validation part, seen items left out.
@@ -23,10 +23,10 @@ import torch
 from _rivals import minilm_folder
 from transformers import AutoModel, AutoTokenizer
 
-from m6rec.train.baselines import SimilarText
+from m6rec.train.baselines import NeighboursAndWords, SimilarText
 from m6rec.train.build import item_texts
 from m6rec.train.data import DataArguments, read_log
-from m6rec.train.evaluation import RankingExamples, before_and_in, ranking_examples
+from m6rec.train.evaluation import RankingExamples, before_and_in, ranking_examples, training_sequences
 from m6rec.train.examples import RequestWriter
 from m6rec.train.metrics import bootstrap_interval, ndcg_at_k, ranking_report, recall_at_k, target_ranks
 from m6rec.train.sections import EvaluationArguments
@@ -294,6 +294,12 @@ def similar_text(given: Problem) -> list[dict[str, Any]]:
     return measure("similar_text", lambda _, histories: lexical.scores(histories), given.examples("test"))
 
 
+def neighbours_and_words(given: Problem) -> list[dict[str, Any]]:
+    """Rank by what followed the last items in training, and by rare words in common with them; nothing is chosen."""
+    rule = NeighboursAndWords(given.texts, training_sequences(given.writer, given.split))
+    return measure("neighbours_and_words", lambda _, histories: rule.scores(histories), given.examples("test"))
+
+
 def sentence_transformers(given: Problem) -> list[dict[str, Any]]:
     """Rank by MiniLM's untrained vectors."""
     score = similar_vectors(sentence_vectors(given.texts))
@@ -319,6 +325,7 @@ def linear(given: Problem) -> list[dict[str, Any]]:
 CELLS: dict[str, Callable[[Problem], list[dict[str, Any]]]] = {
     "popularity": popularity,
     "similar_text": similar_text,
+    "neighbours_and_words": neighbours_and_words,
     "sentence_transformers": sentence_transformers,
     "item_knn": item_knn,
     "ease": linear,

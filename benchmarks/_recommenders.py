@@ -37,7 +37,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 """What that recipe takes on other data sets: as many steps."""
 COLD = 0.1
 """Share of the items that are held out of training where cold items are measured."""
-RIVALS = ("popularity", "similar_text", "sentence_transformers", "item_knn", "ease")
+RIVALS = ("popularity", "similar_text", "neighbours_and_words", "sentence_transformers", "item_knn", "ease")
 """Of `_ranking_rivals.py`."""
 PYTHON = "M6REC_RECTOOLS_PYTHON"
 """Names the python of an environment with RecTools; without it its models are left out."""

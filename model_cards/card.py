@@ -32,6 +32,10 @@ CONDITIONS = ("examples", "seen", "repeats", "repeats_counted", "negatives_per_e
 """What the figures of a report rest on."""
 INTERVALS = "intervals"
 """Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
+VERDICT = "verdict"
+"""Where the model's row of a report keeps how it compares with the best baseline."""
+BESIDE = (INTERVALS, VERDICT)
+"""What stands in a report beside the figures."""
 LEANINGS = ("coverage", "popularity_bias")
 """Metrics that say how a model treats items, not how right it is."""
 COUNTS = ("examples", "groups", "texts", "repeats", "negatives_per_event")
@@ -163,12 +167,13 @@ def _own_results(facts: CardFacts) -> list[EvalResult]:
 
 def _table(report: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Lay out who -> metrics with a column for each model; what the figures rest on comes first."""
-    names = list(dict.fromkeys(name for figures in report.values() for name in figures if name != INTERVALS))
+    names = list(dict.fromkeys(name for figures in report.values() for name in figures if name not in BESIDE))
     names.sort(key=lambda name: CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS))
     return {
         "who": list(report),
         "rows": [(name, [_cell(figures, name) for figures in report.values()]) for name in names],
         "metrics": list(dict.fromkeys(name.rpartition("/")[2].partition("@")[0] for name in names)),
+        "verdict": report.get(OWN, {}).get(VERDICT),
         "subsets": any(name.startswith(("warm/", "cold/")) for name in names),
     }
 
@@ -219,4 +224,4 @@ def _python(value: Any) -> str:
     return pformat(value, width=100, sort_dicts=False)
 
 
-__all__ = ["CARDS", "EXAMPLES", "LANGUAGES", "MARK", "render_card", "render_cards", "write_cards"]
+__all__ = ["CARDS", "EXAMPLES", "LANGUAGES", "MARK", "OWN", "VERDICT", "render_card", "render_cards", "write_cards"]

@@ -54,8 +54,8 @@ class NeighboursAndWords:
     """Scores items by what followed the last items in other histories, and by the rare words they share with them.
 
     The sum, over the last items by `RECENCY`, of the transitions to an item and of `WORDS` times the cosine of TF-IDF
-    vectors, whose term weight is log((1 + M) / (1 + df)) + 1 for each word of a text. Nothing is learnt, and no setting
-    is tuned to a data set.
+    vectors, whose term weight is log((1 + M) / (1 + df)) + 1 for each word of a text. Nothing is learnt; the settings
+    were chosen once, on validation purchases of Amazon Beauty, and are the same for every log.
 
     Args:
         texts: Text of each of the M items.

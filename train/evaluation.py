@@ -1,7 +1,7 @@
 """What a model is measured on: rankings, clicks, ratings and interactions of held-out events, beside the baselines."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..modeling_m6rec import M6RecForRecommendation
 from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor
-from .baselines import SimilarText, like_rates, popularity_scores
+from .baselines import NeighboursAndWords, SimilarText, like_rates, popularity_scores
 from .collator import CatalogueRows, M6RecDataCollator
 from .data import repeated_rows
 from .examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
@@ -22,10 +22,12 @@ from .metrics import (
     bootstrap_interval,
     classification_report,
     coverage,
+    log_losses,
     mae,
     mixed_groups,
     mrr,
     ndcg_at_k,
+    ndcg_gains,
     popularity_bias,
     ranking_report,
     recall_at_k,
@@ -35,6 +37,7 @@ from .metrics import (
 )
 from .sections import EvaluationArguments, TaskArguments
 from .splits import Split, histories
+from .verdicts import OWN, VERDICT, compare
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 64
@@ -42,6 +45,8 @@ USERS_AT_ONCE = 1024
 """Users whose scores of the whole catalogue are held at once: 100 MB for 12,000 items."""
 LIKE_STRENGTH = 5.0
 """How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
+COMPARED_AT = 10
+"""Cut-off of the NDCG by which model and baselines are compared, where it is measured; else the largest one."""
 SHOWN_REPEATS = 5
 """Users of repeated items that a warning names, at most."""
 SHOWS_PROGRESS = 2000
@@ -368,6 +373,26 @@ def _ranked(
     return np.concatenate(ranks) if ranks else np.empty(0), top
 
 
+def ranking_rows(
+    scores: Mapping[str, Scores | np.ndarray],
+    examples: RankingExamples,
+    counts: np.ndarray,
+    arguments: EvaluationArguments,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Measure model and baselines: who -> metrics; the model's row also has intervals, and how it compares."""
+    rows, gains = {}, {}
+    k = COMPARED_AT if COMPARED_AT in arguments.ks else max(arguments.ks)
+    for who, own in scores.items():
+        ranks, top = _ranked(own, examples, arguments.exclude_seen, max(arguments.ks))
+        rows[who] = _ranking_row(ranks, top, examples, counts, arguments)
+        gains[who] = ndcg_gains(ranks, k)
+        if who == OWN:
+            rows[who]["intervals"] = ranking_intervals(ranks, arguments, seed)
+    rows[OWN][VERDICT] = compare(f"ndcg@{k}", gains, seed=seed)
+    return rows
+
+
 def ranking_scores_report(
     scores: Scores | np.ndarray, examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
 ) -> dict[str, Any]:
@@ -377,6 +402,16 @@ def ranking_scores_report(
     what they count as.
     """
     ranks, top = _ranked(scores, examples, arguments.exclude_seen, max(arguments.ks))
+    return _ranking_row(ranks, top, examples, counts, arguments)
+
+
+def _ranking_row(
+    ranks: np.ndarray,
+    top: list[np.ndarray],
+    examples: RankingExamples,
+    counts: np.ndarray,
+    arguments: EvaluationArguments,
+) -> dict[str, Any]:
     subsets = {"warm": ~examples.cold, "cold": examples.cold, "repeated": examples.repeated}
     report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), subsets)
     report[f"coverage@{max(arguments.ks)}"] = coverage(top, len(counts))
@@ -412,26 +447,36 @@ def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -
     )
 
 
-def ranking_intervals(
-    scores: Scores | np.ndarray, examples: RankingExamples, arguments: EvaluationArguments, seed: int
-) -> dict[str, list[float]]:
-    """Return 95% bootstrap intervals, over users, of what U x M scores say of them all: metric -> [low, high]."""
-    ranks, _ = _ranked(scores, examples, arguments.exclude_seen, 1)
+def ranking_intervals(ranks: np.ndarray, arguments: EvaluationArguments, seed: int) -> dict[str, list[float]]:
+    """Return 95% bootstrap intervals, over users, of what their targets' ranks say: metric -> [low, high]."""
     metrics: dict[str, Any] = {f"recall@{k}": partial(recall_at_k, k=k) for k in arguments.ks}
     metrics |= {f"ndcg@{k}": partial(ndcg_at_k, k=k) for k in arguments.ks} | {"mrr": mrr}
     return {name: list(bootstrap_interval(ranks, metric, seed=seed)) for name, metric in metrics.items()}
 
 
 def ranking_baselines(
-    texts: Sequence[str], examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
-) -> dict[str, dict[str, Any]]:
-    """Measure popularity and most similar text on the same users."""
-    similar = SimilarText(texts)
-    scores: dict[str, Scores | np.ndarray] = {
+    texts: Sequence[str], sequences: Sequence[np.ndarray], examples: RankingExamples, counts: np.ndarray
+) -> dict[str, Scores | np.ndarray]:
+    """Score the catalogue by popularity, by most similar text, and by neighbours and words, for the same users.
+
+    Args:
+        texts: Text of each of the M items.
+        sequences: Catalogue rows of each training history, in order.
+        examples: Whom the items are ranked for.
+        counts: Training events of each item.
+    """
+    similar, rule = SimilarText(texts), NeighboursAndWords(texts, sequences)
+    return {
         "popularity": popularity_scores(counts, len(examples.users)),
         "similar_text": Scores(lambda part: similar.scores(examples.histories[part])),
+        "neighbours_and_words": Scores(lambda part: rule.scores(examples.histories[part])),
     }
-    return {name: ranking_scores_report(own, examples, counts, arguments) for name, own in scores.items()}
+
+
+def training_sequences(writer: RequestWriter, split: Split) -> list[np.ndarray]:
+    """Return each user's training events as catalogue rows, in order."""
+    rows = np.array([writer.rows[item_id] for item_id in split.train["item_id"]], dtype=int)
+    return [rows[places] for places in histories(split.train).values()]
 
 
 def predictions(
@@ -490,6 +535,30 @@ def _chances_report(name: str, chances: np.ndarray, labels: np.ndarray, users: n
     return dict(classification_report(chances, labels, users if mixed_groups(labels, users).any() else None))
 
 
+def scoring_rows(
+    predicted: Mapping[str, np.ndarray], examples: ScoringExamples, task: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Measure predictions of model and baselines: who -> metrics; the model's row also says how it compares."""
+    rows = {who: scoring_report(own, examples, task) for who, own in predicted.items()}
+    known = examples.labels != UNKNOWN
+    if not known.any():
+        return rows
+    errors = {who: _errors(own, examples.labels, task) for who, own in predicted.items()}
+    users = np.broadcast_to(examples.user_ids.reshape(-1, *[1] * (known.ndim - 1)), known.shape)[known]
+    rows[OWN][VERDICT] = compare("rmse" if task == "rating" else "log_loss", errors, users, seed)
+    return rows
+
+
+def _errors(predicted: np.ndarray, labels: np.ndarray, task: str) -> np.ndarray:
+    """Say what each known label adds to the mean squared error or log-loss, or to the mean of several log-losses."""
+    known = labels != UNKNOWN
+    if task == "rating":
+        return (predicted[known] - labels[known]) ** 2
+    losses = log_losses(predicted[known], labels[known])
+    counts = np.broadcast_to(known.sum(0), known.shape)[known]
+    return losses * (len(losses) / np.count_nonzero(known.sum(0)) / counts)
+
+
 def scoring_baselines(
     split: Split,
     writer: RequestWriter,
@@ -498,8 +567,8 @@ def scoring_baselines(
     task: str,
     arguments: TaskArguments,
     seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Measure means of known labels on the same candidates: the user's, the item's, and the request's own history's.
+) -> dict[str, np.ndarray]:
+    """Predict the same candidates by means of known labels: the user's, the item's, and the request's own history's.
 
     What is known are the events of the earlier parts and, where negatives are drawn, negatives beside them, so that
     `item_mean` is the item's popularity, read as a probability. `history_mean` is what the candidate's own history
@@ -524,7 +593,7 @@ def scoring_baselines(
     if examples.history_means is not None:
         means["history_mean"] = examples.history_means
         means["history_and_item"] = (means["history_mean"] + means["item_mean"]) / 2
-    return {name: scoring_report(own, examples, task) for name, own in means.items()}
+    return means
 
 
 def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -549,10 +618,13 @@ __all__ = [
     "ranking_baselines",
     "ranking_examples",
     "ranking_intervals",
+    "ranking_rows",
     "ranking_scores_report",
     "scoring_baselines",
     "scoring_examples",
     "scoring_report",
+    "scoring_rows",
+    "training_sequences",
     "user_vectors",
     "warn_of_repeats",
 ]

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ..segment_cache_m6rec import SegmentCache
 from . import evaluation, writing
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
@@ -17,6 +19,7 @@ from .recommend import build_catalogue
 from .replay import earlier_runs, training_set
 from .trainer import M6RecTrainer
 from .tuning import attach, callbacks, reads_through_cache, trainable_parameters
+from .verdicts import OWN, VERDICT, advised
 
 logger = logging.getLogger(__name__)
 LOGGED = ("ndcg@10", "recall@10", "auc", "rmse", "perplexity")
@@ -74,25 +77,27 @@ def examples_of(run: Run, part: str, task: str) -> Any:
     )
 
 
-def measure(run: Run, examples: Any, task: str, bf16: bool = False, intervals: bool = False) -> dict[str, Any]:
-    """Measure the model of a run on prepared examples of a task; of rankings also bootstrap intervals, if asked."""
+def measure(run: Run, examples: Any, task: str, bf16: bool = False) -> dict[str, Any]:
+    """Measure the model of a run on prepared examples of a task."""
     if not examples.rows:
         raise ValueError(
             f"there is no event to measure {task!r} on: hold out more (evaluation.valid_fraction, test_fraction), ask "
             "about repeats too (evaluation.repeats), or set training.eval_strategy to no"
         )
-    if task == "retrieval":
-        cache = run.segment_cache
-        scores = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16, cache)
-        arguments = run.recipe.evaluation
-        report = evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, arguments)
-        if intervals:
-            report["intervals"] = evaluation.ranking_intervals(scores, examples, arguments, run.recipe.seed)
-        return report
     if task == "writing":
         return writing.measure_writing(run.model, examples, run.collator, bf16)
-    predicted = evaluation.predictions(run.model, examples, task, run.collator, bf16, run.segment_cache)
-    return evaluation.scoring_report(predicted, examples, task)
+    if task == "retrieval":
+        scores = _ranked(run, examples, bf16)
+        return evaluation.ranking_scores_report(scores, examples, run.catalogue.counts, run.recipe.evaluation)
+    return evaluation.scoring_report(_predicted(run, examples, task, bf16), examples, task)
+
+
+def _ranked(run: Run, examples: evaluation.RankingExamples, bf16: bool) -> evaluation.Scores:
+    return evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, bf16, run.segment_cache)
+
+
+def _predicted(run: Run, examples: evaluation.ScoringExamples, task: str, bf16: bool) -> np.ndarray:
+    return evaluation.predictions(run.model, examples, task, run.collator, bf16, run.segment_cache)
 
 
 def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
@@ -112,20 +117,29 @@ def _own_report(run: Run, part: str, bf16: bool) -> dict[str, dict[str, dict[str
         if not examples.rows:
             logger.warning("%s is not measured: the %s part holds no event for it", task, part)
             continue
-        rows = {"m6rec": measure(run, examples, task, bf16, intervals=True)}
-        if task == "retrieval":
-            rows |= evaluation.ranking_baselines(run.texts, examples, run.catalogue.counts, run.recipe.evaluation)
-        elif task == "writing":
-            most = run.recipe.evaluation.max_texts
-            rows["m6rec"] |= writing.measure_texts(run.model, examples, run.processor, most, run.recipe.seed)
-            learnt = examples_of(run, "train", task)
-            rows["unigram"] = writing.unigram_perplexity(learnt, examples, len(run.processor.tokenizer))
-        else:
-            rows |= evaluation.scoring_baselines(
-                run.split, run.writer, examples, part, task, run.recipe.task, run.recipe.seed
-            )
+        rows = _rows(run, examples, part, task, bf16)
+        if VERDICT in rows[OWN]:
+            rows[OWN][VERDICT] = advised(rows[OWN][VERDICT], task, run.recipe, run.base_model.config)
         report[task] = rows
     return report
+
+
+def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str, dict[str, Any]]:
+    """Measure model and baselines on prepared examples of a task: who -> metrics."""
+    recipe = run.recipe
+    if task == "retrieval":
+        sequences, counts = evaluation.training_sequences(run.writer, run.split), run.catalogue.counts
+        scores: dict[str, Any] = {OWN: _ranked(run, examples, bf16)}
+        scores |= evaluation.ranking_baselines(run.texts, sequences, examples, counts)
+        return evaluation.ranking_rows(scores, examples, counts, recipe.evaluation, recipe.seed)
+    if task == "writing":
+        own = measure(run, examples, task, bf16)
+        own |= writing.measure_texts(run.model, examples, run.processor, recipe.evaluation.max_texts, recipe.seed)
+        learnt = examples_of(run, "train", task)
+        return {OWN: own, "unigram": writing.unigram_perplexity(learnt, examples, len(run.processor.tokenizer))}
+    predicted = {OWN: _predicted(run, examples, task, bf16)}
+    predicted |= evaluation.scoring_baselines(run.split, run.writer, examples, part, task, recipe.task, recipe.seed)
+    return evaluation.scoring_rows(predicted, examples, task, recipe.seed)
 
 
 def fit(run: Run) -> M6RecTrainer:

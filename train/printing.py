@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .verdicts import verdicts
+
 
 def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Lay out a report of `full_report`: a table a task, a row a model.
+    """Lay out a report of `full_report`: a table a task, a row a model, and how the model compares.
 
     >>> print(tables({"rating": {"m6rec": {"rmse": 1.0, "examples": 3}, "item_mean": {"rmse": 1.25, "examples": 3}}}))
     rating (3 examples)
@@ -16,6 +18,7 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
     item_mean 1.2500
     """
     parts = []
+    said = verdicts(report)
     for task, rows in report.items():
         first = next(iter(rows.values()))
         names = [name for name, value in first.items() if isinstance(value, float) and "/" not in name]
@@ -28,6 +31,8 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
         for who, values in rows.items():
             cells = (f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes))
             lines.append(" ".join([who.ljust(width), *cells]))
+        if task in said:
+            lines.append(said[task])
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

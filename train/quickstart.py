@@ -21,6 +21,7 @@ from .recipe import load_recipe, write_json
 from .recommend import build_catalogue
 from .splits import histories, order
 from .tuning import trainable_parameters
+from .verdicts import OWN, VERDICT, verdicts
 
 SHOWN_USERS = 3
 SHOWN_EVENTS = 5
@@ -86,7 +87,8 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
         show_users(run, recommend, say)
         save_latency(measure_latency(recommend, _requests(run, TIMED_USERS).values()), output)
     write_json(output / "metrics.json", report)
-    write_json(output / "report.json", {"rows": report_rows(report["retrieval"]), "seconds": seconds})
+    rows, verdict = report_rows(report["retrieval"]), report["retrieval"][OWN][VERDICT]
+    write_json(output / "report.json", {"rows": rows, "verdict": verdict, "seconds": seconds})
     keep_facts(
         run,
         seconds,
@@ -118,20 +120,21 @@ def report_rows(retrieval: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ranking_table(retrieval: dict[str, dict[str, Any]]) -> str:
-    """Lay out Recall@10 and NDCG@10 of model and baselines."""
+    """Lay out Recall@10 and NDCG@10 of model and baselines, and say how they compare."""
     first = next(iter(retrieval.values()))
+    width = max(map(len, retrieval))
     lines = [
         f"a held-out film of each of {first['examples']} users, ranked against the whole catalogue, "
         f"seen films {'left out' if first['seen'] == 'out' else 'among them'}:",
-        f"{'':14}{'Recall@10':>10}{'NDCG@10':>10}{'coverage':>10}",
+        f"{'':{width}}{'Recall@10':>10}{'NDCG@10':>10}{'coverage':>10}",
     ]
     cover = next(name for name in first if name.startswith("coverage@"))
     lines += [
-        f"{who:14}{values['recall@10']:10.4f}{values['ndcg@10']:10.4f}{values[cover]:10.4f}"
+        f"{who:{width}}{values['recall@10']:10.4f}{values['ndcg@10']:10.4f}{values[cover]:10.4f}"
         for who, values in retrieval.items()
     ]
     ratio = retrieval["m6rec"]["ndcg@10"] / max(retrieval["popularity"]["ndcg@10"], 1e-12)
-    return "\n".join([*lines, f"NDCG@10 is {ratio:.1f} times that of popularity"])
+    return "\n".join([*lines, f"NDCG@10 is {ratio:.1f} times that of popularity", *verdicts({"": retrieval}).values()])
 
 
 def show_users(run: Run, recommend: RecommendationPipeline, say: Callable[[str], None]) -> None:

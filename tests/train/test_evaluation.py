@@ -19,10 +19,12 @@ from m6rec.train.evaluation import (
     ranking_baselines,
     ranking_examples,
     ranking_intervals,
+    ranking_rows,
     ranking_scores_report,
     scoring_baselines,
     scoring_examples,
     scoring_report,
+    training_sequences,
     user_vectors,
 )
 from m6rec.train.metrics import auc, grouped_auc, log_loss, ndcg_at_k, rmse, target_ranks
@@ -200,7 +202,8 @@ def test_interactions_are_measured_one_by_one(timed):
         assert report[metric] == pytest.approx((report[f"like/{metric}"] + report[f"seen/{metric}"]) / 2)
     assert report["examples"] == len(own)
     task = TaskArguments(learn=["interaction"], interactions=INTERACTIONS)
-    table = scoring_baselines(timed.split, timed.writer, examples, "test", "interaction", task, 0)
+    found = scoring_baselines(timed.split, timed.writer, examples, "test", "interaction", task, 0)
+    table = {name: scoring_report(own, examples, "interaction") for name, own in found.items()}
     known, _ = before_and_in(timed.split, "test")
     liked = known["event"] == "like"
     means = [
@@ -242,7 +245,8 @@ def test_beside_negatives_the_mean_of_an_item_is_its_popularity(timed):
     made = (timed.writer, timed.processor, split, "test", "click", task, EvaluationArguments(), 0)
     examples = scoring_examples(*made)
     assert examples.history_means is None
-    table = scoring_baselines(split, timed.writer, examples, "test", "click", task, 0)
+    found = scoring_baselines(split, timed.writer, examples, "test", "click", task, 0)
+    table = {name: scoring_report(own, examples, "click") for name, own in found.items()}
     assert list(table) == ["user_mean", "item_mean"]
     known, _ = before_and_in(split, "test")
     popular = known["item_id"].value_counts()
@@ -319,8 +323,11 @@ def test_users_are_ranked_some_at_a_time(run, monkeypatch, at_once):
     report = ranking_scores_report(scores, examples, counts, arguments)
     assert report == ranking_scores_report(whole, examples, counts, arguments)
     assert report["ndcg@3"] == pytest.approx(ndcg_at_k(ranks, 3)) and len(examples.users) > 5
-    found = ranking_intervals(scores, examples, arguments, seed=1)
-    assert found == ranking_intervals(whole, examples, arguments, seed=1)
+    made = (examples, counts, arguments, 1)
+    rows, same = ranking_rows({"m6rec": scores, "popularity": -whole}, *made), {"m6rec": whole, "popularity": -whole}
+    assert rows == ranking_rows(same, *made)
+    assert rows["m6rec"]["intervals"] == ranking_intervals(ranks, arguments, seed=1)
+    assert report == {name: value for name, value in rows["m6rec"].items() if name not in ("intervals", "verdict")}
 
 
 def test_items_met_before_are_left_out_or_kept_as_asked():
@@ -338,14 +345,10 @@ def test_items_met_before_are_left_out_or_kept_as_asked():
 def test_intervals_are_as_wide_as_the_number_of_users_says():
     """Half of the targets stand first and half second: the standard error of MRR is 1/4 over the root of the users."""
     users = 400
-    targets = np.arange(users) % 2
-    examples = RankingExamples([""] * users, [], [np.array([2])] * users, targets, np.zeros(users, bool))
-    scores = np.tile([2.0, 1.0, 3.0], (users, 1))
-    found = ranking_intervals(scores, examples, EvaluationArguments(ks=[1, 2]), seed=3)
+    found = ranking_intervals(1 + np.arange(users) % 2, EvaluationArguments(ks=[1, 2]), seed=3)
     assert found.keys() == {"recall@1", "ndcg@1", "recall@2", "ndcg@2", "mrr"} and found["recall@2"] == [1, 1]
     assert found["mrr"] == pytest.approx([0.75 - 1.96 / 80, 0.75 + 1.96 / 80], abs=0.004)
-    kept = ranking_intervals(scores, examples, EvaluationArguments(ks=[1], exclude_seen=False), seed=3)
-    assert kept["recall@1"] == [0, 0]
+    assert ranking_intervals(np.array([np.inf, 2.0]), EvaluationArguments(ks=[1]), seed=3)["recall@1"] == [0, 0]
 
 
 def forward(run, row):
@@ -406,8 +409,11 @@ def test_a_model_that_has_diverged_is_refused_not_measured(run):
 
 def test_the_baselines_stand_beside_the_model_on_the_same_users(run):
     examples, arguments = examples_of(run), EvaluationArguments(ks=[3])
-    table = ranking_baselines(run.texts, examples, run.catalogue.counts, arguments)
-    assert list(table) == ["popularity", "similar_text"]
+    sequences, counts = training_sequences(run.writer, run.split), run.catalogue.counts
+    assert [[run.writer.item_ids[row] for row in own] for own in sequences] == list(by_user(run.split.train).values())
+    scores = ranking_baselines(run.texts, sequences, examples, counts)
+    assert list(scores) == ["popularity", "similar_text", "neighbours_and_words"]
+    table = {who: ranking_scores_report(own, examples, counts, arguments) for who, own in scores.items()}
     popular = np.array([(run.split.train["item_id"] == item_id).sum() for item_id in run.writer.item_ids])
     ranks = target_ranks(np.tile(popular, (12, 1)), examples.targets, examples.histories)
     assert table["popularity"]["ndcg@3"] == pytest.approx(ndcg_at_k(ranks, 3))
@@ -417,7 +423,8 @@ def test_the_baselines_stand_beside_the_model_on_the_same_users(run):
 @pytest.mark.parametrize(("task", "column"), [("click", "label"), ("rating", "rating")])
 def test_mean_labels_are_the_baselines_of_scores(timed, task, column):
     examples = scored(timed, task=task)
-    table = scoring_baselines(timed.split, timed.writer, examples, "test", task, TASK, 0)
+    found = scoring_baselines(timed.split, timed.writer, examples, "test", task, TASK, 0)
+    table = {name: scoring_report(own, examples, task) for name, own in found.items()}
     known, _ = before_and_in(timed.split, "test")
     overall = known[column].mean()
     for name, ids, group in (("user_mean", examples.user_ids, "user_id"), ("item_mean", examples.item_ids, "item_id")):

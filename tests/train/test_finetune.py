@@ -27,7 +27,7 @@ TASKS = {
 }
 MEANS = ["user_mean", "item_mean", "history_mean", "history_and_item"]
 BASELINES = {
-    "retrieval": ["m6rec", "popularity", "similar_text"],
+    "retrieval": ["m6rec", "popularity", "similar_text", "neighbours_and_words"],
     **{name: ["m6rec", *MEANS] for name in ("click", "rating", "interaction")},
 }
 OTHERS = ("batch", "sampled")

@@ -128,8 +128,9 @@ def test_cards_pass_the_hub_and_name_no_figure_that_was_not_measured(done, monke
 
 def test_report_has_the_shape_that_was_asked_for(done):
     report = read_json(done[0] / "report.json")
-    assert list(report) == ["rows", "seconds"]
-    assert [row["model"] for row in report["rows"]] == ["m6rec", "popularity", "similar_text"]
+    assert list(report) == ["rows", "verdict", "seconds"]
+    models = ["m6rec", "popularity", "similar_text", "neighbours_and_words"]
+    assert [row["model"] for row in report["rows"]] == models
     for row in report["rows"]:
         assert list(row) == ["model", "recall@10", "ndcg@10", "seen"]
         assert row["seen"] == "out"
@@ -137,6 +138,7 @@ def test_report_has_the_shape_that_was_asked_for(done):
     assert list(report["seconds"]) == STAGES
     assert all(value >= 0 for value in report["seconds"].values()) and sum(report["seconds"].values()) > 0
     measured = read_json(done[0] / "metrics.json")["retrieval"]
+    assert report["verdict"] == measured["m6rec"]["verdict"]
     assert [{**row, "examples": 40} for row in report["rows"]] == [
         {"model": who, **{name: row[name] for name in ("recall@10", "ndcg@10", "seen", "examples")}}
         for who, row in measured.items()

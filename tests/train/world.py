@@ -78,8 +78,8 @@ def best_of_steps(count: int, metric: str) -> dict[str, Any]:
 
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row of a report measures, without the intervals around it."""
-    return {name: value for name, value in row.items() if name != "intervals"}
+    """What a row of a report measures, without the intervals around it and the comparison with the others."""
+    return {name: value for name, value in row.items() if name not in ("intervals", "verdict")}
 
 
 def recipe_of(data: dict[str, str], output_dir: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -92,9 +92,25 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
     >>> log_loss([0.5, 0.25], [1, 0])       # (ln 2 + ln 4/3) / 2 = ln(8/3) / 2
     0.4904...
     """
+    return float(np.mean(log_losses(probabilities, labels)))
+
+
+def log_losses(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Return what each example adds to `log_loss`, which is the mean: -ln of the probability of its label.
+
+    Args:
+        probabilities: p of label 1 for each example.
+        labels: y of each example.
+
+    Raises:
+        ValueError: A probability is outside 0 to 1, or the input is not valid.
+
+    >>> log_losses([0.5, 0.25], [1, 0])     # ln 2, ln 4/3
+    array([0.693..., 0.287...])
+    """
     chance, truth = _probabilities_and_labels(probabilities, labels)
     chance = np.clip(chance, CLIP, 1 - CLIP)
-    return float(-np.mean(truth * np.log(chance) + (1 - truth) * np.log1p(-chance)))
+    return -(truth * np.log(chance) + (1 - truth) * np.log1p(-chance))
 
 
 def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
@@ -255,6 +271,7 @@ __all__ = [
     "expected_calibration_error",
     "grouped_auc",
     "log_loss",
+    "log_losses",
     "mae",
     "mixed_groups",
     "rmse",

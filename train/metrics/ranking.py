@@ -122,8 +122,24 @@ def ndcg_at_k(ranks: ArrayLike, k: int) -> float:
     >>> ndcg_at_k([1, 3, 7], k=5)           # (1 / log2(2) + 1 / log2(4) + 0) / 3 = 1.5 / 3
     0.5
     """
+    return float(np.mean(ndcg_gains(ranks, k)))
+
+
+def ndcg_gains(ranks: ArrayLike, k: int) -> NDArray[np.float64]:
+    """Return what each user adds to `ndcg_at_k`, which is the mean: [r <= k] / log2(1 + r).
+
+    Args:
+        ranks: 1-based ranks of the targets (U), from `target_ranks`.
+        k: The cut-off.
+
+    Raises:
+        ValueError: There are no ranks, or one is NaN or below 1, or k is not positive.
+
+    >>> ndcg_gains([1, 3, 7], k=5)
+    array([1. , 0.5, 0. ])
+    """
     ranks = _ranks(ranks)
-    return float(np.mean((ranks <= positive("k", k)) / np.log2(1 + ranks)))
+    return (ranks <= positive("k", k)) / np.log2(1 + ranks)
 
 
 def mrr(ranks: ArrayLike) -> float:
@@ -268,6 +284,7 @@ __all__ = [
     "coverage",
     "mrr",
     "ndcg_at_k",
+    "ndcg_gains",
     "popularity_bias",
     "ranking_report",
     "recall_at_k",
