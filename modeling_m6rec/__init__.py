@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .pipeline_m6rec import RecommendationPipeline
     from .processing_m6rec import M6RecProcessor
     from .tokenization_m6rec import M6RecTokenizer
+    from .train import fit
     from .user_states_m6rec import UserStates
 
 LAZY = {
@@ -30,6 +31,7 @@ LAZY = {
     "M6RecTokenizer": "m6rec.tokenization_m6rec",
     "RecommendationPipeline": "m6rec.pipeline_m6rec",
     "UserStates": "m6rec.user_states_m6rec",
+    "fit": "m6rec.train",
 }
 """Names of the package that are imported when they are first asked for, and where they are."""
 
@@ -94,4 +96,5 @@ __all__ = [
     "SegmentCache",
     "UserStates",
     "__version__",
+    "fit",
 ]

@@ -1,0 +1,189 @@
+"""Training and recommending from Python: tables in, tables out.
+
+`fit` writes the tables beside the model and then does what `m6rec finetune` does, so that every command of m6rec
+works on the folder afterwards.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+from datasets import Dataset
+
+from ..pipeline_m6rec import FOLDER, RecommendationPipeline
+from .build import catalogue_rows, prepare
+from .data import Log, build_log, read_log
+from .examples import RequestWriter
+from .finetune import finetune, full_report
+from .recipe import Recipe, load_recipe
+from .recommend import load_pipeline
+from .splits import Split, histories, order
+
+Table = pandas.DataFrame | str | Path
+"""A data frame, or what `data:` of a recipe takes: a file, a folder saved by `datasets`, a Hub id."""
+Report = dict[str, dict[str, dict[str, Any]]]
+"""Task -> who (the model, each baseline) -> metric -> value."""
+TABLES = "tables"
+"""Folder, beside the model, of the tables that were given as data frames."""
+
+
+class Recommender:
+    """A trained model with its catalogue and the log that it was trained on.
+
+    Args:
+        directory: The folder of a run, as `fit` and `m6rec finetune` write it.
+        overrides: Entries such as `data.interactions=new.csv` that differ from the run's recipe.
+
+    Attributes:
+        directory: The folder.
+        recipe: The run's recipe.
+        pipeline: The pipeline "recommendation" of the model, for requests of every form.
+    """
+
+    def __init__(self, directory: str | Path, overrides: Iterable[str] = ()) -> None:
+        self.directory = Path(directory)
+        self.recipe: Recipe = load_recipe(self.directory, overrides)
+        self.pipeline: RecommendationPipeline = load_pipeline(str(self.directory))
+        if not (self.directory / FOLDER).is_dir():
+            raise FileNotFoundError(
+                f"{self.directory} has no catalogue to recommend from: train a model with segment layers, or use "
+                "Recommender.pipeline with candidates"
+            )
+        self._log: Log | None = None
+
+    @property
+    def log(self) -> Log:
+        """The log that the recipe names, read when it is first used."""
+        if self._log is None:
+            self._log = read_log(self.recipe.data)
+        return self._log
+
+    def recommend(
+        self,
+        users: Sequence[str] | pandas.DataFrame,
+        k: int = 10,
+        exclude_seen: bool = True,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> pandas.DataFrame:
+        """Recommend items to users.
+
+        Args:
+            users: Ids of users of the log; or a table of events with the log's columns (user_id, item_id and, where
+                there are times, timestamp), which stand for the users' whole histories: users may be new, items must be
+                in the items table.
+            k: How many items for each user.
+            exclude_seen: Leave out the items of a user's history.
+            batch_size: Requests that are read together.
+            **options: Further parameters of a call of the pipeline, such as `filter`.
+
+        Returns:
+            A table with user_id, rank (from 1), item_id and score, in the order of the users.
+
+        Raises:
+            ValueError: A user is not in the log, or an event is not valid; the message names it.
+        """
+        log = self._log_of(users) if isinstance(users, pandas.DataFrame) else self.log
+        ordered, writer = order(log.interactions, self.recipe.data.seed), RequestWriter(log)
+        places = histories(ordered)
+        wanted = list(places) if isinstance(users, pandas.DataFrame) else [str(user) for user in users]
+        if unknown := [user for user in wanted if user not in places]:
+            known = ", ".join(map(repr, list(places)[:5]))
+            raise ValueError(
+                f"{len(unknown)} users are not in the log, the first is {unknown[0]!r}; the log begins with {known}. "
+                "For a new user give a table of events"
+            )
+        requests = [writer.request(user, writer.events(ordered.iloc[places[user]])) for user in wanted]
+        call = {"top_k": k, "exclude_seen": exclude_seen, "batch_size": batch_size, **options}
+        answers = self.pipeline(requests, task="retrieval", **call) if requests else []
+        rows = [
+            (user, row["rank"], row["item_id"], row["score"]) for user, answer in zip(wanted, answers) for row in answer
+        ]
+        return pandas.DataFrame(rows, columns=["user_id", "rank", "item_id", "score"])
+
+    def evaluate(self, events: pandas.DataFrame | None = None) -> Report:
+        """Measure the model and the baselines.
+
+        Args:
+            events: Events that happened after those of the log, with the log's columns: the first of each user is
+                ranked after the user's whole history in the log. None: the events that the recipe's split holds out.
+
+        Returns:
+            Task -> who -> metrics, as `metrics.json` holds them.
+        """
+        own = [f"model.checkpoint={self.directory}"]
+        recipe = load_recipe(self.directory, own)
+        run = prepare(recipe, log=self.log)
+        if events is not None:
+            later = self._log_of(events).interactions
+            joined = pandas.concat([self.log.interactions, later], ignore_index=True)
+            part = pandas.Series(["train"] * len(self.log.interactions) + ["test"] * len(later))
+            ordered = order(joined.assign(part=part.astype("category")), recipe.data.seed)
+            is_test = (ordered.pop("part") == "test").to_numpy()
+            run.split = Split(ordered[~is_test], ordered[:0], ordered[is_test])
+            run.catalogue = catalogue_rows(run.writer, run.split, run.processor)
+        return full_report(run)
+
+    def _log_of(self, events: pandas.DataFrame) -> Log:
+        """Read a table of events by the rules of the log's own tables."""
+        items = self.log.items.rename_axis("item_id").reset_index()
+        users = None if self.log.users is None else self.log.users.rename_axis("user_id").reset_index()
+        tables = [
+            None if table is None else Dataset.from_pandas(table, preserve_index=False) for table in (items, users)
+        ]
+        assert tables[0] is not None
+        columns = {role: name for role, name in self.recipe.data.columns.items() if role not in ("item_id", "user_id")}
+        for role in ("item_id", "user_id"):
+            own = self.recipe.data.columns.get(role, role)
+            events = events.rename(columns={own: role})
+        arguments = type(self.recipe.data)(columns=columns, min_rating_liked=self.recipe.data.min_rating_liked)
+        described = None if users is None else Dataset.from_pandas(users, preserve_index=False)
+        tables = [Dataset.from_pandas(table, preserve_index=False) for table in (events, items)]
+        return build_log(*tables, described, arguments)
+
+
+def fit(
+    events: Table,
+    items: Table,
+    users: Table | None = None,
+    recipe: str | Path | Mapping[str, Any] = "own-data",
+    output_dir: str | Path | None = None,
+    overrides: Iterable[str] = (),
+) -> Recommender:
+    """Train a recommender on two tables.
+
+    Args:
+        events: One row an event: user_id, item_id and, where known, timestamp, rating, label, event, text.
+        items: One row an item: item_id and the columns that describe it.
+        users: One row a user: user_id and the columns that describe the user.
+        recipe: A recipe file, the name of a recipe of the package, or a mapping of sections.
+        output_dir: The folder that is written; None: that of the recipe.
+        overrides: Entries such as `training.num_train_epochs=3`; they win over the recipe.
+
+    Returns:
+        The trained recommender. Its folder holds model, catalogue, `metrics.json` and, under `tables/`, the data frames
+        that were given, so that every command of m6rec works on it.
+
+    Raises:
+        ValueError: A table or a setting cannot be used; the message names the table, the column and the row.
+    """
+    given = [*overrides, *([f"training.output_dir={output_dir}"] if output_dir is not None else [])]
+    folder = load_recipe(recipe, given).output_dir
+    tables = {"interactions": events, "items": items, "users": users}
+    paths = [f"data.{name}={_path(table, name, folder)}" for name, table in tables.items() if table is not None]
+    finetune(load_recipe(recipe, [*given, *paths]))
+    return Recommender(folder)
+
+
+def _path(table: Table, name: str, folder: Path) -> str:
+    """Return where a table is, after writing a data frame into the run's folder."""
+    if not isinstance(table, pandas.DataFrame):
+        return str(table)
+    path = folder / TABLES / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path, index=False)
+    return str(path)
+
+
+__all__ = ["Recommender", "Table", "fit"]
