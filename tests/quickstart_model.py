@@ -15,7 +15,7 @@ FILMS = [
 
 @pytest.fixture
 def quickstart_folder(tmp_path, monkeypatch):
-    """Work in a folder that holds `m6rec-ml100k/`, with a catalogue of four films."""
+    """Work in a folder that holds `m6rec-ml100k/`, with a catalogue of four films, and two tables of a shop."""
     torch.manual_seed(0)
     texts = [" ".join(str(value) for value in film.values()) for film in FILMS]
     tokenizer = M6RecTokenizer.train(texts, vocab_size=400)
@@ -30,3 +30,27 @@ def quickstart_folder(tmp_path, monkeypatch):
     processor.save_pretrained(tmp_path / "m6rec-ml100k")
     Catalogue.from_dataset(FILMS, model, processor, progress=False).save(tmp_path / "m6rec-ml100k" / "catalogue")
     monkeypatch.chdir(tmp_path)
+    write_shop(tmp_path)
+
+
+def write_shop(folder):
+    """Write events.csv and items.csv: six users with five events each, eight items."""
+    names = [
+        "red rain jacket",
+        "hiking shoes",
+        "wool socks",
+        "tent",
+        "camping stove",
+        "head lamp",
+        "blue rain hat",
+        "map",
+    ]
+    items = "".join(f"i{row},{name}\n" for row, name in enumerate(names))
+    (folder / "items.csv").write_text("item_id,title\n" + items)
+    users = ["ann", "bob", "cid", "dan", "eva", "fay"]
+    rows = [
+        f"{user},i{(number + 2 * place) % 8},{1_700_000_000 + 86_400 * place}\n"
+        for number, user in enumerate(users)
+        for place in range(5)
+    ]
+    (folder / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))

@@ -37,11 +37,13 @@ def test_users_of_the_log_get_a_table(trained, tables):
 
 def test_a_table_of_events_is_the_history_of_new_users(trained):
     """The answer is that of the pipeline to the same history."""
-    events = pandas.DataFrame({"user_id": ["new", "new"], "item_id": ["i3", "i5"], "timestamp": [7200, 3600]})
+    events = pandas.DataFrame(
+        {"user_id": ["new", "new"], "item_id": ["i3", "i5"], "timestamp": [1_600_007_200, 1_600_003_600]}
+    )
     found = trained.recommend(events, k=3)
     history = [
-        {"item": {"item_id": "i5"}, "timestamp": 3600.0},
-        {"item": {"item_id": "i3"}, "timestamp": 7200.0},
+        {"item": {"item_id": "i5"}, "timestamp": 1_600_003_600},
+        {"item": {"item_id": "i3"}, "timestamp": 1_600_007_200},
     ]
     answer = trained.pipeline({"history": history}, task="retrieval", top_k=3)
     assert found["item_id"].tolist() == [row["item_id"] for row in answer]
@@ -78,7 +80,7 @@ def test_what_cannot_be_used_is_refused(trained, tables, tmp_path):
     with pytest.raises(ValueError, match=r"2 users are not in the log, the first is 'nobody'.*begins with 'u0'"):
         trained.recommend(["u1", "nobody", "none"])
     with pytest.raises(ValueError, match=r"item_id.*i99"):
-        trained.recommend(pandas.DataFrame({"user_id": ["new"], "item_id": ["i99"], "timestamp": [1]}))
+        trained.recommend(pandas.DataFrame({"user_id": ["new"], "item_id": ["i99"], "timestamp": [1_600_000_000]}))
     with pytest.raises(ValueError, match="item_id"):
         m6rec.fit(tables["interactions"], tables["items"].drop(columns="item_id"), recipe=recipe_of({}, tmp_path))
     with pytest.raises(AttributeError, match="nothing"):
