@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from m6rec import Catalogue
 from m6rec.train.data import DataArguments, read_log
+from m6rec.train.preparation import report
 from m6rec.train.recipe import RECIPES as FOLDER
 from m6rec.train.recipe import load_recipe
 from tests.fuzz.answering import recommender, rule
@@ -59,7 +60,7 @@ TIMES = [
 
 def _column(values, odd_values):
     """Draw a column of mostly good cells."""
-    return mixed((st.sampled_from(values), 14), (st.sampled_from(odd_values), 1))
+    return mixed((st.sampled_from(values), 60), (st.sampled_from(odd_values), 1))
 
 
 @st.composite
@@ -114,7 +115,9 @@ DAMAGES = [
 TABLES = st.fixed_dictionaries({
     "events": _events(), "items": _items(), "format": st.sampled_from(["csv", "csv", "tsv", "jsonl", "parquet",
     "json"]),
-    "typed": st.booleans(), "arguments": mixed((st.just({}), 3), (st.fixed_dictionaries({}, optional={
+    "typed": mixed((st.just(False), 4), (st.just(True), 1)),
+    "prepared": mixed((st.just(False), 19), (st.just(True), 1)),
+    "arguments": mixed((st.just({}), 3), (st.fixed_dictionaries({}, optional={
         "drop_invalid": st.booleans(), "item_columns": st.sampled_from([["title"], ["nope"], []]),
         "columns": st.sampled_from([{"timestamp": "time"}, {"rating": "event"}, {"part": "event"}, {"event": "event"}]),
     }), 1)),
@@ -164,6 +167,10 @@ def check_table(case):
             paths[name].write_bytes(data)
         arguments = DataArguments(interactions=str(paths["events"]), items=str(paths["items"]), **case["arguments"])
         log = read_log(arguments)
+        if case["prepared"]:
+            data = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
+            told = report(load_recipe({"data": data, "training": {"output_dir": str(Path(folder) / "run")}}))
+            rule(isinstance(told, str) and told.strip(), "a report says nothing")
     events, items = log.interactions, log.items
     users, names = events["user_id"].astype("str"), events["item_id"].astype("str")
     rule(items.index.is_unique, "an item is there twice")
@@ -255,9 +262,12 @@ def recipe_texts(draw):
 TREE = {"training": {"output_dir": "x"}, "data": {}, "task": {"weights": {}}}
 RECIPES = st.fixed_dictionaries({
     "text": mixed((recipe_texts(), 3), (st.sampled_from(sorted(SOURCES.values())), 1)),
-    "overrides": st.lists(st.builds("{}={}".format, KEYS, YAML_TEXTS) | TEXTS, max_size=2),
+    "overrides": mixed(
+        (st.just([]), 8), (st.lists(st.builds("{}={}".format, KEYS, YAML_TEXTS), min_size=1, max_size=2), 8),
+        (st.lists(TEXTS, min_size=1, max_size=1), 1),
+    ),
     "encoding": mixed((st.just("utf-8"), 12), (st.sampled_from(["latin-1", "utf-16", "utf-8-sig"]), 1)),
-    "tree": mixed((st.none(), 4), (odd(st.just(TREE), junk), 1)),
+    "tree": mixed((st.none(), 4), (odd(st.just(TREE), junk).filter(lambda tree: isinstance(tree, dict)), 1)),
 })  # fmt: skip
 
 
