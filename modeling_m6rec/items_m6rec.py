@@ -54,7 +54,9 @@ def table_rows(table: Any) -> Iterable[Any]:
     if hasattr(table, "iloc") and hasattr(table, "columns"):
         # None in place of NaN, NaT and NA: a field that is missing.
         return table.astype(object).where(table.notna(), None).to_dict("records")
-    if isinstance(table, str | bytes | Mapping) or not (hasattr(table, "__iter__") or hasattr(table, "__getitem__")):
+    rows = hasattr(table, "__iter__") or hasattr(table, "__getitem__")
+    single = getattr(table, "ndim", None) == 0  # a number as an array or a tensor, which cannot be iterated
+    if isinstance(table, str | bytes | Mapping | type) or single or not rows:
         raise TypeError(f"expected a list, a data frame or a dataset of rows, got {type(table).__name__}")
     return table
 
