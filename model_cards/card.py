@@ -80,7 +80,11 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
         trust="" if facts.method else ", trust_remote_code=True",
         user=_python(example),
         candidates=_python(candidates),
-        said=any(value is not None for name, value in vars(facts.data or DataFacts()).items() if name != "hub_id"),
+        said=any(
+            value is not None
+            for name, value in vars(facts.data or DataFacts()).items()
+            if name not in ("hub_id", "digest")
+        ),
         results=results,
         intervals=any(INTERVALS in figures for report in facts.results.values() for figures in report.values()),
         leanings=_leanings(results),
@@ -94,6 +98,11 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
         scored=next((task for task in ("click", "rating", "interaction") if task in facts.tasks), None),
     )
     return str(card).rstrip() + "\n"
+
+
+def _says(data: DataFacts) -> bool:
+    """Say whether anything is known of the data that the card tells in words."""
+    return any(value is not None for name, value in vars(data).items() if name not in ("hub_id", "digest"))
 
 
 def render_cards(facts: CardFacts) -> dict[str, str]:

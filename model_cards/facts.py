@@ -28,6 +28,8 @@ class DataFacts:
     """Measured: items."""
     events: int | None = None
     """Measured: events, held-out ones included."""
+    digest: str | None = None
+    """Measured: by which the same data are known again; no card says it."""
 
 
 @dataclass(frozen=True)

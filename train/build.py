@@ -143,7 +143,9 @@ def make_processor(
 def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend) -> M6RecTokenizer:
     """Make the tokenizer of a model that begins as a backbone, of the backbone's own."""
     chosen = {name: value for name, value in arguments.config.items() if name == "num_options"}
-    return M6RecTokenizer.from_backbone(own, **chosen)
+    tokenizer = M6RecTokenizer.from_backbone(own, **chosen)
+    tokenizer.chat_template = own.chat_template
+    return tokenizer
 
 
 def _training_texts(log: Log, template: dict[str, Any], texts: Iterable[str] | None) -> Iterator[str]:
@@ -176,6 +178,10 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         _change_scores(model, scored)
     elif arguments.backbone:
         model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
+        if "writing" in recipe.task.learn and "writing" not in (model.config.trained_tasks or []):
+            logger.warning(
+                "%s has no head that writes: it begins untrained, tied to the embeddings", arguments.backbone
+            )
         check_length(model.config, processor.max_length)
     else:
         fields = {**arguments.shape, **fields}

@@ -19,6 +19,7 @@ from ..pipeline_m6rec import FOLDER
 from .build import Run
 from .curves import PICTURE_FILE
 from .latency import LATENCY_FILE, LATENCY_PICTURE
+from .locations import log_digest
 from .recipe import RECIPE_FILE, VERSIONED, Recipe, load_recipe, write_json
 from .tuning import trainable_parameters
 
@@ -62,6 +63,7 @@ def keep_facts(run: Run, seconds: Mapping[str, float], trained: int, command: st
         users=int(log.interactions["user_id"].nunique()) or None,
         items=len(run.writer.items) or None,
         events=len(log.interactions) or None,
+        digest=log_digest(log),
     )
     facts = {
         "licence": None,

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .locations import located
 from .recipe import RECIPE_FILE, Recipe, load_recipe, write_json
 
 logger = logging.getLogger(__name__)
@@ -197,9 +198,9 @@ def _decisive(recipe: Recipe, stage: str) -> dict[str, Any]:
         pretraining=dataclasses.replace(recipe.pretraining, training={}, output_dir=None),
         tuning=dataclasses.replace(recipe.tuning, average_checkpoints=1),
     )
-    found: dict[str, Any] = {}
+    tree, found = located(dataclasses.asdict(recipe)), dict[str, Any]()
     for section in DECISIVE[stage]:
-        found |= {f"{section}.{name}": value for name, value in dataclasses.asdict(getattr(recipe, section)).items()}
+        found |= {f"{section}.{name}": value for name, value in tree[section].items()}
     found |= {f"evaluation.{name}": getattr(recipe.evaluation, name) for name in SPLIT}
     training = {**recipe.training, "seed": recipe.seed}
     return found | {f"training.{name}": value for name, value in training.items() if not name.startswith(FREE)}

@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Warns of tied weights, of which a checkpoint holds one.
     logging.getLogger("transformers.trainer").setLevel(logging.WARNING if verbose else logging.ERROR)
     try:
-        with redirect_stdout(sys.stdout if speaks else None):
+        with redirect_stdout(sys.stdout if speaks else None), _bars_on_terminals_only():
             options.run(options)
     except USER_ERRORS as error:
         if verbose:
@@ -44,6 +44,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"m6rec {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Switch progress bars off where they would fill a file."""
+    if sys.stderr.isatty():
+        yield
+        return
+    import datasets
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as library
+
+    shown = {
+        (datasets.disable_progress_bars, datasets.enable_progress_bars): datasets.is_progress_bar_enabled(),
+        (library.disable_progress_bar, library.enable_progress_bar): library.is_progress_bar_enabled(),
+        (disable_progress_bars, enable_progress_bars): not are_progress_bars_disabled(),
+    }
+    switched = [switches for switches, on in shown.items() if on]
+    for off, _ in switched:
+        off()
+    try:
+        yield
+    finally:
+        for _, on_again in switched:
+            on_again()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
         help="log more, and show the traceback of an error",
     )
     parser = argparse.ArgumentParser(
-        prog="m6rec", description="A generative language model that is also a recommender.", parents=[anywhere]
+        prog="m6rec",
+        description="A generative language model that is also a recommender.",
+        epilog=f"recipes of the package: {', '.join(_recipe_names())}",
+        parents=[anywhere],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -71,9 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         add("run", _run, "all steps of a recipe: prepare, pretrain, finetune, recommend"),
     )
     for command in of_recipes:
-        command.add_argument("recipe", help="a YAML file, or the name of a recipe of the package")
+        command.add_argument("recipe", help=f"a YAML file, or a recipe of the package: {', '.join(_recipe_names())}")
     for command in of_recipes[1:]:
         command.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
+        command.add_argument("--overwrite", action="store_true", help="replace the model that the folder holds")
     convert = add("convert", _convert, "make an M6Rec model of a published language model")
     convert.add_argument("backbone", help="the folder or the Hub id of the language model")
     convert.add_argument("output", help="the folder that is written")
@@ -135,6 +164,10 @@ def _prepare(options: argparse.Namespace) -> None:
     print(report(load_recipe(options.recipe, options.overrides)))
 
 
+def _recipe_names() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
 def _recipe(options: argparse.Namespace) -> Any:
     from .recipe import load_recipe
 
@@ -142,10 +175,23 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, [*options.overrides, *resume])
 
 
+def _refuse_to_replace(options: argparse.Namespace, recipe: Any, *folders: str | Path | None) -> None:
+    """Raise if a folder that is about to be written holds a model, unless that is meant."""
+    if options.overwrite or recipe.training.get("resume_from_checkpoint"):
+        return
+    for folder in map(Path, filter(None, folders)):
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileExistsError(
+                f"{str(folder)!r} holds a model, which this run would replace: name another folder "
+                "(training.output_dir=...), go on with it (--resume), or replace it (--overwrite)"
+            )
+
+
 def _pretrain(options: argparse.Namespace) -> None:
     from .pretrain import pretrain
 
     recipe = _recipe(options)
+    _refuse_to_replace(options, recipe, recipe.for_pretraining().output_dir)
     for objective, value in pretrain(recipe).items():
         print(f"{objective:12} perplexity {value['before']:.2f} before, {value['after']:.2f} after")
     print(f"written to {recipe.for_pretraining().output_dir}")
@@ -156,6 +202,7 @@ def _finetune(options: argparse.Namespace) -> None:
     from .printing import tables
 
     recipe = _recipe(options)
+    _refuse_to_replace(options, recipe, recipe.output_dir)
     print(tables(finetune(recipe)))
     print(f"written to {recipe.output_dir}")
 
@@ -163,7 +210,9 @@ def _finetune(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from .run import run
 
-    run(_recipe(options), print)
+    recipe = _recipe(options)
+    _refuse_to_replace(options, recipe, recipe.output_dir, recipe.pretraining.output_dir)
+    run(recipe, print)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -173,16 +222,9 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .build import prepare
-    from .finetune import full_report
-    from .printing import tables
-    from .recipe import load_recipe, write_json
+    from .measuring import evaluate
 
-    recipe = load_recipe(options.model, [*options.overrides, f"model.checkpoint={json.dumps(options.model)}"])
-    report = full_report(prepare(recipe))
-    measured = {"overrides": options.overrides, **report} if options.overrides else report
-    write_json(Path(options.model) / ("evaluation.json" if options.overrides else "metrics.json"), measured)
-    print(tables(report))
+    evaluate(options.model, options.overrides, print)
 
 
 def _recommend(options: argparse.Namespace) -> None:

@@ -48,6 +48,7 @@ def convert(
         f"{model.config.num_hidden_layers} layers, the last {model.config.num_joint_layers} joint",
         f"{len(own):,} tokens of its own and {len(tokenizer) - len(own)} new ones",
         _head(model, source.get_output_embeddings() is not None),
+        *_warnings(model),
         f"written to {folder}",
     ]
     return "\n".join(lines)
@@ -60,6 +61,17 @@ def _recipe(backbone: str, output: Path, num_joint_layers: int | None, overrides
     if num_joint_layers is not None:
         entries.append(f"model.config.num_joint_layers={num_joint_layers}")
     return load_recipe({"model": {"backbone": backbone}, "training": {"output_dir": str(output)}}, entries)
+
+
+def _warnings(model: M6RecForRecommendation) -> list[str]:
+    """Say what the model cannot do before it is trained."""
+    apart = model.config.num_segment_layers
+    if not apart:
+        return []
+    return [
+        f"its first {apart} layers read each text of a request alone, which they have not learnt: what it writes about "
+        "requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts go on as before"
+    ]
 
 
 def _head(model: M6RecForRecommendation, trained: bool) -> str:

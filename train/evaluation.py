@@ -319,7 +319,9 @@ def answers(
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     found: list[Any] = [None] * len(rows)
     names = ("input_ids", "item_ids")
-    for start in tqdm(range(0, len(order), ROWS_AT_ONCE), desc="Evaluating", disable=len(rows) < SHOWS_PROGRESS):
+    for start in tqdm(
+        range(0, len(order), ROWS_AT_ONCE), desc="Evaluating", disable=True if len(rows) < SHOWS_PROGRESS else None
+    ):
         batch_rows = order[start : start + ROWS_AT_ONCE]
         batch = collator([{name: rows[row][name] for name in names if name in rows[row]} for row in batch_rows])
         batch = {name: value.to(model.device) for name, value in batch.items()}

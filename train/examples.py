@@ -360,7 +360,9 @@ def read_requests(
 ) -> list[dict[str, Any]]:
     """Read requests into rows of `input_ids` and `item_ids`, with a progress bar."""
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(requests), desc=description, unit="row", disable=len(requests) < READ_AT_ONCE) as bar:
+    with tqdm(
+        total=len(requests), desc=description, unit="row", disable=True if len(requests) < READ_AT_ONCE else None
+    ) as bar:
         for start in range(0, len(requests), READ_AT_ONCE):
             readings = processor.read_many(requests[start : start + READ_AT_ONCE], task)
             for reading in readings:

@@ -1,6 +1,6 @@
 """Behaviour fine-tuning: retrieval, clicks, ratings, interactions and writing, alone or together (paper, task formats).
 
-m6rec finetune movielens training.output_dir=runs/films
+m6rec finetune quickstart training.output_dir=runs/films
 """
 
 import logging
@@ -12,13 +12,14 @@ import numpy as np
 
 from ..segment_cache_m6rec import SegmentCache
 from . import evaluation, writing
+from .best import check_best_metric
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .cards import keep_facts
 from .recipe import Recipe, write_json
 from .recommend import build_catalogue
 from .replay import earlier_runs, training_set
 from .trainer import M6RecTrainer
-from .tuning import attach, callbacks, reads_through_cache, trainable_parameters
+from .tuning import attach, callbacks, keeps_states, reads_through_cache, trainable_parameters
 from .verdicts import OWN, VERDICT, advised
 
 logger = logging.getLogger(__name__)
@@ -101,10 +102,20 @@ def _predicted(run: Run, examples: evaluation.ScoringExamples, task: str, bf16: 
 
 
 def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure model and baselines on a part: task -> who -> metrics; of replayed runs `replay/NAME/TASK`."""
-    report = _own_report(run, part, bf16)
-    for name, each in earlier_runs(run).items():
-        report |= {f"replay/{name}/{task}": rows for task, rows in _own_report(each, part, bf16).items()}
+    """Measure model and baselines on a part: task -> who -> metrics; of replayed runs `replay/NAME/TASK`.
+
+    Nothing learns meanwhile: each text is read once.
+    """
+    own = run.segment_cache
+    if own is None and keeps_states(run):
+        run.segment_cache = SegmentCache()
+    try:
+        report = _own_report(run, part, bf16)
+        for name, each in earlier_runs(run).items():
+            each.segment_cache = run.segment_cache
+            report |= {f"replay/{name}/{task}": rows for task, rows in _own_report(each, part, bf16).items()}
+    finally:
+        run.segment_cache = own
     return report
 
 
@@ -174,6 +185,7 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     Of several processes one measures and writes; the others return an empty report.
     """
     recipe = recipe.for_finetuning()
+    check_best_metric(recipe)
     run = prepare(recipe)
     start = time.monotonic()
     trainer = fit(run)

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from transformers import TrainingArguments
 
 from .data import DataArguments
+from .locations import located, missing
 from .sections import (
     EvaluationArguments,
     ModelArguments,
@@ -125,16 +127,21 @@ class Recipe:
         ours: dict[str, Any] = {"report_to": "none", "remove_unused_columns": False, "label_names": ["labels"]}
         ours["logging_steps"] = 0.01  # a hundred points for the curves
         ours["ddp_find_unused_parameters"] = True  # heads that a batch has no labels for
+        ours["disable_tqdm"] = not sys.stderr.isatty()  # bars would fill a file
+        if self.training.get("fp16"):
+            if defaults.get("use_cpu") or self.training.get("use_cpu"):
+                raise ValueError("training.fp16 needs a GPU, and this run computes on the CPU: leave it out")
+            defaults["bf16"] = False
         if metric := self.training.get("metric_for_best_model"):  # the library knows only of losses that less is better
             ours["greater_is_better"] = not metric.endswith(LESS_IS_BETTER)
         return TrainingArguments(**{**ours, **defaults, **self.training})
 
     def save(self, directory: str | Path) -> None:
-        """Write the resolved recipe, with the versions it ran with, beside the weights."""
+        """Write the resolved recipe, with the versions it ran with, beside the weights; paths become absolute."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         versions = "".join(f"#   {name} {importlib.metadata.version(name)}\n" for name in ("m6rec", *VERSIONED))
-        body = yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        body = yaml.dump(located(dataclasses.asdict(self)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         _write(directory / RECIPE_FILE, f"# The recipe of this model, as it was run with\n{versions}{body}")
 
 
@@ -169,6 +176,22 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     for name, cls in SECTIONS.items():
         _check(cls, given.setdefault(name, {}), name)
     return Recipe(**{name: SECTIONS[name](**given[name]) for name in SECTIONS}, training=given.get("training", {}))
+
+
+def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read the recipe of a run, whose data must be where they were, unless overrides say where they are now.
+
+    Raises:
+        FileNotFoundError: If they are not there; the message names all that is missing.
+    """
+    recipe = load_recipe(folder, overrides)
+    if gone := missing(dataclasses.asdict(recipe)):
+        told = ", ".join(f"{name}={path}" for name, path in gone.items())
+        raise FileNotFoundError(
+            f"the run in {str(folder)!r} reads what is not there any more: {told}. Say where it is now, as in "
+            f"{next(iter(gone))}=PATH"
+        )
+    return recipe
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -274,4 +297,4 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-__all__ = ["Recipe", "find_recipe", "load_recipe", "write_json"]
+__all__ = ["Recipe", "find_recipe", "load_recipe", "load_saved", "write_json"]

@@ -19,7 +19,7 @@ from ..tuning import load_model
 from ..values_m6rec import normalize_id
 from .data import nearly, read_log
 from .examples import RequestWriter
-from .recipe import load_recipe
+from .recipe import load_saved
 from .splits import histories, order
 
 ROWS_AT_ONCE = 1024
@@ -172,7 +172,7 @@ def _too_deep(value: Any) -> bool:
 
 def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, Any]:
     """Write the request of a user of the log that a model was trained on: everything the user ever did."""
-    recipe = load_recipe(model, overrides)
+    recipe = load_saved(model, overrides)
     log = read_log(recipe.data)
     ordered = order(log.interactions, recipe.data.seed)
     known, users = normalize_id(user_id, "--user"), histories(ordered)

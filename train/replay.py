@@ -18,7 +18,7 @@ from .build import Run, catalogue_rows, make_split, make_writer
 from .collator import M6RecDataCollator
 from .data import read_log
 from .examples import SCORED, RetrievalRows, ScoringRows, retrieval_rows
-from .recipe import load_recipe
+from .recipe import load_saved
 from .writing import writing_examples
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def earlier_runs(run: Run) -> dict[str, Run]:
 
 
 def _earlier_run(run: Run, folder: str) -> Run:
-    recipe = load_recipe(folder)
+    recipe = load_saved(folder)
     processor = AutoProcessor.from_pretrained(folder)
     for problem in _problems(run, recipe.task, processor):
         raise ValueError(f"task.replay: {folder} {problem}")

@@ -6,6 +6,7 @@ m6rec run video
 from collections.abc import Callable
 from pathlib import Path
 
+from .best import check_best_metric
 from .finetune import finetune
 from .preparation import report
 from .pretrain import pretrain
@@ -20,6 +21,7 @@ def run(recipe: Recipe, say: Callable[[str], object]) -> None:
     Pretraining is a step of recipes that name a folder for it (`pretraining.output_dir`); where training is resumed and
     that folder is complete, it is not done again.
     """
+    check_best_metric(recipe)
     say(report(recipe))
     folder = recipe.pretraining.output_dir
     if folder and not (recipe.training.get("resume_from_checkpoint") and (Path(folder) / "metrics.json").is_file()):

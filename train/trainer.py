@@ -259,8 +259,16 @@ class M6RecTrainer(Trainer):
         found = {f"{metric_key_prefix}_{name}": value for name, value in told[0].items()}
         shown = {name for name in found if self.logged is None or name.rpartition("_")[2] in self.logged}
         self.log({name: value for name, value in found.items() if name in shown})
+        self._require_best_metric(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def _require_best_metric(self, found: dict[str, float]) -> None:
+        """Refuse figures without the one that chooses the best checkpoint, such as the AUC of a single class."""
+        name = self.args.metric_for_best_model
+        if name is not None and f"eval_{name.removeprefix('eval_')}" not in found:
+            measured = ", ".join(each.removeprefix("eval_") for each in found) or "nothing"
+            raise ValueError(f"training.metric_for_best_model is {name!r}, but measured were only {measured}")
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -96,15 +96,23 @@ def _save_base(run: "Run", folder: Path) -> None:
     run.model.name_or_path = str(folder)
 
 
+def keeps_states(run: "Run") -> bool:
+    """Say whether there are segment states that can be kept while a model is measured."""
+    return not _takes_virtual_tokens(run) and run.base_model.config.num_segment_layers > 0
+
+
+def _takes_virtual_tokens(run: "Run") -> bool:
+    """Say whether an adapter adds virtual tokens, which only the flat plan takes; it keeps nothing."""
+    config = getattr(run.model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning
+
+
 def reads_through_cache(run: "Run") -> bool:
     """Say whether segment states may be kept while the model of a run is trained.
 
-    They may where nothing below the joint layers is trained, neither weights nor adapters; only the flat plan, which
-    keeps nothing, takes virtual tokens.
+    They may where nothing below the joint layers is trained, neither weights nor adapters.
     """
-    config = getattr(run.model, "active_peft_config", None)
-    virtual = config is not None and config.is_prompt_learning
-    return not virtual and run.base_model.model.segments_are_frozen
+    return not _takes_virtual_tokens(run) and run.base_model.model.segments_are_frozen
 
 
 def callbacks(run: "Run") -> list[TrainerCallback]:
@@ -162,4 +170,12 @@ def save_model(run: "Run", folder: Path) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
 
 
-__all__ = ["AllocateRanks", "attach", "callbacks", "reads_through_cache", "save_model", "trainable_parameters"]
+__all__ = [
+    "AllocateRanks",
+    "attach",
+    "callbacks",
+    "keeps_states",
+    "reads_through_cache",
+    "save_model",
+    "trainable_parameters",
+]

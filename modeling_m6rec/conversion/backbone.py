@@ -168,7 +168,7 @@ def _weights(source: PreTrainedModel, family: Family) -> Weights:
     _refuse_odd_weights(type(source).__name__, [], extra)
     head = source.get_output_embeddings()
     if head is None:
-        logger.warning("%s has no head that writes: it is tied to the embeddings, untrained", type(source).__name__)
+        logger.debug("%s has no head that writes: it is tied to the embeddings, untrained", type(source).__name__)
     elif head.weight is source.get_input_embeddings().weight:
         del weights["lm_head.weight"]
     return weights

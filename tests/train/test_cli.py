@@ -227,6 +227,40 @@ def test_requests_that_cannot_be_answered_are_said(chain, capsys, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "run"])
+def test_a_model_is_not_replaced_unless_that_is_meant(chain, capsys, tmp_path, command, monkeypatch):
+    recipe, _, tuned, *_ = chain
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / name).touch()
+        arguments = [command, recipe, f"training.output_dir={tmp_path / name}"]
+        error = refused(capsys, *arguments)
+        assert f"{str(tmp_path / name)!r} holds a model, which this run would replace" in error
+        assert "--overwrite" in error and "--resume" in error
+    before = {path.name: path.stat().st_mtime_ns for path in tuned.iterdir()}
+    refused(capsys, command, recipe, f"training.output_dir={tuned}")
+    assert {path.name: path.stat().st_mtime_ns for path in tuned.iterdir()} == before
+    for module in ("finetune.finetune", "pretrain.pretrain", "run.run"):
+        monkeypatch.setattr(f"m6rec.train.{module}", lambda *given: {})
+    for more in ("--overwrite", "--resume"):
+        assert main([*map(str, arguments), more]) == 0
+
+
+def test_half_precision_without_a_gpu_is_refused(chain, capsys, tmp_path):
+    error = refused(capsys, "finetune", chain[0], "training.fp16=true", f"training.output_dir={tmp_path / 'x'}")
+    assert "training.fp16 needs a GPU" in error and "bf16" not in error
+
+
+def test_bars_are_for_terminals(chain, capsys, tmp_path):
+    tree = yaml.safe_load(chain[0].read_text(encoding="utf-8"))
+    del tree["training"]["disable_tqdm"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    said("finetune", tmp_path / "recipe.yaml", f"training.output_dir={tmp_path / 'x'}")
+    error = capsys.readouterr().err
+    assert "%|" not in error and "it/s" not in error
+    assert datasets.is_progress_bar_enabled(), "it is as it was"
+
+
 @pytest.mark.parametrize("arguments", [["--verbose", "finetune"], ["finetune", "--verbose"]])
 def test_verbose_shows_where_an_error_came_from(chain, arguments):
     with pytest.raises(ValueError, match="unknown keys epochs"):
@@ -251,6 +285,7 @@ def test_help_names_every_command(capsys):
     printed = capsys.readouterr().out
     for command in COMMANDS:
         assert re.search(rf"^ +{command}\s+\w", printed, re.M), command
+    assert "recipes of the package: beauty, ecommerce, own-data" in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,12 +3,13 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
 from m6rec import M6RecForRecommendation
 from m6rec.tokenization import M6RecProcessor, M6RecTokenizer
@@ -50,6 +51,9 @@ def test_the_command_leaves_a_model_that_recommends(published, tmp_path):
         "3 layers, the last 2 joint",
         f"{own} tokens of its own and {new} new ones",
         "writing head tied to the embeddings",
+        "its first 1 layers read each text of a request alone, which they have not learnt: what it writes about "
+        "requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts go on as "
+        "before",
         f"written to {folder}",
     ]
     assert type(model) is M6RecForRecommendation and type(processor) is M6RecProcessor
@@ -65,6 +69,27 @@ def test_the_command_leaves_a_model_that_recommends(published, tmp_path):
     )
     assert sorted(row["item"] for row in answer) == ["the cat", "the shoes"]
     assert names(folder.parent) == {"ours"}, "nothing half written is left"
+
+
+def test_without_segment_layers_nothing_has_to_be_learnt_first(published, tmp_path):
+    assert "until it is trained" not in convert(published["llama"], tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"]
+)
+def test_the_chat_template_of_the_backbone_is_kept(published, tmp_path, template):
+    source = shutil.copytree(published["llama"], tmp_path / "source")
+    own = AutoTokenizer.from_pretrained(source)
+    own.chat_template = template
+    own.save_pretrained(source)
+    convert(source, tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert type(tokenizer) is M6RecTokenizer and tokenizer.chat_template == template
+    assert AutoProcessor.from_pretrained(tmp_path / "ours").tokenizer.chat_template == template
+    if template:
+        turns = [{"role": "user", "content": "hi"}]
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == "<user>hi"
 
 
 def test_a_model_that_never_wrote_says_so(tmp_path):
@@ -166,6 +191,15 @@ def test_a_recipe_begins_with_a_backbone(published, make_recipe):
         prepare(make_recipe(model={"backbone": str(published["bert"]), "config": {"num_attention_heads": 6}}))
     with pytest.raises(ValueError, match=r"text\.max_length=600, but the backbone knows 512 positions"):
         prepare(make_recipe(model={"backbone": str(published["gpt2"])}, text={"max_length": 600}))
+
+
+def test_a_missing_writing_head_is_said_where_writing_is_learnt(make_recipe, tmp_path, caplog):
+    publish(tmp_path / "own", "bert", tiny("bert", "BertModel"))
+    model = {"backbone": str(tmp_path / "own")}
+    prepare(make_recipe(model=model))
+    assert "head that writes" not in caplog.text
+    prepare(make_recipe(model=model, task={"learn": ["writing"], "writing": {"item_text": []}}))
+    assert "own has no head that writes: ours begins untrained" in caplog.text
 
 
 @pytest.mark.parametrize("beginning", ["checkpoint", "backbone"])

@@ -61,8 +61,10 @@ def test_logits_are_the_originals(family, changes, side):
 def test_states_of_a_model_without_a_head_are_the_originals(family, base, caplog):
     source = tiny(family, base)
     ids, mask, positions = batch(source.config.vocab_size, "left")
-    model = M6RecForRecommendation.from_backbone(source, 2, own_tokenizer(family))
-    assert f"{base} has no head that writes" in caplog.text
+    with caplog.at_level("DEBUG"):
+        model = M6RecForRecommendation.from_backbone(source, 2, own_tokenizer(family))
+    said = [entry.levelname for entry in caplog.records if f"{base} has no head that writes" in entry.getMessage()]
+    assert said == ["DEBUG"], "it says nothing to those who do not want it to write"
     with torch.no_grad():
         wanted = source(ids, attention_mask=mask, position_ids=positions).last_hidden_state
         found = model.model(ids, attention_mask=mask).last_hidden_state

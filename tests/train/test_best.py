@@ -1,0 +1,57 @@
+"""The figure that chooses the best checkpoint is checked before any data are read."""
+
+import pytest
+
+from m6rec.train.best import check_best_metric, examples
+from m6rec.train.finetune import finetune
+from m6rec.train.recipe import load_recipe
+from m6rec.train.run import run
+
+TASKS = ["retrieval", "click", "rating", "interaction"]
+
+
+def recipe_of_tasks(tasks, **training):
+    task = {"learn": tasks} | ({"interactions": ["like", "skip"]} if "interaction" in tasks else {})
+    data = {"interactions": "nowhere.csv", "items": "nowhere.csv"}
+    tree = {"data": data, "task": task, "evaluation": {"ks": [1, 5]}, "training": {"output_dir": "runs/x", **training}}
+    return load_recipe(tree)
+
+
+@pytest.mark.parametrize("metric", ["loss", "nonsense", "eval_loss", "ndcg@10", "coverage@1", "click_auc", "rmse"])
+@pytest.mark.parametrize("start", [finetune, lambda recipe: run(recipe, print)])
+def test_what_is_not_measured_is_refused_before_data_are_read(metric, start):
+    recipe = recipe_of_tasks(["retrieval"], metric_for_best_model=metric)
+    with pytest.raises(ValueError, match=rf"metric_for_best_model is '{metric}', .* one of ndcg@1, recall@1, ndcg@5"):
+        start(recipe)
+
+
+@pytest.mark.parametrize("training", [{"load_best_model_at_end": True}, {"save_strategy": "best"}])
+def test_a_best_one_needs_a_figure(training):
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": None, **training}
+    with pytest.raises(ValueError, match="metric_for_best_model is None"):
+        check_best_metric(recipe_of_tasks(["click"], **settings))
+
+
+def test_without_a_best_one_no_figure_is_needed():
+    check_best_metric(recipe_of_tasks(["click"]))
+
+
+@pytest.mark.parametrize(
+    "metric", ["interaction_like/auc", "interaction_auc", "cold/ndcg@5", "eval_mrr", "popularity_bias@5", "click_gauc"]
+)
+def test_what_is_measured_is_taken(metric):
+    check_best_metric(recipe_of_tasks(TASKS, metric_for_best_model=metric))
+
+
+def test_the_figures_that_are_named_are_measured():
+    recipe = recipe_of_tasks(TASKS)
+    for name in examples(recipe):
+        check_best_metric(recipe_of_tasks(TASKS, metric_for_best_model=name))
+
+
+def test_a_figure_that_turns_out_to_be_missing_is_named(make_recipe):
+    training = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "interaction_like/auc"}
+    task = {"learn": ["interaction"], "interactions": ["like", "never"]}
+    recipe = make_recipe(training={**training, "metric_for_best_model": "interaction_never/auc"}, task=task)
+    with pytest.raises(ValueError, match=r"'interaction_never/auc', but measured were only interaction_"):
+        finetune(recipe)
