@@ -1,4 +1,4 @@
-"""Each command of `m6rec` that code, docs and recipes show exists: its recipe, its options, its keys."""
+"""Each command of `m6rec` that code, README, cards and recipes show exists: its recipe, its options, its keys."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ PAST = ("docs/experiments.md", "docs/results.md", "CHANGELOG.md")
 """What was run once, with the commands of its time."""
 PLACES = sorted(
     path
-    for path in (*FILES, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *RECIPES.glob("*.yaml"), ROOT / "Makefile")
+    for path in (*FILES, *ROOT.glob("*.md"), *ROOT.glob("docs/cards/*.md"), *RECIPES.glob("*.yaml"), ROOT / "Makefile")
     if str(path.relative_to(ROOT)) not in PAST
 )
 COMMAND = re.compile(r"(?:^|[`\s/])m6rec ((?:prepare|pretrain|finetune|run|convert|evaluate|recommend|push) [^`\n]*)")

@@ -179,7 +179,7 @@ def _refuse_to_replace(options: argparse.Namespace, recipe: Any, *folders: str |
     """Raise if a folder that is about to be written holds a model, unless that is meant."""
     if options.overwrite or recipe.training.get("resume_from_checkpoint"):
         return
-    for folder in map(Path, filter(None, folders)):
+    for folder in [Path(name) for name in folders if name]:
         if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileExistsError(
                 f"{str(folder)!r} holds a model, which this run would replace: name another folder "

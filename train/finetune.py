@@ -112,7 +112,7 @@ def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, d
     try:
         report = _own_report(run, part, bf16)
         for name, each in earlier_runs(run).items():
-            each.segment_cache = run.segment_cache
+            each.segment_cache = SegmentCache() if keeps_states(run) else None  # its figures depend on it alone
             report |= {f"replay/{name}/{task}": rows for task, rows in _own_report(each, part, bf16).items()}
     finally:
         run.segment_cache = own

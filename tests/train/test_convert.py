@@ -199,7 +199,7 @@ def test_a_missing_writing_head_is_said_where_writing_is_learnt(make_recipe, tmp
     prepare(make_recipe(model=model))
     assert "head that writes" not in caplog.text
     prepare(make_recipe(model=model, task={"learn": ["writing"], "writing": {"item_text": []}}))
-    assert "own has no head that writes: ours begins untrained" in caplog.text
+    assert "own has no head that writes: it begins untrained" in caplog.text
 
 
 @pytest.mark.parametrize("beginning", ["checkpoint", "backbone"])

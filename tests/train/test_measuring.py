@@ -118,7 +118,6 @@ def test_only_what_exists_becomes_absolute(tmp_path, monkeypatch):
             "interactions": f"{here}/i.csv",
             "items": "org/items:train",
             "users": f"{here}/saved:train",
-            "seed": 3,
         },
         "model": {"checkpoint": f"{here}/films", "backbone": None},
         "pretraining": {"texts": {f"{here}/t.txt#body": 1.0, "items": 2.0, "org/texts": 1.0}},
