@@ -15,8 +15,27 @@ Model = Any
 """An M6RecForRecommendation, also within a PeftModel, which hands on what it lacks."""
 
 
+class NamedText(str):
+    """The text of an item of a catalogue of texts, with its id.
+
+    Args:
+        text: The text.
+        item_id: The id.
+    """
+
+    item_id: str
+
+    def __new__(cls, text: str, item_id: str) -> "NamedText":
+        """Make a text with an id."""
+        own = super().__new__(cls, text)
+        own.item_id = item_id
+        return own
+
+
 def item_identity(item: Any, place: str = "item") -> str | None:
     """Return the id of an item, None if it carries none."""
+    if isinstance(item, NamedText):
+        return item.item_id
     known = isinstance(item, Mapping) and item.get("item_id") is not None
     return normalize_id(item["item_id"], f"{place}.item_id") if known else None
 
@@ -30,8 +49,7 @@ def without_stats(item: Any) -> Any:
 
 def item_texts(processor: Any, items: Iterable[Any]) -> list[str]:
     """Word items as the processor's template does."""
-    requests = [{"history": [{"item": without_stats(item)}]} for item in items]
-    return [reading.segments[-1][1] for reading in processor.read_many(requests, "retrieval")]
+    return processor.item_texts([without_stats(item) for item in items])
 
 
 def plain(value: Any) -> Any:
@@ -77,6 +95,7 @@ def reading(model: Model) -> Iterator[None]:
 __all__ = [
     "Item",
     "Model",
+    "NamedText",
     "item_identity",
     "item_texts",
     "plain",

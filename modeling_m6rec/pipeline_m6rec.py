@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers.utils.hub import cached_file
 from .catalogue_files_m6rec import ITEMS, MANIFEST, VECTORS
 from .catalogue_m6rec import Catalogue
 from .items_m6rec import plain, reading, table_rows
+from .limits_m6rec import MAX_REQUEST_VALUES, check_size
 from .ranking_m6rec import Ranker
 from .scoring_m6rec import Scorer, check_confidence
 from .segment_cache_m6rec import SegmentCache
 from .user_states_m6rec import UserStates
+from .values_m6rec import short
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +80,7 @@ class RecommendationPipeline(Pipeline):
         self.user_states = (UserStates() if user_states else None) if isinstance(user_states, bool) else user_states
         self._catalogue = Catalogue.load(catalogue) if isinstance(catalogue, str | Path) else catalogue
         self._checked: tuple | None = None
+        self._looked = self._noticed = False
         if catalogue is not None:
             self._fitting_catalogue()
 
@@ -132,16 +136,17 @@ class RecommendationPipeline(Pipeline):
         task, top_k, predicate = given.get("task"), given.get("top_k"), given.get("filter")
         if task is not None and task not in RANKING_TASKS:
             raise ValueError(f"task={task!r} ranks nothing: choose one of {list(RANKING_TASKS)}")
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
             raise ValueError(f"top_k={top_k!r}: give a whole number from 1 up, or None")
         if predicate is not None and not callable(predicate):
             raise TypeError(f"filter={predicate!r}: give a function that says of an item's fields True or False")
         self._check_exits(given.get("exit_layer"), given.get("exit_confidence"))
+        given |= {name: int(given[name]) for name in ("top_k", "exit_layer") if given.get(name) is not None}
         return {}, given, {}
 
     def _check_exits(self, exit_layer: Any, exit_confidence: Any) -> None:
         joint = self.model.config.num_joint_layers
-        whole = isinstance(exit_layer, int) and not isinstance(exit_layer, bool)
+        whole = isinstance(exit_layer, Integral) and not isinstance(exit_layer, bool)
         if exit_layer is not None and not (whole and 0 < exit_layer <= joint):
             raise ValueError(f"exit_layer={exit_layer!r}: give a number from 1 to {joint} (joint layers), or None")
         check_confidence(exit_confidence)
@@ -149,7 +154,8 @@ class RecommendationPipeline(Pipeline):
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """Check the type of a request. All else is left to the whole batch, which shares what its requests share."""
         if not isinstance(input_, str | Mapping):
-            raise TypeError(f"expected a request, a text or a mapping, got {type(input_).__name__} ({input_!r})")
+            raise TypeError(f"expected a request, a text or a mapping, got {type(input_).__name__} ({short(input_)})")
+        check_size(input_, "request", MAX_REQUEST_VALUES)
         return {"request": plain(input_)}
 
     def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
@@ -163,7 +169,7 @@ class RecommendationPipeline(Pipeline):
         with reading(self.model):
             for name in dict.fromkeys(tasks):
                 places = [place for place, own in enumerate(tasks) if own == name]
-                ranker = Ranker(scorer, name, self._fitting_catalogue, **options)
+                ranker = Ranker(scorer, name, self._fitting_catalogue, notice=self._notice, **options)
                 for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
                     answers[place] = answer
         return {"answers": answers if isinstance(given, list) else answers[0]}
@@ -232,6 +238,18 @@ class RecommendationPipeline(Pipeline):
             catalogue.check(self.model)
             self._checked = state
         return catalogue
+
+    def _notice(self, text: str, place: str) -> None:
+        """Warn, once, of a bare text that is the id of an item of the catalogue: it is read as words."""
+        if self._noticed or not text.strip() or any(map(str.isspace, text.strip())):
+            return
+        catalogue, self._looked = self._catalogue if self._looked else self.catalogue, True
+        if catalogue is not None and text in catalogue and text.strip() != catalogue.item(text):
+            self._noticed = True
+            logger.warning(
+                f"{place}: the text {short(text)} is the id of an item of the catalogue, but is read as words. "
+                f"If that item is meant, give {{'item_id': {short(text)}}}, in a history within {{'item': ...}}"
+            )
 
     def warm(self, progress: bool = True) -> None:
         """Read the texts of all items of the catalogue into the segment cache.

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .batching_m6rec import infilling, pad, written_labels
 from .conversation_m6rec import read_turns
 from .limits_m6rec import MAX_CANDIDATES, MAX_EVENTS, MAX_FACTS
+from .naming_m6rec import ItemNames
 from .reading_m6rec import Draft, Dropped, Fitter, Reading, Slot, up_to_whole
 from .request_m6rec import (
     REQUEST_KEYS,
@@ -92,6 +93,7 @@ class M6RecProcessor(ProcessorMixin):
         self._check()
         self._kinds = {kind: self._ids["first_kind_token_id"] + place for place, kind in enumerate(KINDS)}
         self._wording = Wording(self.template, self.item_rows)
+        self._names = ItemNames(self._wording)
         self._texts = Kept(KEPT_TEXTS)
 
     @classmethod
@@ -187,6 +189,16 @@ class M6RecProcessor(ProcessorMixin):
         segments = [self._wording.item(item, f"items[{index}]") for index, item in enumerate(items)]
         drafts = [Draft([Slot(segment, f"items[{index}]")], [], [], []) for index, segment in enumerate(segments)]
         return [reading.input_ids[1:-1] for reading in self._read_drafts(drafts)]
+
+    def item_texts(self, items: Iterable[str | Mapping[str, Any]]) -> list[str]:
+        """Word items."""
+        requests = [{"history": [{"item": item}]} for item in items]
+        return [reading.segments[-1][1] for reading in self.read_many(requests, "retrieval")]
+
+    @property
+    def names(self) -> ItemNames:
+        """What says which items are the same where their ids do not."""
+        return self._names
 
     def item_row(self, item: str | Mapping[str, Any]) -> int:
         """Return an item's row in the item memory, 0 where it has none."""

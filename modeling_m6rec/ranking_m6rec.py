@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .catalogue_m6rec import Catalogue, Predicate, cosines, embed
-from .items_m6rec import Item, item_identity, item_texts, without_stats
+from .items_m6rec import Item, NamedText, item_identity, item_texts, without_stats
 from .scoring_m6rec import Scorer, Told
 from .values_m6rec import normalize_id
+
+logger = logging.get_logger(__name__)
 
 FROM_CATALOGUE = 10
 """Items found in a catalogue, unless told otherwise."""
@@ -58,6 +61,8 @@ class Ranker:
     predicate: Predicate | None = None
     explain: bool = False
     exit_confidence: float | None = None
+    notice: Callable[[str, str], None] = lambda text, place: None
+    """Is shown each bare text that stands for an item, and its place."""
 
     def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Answer requests."""
@@ -69,6 +74,8 @@ class Ranker:
             self.scorer.check(self.task, confidence)
         # Read first, which checks the requests.
         told = self.scorer.tell(split, "retrieval")
+        if self.task == "retrieval":
+            self._say_unread(split, given, told)
         queries = [self._query(*parts) for parts in zip(split, given, told)]
         for query, confidence in zip(queries, confidences):
             query.confidence = confidence
@@ -77,6 +84,25 @@ class Ranker:
         else:
             self._score([query for query in queries if query.candidates])
         return [self._rows(query) for query in queries]
+
+    def _say_unread(self, requests: Sequence[Mapping[str, Any]], given: Sequence[Any], told: Sequence[Told]) -> None:
+        """Warn of what retrieval does not read, where it is there: each kind once."""
+        config = self.scorer.config
+        if any(isinstance(item, Mapping) and item.get("stats") is not None for own in given for item in own or ()):
+            logger.warning_once("task 'retrieval' does not read the statistics of candidates (`stats`)")
+        if config.history_attention != "causal":
+            return
+        moment = config.kind_token_ids["now"]
+        if any(moment in each.source.ids for each in told):
+            logger.warning_once(
+                "task 'retrieval' does not read `now`: with causal history the user is read after the last event, "
+                "before the moment"
+            )
+        if any(request.get("facts") and not each.events for request, each in zip(requests, told)):
+            logger.warning_once(
+                "task 'retrieval' does not read `facts` where there is no history: with causal history the user is "
+                "then read before the facts. Say it in `user`"
+            )
 
     def _described(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a request, and describe the items that it names by their id alone with what the catalogue holds."""
@@ -88,12 +114,14 @@ class Ranker:
             found["history"] = [
                 {**event, "item": self._described_item(event["item"], f"history[{place}].item")}
                 if isinstance(event, Mapping) and "item" in event
-                else event
+                else self._described_item(event, f"history[{place}]")
                 for place, event in enumerate(found["history"])
             ]
         return found
 
     def _described_item(self, item: Any, place: str) -> Any:
+        if isinstance(item, str):
+            self.notice(item, place)
         if not isinstance(item, Mapping) or set(item) - {"stats"} != {"item_id"} or item["item_id"] is None:
             return item
         item_id = normalize_id(item["item_id"], f"{place}.item_id")
@@ -105,7 +133,15 @@ class Ranker:
             raise ValueError(
                 f"{place}: item_id {item_id!r} alone says nothing, and is not in the catalogue: give its text as well"
             )
-        return {**catalogue.fields(item_id), **item}
+        known = catalogue.item(item_id)
+        if isinstance(known, str):
+            if item.get("stats") is not None:
+                raise ValueError(
+                    f"{place}.stats: item {item_id!r} of the catalogue is a text, which has no statistics: give it "
+                    f"with fields, such as {{'title': ..., 'stats': ...}}"
+                )
+            return NamedText(known, item_id)
+        return {**known, **item}
 
     # ---------------------------------------------------------------------------------------------- what can be chosen
 
@@ -123,19 +159,11 @@ class Ranker:
     def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
         """Leave out candidates that the history holds, if asked, or that the filter refuses."""
         if self.exclude_seen:
-            past = _past_items(request)
-            ids, texts = {item_identity(item) for item in past}, item_texts(self.scorer.processor, past)
-            nameless = {text for item, text in zip(past, texts) if item_identity(item) is None}
-            words = item_texts(self.scorer.processor, [item for item, _ in candidates])
-            known = [item_identity(item) for item, _ in candidates]
-            candidates = [
-                candidate
-                for candidate, item_id, text in zip(candidates, known, words)
-                if not (text in texts if item_id is None else item_id in ids or text in nameless)
-            ]
+            seen = _Seen(self.scorer.processor.names, _past_items(request))
+            candidates = [candidate for candidate in candidates if not seen.holds(without_stats(candidate.item))]
         if self.predicate is None:
             return candidates
-        fields = [{"item": item} if isinstance(item, str) else item for item, _ in candidates]
+        fields = [_fields(item) for item, _ in candidates]
         return [candidate for candidate, own in zip(candidates, fields) if self.predicate(own)]
 
     def _seen_in(self, catalogue: Catalogue, request: Mapping[str, Any]) -> set[str]:
@@ -143,9 +171,10 @@ class Ranker:
         past = _past_items(request)
         ids = {item_id for item in past if (item_id := item_identity(item)) is not None}
         nameless = [item for item in past if item_identity(item) is None]
-        if nameless:
-            texts = set(item_texts(self.scorer.processor, nameless))
-            ids.update(catalogue.worded(texts, self.scorer.processor))
+        names = self.scorer.processor.names
+        for item in nameless:
+            alike = catalogue.worded({*names.candidates(item)}, names)
+            ids.update(item_id for item_id in alike if names.same(item, catalogue.item(item_id)))
         return ids
 
     # --------------------------------------------------------------------------------------------------------- ranking
@@ -187,7 +216,7 @@ class Ranker:
         texts = iter(item_texts(self.scorer.processor, [item for item, _ in chosen if not isinstance(item, str)]))
         rows = []
         for rank, ((item, item_id), (_, score)) in enumerate(zip(chosen, query.best), 1):
-            row = {"rank": rank, "item": item if isinstance(item, str) else next(texts)}
+            row = {"rank": rank, "item": str(item) if isinstance(item, str) else next(texts)}
             row |= {} if item_id is None else {"item_id": item_id}
             rows.append(row | {"score": score})
         if query.confidence is not None:
@@ -213,6 +242,8 @@ class Ranker:
         events = [{"event": text} for text in told.events]
         for event, entry in zip(events, query.request["history"][-len(events) :]):
             item = entry.get("item") if isinstance(entry, Mapping) else None
+            if isinstance(item, NamedText):
+                event["item_id"] = item.item_id
             if isinstance(item, Mapping) and item.get("item_id") is not None:
                 event["item_id"] = item["item_id"]
         reasons = []
@@ -230,7 +261,37 @@ def _checked(given: Any) -> list[Candidate]:
             raise TypeError(
                 f"candidates[{number}]: expected a text or a mapping of fields, got {type(item).__name__} ({item!r})"
             )
-    return [Candidate(item, None if isinstance(item, str) else item.get("item_id")) for item in given]
+    return [
+        Candidate(item, item.get("item_id") if isinstance(item, Mapping) else item_identity(item)) for item in given
+    ]
+
+
+class _Seen:
+    """The items of a history, found again by their ids, or by what they say where one of the two has no id."""
+
+    def __init__(self, names: Any, past: Sequence[Item]) -> None:
+        self.names, self.ids = names, {item_identity(item) for item in past}
+        self._by_name: dict[str, list[Item]] = {}
+        for item in past:
+            for name in names.candidates(item):
+                self._by_name.setdefault(name, []).append(item)
+
+    def holds(self, item: Item) -> bool:
+        """Say whether an item is among them."""
+        item_id = item_identity(item)
+        if item_id is not None and item_id in self.ids:
+            return True
+        alike = [other for name in self.names.candidates(item) for other in self._by_name.get(name, ())]
+        return any(
+            (item_id is None or item_identity(other) is None) and self.names.same(item, other) for other in alike
+        )
+
+
+def _fields(item: Item) -> dict[str, Any]:
+    """Return the fields of an item as a filter reads them."""
+    if isinstance(item, NamedText):
+        return {"item_id": item.item_id, "item": str(item)}
+    return {"item": item} if isinstance(item, str) else item
 
 
 def _past_items(request: Mapping[str, Any]) -> list[Item]:

@@ -40,7 +40,7 @@ def test_files_that_travel_import_only_siblings(path):
             assert all(entry.name.split(".")[0] != "m6rec" for entry in node.names), node.lineno
 
 
-TEXT = ("batching", "conversation", "processing", "reading", "request", "tokenization", "wording")
+TEXT = ("batching", "conversation", "naming", "processing", "reading", "request", "tokenization", "wording")
 """Travelling files about text. They know nothing of the model, and the model knows nothing of them."""
 SHARED = ("limits", "values")
 """Travelling files that know neither, and that both may import."""
