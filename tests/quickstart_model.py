@@ -9,7 +9,7 @@ FILMS = [
     {"item_id": "50", "title": "Star Wars", "year": 1977, "genres": "Action, Sci-Fi"},
     {"item_id": "172", "title": "The Empire Strikes Back", "year": 1980, "genres": "Action, Sci-Fi"},
     {"item_id": "1", "title": "Toy Story", "year": 1995, "genres": "Animation, Comedy"},
-    {"item_id": "2", "title": "Amélie", "year": 2001, "genres": "Comedy, Romance"},
+    {"item_id": "2", "title": "Amélie", "year": None, "genres": "Comedy, Romance"},
 ]
 
 
