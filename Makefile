@@ -11,8 +11,8 @@ BASE ?= HEAD
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-all fuzz lint types format docs bench reproduce-beauty reproduce-beauty-cold \
-	reproduce-movielens reproduce-tallrec clean
+.PHONY: help quickstart test test-newest test-oldest check test-all fuzz lint types format docs bench \
+	reproduce-beauty reproduce-beauty-cold reproduce-movielens reproduce-tallrec clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -39,6 +39,26 @@ quickstart: $(VENV)/.movielens ## install, train on MovieLens-100K, evaluate and
 
 test: $(VENV)/.installed lint types ## lint, types and the fast tests (15 minutes)
 	$(PYTEST)
+
+# An environment of its own, $(1), on the releases of file $(2). TORCH names a build of torch in place of the file's or
+# the newest, such as TORCH=torch==2.13.0 where a CPU build of it is at hand.
+define environment
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(if $(TORCH),sed '/^torch==/d',cat) $(2) > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(1)/constraints.txt \
+		$(TORCH) --editable '.[test,dev]'
+endef
+
+test-newest: ## the fast tests on the newest releases there are, in .venv-newest (TORCH=torch==2.13.0: with this build)
+	$(call environment,$(VENV)-newest,/dev/null)
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --no-deps transformers
+	$(VENV)-newest/bin/python -m pip list
+	$(TEST_ENV) $(VENV)-newest/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-oldest: ## the fast tests on the oldest releases allowed, constraints-oldest.txt, in .venv-oldest (TORCH=: as above)
+	$(call environment,$(VENV)-oldest,constraints-oldest.txt)
+	$(VENV)-oldest/bin/python -m pip list
+	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.movielens $(VENV)/.ray lint types ## all tests, also the slow ones and those on real data
 	$(PYTEST) -m ""
@@ -91,4 +111,4 @@ bench: $(VENV)/.movielens ## every benchmark, each prints its time budget first
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the environment and what the quickstart wrote
-	rm -rf $(VENV) build m6rec-ml100k
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build m6rec-ml100k

@@ -22,6 +22,9 @@ BROUGHT = ("score_head.", "model.item_memory.", "model.word_memory.")
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 """Methods of PEFT that act outside of the model, with virtual tokens."""
 
+OWN = "M6REC_ADAPTER"
+"""Our method of tuning, which only the package makes known to PEFT; all others PEFT knows by itself."""
+
 
 def adapter_settings(name: str | Path, **hub: Any) -> dict[str, Any] | None:
     """Read what a folder or a repository of the Hub says of its adapter; None if it holds none, or a whole model too.
@@ -99,15 +102,27 @@ def load_adapted(cls: Any, name: str | Path, settings: dict[str, Any], *args: An
             f"m6rec.tuning.load_tuned({str(name)!r})"
         )
     output_loading_info = kwargs.pop("output_loading_info", False)
-    try:
-        tuning = importlib.import_module("m6rec.tuning")  # makes our method known to PEFT
-    except ImportError as error:
-        raise ImportError(f"the adapter {str(name)!r} needs the package: pip install m6rec") from error
+    if kind == OWN:
+        try:
+            importlib.import_module("m6rec.tuning")  # makes our method known to PEFT
+        except ImportError as error:
+            raise ImportError(f"the adapter {str(name)!r} needs the package: pip install m6rec") from error
     model = load_base(cls, name, settings, *args, **kwargs)
-    tuning.keep_trainable(model)
+    keep_trainable(model)
     info = model.load_adapter(str(name))
     model.name_or_path = str(name)  # where its catalogue is
     return (model, info.to_dict()) if output_loading_info else model
 
 
-__all__ = ["BASE", "adapter_settings", "load_adapted", "load_base"]
+def keep_trainable(model: torch.nn.Module) -> None:
+    """Keep a 4-bit model from repacking its weights for inference when it is first evaluated.
+
+    On processors with AVX512-BF16 bitsandbytes does so for good, with a kernel that has no gradient: adapters below it
+    would learn nothing from then on. Call it before anything is read.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+__all__ = ["BASE", "OWN", "adapter_settings", "keep_trainable", "load_adapted", "load_base"]

@@ -198,9 +198,9 @@ class M6RecConfig(PreTrainedConfig):
             self.rating_values = [1.0, 2.0, 3.0, 4.0, 5.0]
         if self.interactions is None:
             self.interactions = ["like", "follow", "comment"]
+        self._refuse_other_labels(kwargs.pop("num_labels", None))
         self.id2label = dict(enumerate(self.score_names))
         self.label2id = {name: index for index, name in self.id2label.items()}
-        kwargs.pop("num_labels", None)
         kwargs.pop("format_version", None)  # of the file; what is written next is of this code's
         if not __name__.startswith("transformers_modules."):
             # The installed package registers its pipeline itself: a checkpoint need not ask for trust in its own code.
@@ -273,16 +273,42 @@ class M6RecConfig(PreTrainedConfig):
         return ["no click", "click", *ratings, *self.interactions]
 
     @property
+    def num_labels(self) -> int:
+        """Number of outputs of the score head, which follows from what is scored; another cannot be set."""
+        return len(self.score_names)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        if value != self.num_labels:
+            raise ValueError(
+                f"num_labels={value!r}: the score head has {self.num_labels} outputs here, 2 for clicks, one for each "
+                f"of rating_values={self.rating_values} (one in all with rating_loss='regression'), and one for each "
+                f"of interactions={self.interactions}: change these fields, and leave num_labels out"
+            )
+
+    def _refuse_other_labels(self, number: int | None) -> None:
+        """Refuse a number or names of outputs that do not follow from what is scored."""
+        if number is not None:
+            self.num_labels = number
+        names = {str(index): name for index, name in (self.id2label or {}).items()}
+        names |= {str(index): name for name, index in (self.label2id or {}).items()}
+        if any(name != dict(enumerate(self.score_names)).get(int(index)) for index, name in names.items()):
+            raise ValueError(
+                f"id2label={self.id2label}, label2id={self.label2id}: names of the score head's outputs follow from "
+                f"rating_values and interactions, here {self.score_names}: leave both out"
+            )
+
+    @property
     def kind_token_ids(self) -> dict[str, int]:
         """Kind -> id of the token that opens a segment of that kind."""
         return {kind: self.first_kind_token_id + index for index, kind in enumerate(KINDS)}
 
     @property
     def structural_token_ids(self) -> list[int]:
-        """Ids a model never writes: padding, gaps, openers of requests, targets and segments, options."""
+        """Ids a model never writes: padding, gaps, openers of requests and targets, ends of segments, options."""
         single = [self.pad_token_id, self.unk_token_id, self.mask_token_id, self.bos_token_id]
         options = range(self.first_option_token_id, self.first_option_token_id + self.num_options)
-        markers = [self.source_token_id, self.source_end_token_id]
+        markers = [self.source_token_id, self.source_end_token_id, self.segment_token_id]
         return [index for index in (*single, *markers, *self.kind_token_ids.values(), *options) if index is not None]
 
     def to_dict(self) -> dict[str, Any]:

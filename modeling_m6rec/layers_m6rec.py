@@ -130,9 +130,10 @@ def eager_attention_forward(
     folded = query.reshape(rows, groups, -1, dim)
     scores = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys)
     scores = torch.add(attention_mask[:, None], scores, alpha=scaling)
-    weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training).view(rows, groups, -1, keys)
-    attended = (weights @ value).view(rows, heads, queries, dim)
-    return attended.transpose(1, 2).contiguous(), weights.view(rows, heads, queries, keys)
+    weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training).view(rows, heads, queries, keys)
+    # The product reads the very tensor that is returned: a gradient can be asked of it.
+    attended = (weights.view(rows, groups, -1, keys) @ value).view(rows, heads, queries, dim)
+    return attended.transpose(1, 2).contiguous(), weights
 
 
 def shared_attention(

@@ -312,18 +312,34 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return self.lm_head(self.lm_transform(states))
 
     def generate(
-        self, inputs: torch.LongTensor | None = None, generation_config: Any = None, **kwargs: Any
+        self, inputs: torch.LongTensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> torch.LongTensor | ModelOutput:
         """Write on from the last token, which must stand in written text; structure itself is never written.
 
         Arguments are those of `GenerationMixin.generate`; `suppress_tokens` is added to what is suppressed anyway.
+        With `guidance_scale` no cache is kept, and `negative_prompt_ids` must end in written text as well.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError("generate needs input_ids: the layout is read off them")
         if kwargs.get("prefill_chunk_size"):
             raise ValueError("prefill_chunk_size would cut given segments in two: leave it out")
-        lay = layout(input_ids, kwargs.get("attention_mask"), self.config)
+        self._refuse_unwritable(input_ids, kwargs.get("attention_mask"))
+        settings = generation_config or self.generation_config
+        kwargs = library_arguments(kwargs)
+        own = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens or []
+        kwargs["suppress_tokens"] = sorted({*own, *self.config.structural_token_ids})
+        if kwargs.get("guidance_scale", settings.guidance_scale) not in (None, 1):
+            negative = kwargs.get("negative_prompt_ids", args[6] if len(args) > 6 else None)
+            if negative is None:
+                raise ValueError("guidance_scale needs negative_prompt_ids: rows that end inside written text")
+            self._refuse_unwritable(negative, kwargs.get("negative_prompt_attention_mask"))
+            kwargs["use_cache"] = False  # the library gives a cache without the ids before it, which the layout needs
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _refuse_unwritable(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Refuse rows that nothing can be written behind."""
+        lay = layout(ids, mask, self.config)
         if not lay.written[:, -1].all():
             raise ValueError(
                 "every row must end inside written text: pad on the left, and end prompts inside a [TEXT] segment of a "
@@ -331,11 +347,6 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             )
         if self.config.document_attention == "bidirectional" and lay.plain.any():
             raise ValueError("a document that is read in both directions cannot be written on: use a [TEXT] target")
-        settings = generation_config or self.generation_config
-        kwargs = library_arguments(kwargs)
-        own = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens or []
-        kwargs["suppress_tokens"] = sorted({*own, *self.config.structural_token_ids})
-        return super().generate(inputs, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Give `forward` all ids so far, off which it reads the layout, and PEFT the cache under both names."""
@@ -443,13 +454,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return digest.hexdigest()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *args: Any, revision: str = "main", **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, revision: str = "main", **kwargs: Any
+    ) -> Any:
         """Load as `PreTrainedModel.from_pretrained` does, and remember the revision: the catalogue's is the same."""
-        beside = kwargs.get("adapter_kwargs") or {}  # of an adapter's name, where `name` and `revision` are its base's
-        adapter, own = beside.get("_adapter_model_path") or name, beside.get("revision", revision)
-        settings = adapter_settings(adapter, revision=own)
+        # Of an adapter's name, where the first argument and `revision` are its base's.
+        beside = kwargs.get("adapter_kwargs") or {}
+        adapter = beside.get("_adapter_model_path") or pretrained_model_name_or_path
+        own = beside.get("revision", revision)
+        settings = None if adapter is None else adapter_settings(adapter, revision=own)
         if settings is None:
-            loaded = super().from_pretrained(name, *args, revision=revision, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
         else:
             kwargs.pop("adapter_kwargs", None)
             loaded = load_adapted(cls, adapter, settings, *args, **kwargs)
@@ -468,7 +483,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             raise ImportError("only the package can read other models' weights: install m6rec") from error
         return conversion.from_backbone(backbone, num_joint_layers, tokenizer, **fields)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save weights and configuration, and beside them the code that loads them without this package."""
         # Pipelines take long to import, and loading needs none. From here too the file travels with this one.
         from .pipeline_m6rec import RecommendationPipeline
@@ -485,7 +500,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                 "type": "text",
             }
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         if Path(save_directory).is_dir():
             custom_object_save(RecommendationPipeline, save_directory)
 

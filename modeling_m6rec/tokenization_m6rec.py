@@ -191,7 +191,7 @@ class M6RecTokenizer(TokenizersBackend):
     def decode_text(self, ids: Sequence[int]) -> str:
         """Decode ids of text; special tokens among them are left out."""
         with _SETTINGS:  # a backend that is read cannot be set
-            return self.decode(list(ids), skip_special_tokens=True)
+            return str(self.decode(list(ids), skip_special_tokens=True))
 
     def _spell_out(self, text: str, special: set[int]) -> list[int]:
         """Encode a text with special ids in it: unknown characters, or spellings that are pieces of a Unigram model.

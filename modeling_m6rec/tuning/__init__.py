@@ -3,11 +3,12 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
+from ..adapters_m6rec import keep_trainable
 from .adapter import M6RecAdapterConfig, M6RecAdapterModel
 from .loading import load_model, load_tuned
 from .methods import MERGEABLE, METHODS, heads, parameter_counts, peft_config, tune
 from .peft_types import ADAPTER_TYPE, add_peft_type
-from .quantization import keep_trainable, quantization_config, quantized
+from .quantization import quantization_config, quantized
 
 add_peft_type(ADAPTER_TYPE)
 if ADAPTER_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:

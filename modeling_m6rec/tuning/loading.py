@@ -6,9 +6,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModel
 
-from ..adapters_m6rec import adapter_settings, load_base
+from ..adapters_m6rec import adapter_settings, keep_trainable, load_base
 from ..modeling_m6rec import M6RecForRecommendation
-from .quantization import keep_trainable
 
 
 def load_tuned(name: str | Path, **kwargs: Any) -> Any:

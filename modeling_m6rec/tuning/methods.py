@@ -20,10 +20,10 @@ from peft import (
 )
 from torch import nn
 
+from ..adapters_m6rec import keep_trainable
 from ..configuration_m6rec import KINDS, M6RecConfig
 from ..modeling_m6rec import M6RecForRecommendation
 from .adapter import NO_ADAPTERS, M6RecAdapterConfig
-from .quantization import keep_trainable
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from peft import PeftType
 
-ADAPTER_TYPE = "M6REC_ADAPTER"
+from ..adapters_m6rec import OWN
+
+ADAPTER_TYPE = OWN
 
 
 def add_peft_type(name: str) -> Any:

@@ -4,7 +4,6 @@ import importlib.util
 import logging
 from typing import Any
 
-from torch import nn
 from transformers import BitsAndBytesConfig
 
 KEPT_WHOLE = ["score_head", "user_projection", "item_projection", "lm_head", "lm_transform", "embeddings.projection"]
@@ -38,15 +37,4 @@ def quantized(kind: str | None) -> dict[str, Any]:
     return {} if kind is None else {"quantization_config": quantization_config(kind)}
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """Keep a 4-bit model from repacking its weights for inference when it is first evaluated.
-
-    On processors with AVX512-BF16 bitsandbytes does so for good, with a kernel that has no gradient: adapters below it
-    would learn nothing from then on. Call it before anything is read.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-__all__ = ["KEPT_WHOLE", "keep_trainable", "quantization_config", "quantized"]
+__all__ = ["KEPT_WHOLE", "quantization_config", "quantized"]

@@ -68,3 +68,40 @@ def test_presets_have_the_papers_sizes():
         base, edge = (M6RecForRecommendation(M6RecConfig.preset(size, vocab_size=30000)) for size in ("base", "edge"))
     assert 300e6 < base.num_parameters() < 360e6
     assert 10e6 < edge.num_parameters() < 14e6
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_labels": 5},
+        {"num_labels": 0},
+        {"id2label": {0: "no", 1: "yes"}},
+        {"id2label": {"0": "no click", "1": "watch"}},
+        {"label2id": {"spam": 1}},
+        {"num_labels": 10, "interactions": ["like"]},
+    ],
+)
+def test_outputs_of_the_score_head_follow_from_what_is_scored(given):
+    with pytest.raises(ValueError, match=r"num_labels|id2label"):
+        M6RecConfig.preset("tiny", **given)
+    if "num_labels" in given:
+        with pytest.raises(ValueError, match="rating_values"):
+            M6RecConfig.preset("tiny", interactions=given.get("interactions")).num_labels = given["num_labels"]
+
+
+def test_the_number_of_outputs_is_that_of_their_names():
+    config = M6RecConfig.preset("tiny", num_labels=10)
+    assert config.num_labels == len(config.score_names) == 10
+    config.num_labels = 10
+    config.interactions = ["like"]
+    assert config.num_labels == 8
+    same = M6RecConfig.preset("tiny", id2label=M6RecConfig.preset("tiny").id2label)
+    assert same.to_dict() == M6RecConfig.preset("tiny").to_dict()
+    assert "num_labels" not in same.to_dict()
+
+
+def test_the_number_of_outputs_is_refused_when_loading_too(tmp_path):
+    M6RecConfig.preset("tiny").save_pretrained(tmp_path)
+    assert M6RecConfig.from_pretrained(tmp_path, num_labels=10).num_labels == 10
+    with pytest.raises(ValueError, match="num_labels=3"):
+        M6RecConfig.from_pretrained(tmp_path, num_labels=3)

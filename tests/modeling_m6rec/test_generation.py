@@ -183,3 +183,55 @@ def test_a_filled_cache_needs_all_ids():
         model(inputs_embeds=torch.zeros(1, 3, 36))
     with pytest.raises(ValueError, match="holds 4 ids, but only 2"):
         model(torch.tensor([[40, 41]]), layout_ids=torch.tensor([[40, 41, 42, 43]]))
+
+
+def test_the_end_of_a_segment_is_structure_and_is_never_written():
+    model, batch = build(SMALL[0], lm_head_bias=True), prompts()
+    seg = model.config.segment_token_id
+    with torch.no_grad():
+        model.lm_head.bias[seg] = 1e4  # the likeliest token by far
+    for how in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}):
+        text = model.generate(**batch, max_new_tokens=4, **how)
+        assert seg not in text[:, batch["input_ids"].shape[1] :]
+    assert seg in model.config.structural_token_ids
+
+
+@small
+def test_guidance_takes_the_layout_of_both_prompts(settings):
+    model, writer = build(settings, tie_word_embeddings=False), Writer(9)
+    rows, against = pad([writer.prompt(1), writer.prompt(3)], "left"), pad([writer.prompt(0), writer.prompt(1)], "left")
+
+    def guided(scale):
+        text = model.generate(
+            **rows,
+            max_new_tokens=5,
+            min_new_tokens=5,
+            do_sample=False,
+            guidance_scale=scale,
+            negative_prompt_ids=against["input_ids"],
+            negative_prompt_attention_mask=against["attention_mask"],
+        )
+        return text[:, -5:]
+
+    def expected(scale):
+        ids, masks = [[batch[name] for batch in (rows, against)] for name in ("input_ids", "attention_mask")]
+        for _ in range(5):
+            with torch.no_grad():
+                first, second = (
+                    model(one, mask, plan="flat").logits[:, -1].log_softmax(-1) for one, mask in zip(ids, masks)
+                )
+            logits = scale * (first - second) + second
+            logits[:, [*model.config.structural_token_ids, EOS]] = float("-inf")
+            token = logits.argmax(-1)[:, None]
+            ids = [torch.cat((one, token), 1) for one in ids]
+            masks = [torch.cat((mask, torch.ones_like(token)), 1) for mask in masks]
+        return ids[0][:, -5:]
+
+    for scale in (1.0, 1.5, 3.0):
+        assert torch.equal(guided(scale), expected(scale)), scale
+    with pytest.raises(ValueError, match="negative_prompt_ids"):
+        model.generate(**rows, max_new_tokens=2, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="TEXT"):
+        model.generate(
+            **rows, max_new_tokens=2, guidance_scale=2.0, negative_prompt_ids=torch.tensor([writer.source()])
+        )

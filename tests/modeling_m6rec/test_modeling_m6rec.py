@@ -440,3 +440,15 @@ def test_attention_that_cannot_take_our_masks_is_refused():
     for kind in ("flex_attention", "flash_attention_2"):
         with pytest.raises((ValueError, ImportError)):
             build(SMALL[0], attn_implementation=kind)
+
+
+@small
+def test_attentions_carry_gradients(settings):
+    model = build(settings)
+    model.set_attn_implementation("eager")
+    out = model(**two_targets(), output_attentions=True)
+    assert len(out.attentions) == model.config.num_hidden_layers
+    for weights in out.attentions:
+        weights.retain_grad()
+    out.scores.nan_to_num().sum().backward()
+    assert all(weights.grad is not None and weights.grad.abs().sum() > 0 for weights in out.attentions)

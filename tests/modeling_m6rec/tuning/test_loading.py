@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -134,3 +135,44 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         AutoModel.from_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="pretrained' holds no adapter"):
         load_tuned(tmp_path / "pretrained")
+
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "m6rec":
+            raise ImportError("the package is not here")
+
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+folder, batch, door = sys.argv[1:]
+if door == "peft":
+    from peft import PeftModel
+    base = AutoModel.from_pretrained(folder + "/pretrained", trust_remote_code=True)
+    model = PeftModel.from_pretrained(base, folder + "/adapter")
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder + "/adapter", trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model.eval()(**torch.load(batch)).scores, batch + door)
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "option"])
+def test_what_peft_knows_by_itself_needs_no_package(tmp_path, method):
+    expected = outputs(saved(tmp_path, method)).scores
+    for code in (tmp_path / "pretrained").glob("*.py"):
+        shutil.copy(code, tmp_path / "adapter")
+    shutil.copy(tmp_path / "pretrained" / "config.json", tmp_path / "adapter")
+    torch.save(rows(), tmp_path / "batch")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    for door in ("peft", "library") if method == "lora" else ("library",):
+        command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path), str(tmp_path / "batch"), door]
+        done = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        if method == "option":
+            assert "needs the package: pip install m6rec" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr[-2000:]
+        close(torch.load(tmp_path / f"batch{door}"), expected, rtol=0, atol=1e-6)
