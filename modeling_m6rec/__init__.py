@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from .processing_m6rec import M6RecProcessor
     from .tokenization_m6rec import M6RecTokenizer
     from .train import fit
+    from .train.collator import M6RecDataCollator
     from .user_states_m6rec import UserStates
 
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
+    "M6RecDataCollator": "m6rec.train.collator",
     "M6RecProcessor": "m6rec.processing_m6rec",
     "M6RecTokenizer": "m6rec.tokenization_m6rec",
     "RecommendationPipeline": "m6rec.pipeline_m6rec",
@@ -87,6 +89,7 @@ __all__ = [
     "TASKS",
     "Catalogue",
     "M6RecConfig",
+    "M6RecDataCollator",
     "M6RecForRecommendation",
     "M6RecModel",
     "M6RecOutput",

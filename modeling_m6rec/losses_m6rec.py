@@ -27,6 +27,21 @@ Weight = torch.Tensor | float | None
 """Of the labels of a whole optimizer step; None = of those at hand."""
 
 
+def given_labels(labels: torch.Tensor | None, name: str = "labels") -> torch.Tensor | None:
+    """Return labels, or None where one -100 a row (B) says that a batch holds none of this kind.
+
+    The library's Trainer computes `eval_loss` only of batches that hold all labels which `forward` names.
+
+    Raises:
+        ValueError: Known labels have one dimension.
+    """
+    if labels is None or labels.dim() > 1:
+        return labels
+    if not torch.compiler.is_compiling() and (labels != UNKNOWN).any():
+        raise ValueError(f"{name} has one dimension, {tuple(labels.shape)}: give a column for each target or token")
+    return None
+
+
 def label_weights(batch: Mapping[str, torch.Tensor], config: M6RecConfig) -> dict[str, torch.Tensor]:
     """Weigh the known labels of a batch for each loss: tokens that are predicted, targets times their class weight.
 
@@ -39,6 +54,7 @@ def label_weights(batch: Mapping[str, torch.Tensor], config: M6RecConfig) -> dic
         they are what `forward` takes as `num_items_in_batch`.
     """
     found: dict[str, torch.Tensor] = {}
+    batch = {name: value for name, value in batch.items() if "labels" not in name or given_labels(value) is not None}
     if "labels" in batch:
         ids = batch["layout_ids"] if "layout_ids" in batch else batch["input_ids"]
         targets = text_targets(batch["labels"], layout(ids, batch.get("attention_mask"), config), config)
@@ -294,6 +310,7 @@ __all__ = [
     "LOSSES",
     "UNKNOWN",
     "click_loss",
+    "given_labels",
     "interaction_loss",
     "label_weights",
     "rating_from_logits",

@@ -23,7 +23,15 @@ from .configuration_m6rec import M6RecConfig
 from .heads_m6rec import Beside, mean_log_likelihood, target_ends
 from .layers_m6rec import M6RecWritingTransform, make_norm
 from .layout_m6rec import Layout, blank, layout, read
-from .losses_m6rec import UNKNOWN, rating_from_logits, retrieval_loss, score_losses, text_loss, text_targets
+from .losses_m6rec import (
+    UNKNOWN,
+    given_labels,
+    rating_from_logits,
+    retrieval_loss,
+    score_losses,
+    text_loss,
+    text_targets,
+)
 from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
 from .outputs_m6rec import CACHE_NAMES, CachedOutput, library_arguments, one_cache
 from .plans_m6rec import last_states
@@ -79,6 +87,9 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     its `scores` to `read_scores`.
     """
 
+    accepts_loss_kwargs = False
+    """What the library's Trainer would hand on is the number of tokens to be written in a step; no other loss is a part
+    of that. Each loss is the mean of its micro-batch."""
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
     _keys_to_ignore_on_load_unexpected = [r"^score_head\."]  # of a checkpoint whose scores are now read by options
 
@@ -164,9 +175,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                 tokens to be written, or for each loss by name the weight of its labels (`label_weights`) in the whole
                 optimizer step.
         """
+        labels, retrieval_labels = given_labels(labels), given_labels(retrieval_labels, "retrieval_labels")
         step = kwargs.pop("num_items_in_batch", None)
         step = step if isinstance(step, Mapping) else {"text": step}
         score_labels = {"click": click_labels, "rating": rating_labels, "interaction": interaction_labels}
+        score_labels = {task: given_labels(given, f"{task}_labels") for task, given in score_labels.items()}
         score_labels = {task: given for task, given in score_labels.items() if given is not None}
         others = bool(score_labels) or retrieval_labels is not None
         if return_logits is None or only_losses:

@@ -14,6 +14,8 @@ from ..tokenization import M6RecProcessor
 from .sections import TaskArguments
 
 UNKNOWN = -100
+LABELS = ("labels", "click_labels", "rating_labels", "interaction_labels", "retrieval_labels")
+"""All that `M6RecForRecommendation.forward` takes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class M6RecDataCollator:
 
     Rows with `next_items` become `retrieval_labels`, and the batch then holds the items to choose among, each distinct
     one once: two items that read the same share a place, so that none is its own negative.
+
+    A batch with labels of one kind holds one -100 a row for each other kind, which `forward` takes for none: the
+    library's Trainer then computes `eval_loss` for any of the tasks. With rows that have `next_items` the Trainer must
+    keep all columns: `TrainingArguments(remove_unused_columns=False)`.
 
     Args:
         processor: Pads.
@@ -81,6 +87,9 @@ class M6RecDataCollator:
             if self.catalogue is None:
                 raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
             batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
+        if any(name in batch for name in LABELS):
+            unknown = torch.full((len(rows),), UNKNOWN)
+            batch = {**dict.fromkeys(LABELS, unknown), **batch}
         return batch
 
     def _retrieval(

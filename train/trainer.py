@@ -78,6 +78,7 @@ class M6RecTrainer(Trainer):
         self.run, self.stage, self.figures, self.logged = run, stage, figures, logged
         # The Trainer insists on rows to evaluate; ours are what `figures` reads.
         super().__init__(eval_dataset=[], **kwargs)
+        self.model_accepts_loss_kwargs = True  # the weights that `_get_num_items_in_batch` gives
         self.rows: EpochRows | None = None
         self.order: SeededOrder | None = None
         self._frozen: dict[str, torch.Tensor] = {}
