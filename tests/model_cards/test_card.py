@@ -478,3 +478,22 @@ def test_errors_name_what_was_given():
         CardFacts(name=" ")
     with pytest.raises(ValueError, match=r"'history': \['a'\].*candidates"):
         CardFacts(name="x", example={"history": ["a"]})
+
+
+def test_a_card_says_how_the_model_compares_and_what_became_of_repeats():
+    verdict = {
+        "metric": "ndcg@10",
+        "baseline": "neighbours_and_words",
+        "difference": -0.0125,
+        "interval": [-0.02, -0.005],
+    }
+    row = {"ndcg@10": 0.1, "examples": 400, "seen": "out", "repeats": 12, "repeats_counted": "as misses"}
+    results = {"retrieval": {"m6rec": {**row, "verdict": verdict}, "neighbours_and_words": {**row, "ndcg@10": 0.1125}}}
+    facts = dataclasses.replace(FACTS, results=results)
+    english, chinese = render_card(facts), render_card(facts, "zh")
+    assert "Against neighbours and words, the best column that needs no training" in english
+    assert "| held-out items met before | 12 | 12 |" in english and "| these count | as misses | as misses |" in english
+    assert "| 留出物品中用户见过的 | 12 | 12 |" in chinese and "| 其计法 | 计为未命中 | 计为未命中 |" in chinese
+    assert all(
+        "`ndcg@10` -0.0125 [-0.0200, -0.0050]" in text and "`verdict`" not in text for text in (english, chinese)
+    )
