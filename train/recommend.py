@@ -1,7 +1,6 @@
 """What `m6rec recommend` recommends with and to: a trained model, a request, a file of them, a user of the log."""
 
 import json
-import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +13,7 @@ import pyarrow.parquet
 from transformers import AutoProcessor
 
 from ..catalogue_m6rec import Catalogue
+from ..limits_m6rec import MAX_DEPTH, MAX_REQUEST_VALUES, check_size, short
 from ..pipeline_m6rec import FOLDER, RecommendationPipeline
 from ..tuning import load_model
 from ..values_m6rec import normalize_id
@@ -24,9 +24,8 @@ from .splits import histories, order
 
 ROWS_AT_ONCE = 1024
 """Rows of a table that are read together; bounds memory."""
-MAX_DEPTH = 64
-"""How deep the lists and objects of a request may lie in one another."""
-TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels: a request has a history of events of items with fields"
+DEEPEST = MAX_DEPTH + 4
+"""How deep the lists and objects of a request may lie in one another: values in fields of items of events."""
 
 
 def load_pipeline(model: str) -> RecommendationPipeline:
@@ -145,29 +144,13 @@ def _from_json(text: str | bytes) -> Any:
     try:
         request = json.loads(text)
     except RecursionError as error:
-        raise ValueError(TOO_DEEP) from error
+        raise ValueError(f"holds lists and objects more than {DEEPEST} deep, which is the limit") from error
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"is no valid JSON: {error}") from error
     if not isinstance(request, str | dict):
-        raise ValueError(f"is {reprlib.repr(request)}: expected a request, an object or a text")
-    if _too_deep(request):
-        raise ValueError(TOO_DEEP)
+        raise ValueError(f"is {short(request)}: expected a request, an object or a text")
+    check_size(request, "holds too much", MAX_REQUEST_VALUES, DEEPEST)
     return request
-
-
-def _too_deep(value: Any) -> bool:
-    """Say whether lists and objects lie in one another deeper than MAX_DEPTH; goes down level by level."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def test_no_line_ends_a_run(recommend, tmp_path, name):
         assert bool(row.get("answer")) != bool(row.get("error")), lines[number - 1][:80]
         assert not row.get("error") or f"in.jsonl, line {number}" in row["error"]
     deep = [rows[place]["error"] for place, line in enumerate(lines) if line in list(HOSTILE.values())[1:4]]
-    assert len(deep) == 3 and all("nested deeper than" in error for error in deep)
+    assert len(deep) == 3 and all("deep, which is the limit" in error for error in deep)
 
 
 def json_rows(path):
