@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .build import prepare
     from .finetune import finetune
+    from .measuring import evaluate
     from .pretrain import pretrain
     from .recipe import Recipe, load_recipe
     from .recommender import Recommender, fit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 LAZY = {
     "Recipe": "recipe",
     "Recommender": "recommender",
+    "evaluate": "measuring",
     "finetune": "finetune",
     "fit": "recommender",
     "load_recipe": "recipe",
@@ -39,4 +41,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *LAZY})
 
 
-__all__ = ["Recipe", "Recommender", "finetune", "fit", "load_recipe", "prepare", "pretrain"]
+__all__ = ["Recipe", "Recommender", "evaluate", "finetune", "fit", "load_recipe", "prepare", "pretrain"]

@@ -22,19 +22,25 @@ METRICS_FILE, OTHERWISE_FILE = "metrics.json", "evaluation.json"
 """What a run measured of its model; what was measured otherwise, or on other data."""
 
 
-def evaluate(folder: str | Path, overrides: Sequence[str], say: Callable[[str], object]) -> None:
+def evaluate(
+    folder: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure a trained model again, and save the report beside it where that is possible.
 
     Args:
         folder: The folder of a run.
-        overrides: What differs from its recipe.
-        say: Prints the tables.
+        overrides: Entries such as `evaluation.exclude_seen=false` that differ from its recipe.
+        say: Prints the tables; None: nothing is printed.
+
+    Returns:
+        Task -> who (the model, each baseline) -> metric -> value.
     """
     saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
     recipe = load_saved(folder, [*overrides, *saved])
     run = prepare(recipe)
     report = full_report(run)
-    say(tables(report))
+    if say is not None:
+        say(tables(report))
     other = _other_data(Path(folder), run.log) if not overrides else None
     if other:
         logger.warning("%s: %s is kept as it is, and this report is saved as %s", other, METRICS_FILE, OTHERWISE_FILE)
@@ -44,6 +50,7 @@ def evaluate(folder: str | Path, overrides: Sequence[str], say: Callable[[str], 
         write_json(path, measured)
     except OSError as error:  # the figures are printed, and need no file
         logger.warning("the report is not saved as %s: %s. %s", path, error, why_unwritable(error, path.parent))
+    return report
 
 
 def _other_data(folder: Path, log: Log) -> str | None:

@@ -4,6 +4,7 @@
 works on the folder afterwards.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .build import catalogue_rows, prepare
 from .data import Log, build_log, read_log
 from .examples import RequestWriter
 from .finetune import finetune, full_report
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, load_saved
 from .recommend import load_pipeline
 from .splits import Split, histories, order
 
@@ -43,7 +44,7 @@ class Recommender:
 
     def __init__(self, directory: str | Path, overrides: Iterable[str] = ()) -> None:
         self.directory = Path(directory)
-        self.recipe: Recipe = load_recipe(self.directory, overrides)
+        self.recipe: Recipe = load_saved(self.directory, overrides)
         self.pipeline: RecommendationPipeline = load_pipeline(str(self.directory))
         if not (self.directory / FOLDER).is_dir():
             raise FileNotFoundError(
@@ -112,8 +113,8 @@ class Recommender:
         Returns:
             Task -> who -> metrics, as `metrics.json` holds them.
         """
-        own = [f"model.checkpoint={self.directory}"]
-        recipe = load_recipe(self.directory, own)
+        own = [f"model.checkpoint={json.dumps(str(self.directory))}", "model.backbone=null"]
+        recipe = load_saved(self.directory, own)
         run = prepare(recipe, log=self.log)
         if events is not None:
             later = self._log_of(events).interactions

@@ -6,9 +6,9 @@ import pandas
 import pytest
 
 import m6rec
-from m6rec.train import Recommender, load_recipe
+from m6rec.train import Recommender, evaluate, load_recipe
 from m6rec.train.cli import main
-from tests.train.world import ITEMS, recipe_of, write_world
+from tests.train.world import ITEMS, figures, recipe_of, write_world
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,8 @@ def test_evaluate_repeats_the_report_of_the_training(trained):
     found = trained.evaluate()
     assert found["retrieval"]["m6rec"]["ndcg@5"] == pytest.approx(written["retrieval"]["m6rec"]["ndcg@5"], abs=1e-6)
     assert set(found["retrieval"]) == set(written["retrieval"])
+    again = evaluate(trained.directory)["retrieval"]["m6rec"]
+    assert figures(again) == pytest.approx(figures(written["retrieval"]["m6rec"]), abs=1e-5)
 
 
 def test_later_events_are_ranked_after_the_whole_log(trained):
