@@ -6,6 +6,7 @@ order, also where nobody has seen all the texts there are.
 
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from ..tokenization import M6RecProcessor
 from .data import Log
 from .examples import RequestWriter, windows
 from .splits import histories
-from .tables import FORMATS, csv_options, load_table
+from .table_files import FORMATS, check_file, csv_options
+from .tables import load_table
 
 ITEMS, HISTORIES = "items", "histories"
 SHUFFLED = 1000
@@ -180,6 +182,7 @@ def raw_source(location: str, valid_fraction: float, streaming: bool = False) ->
         ValueError: If there is no text in it, or no such column.
     """
     place, _, column = location.rpartition("#") if "#" in location else (location, "", "")
+    place = os.path.expanduser(place)
     rows = _stream(place) if streaming else _table(place)
     column = _text_column(rows, column, location)
     rows = rows.select_columns([column])
@@ -242,6 +245,7 @@ def _stream(place: str) -> Table | Stream:
     if path.suffix == ".txt":
         return load_dataset("text", data_files=_existing(place), split="train", streaming=True)
     if path.is_file() and (kind := FORMATS.get(path.suffix.lower())):
+        check_file(path, kind)
         options = csv_options(path) if kind == "csv" else {}
         return load_dataset(kind, data_files=_existing(place), split="train", streaming=True, **options)
     name, *parts = place.split(":")

@@ -157,7 +157,9 @@ def read_log(arguments: DataArguments) -> Log:
     else:
         raise ValueError(
             "data.source 'tables' needs data.interactions and data.items, each a file or a dataset; got "
-            f"{arguments.interactions!r} and {arguments.items!r}"
+            f"{arguments.interactions!r} and {arguments.items!r}. Where there are items and no events yet, there is "
+            "nothing to train on or to measure: a trained model of other items recommends them, by "
+            "Catalogue.from_dataset(items, model, processor)"
         )
     return build_log(interactions, items, users, arguments)
 
@@ -246,7 +248,7 @@ def _described(name: str, rows: Dataset, arguments: DataArguments) -> _Described
     role, columns = name.removesuffix("s") + "_id", arguments.item_columns if name == "items" else None
     ids = table.unique_ids(role)
     if columns is None:
-        columns = [column for column in rows.column_names if column != table.column(role)]
+        columns = [column for column in table.described() if column != table.column(role)]
     texts = pandas.DataFrame({column: table.text(column).str.strip().to_numpy() for column in columns}, index=ids)
     if name == "items":
         read = ", ".join(columns) or "no column"

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from transformers import TrainingArguments
 
+from ..values_m6rec import short
 from .data import DataArguments
 from .locations import located, missing
+from .plain_yaml import PlainDumper, read_yaml
 from .sections import (
     EvaluationArguments,
     ModelArguments,
@@ -141,7 +142,7 @@ class Recipe:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         versions = "".join(f"#   {name} {importlib.metadata.version(name)}\n" for name in ("m6rec", *VERSIONED))
-        body = yaml.dump(located(dataclasses.asdict(self)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        body = yaml.dump(located(dataclasses.asdict(self)), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
         _write(directory / RECIPE_FILE, f"# The recipe of this model, as it was run with\n{versions}{body}")
 
 
@@ -207,7 +208,7 @@ def find_recipe(source: str | Path) -> Path:
 def _check(cls: type, values: Any, section: str) -> None:
     """Refuse what a dataclass has no field for, or none of that type."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"section {section} is {values!r}; expected keys with values")
+        raise ValueError(f"section {section} is {short(values)}; expected keys with values")
     kinds = {entry.name: entry.type for entry in dataclasses.fields(cls) if entry.init}
     if cls is TrainingArguments:
         kinds["resume_from_checkpoint"] = kinds["fsdp"] = str | bool | None  # true: the newest one; shard
@@ -216,7 +217,7 @@ def _check(cls: type, values: Any, section: str) -> None:
         kind = kinds[name]
         if not _fits(value, kind):
             expected = str(kind) if get_args(kind) else getattr(kind, "__name__", kind)
-            raise ValueError(f"{section}.{name} is {value!r} ({type(value).__name__}); expected {expected}")
+            raise ValueError(f"{section}.{name} is {short(value)} ({type(value).__name__}); expected {expected}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -237,32 +238,12 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-3 is a number and `no` is a text (YAML 1.1 reads a text and a false)."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tTfF"))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that the loader would take for something else."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it in UTF-8") from error
+    tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds {type(tree).__name__}; expected sections {', '.join(SECTIONS)}, training")
     return tree
@@ -279,10 +260,7 @@ def _override(tree: dict[str, Any], entry: str) -> None:
         tree = tree[key]
         if not isinstance(tree, dict):
             raise ValueError(f"{entry!r}: {key} holds a value, not keys")
-    try:
-        tree[last] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{entry!r}: {text!r} is no valid YAML: {error}") from error
+    tree[last] = read_yaml(text, f"{short(entry)}: {short(text)}")
 
 
 def write_json(path: Path, content: Any) -> None:

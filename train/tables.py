@@ -4,10 +4,12 @@ Everything is read into Arrow files by `datasets`, in pieces, and stays on the d
 """
 
 import glob
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,17 +18,18 @@ from typing import Any
 import numpy
 import pandas
 import pyarrow
-import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..values_m6rec import EARLIEST, EXACT_FLOAT, LATEST, normalize_id
+from .table_files import FORMATS, PACKED, UNPACKING_ERRORS, check_file, csv_options, find_files, kind_of, unpacked
 from .times import TIME_SCALES, in_form, read_times, time_hint
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_NAMELESS = re.compile(r"\s*|Unnamed: [0-9]+(\.[0-9]+)?|__index_level_[0-9]+__")
+"""Names that pandas gives an index, or a column of a CSV file that has none."""
 _ID = "an id: a text, or a whole number"
-_SEPARATORS = ",;\t"
 _ROWS_AT_ONCE = 250_000
 """Rows whose texts are parsed together: as Python's texts they take some 60 bytes each."""
 
@@ -59,75 +62,86 @@ def load_table(location: str) -> Dataset:
     """Reads one table.
 
     Args:
-        location: A CSV, Parquet or JSONL file; else `name`, `name:split` or `name:config:split`, where the name is a
-            folder saved by `datasets` or a Hub dataset id. The split may be left out where there is only one.
+        location: A CSV, Parquet or JSONL file (texts also packed: .csv.gz); a pattern such as `part-*.parquet`, or a
+            folder, of such files with the same columns; else `name`, `name:split` or `name:config:split`, where the name
+            is a folder saved by `datasets` or a Hub dataset id. The split may be left out where there is only one. `~`
+            is the user's home.
 
     Returns:
         The rows. Every column of a CSV file is text (so "007" and "NA" stay what they are), empty where a cell is; its
         cells are separated by what stands most often in its first line, of comma, semicolon and tab. A field within a
         field is a column of its own, called `outer.inner`.
     """
-    return _load(location).flatten()
+    return _load(os.path.expanduser(location)).flatten()
 
 
 def _load(location: str) -> Dataset:
-    if Path(location).is_file():
-        return _load_file(Path(location))
-    name, *parts = location.split(":")
-    if Path(name).is_dir():
-        loaded = load_from_disk(name)
-    elif _HUB_ID.fullmatch(name) and Path(name).suffix.lower() not in FORMATS:
-        try:
-            loaded = load_dataset(name, *parts[:-1])
-        except (ConnectionError, DatasetNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{name!r} is no file or folder here, and the Hub does not give it: {error}"
-            ) from error
-    else:
+    files = find_files(location)
+    if files is not None:
+        return _load_files(files, location)
+    parts = location.split(":")
+    for count in range(len(parts), 0, -1):  # a folder's name may hold colons
+        folder = ":".join(parts[:count])
+        if Path(folder).is_dir():
+            return _one_split(_load_saved(folder), parts[count:], folder)
+    name, *parts = parts
+    if not _HUB_ID.fullmatch(name) or Path(name).suffix.lower() in (*FORMATS, *PACKED):
         raise FileNotFoundError(
-            f"no table at {location!r}: expected a file ({', '.join(FORMATS)}), a folder saved by `datasets`, "
-            "or a Hub dataset id such as 'org/name:train'"
+            f"no table at {location!r}: expected a file ({', '.join(FORMATS)}), a folder or pattern of such files, a "
+            "folder saved by `datasets`, or a Hub dataset id such as 'org/name:train'"
         )
+    try:
+        loaded = load_dataset(name, *parts[:-1])
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"{name!r} is no file or folder here, and the Hub does not give it: {error}") from error
+    return _one_split(loaded, parts, name)
+
+
+def _load_saved(folder: str) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(folder)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{folder} cannot be read as a folder saved by `datasets`: {error!r}") from error
+
+
+def _load_files(paths: list[Path], location: str) -> Dataset:
+    kind, plain = kind_of(paths[0]), [_checked(path) for path in paths]
+    options = [csv_options(path) for path in plain] if kind == "csv" else [{}]
+    other = next((place for place, each in enumerate(options) if each != options[0]), None)
+    if other is not None:
+        raise ValueError(f"{paths[other]} has another header or separator than {paths[0]}: expected parts of one table")
+    # `datasets` reads * ? [ in a path as patterns.
+    files = [glob.escape(str(path)) for path in plain]
+    with _named(location, kind):
+        return load_dataset(kind, data_files=files, split="train", **options[0])
+
+
+def _checked(path: Path) -> Path:
+    """Returns a file of a table, unpacked, once it is known to hold rows."""
+    kind = kind_of(path)
+    with _named(path, kind):
+        plain = unpacked(path)
+        check_file(plain, kind)
+        if kind == "csv":
+            csv_options(plain)
+        return plain
+
+
+@contextmanager
+def _named(place: str | Path, kind: str) -> Iterator[None]:
+    """Names the file in whatever a reader raises of its contents."""
+    try:
+        yield
+    except (DatasetGenerationError, ValueError, OSError, pyarrow.ArrowException, *UNPACKING_ERRORS) as error:
+        raise ValueError(f"{place} cannot be read as {kind} in UTF-8: {error.__cause__ or error}") from error
+
+
+def _one_split(loaded: Dataset | DatasetDict, parts: list[str], name: str) -> Dataset:
     if isinstance(loaded, Dataset):
         return loaded
-    return _one_split(loaded, parts[-1] if parts else None, name)
-
-
-def _load_file(path: Path) -> Dataset:
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; expected one of {', '.join(FORMATS)}")
-    try:
-        if _holds_nothing(path, kind):
-            raise ValueError("it holds no rows")
-        options = csv_options(path) if kind == "csv" else {}
-        # `datasets` reads * ? [ in a path as patterns.
-        return load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
-    except (DatasetGenerationError, ValueError) as error:  # pandas' and Arrow's errors are ValueErrors
-        raise ValueError(f"{path} cannot be read as {kind} in UTF-8: {error.__cause__ or error}") from error
-
-
-def _holds_nothing(path: Path, kind: str) -> bool:
-    if kind == "parquet":
-        return pyarrow.parquet.read_metadata(path).num_rows == 0
-    with path.open("rb") as file:
-        lines = (line for line in file if line.strip())
-        return next(lines, None) is None or (kind == "csv" and next(lines, None) is None)
-
-
-def csv_options(path: Path) -> dict[str, Any]:
-    """Settings with which `datasets` reads a CSV file: its separator, and every cell as text."""
-    with path.open(encoding="utf-8-sig") as file:
-        line = file.readline()
-    separator = max(_SEPARATORS, key=line.count)
-    head = pandas.read_csv(path, sep=separator, dtype=str, nrows=1)
-    if not isinstance(head.index, pandas.RangeIndex):  # pandas would take the first column for row names
-        raise ValueError(f"its first row has more cells than its header ({', '.join(head.columns)})")
-    features = Features({name: Value("string") for name in head.columns})
-    return {"features": features, "keep_default_na": False, "sep": separator}
-
-
-def _one_split(loaded: DatasetDict, split: str | None, name: str) -> Dataset:
+    split = parts[-1] if parts else None
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
@@ -169,6 +183,25 @@ class Table:
         if column not in self.rows.column_names:
             raise ValueError(f"{self.name}: no column {column!r}; the columns are {', '.join(self.rows.column_names)}")
         return column
+
+    def described(self) -> list[str]:
+        """The columns that say something: all but those that hold pandas' row numbers, of which a warning tells."""
+        kept = [name for name in self.rows.column_names if not self._numbers_rows(name)]
+        left = [name for name in self.rows.column_names if name not in kept]
+        if left:
+            logger.warning(
+                "%s: column %s numbers the rows and is not read as text", self.name, ", ".join(map(repr, left))
+            )
+        return kept
+
+    def _numbers_rows(self, column: str) -> bool:
+        """Whether a column is an index that pandas wrote: one without a name of its own, or counting from 0 or 1."""
+        if _NAMELESS.fullmatch(column):
+            return True
+        if column not in ("index", "level_0"):
+            return False
+        numbers = self._floats(column).to_numpy()
+        return bool((numbers - numbers[0] == numpy.arange(len(numbers))).all() and numbers[0] in (0, 1))
 
     def refuse(self, bad: Any, column: str, expected: str, hint: Callable[[int], str] | None = None) -> None:
         """Raises on the first bad row, counted from 1 after any header; or notes the bad rows as dropped.

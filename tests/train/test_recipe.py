@@ -227,6 +227,28 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, text, message):
         load_recipe(tmp_path / "bad.yaml")
 
 
+def test_a_recipe_that_is_not_in_utf8_is_refused_by_name_and_a_mark_before_it_is_none(tmp_path):
+    text = "data: {interactions: café.csv}\ntraining: {output_dir: out}\n"
+    (tmp_path / "latin.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml is not in UTF-8 .*: save it in UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
+    (tmp_path / "marked.yaml").write_bytes(text.encode("utf-8-sig"))
+    assert load_recipe(tmp_path / "marked.yaml").data.interactions == "café.csv"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("evaluation.ks=[!!int '']", r"ks=.*no valid YAML: '' cannot be read as int"),
+        ("text.max_length=2020-13-45", "'2020-13-45' cannot be read as timestamp"),
+        ("model.config={hidden_size: 1, hidden_size: 2}", "the key 'hidden_size' stands twice"),
+    ],
+)
+def test_an_override_is_read_by_the_same_rules(entry, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(entry)
+
+
 def test_the_trainers_arguments_come_from_the_recipe_then_from_the_run():
     read = recipe("training.learning_rate=0.5", "training.use_cpu=true")
     arguments = read.training_arguments(learning_rate=0.1, bf16=False, use_cpu=False, seed=read.seed)

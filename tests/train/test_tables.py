@@ -1,6 +1,9 @@
 """Reading tables: the same rows from every format, and a named reason for every refusal."""
 
+import bz2
 import datetime
+import gzip
+import lzma
 import os
 import re
 import tempfile
@@ -539,3 +542,130 @@ def test_the_folder_of_a_data_set(monkeypatch, tmp_path):
     require_files(tmp_path, ["a"], "it")
     with pytest.raises(FileNotFoundError, match="no b, c; expected the folder of it"):
         require_files(tmp_path, ["a", "b", "c"], "it")
+
+
+JSON_TABLES = ["null", "null\nnull", '{"a":' + "[" * 10**5 + "]" * 10**5 + "}", "[null]", "1", '"a"', "[[1]]", "[1, 2]"]
+JSON_TABLES += [
+    "true",
+    "[]",
+    "{} null",
+    '{"a": 1}\nnull',
+    '[{"a": 1}, null]',
+    '{"a": [' * 60 + "]}" * 60,
+    "nul",
+    '{"a": 1',
+]
+
+
+@pytest.mark.parametrize("content", JSON_TABLES, ids=lambda content: content[:20])
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_json_that_is_no_rows_is_refused_before_arrow_reads_it(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as json"):
+        load_table(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}\n\n{"a": 2}\n', '\ufeff[{"a": 1},\n {"a": 2}]', '{"a":\n 1}\n{"a": 2}', '{"a": 1} {"a": 2}']
+)
+def test_rows_of_json_in_every_form(tmp_path, content):
+    (tmp_path / "t.json").write_text(content, encoding="utf-8")
+    assert load_table(str(tmp_path / "t.json"))["a"][:] == [1, 2]
+
+
+@pytest.mark.parametrize("place", [0, 3, 4, 40, 200, -9, -4, -1])
+def test_damaged_parquet_is_refused_by_name_or_read(tmp_path, place):
+    data = bytearray(Path(write(pandas.DataFrame({"a": ["x", "y"] * 50}), tmp_path / "t.parquet")).read_bytes())
+    data[place] ^= 0xFF
+    for content in (data, data[:place]):
+        (tmp_path / "t.parquet").write_bytes(content)
+        os.utime(tmp_path / "t.parquet", (1e9 + place, 1e9 + len(content)))
+        try:
+            assert len(load_table(str(tmp_path / "t.parquet"))) == 100
+        except ValueError as error:
+            assert re.search(r"t\.parquet cannot be read as parquet", str(error))
+
+
+@pytest.mark.parametrize("pattern", ["", "/part-*.parquet", "/**/*.parquet"])
+def test_parts_in_a_folder_and_by_a_pattern(tmp_path, pattern):
+    folder = tmp_path / "log"
+    (folder / "more").mkdir(parents=True)
+    for number in (1, 0):
+        write(pandas.DataFrame({"a": [number]}), folder / f"part-{number}.parquet")
+    (folder / "_SUCCESS").touch()
+    (folder / ".part-0.parquet.crc").write_bytes(b"x")
+    assert load_table(f"{folder}{pattern}")["a"][:] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.csv", "b.parquet"], "are of two kinds: name those of one"),
+        (["a.csv", "b.txt"], r"b\.txt: unknown suffix '\.txt'"),
+        (["day=1/a.parquet"], "the name of its folder holds a column"),
+        (["_a.csv"], "no file of a table lies there"),
+    ],
+)
+def test_a_folder_that_is_no_table(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a\n1\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_table(str(tmp_path))
+
+
+def test_parts_have_one_header(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "b.csv").write_text("y,x\n1,2\n")
+    with pytest.raises(ValueError, match=r"b\.csv has another header or separator than .*a\.csv"):
+        load_table(f"{tmp_path}/*.csv")
+    with pytest.raises(FileNotFoundError, match="no file of a table lies there"):
+        load_table(f"{tmp_path}/*.tsv")
+
+
+@pytest.mark.parametrize(("ending", "module"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+@pytest.mark.parametrize(("name", "text"), [("t.csv", "a\n{}\n"), ("t.jsonl", '{{"a": "{}"}}\n')])
+def test_packed_texts_are_read_and_read_again_when_they_change(tmp_path, ending, module, name, text):
+    path = tmp_path / f"{name}{ending}"
+    for value in ("one", "two"):
+        path.write_bytes(module.compress(text.format(value).encode()))
+        os.utime(path, (1e9, 1e9 + len(value) * (value == "two")))
+        assert load_table(str(path))["a"][:] == [value]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=re.escape(f"{path.name} cannot be read as")):
+        load_table(str(path))
+
+
+def test_packed_parquet_is_no_format(tmp_path):
+    (tmp_path / "t.parquet.gz").touch()
+    with pytest.raises(
+        ValueError, match=r"unknown suffix '\.gz'; expected one of .*\.parquet.* of texts also with \.gz"
+    ):
+        load_table(str(tmp_path / "t.parquet.gz"))
+
+
+def test_home_and_colons_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(pandas.DataFrame({"a": ["x"]}), tmp_path / "t.csv")
+    assert load_table("~/t.csv")["a"][:] == ["x"]
+    parts = {name: Dataset.from_dict({"a": [name]}) for name in ("train", "later")}
+    DatasetDict(parts).save_to_disk(tmp_path / "at 12:30" / "x:y")
+    assert load_table("~/at 12:30/x:y:later")["a"][:] == ["later"]
+    parts["train"].save_to_disk(tmp_path / "one:two")
+    assert load_table(f"{tmp_path}/one:two")["a"][:] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("frame", "described"),
+    [
+        (pandas.DataFrame({"Unnamed: 0": [5, 7], "title": ["a", "b"]}), ["title"]),
+        (pandas.DataFrame({"Unnamed: 0.1": [0, 1], "": ["", ""], "title": ["a", "b"]}), ["title"]),
+        (pandas.DataFrame({"title": ["a", "b"]}, index=[3, 4]), ["title"]),
+        (pandas.DataFrame({"index": ["0", "1"], "title": ["a", "b"]}), ["title"]),
+        (pandas.DataFrame({"index": ["S&P", "DAX"], "level_0": [1, 3]}), ["index", "level_0"]),
+    ],
+)
+def test_the_row_numbers_of_pandas_are_no_text(frame, described, caplog):
+    things = Table("items", Dataset.from_pandas(frame), {})
+    assert things.described() == described
+    assert ("numbers the rows" in caplog.text) is (len(described) == 1)
