@@ -86,8 +86,8 @@ def kind_of(path: Path) -> str:
 def unpacked(path: Path) -> Path:
     """Return a packed file unpacked into the cache of `datasets`, any other as it is.
 
-    `datasets` itself keeps what it has unpacked by the file's path alone, and so reads an old version of a file that has
-    changed; here the name also depends on size and time.
+    `datasets` itself keeps what it has unpacked by the file's path alone, and so reads an old version of a file that
+    has changed; here the name also depends on size and time.
     """
     if path.suffix.lower() not in PACKED:
         return path

@@ -63,9 +63,9 @@ def load_table(location: str) -> Dataset:
 
     Args:
         location: A CSV, Parquet or JSONL file (texts also packed: .csv.gz); a pattern such as `part-*.parquet`, or a
-            folder, of such files with the same columns; else `name`, `name:split` or `name:config:split`, where the name
-            is a folder saved by `datasets` or a Hub dataset id. The split may be left out where there is only one. `~`
-            is the user's home.
+            folder, of such files with the same columns; else `name`, `name:split` or `name:config:split`, where the
+            name is a folder saved by `datasets` or a Hub dataset id. The split may be left out where there is only one.
+            `~` is the user's home.
 
     Returns:
         The rows. Every column of a CSV file is text (so "007" and "NA" stay what they are), empty where a cell is; its
@@ -109,7 +109,8 @@ def _load_saved(folder: str) -> Dataset | DatasetDict:
 def _load_files(paths: list[Path], location: str) -> Dataset:
     kind, plain = kind_of(paths[0]), [_checked(path) for path in paths]
     options = [csv_options(path) for path in plain] if kind == "csv" else [{}]
-    other = next((place for place, each in enumerate(options) if each != options[0]), None)
+    heads = [(each.get("sep"), list(each.get("features", ()))) for each in options]
+    other = next((place for place, head in enumerate(heads) if head != heads[0]), None)
     if other is not None:
         raise ValueError(f"{paths[other]} has another header or separator than {paths[0]}: expected parts of one table")
     # `datasets` reads * ? [ in a path as patterns.
@@ -189,9 +190,8 @@ class Table:
         kept = [name for name in self.rows.column_names if not self._numbers_rows(name)]
         left = [name for name in self.rows.column_names if name not in kept]
         if left:
-            logger.warning(
-                "%s: column %s numbers the rows and is not read as text", self.name, ", ".join(map(repr, left))
-            )
+            named = ", ".join(map(repr, left))
+            logger.warning("%s: column %s numbers the rows and is not read as text", self.name, named)
         return kept
 
     def _numbers_rows(self, column: str) -> bool:
