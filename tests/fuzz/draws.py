@@ -256,7 +256,7 @@ requests = mixed((plain_requests(), 80), (odd(plain_requests()), 30), (odd(plain
 
 FILTERS = {
     "all": lambda item: True, "none": lambda item: False, "by text": lambda item: "a" in str(item),
-    "by a field": lambda item: item.get("price", 0) < 40, "numpy": lambda item: numpy.bool_(True),
+    "by a field": lambda item: str(item.get("price", 0)) < "4", "numpy": lambda item: numpy.bool_(True),
 }  # fmt: skip
 parameters = st.fixed_dictionaries({}, optional={
     "task": st.sampled_from(["click", "rating", "interaction", "retrieval", "plausibility", None]),
