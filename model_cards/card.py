@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..atomic_m6rec import write_atomic
 from .facts import CardFacts, DataFacts
 from .privacy import is_private, is_secret
 
@@ -120,11 +121,8 @@ def write_cards(facts: CardFacts, directory: str | Path) -> Path:
     They end with `MARK`: a card that still has it is written anew when the model is pushed.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     for file, card in render_cards(facts).items():
-        partial = folder / f".{file}.partial"
-        partial.write_text(f"{card}\n{MARK}\n", encoding="utf-8", newline="\n")
-        partial.replace(folder / file)
+        write_atomic(folder / file, f"{card}\n{MARK}\n")
     return folder / CARDS["en"]
 
 

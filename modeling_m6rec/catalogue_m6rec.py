@@ -1,9 +1,11 @@
-"""A catalogue: items with their vectors, searched exactly or by an index, and changed at will.
+"""A catalogue: items with their vectors, searched exactly or by an index, and changed at will, also by many threads.
 
-Shapes: B users, N rows of vectors, M items of a call, D = vector_width.
+Shapes: M items of a call, D = vector_width.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +13,30 @@ import torch
 from transformers.utils import logging
 
 from .catalogue_files_m6rec import TEXT_COLUMN, read_catalogue, write_catalogue
-from .catalogue_index_m6rec import VectorIndex, check_settings, nearest
-from .items_m6rec import Item, Model, item_identity, item_texts, plain, reading, table_rows
+from .catalogue_index_m6rec import VectorIndex, check_settings
+from .catalogue_view_m6rec import CatalogueView, Predicate, State, Texts, check_fingerprint, cosines
+from .items_m6rec import Item, Model, item_identity, plain, reading, table_rows
 from .segment_cache_m6rec import SegmentCache
-from .values_m6rec import normalize_id
 
 logger = logging.get_logger(__name__)
 
-Predicate = Callable[[dict[str, Any]], bool]
-"""Says of an item's fields whether the item may be recommended."""
-Ranking = list[tuple[str, float]]
-"""Ids and scores, the best first."""
-
-ROUNDING = 1e-5
-"""More than float32 products of normalised vectors are off by."""
 REBUILD_SHARE, REBUILD_ROWS = 0.1, 1024
-"""An index is built anew once added and removed rows are more than this share of its own, and than this number."""
-EXTRA, WIDER, EXACT_SHARE = 16, 4, 1 / 16
-"""An index is asked for so many rows more than wanted, then for so many times as many, up to this share of all."""
+"""All is put into one matrix once added and removed rows are more than this share of it, and than this number."""
 
 
-class Catalogue:
+class Catalogue(CatalogueView):
     """Items and their l2-normalised vectors.
 
     The vectors stand in a base matrix, which `build_index` makes an index of. Items added later stand in a side buffer,
     which is searched exactly, and removed ones stay where they are and are left out of every search, until `save`,
-    `encode` or `build_index` makes one matrix of it all. With an index, so does the change by which added and removed
-    rows become more than a tenth of the base (and than 1024).
+    `encode`, `build_index` or the change by which added and removed rows become more than a tenth of the base (and than
+    1024) makes one matrix of it all, with a new index if there was one.
 
     Make one with `from_dataset` or `load`. An item is a text, or a mapping of fields with an `item_id`.
 
-    Several threads may search at once, but not while one changes the catalogue: hold a lock for that.
+    Any number of threads may read, search and change a catalogue at once: each call answers by the catalogue as it was
+    at one moment, changes follow one another, and a change is there for every call that begins after it. `snapshot`
+    gives the catalogue of one moment to several calls.
 
     Args:
         fingerprint: Digest of the model that makes the vectors.
@@ -49,17 +44,17 @@ class Catalogue:
     """
 
     def __init__(self, fingerprint: str, dimension: int) -> None:
-        self.fingerprint = fingerprint
-        self.dimension = dimension
-        self._items: dict[str, Item] = {}  # in the order of insertion, as are rows
-        self._rows: dict[str, int] = {}
-        self._ids: list[str] = []  # of each of the N rows
-        self._live = torch.empty(0, dtype=torch.bool)  # N
-        self._base = torch.empty(0, dimension)
-        self._side = torch.empty(0, dimension)
-        self._wordings: tuple[Any, dict[str, list[str]]] | None = None
-        self._wanted: dict[str, Any] | None = None  # kind and settings of the index, also where there is no FAISS
-        self._index: VectorIndex | None = None
+        super().__init__(State.of({}, torch.empty(0, dimension), fingerprint))
+        self._lock = threading.RLock()  # of changes; who reads takes `_state` once
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_state": self._state}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        state: State = kept["_state"]
+        # A copy appends to lists of its own.
+        own: dict[str, Any] = {"ids": [*state.ids], "items": [*state.items], "rows": {**state.rows}, "texts": Texts()}
+        self._state, self._lock = replace(state, **own), threading.RLock()
 
     @classmethod
     def from_dataset(
@@ -79,42 +74,10 @@ class Catalogue:
             ValueError: An id is missing or there twice, or an item has no text.
         """
         catalogue = cls(model.fingerprint(), model.config.vector_width)
-        found = catalogue._read(items)
-        catalogue._replace(found, embed(list(found.values()), model, processor, batch_size, progress))
+        found = _read(items, catalogue._state)
+        vectors = embed(list(found.values()), model, processor, batch_size, progress)
+        catalogue._state = State.of(found, vectors, catalogue.fingerprint)
         return catalogue
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the ids in the order of insertion."""
-        return iter(self._items)
-
-    def __contains__(self, item_id: Any) -> bool:
-        return normalize_id(item_id, "item_id") in self._items
-
-    def item(self, item_id: Any) -> Item:
-        """Return an item as requests take it: its text, or its fields and its `item_id`."""
-        item = self._items[self._known(item_id)]
-        return item if isinstance(item, str) else dict(item)
-
-    def fields(self, item_id: Any) -> dict[str, Any]:
-        """Return an item's fields and its `item_id`; the text of an item without fields is called `item`."""
-        item = self.item(item_id)
-        return {"item_id": self._known(item_id), "item": item} if isinstance(item, str) else item
-
-    def vectors(self, item_ids: Sequence[Any]) -> torch.Tensor:
-        """Return the M x D vectors of items."""
-        return self._gather([self._rows[self._known(each)] for each in item_ids])
-
-    def worded(self, texts: Collection[str], processor: Any) -> list[str]:
-        """Return the ids of the items that the processor words as one of the texts."""
-        if self._wordings is None or self._wordings[0] is not processor:
-            ids: dict[str, list[str]] = {}
-            for item_id, text in zip(self._items, item_texts(processor, self._items.values())):
-                ids.setdefault(text, []).append(item_id)
-            self._wordings = processor, ids
-        return [item_id for text in texts for item_id in self._wordings[1].get(text, ())]
 
     # --------------------------------------------------------------------------------------------------- changing it
 
@@ -132,239 +95,40 @@ class Catalogue:
         Raises:
             ValueError: An id is in the catalogue already and `replace` was not said; then nothing is changed.
         """
-        self.check(model)
-        found = self._read(items)
-        known = [item_id for item_id in found if item_id in self._items]
-        if known and not replace:
-            raise ValueError(f"item_id {known[0]!r} is in the catalogue already: pass replace=True to replace it")
-        vectors = embed(list(found.values()), model, processor, batch_size, progress)
-        self._drop(known)
-        self._rows.update((item_id, len(self._ids) + index) for index, item_id in enumerate(found))
-        self._items.update(found)
-        self._ids += found
-        self._live = torch.cat((self._live, torch.ones(len(found), dtype=torch.bool)))
-        self._side = torch.cat((self._side, vectors))
-        self._settle()
+        with self._lock:
+            state = self._state
+            check_fingerprint(state.fingerprint, model)
+            found = _read(items, state)
+            known = {item_id: row for item_id in found if (row := state.row(item_id)) is not None}
+            if known and not replace:
+                name = next(iter(known))
+                raise ValueError(f"item_id {name!r} is in the catalogue already: pass replace=True to replace it")
+            vectors = embed(list(found.values()), model, processor, batch_size, progress)
+            self._state = _changed(state, found, vectors, list(known.values()))
 
     def remove(self, item_ids: Sequence[Any]) -> None:
         """Remove items; if one is unknown, nothing is changed."""
         if isinstance(item_ids, str):
             raise TypeError(f"remove expects several item ids, got the one text {item_ids!r}: put it in a list")
-        self._drop([*dict.fromkeys([self._known(each) for each in item_ids])])
-        self._settle()
+        with self._lock:
+            state = self._state
+            rows = [*dict.fromkeys([state.known(each) for each in item_ids])]
+            self._state = _changed(state, {}, state.side[:0], rows)
 
     def encode(self, model: Model, processor: Any, batch_size: int = 256, progress: bool = True) -> None:
         """Embed all items again, after the model has changed. Arguments as of `from_dataset`."""
-        vectors = embed(list(self._items.values()), model, processor, batch_size, progress)
-        self.fingerprint, self.dimension = model.fingerprint(), model.config.vector_width
-        self._replace(self._items, vectors)
+        with self._lock:
+            state = self._state
+            rows = state.live_rows()
+            items = {state.ids[row]: state.items[row] for row in rows}
+            vectors = embed(list(items.values()), model, processor, batch_size, progress)
+            self._state = _replaced(state, rows, items, vectors, model.fingerprint())
 
-    def check(self, model: Model) -> None:
-        """Make sure that the vectors are this model's.
-
-        Raises:
-            ValueError: Another model made them.
-        """
-        found = model.fingerprint()
-        if found != self.fingerprint:
-            raise ValueError(
-                f"the catalogue's vectors were made by a model with fingerprint {self.fingerprint[:12]}, this one has "
-                f"{found[:12]} (other weights, adapters or number type): make them again with "
-                "catalogue.encode(model, processor)"
-            )
-
-    def _replace(self, items: dict[str, Item], vectors: torch.Tensor) -> None:
-        """Start anew with one base matrix."""
-        self._items, self._base, self._side = items, vectors, vectors[:0]
-        self._ids = list(items)
-        self._rows = {item_id: row for row, item_id in enumerate(items)}
-        self._live = torch.ones(len(items), dtype=torch.bool)
-        self._wordings = None
-        # If building fails, searches are exact: an index of other rows would lie.
-        before, self._index = self._index, None
-        if before is not None:
-            self._index = VectorIndex(before.kind, before.given, vectors)
-
-    def _drop(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._live[self._rows.pop(name)] = False
-            del self._items[name]
-        self._wordings = None
-
-    def _compact(self) -> None:
-        """Make one base matrix of what is left and what was added."""
-        if len(self._side) or len(self._items) < len(self._ids):
-            self._replace(self._items, self._gather(list(self._rows.values())))
-
-    def _settle(self) -> None:
-        """Compact if the index has become too small a part of the catalogue."""
-        changed = len(self._side) + len(self._ids) - len(self._items)
-        if self._index is not None and changed > max(REBUILD_ROWS, REBUILD_SHARE * len(self._base)):
-            self._compact()
-
-    def _read(self, items: Any) -> dict[str, Item]:
-        """Check items: by id, without fields that hold nothing."""
-        first: int | None = None  # running number of the first row, which only texts need
-        found: dict[str, Item] = {}
-        for number, row in enumerate(table_rows(items)):
-            place = f"items[{number}]"
-            if not isinstance(row, str | Mapping):
-                raise TypeError(f"{place}: expected a text or a mapping of fields, got {type(row).__name__} ({row!r})")
-            item = row if isinstance(row, str) else _read_fields(row, place)
-            if isinstance(item, str):
-                first = self._next_number() if first is None else first
-                item_id = str(first + number)
-            else:
-                item_id = item["item_id"]
-            if item_id in found:
-                raise ValueError(f"{place}: item_id {item_id!r} is there twice; each item needs one of its own")
-            found[item_id] = item
-        return found
-
-    def _next_number(self) -> int:
-        return max((int(item_id) for item_id, item in self._items.items() if isinstance(item, str)), default=-1) + 1
-
-    def _known(self, item_id: Any) -> str:
-        known = normalize_id(item_id, "item_id")
-        if known not in self._items:
-            raise ValueError(f"item_id {known!r} is not among the {len(self)} items of the catalogue")
-        return known
-
-    def _gather(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Return the vectors of rows, from the base and the side buffer."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        base = index < len(self._base)
-        vectors = torch.empty(len(index), self.dimension)
-        vectors[base], vectors[~base] = self._base[index[base]], self._side[index[~base] - len(self._base)]
-        return vectors
-
-    # ----------------------------------------------------------------------------------------------------- searching
-
-    def search(
-        self,
-        user_vectors: torch.Tensor,
-        top_k: int = 10,
-        exclude: Sequence[Collection[Any] | None] | None = None,
-        filter: Predicate | None = None,
-    ) -> list[Ranking]:
-        """Find the items nearest to each user.
-
-        Args:
-            user_vectors: B x D.
-            top_k: Items for each user; fewer where fewer are left.
-            exclude: For each user the ids that are left out, of which the catalogue need not know all.
-            filter: Which items may be found at all, by their `fields`.
-
-        Returns:
-            For each user (item_id, score) by falling score, equal ones in the order of insertion.
-        """
-        users = torch.as_tensor(user_vectors).detach().float().cpu()
-        if users.dim() != 2 or users.shape[1] != self.dimension:
-            raise ValueError(f"user_vectors: expected B x {self.dimension}, got the shape {tuple(users.shape)}")
-        if not users.isfinite().all():
-            raise ValueError("user_vectors hold NaN or infinity: read each user at a place that its row has")
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k} finds nothing: give 1 or more")
-        exclude = [None] * len(users) if exclude is None else exclude
-        if len(exclude) != len(users):
-            raise ValueError(f"exclude has {len(exclude)} entries for {len(users)} users: give one for each")
-        names = [{normalize_id(item_id, "exclude") for item_id in own or ()} for own in exclude]
-        left_out = [[self._rows[name] for name in own if name in self._rows] for own in names]
-        found = self._ask_index(users, top_k, left_out, filter)
-        missing = [number for number, own in enumerate(found) if own is None]
-        if missing:
-            exact = self._search_all(users[missing], top_k, [left_out[number] for number in missing], filter)
-            for number, own in zip(missing, exact):
-                found[number] = own
-        return [own for own in found if own is not None]
-
-    def _search_all(
-        self, users: torch.Tensor, top_k: int, left_out: list[list[int]], predicate: Predicate | None
-    ) -> list[Ranking]:
-        """Search all N rows."""
-        allowed = self._allowed(predicate)
-        scores = torch.cat((users @ self._base.T, users @ self._side.T), 1)
-        found = []
-        for user, own, rows in zip(users, scores, left_out):
-            kept = allowed.clone()
-            kept[rows] = False
-            count = min(top_k, int(kept.sum()))
-            own = own.masked_fill(~kept, -torch.inf)
-            cut = own.topk(count).values[-1] - ROUNDING if count else torch.inf
-            found.append(self._ranked(user, (own >= cut).nonzero()[:, 0], count))
-        return found
-
-    def _allowed(self, predicate: Predicate | None) -> torch.Tensor:
-        """Say which of the N rows may be found."""
-        if predicate is None:
-            return self._live
-        allowed = torch.zeros_like(self._live)
-        allowed[[row for item_id, row in self._rows.items() if predicate(self.fields(item_id))]] = True
-        return allowed
-
-    def _ask_index(
-        self, users: torch.Tensor, top_k: int, left_out: list[list[int]], predicate: Predicate | None
-    ) -> list[Ranking | None]:
-        """Search by the index, ever more widely; None for a user whom it did not answer.
-
-        What is removed, left out or filtered is dropped from what the index finds, so that the filter sees few items.
-        """
-        answers: list[Ranking | None] = [None] * len(users)
-        if self._index is None:
-            return answers
-        verdicts: dict[int, bool] = {}
-
-        def allowed(row: int) -> bool:
-            if row not in verdicts:
-                verdicts[row] = predicate is None or predicate(self.fields(self._ids[row]))
-            return verdicts[row]
-
-        waiting = list(range(len(users)))
-        count, breadth = top_k + EXTRA + max(map(len, left_out), default=0), 1
-        while waiting and count <= EXACT_SHARE * len(self._ids):
-            asked = users[waiting]
-            for number, base, side in zip(
-                waiting, self._index.search(asked, count, breadth), nearest(asked, self._side, count)
-            ):
-                scores = torch.cat((base.scores, side.scores))
-                rows = torch.cat((base.rows, side.rows + len(self._base)))
-                own = {*left_out[number]}
-                live = self._live[rows].tolist()
-                kept = [
-                    place for place, row in enumerate(rows.tolist()) if live[place] and row not in own and allowed(row)
-                ]
-                floor = max(base.floor, side.floor)
-                answers[number] = self._certain(users[number], scores[kept], rows[kept], floor, top_k)
-            waiting = [number for number in waiting if answers[number] is None]
-            count, breadth = WIDER * count, WIDER * breadth
-        return answers
-
-    def _certain(
-        self, user: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, floor: float, top_k: int
-    ) -> Ranking | None:
-        """Rank what was found, if there is enough of it and no other row can tie with the last."""
-        if len(rows) < top_k:
-            return None
-        cut = scores.topk(top_k).values[-1] - ROUNDING
-        return self._ranked(user, rows[scores >= cut].sort().values, top_k) if cut > floor else None
-
-    def _ranked(self, user: torch.Tensor, rows: torch.Tensor, count: int) -> Ranking:
-        """Rank the finalists, whose rows ascend.
-
-        A matrix product rounds by the shape of the matrix and the place in it, and FAISS in its own way. The finalists'
-        scores are therefore computed anew, so that equal items tie, and neither batch size nor other items nor the
-        index change a score.
-        """
-        exact = cosines(user[None], self._gather(rows))[0]
-        order = exact.argsort(descending=True, stable=True)[:count]
-        return [(self._ids[row], score) for row, score in zip(rows[order].tolist(), exact[order].tolist())]
+    def snapshot(self) -> CatalogueView:
+        """Return the catalogue as it is now, for several calls that have to agree; later changes do not reach it."""
+        return CatalogueView(self._state)
 
     # ------------------------------------------------------------------------------------------------------ the index
-
-    @property
-    def index(self) -> VectorIndex | None:
-        """The index that searches go by; None = they are exact."""
-        return self._index
 
     def build_index(self, kind: str | None, **settings: int) -> None:
         """Search by a FAISS index from now on, which `save` remembers the kind and settings of.
@@ -383,20 +147,23 @@ class Catalogue:
         if kind is None:
             if settings:
                 raise ValueError(f"kind=None is no index, and has no settings: leave out {', '.join(settings)}")
-            self._wanted = self._index = None
+            with self._lock:
+                self._state = replace(self._state, index=None, wanted=None)
             return
         check_settings(kind, settings)
-        self._index = None  # else compacting would build it as well
-        self._compact()
-        self._index = VectorIndex(kind, settings, self._base)
-        self._wanted = {"kind": kind, "settings": settings}
+        with self._lock:
+            state = _compacted(replace(self._state, index=None))
+            index = VectorIndex(kind, settings, state.base)
+            self._state = replace(state, index=index, wanted={"kind": kind, "settings": settings})
 
     # ------------------------------------------------------------------------------------------------------- keeping
 
     def save(self, directory: str | Path) -> None:
         """Write the catalogue into a folder of its own, all or nothing: on failure, what was there before stays."""
-        self._compact()
-        write_catalogue(directory, self._items, self._base, self.fingerprint, self._wanted)
+        with self._lock:
+            state = self._state = _compacted(self._state)
+        items = dict(zip(state.ids[: state.count], state.items[: state.count]))
+        write_catalogue(directory, items, state.base, state.fingerprint, state.wanted)
 
     @classmethod
     def load(cls, directory: str | Path, model: Model | None = None, index: str | None = "saved") -> "Catalogue":
@@ -414,9 +181,9 @@ class Catalogue:
             ValueError: A file is damaged, of another format or catalogue, or another model made the vectors, or there
                 is no such index.
         """
-        items, vectors, fingerprint, wanted = read_catalogue(directory)
-        catalogue = cls(fingerprint, vectors.shape[1])
-        catalogue._replace(items, vectors)
+        kept = read_catalogue(directory)
+        wanted, catalogue = kept.index, cls(kept.fingerprint, kept.vectors.shape[1])
+        catalogue._state = State.of(kept.items, kept.vectors, kept.fingerprint)
         if model is not None:
             catalogue.check(model)
         if index != "saved":
@@ -427,13 +194,66 @@ class Catalogue:
                 catalogue.build_index(wanted["kind"], **wanted["settings"])
             except ImportError as error:
                 logger.warning_once(f"the catalogue in {directory} is searched exactly: {error}")
-                catalogue._wanted = wanted
+                catalogue._state = replace(catalogue._state, wanted=wanted)
         return catalogue
 
 
-def cosines(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """Multiply normalised B x D and M x D vectors: B x M, each rounded once, whatever stands beside it."""
-    return (users.double()[:, None] * items.double()).sum(-1).float()
+def _changed(state: State, found: dict[str, Item], vectors: torch.Tensor, gone: Sequence[int]) -> State:
+    """Return a state with more items and without some rows."""
+    start = len(state.live)
+    live = torch.cat((state.live, torch.ones(len(found), dtype=torch.bool)))
+    live[list(gone)] = False
+    side = torch.cat((state.side, vectors))
+    # Shared with the state so far, which looks at its own rows only.
+    state.ids[start:], state.items[start:] = found, found.values()
+    for row, item_id in enumerate(found, start):
+        state.rows[item_id] = (*state.rows.get(item_id, ()), row)
+    new = replace(state, live=live, side=side, count=state.count + len(found) - len(gone))
+    changed = len(side) + len(live) - new.count
+    return _compacted(new) if changed > max(REBUILD_ROWS, REBUILD_SHARE * len(state.base)) else new
+
+
+def _compacted(state: State) -> State:
+    """Return a state with one base matrix of what is left and what was added."""
+    if state.count == len(state.base) == len(state.live):
+        return state
+    rows = state.live_rows()
+    vectors = state.gather(rows)
+    items = {state.ids[row]: state.items[row] for row in rows}
+    return _replaced(state, rows, items, vectors, state.fingerprint)
+
+
+def _replaced(
+    state: State, rows: Sequence[int], items: dict[str, Item], vectors: torch.Tensor, fingerprint: str
+) -> State:
+    """Return a state of one base matrix for the items of some rows, with an index of the same kind."""
+    index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
+    return State.of(items, vectors, fingerprint, index=index, wanted=state.wanted, texts=state.texts.kept(rows))
+
+
+def _read(items: Any, state: State) -> dict[str, Item]:
+    """Check items: by id, without fields that hold nothing."""
+    first: int | None = None  # running number of the first row, which only texts need
+    found: dict[str, Item] = {}
+    for number, row in enumerate(table_rows(items)):
+        place = f"items[{number}]"
+        if not isinstance(row, str | Mapping):
+            raise TypeError(f"{place}: expected a text or a mapping of fields, got {type(row).__name__} ({row!r})")
+        item = row if isinstance(row, str) else _read_fields(row, place)
+        if isinstance(item, str):
+            first = _next_number(state) if first is None else first
+            item_id = str(first + number)
+        else:
+            item_id = item["item_id"]
+        if item_id in found:
+            raise ValueError(f"{place}: item_id {item_id!r} is there twice; each item needs one of its own")
+        found[item_id] = item
+    return found
+
+
+def _next_number(state: State) -> int:
+    texts = (row for row in state.live_rows() if isinstance(state.items[row], str))
+    return max((int(state.ids[row]) for row in texts), default=-1) + 1
 
 
 def _read_fields(row: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -472,6 +292,12 @@ def embed(
                 memory = torch.tensor([processor.item_row(items[index]) for index in batch], device=model.device)
             embedded = model.embed_items(ids, mask, memory_ids=memory, segment_cache=segment_cache)
             vectors[batch] = embedded.float().cpu()
+    broken = (~vectors.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(
+            f"the model's vectors of {len(broken)} of {len(items)} items hold NaN or infinity, such as that of "
+            f"{items[broken[0]]!r}: its weights are damaged, or too large for {model.dtype}"
+        )
     return vectors
 
 

@@ -1,7 +1,9 @@
 """The pipeline "recommendation": requests in, ranked items out, with reasons if asked."""
 
 import os
+import threading
 from collections.abc import Mapping
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from .atomic_m6rec import standing
 from .catalogue_files_m6rec import ITEMS, MANIFEST, VECTORS
 from .catalogue_m6rec import Catalogue
+from .catalogue_view_m6rec import CatalogueView
 from .items_m6rec import plain, reading, table_rows
 from .limits_m6rec import MAX_REQUEST_VALUES, check_size
 from .ranking_m6rec import Ranker
@@ -28,6 +32,8 @@ RANKING_TASKS = ("click", "rating", "interaction", "retrieval", "plausibility")
 PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence")
 FOLDER = "catalogue"
 """Where a checkpoint keeps its catalogue."""
+LOADING = threading.Lock()
+"""Held while a pipeline finds and reads its catalogue, which several threads may ask for first at once."""
 
 
 class RecommendationPipeline(Pipeline):
@@ -165,11 +171,12 @@ class RecommendationPipeline(Pipeline):
         tasks = [self._task(request, task) for request in requests]
         answers: list[Any] = [None] * len(requests)
         exit_layer = options.pop("exit_layer", None)
+        catalogue = cache(self._fitting_catalogue)  # the same for all that these requests need of it
         scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
         with reading(self.model):
             for name in dict.fromkeys(tasks):
                 places = [place for place, own in enumerate(tasks) if own == name]
-                ranker = Ranker(scorer, name, self._fitting_catalogue, notice=self._notice, **options)
+                ranker = Ranker(scorer, name, catalogue, notice=self._notice, **options)
                 for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
                     answers[place] = answer
         return {"answers": answers if isinstance(given, list) else answers[0]}
@@ -197,17 +204,23 @@ class RecommendationPipeline(Pipeline):
     def catalogue(self) -> Catalogue | None:
         """The catalogue that was given, else the checkpoint's own, else None."""
         if self._catalogue is None:
-            folder = self._own_catalogue()
-            self._catalogue = None if folder is None else Catalogue.load(folder)
+            with LOADING:
+                if self._catalogue is None:  # else another thread has loaded it meanwhile
+                    folder = self._own_catalogue()
+                    self._catalogue = None if folder is None else Catalogue.load(folder)
         return self._catalogue
 
     @catalogue.setter
     def catalogue(self, catalogue: Catalogue | None) -> None:
-        self._catalogue = catalogue
+        with LOADING:
+            self._catalogue = catalogue
 
     def _own_catalogue(self) -> Path | None:
         """Find the catalogue of the checkpoint that the model came from: in its folder, or on the Hub."""
         name = getattr(self.model, "name_or_path", "")
+        if name and Path(name).is_dir():
+            folder = Path(name) / FOLDER
+            return folder if (standing(folder) / MANIFEST).is_file() else None
         paths = [
             cached_file(
                 name,
@@ -224,14 +237,15 @@ class RecommendationPipeline(Pipeline):
         ]
         return Path(paths[-1]).parent if paths and paths[-1] is not None else None
 
-    def _fitting_catalogue(self) -> Catalogue:
-        """Return the catalogue, after making sure that the model, as it is now, made its vectors."""
-        catalogue = self.catalogue
-        if catalogue is None:
+    def _fitting_catalogue(self) -> CatalogueView:
+        """Return the catalogue of this moment, after making sure that the model, as it is now, made its vectors."""
+        changing = self.catalogue
+        if changing is None:
             raise ValueError(
                 "there is nothing to recommend from: give the request `candidates`, or the pipeline a `catalogue` "
                 "(Catalogue.from_dataset makes one)"
             )
+        catalogue = changing.snapshot()
         weights = tuple((weight.data_ptr(), weight._version) for weight in self.model.parameters())
         state = (catalogue.fingerprint, weights)
         if state != self._checked:
@@ -260,7 +274,8 @@ class RecommendationPipeline(Pipeline):
         catalogue = self.catalogue
         if catalogue is None:
             raise ValueError("there are no items to read: give the pipeline a `catalogue`, or use SegmentCache.warm")
-        items = self.processor.encode_items([catalogue.item(item_id) for item_id in catalogue])
+        now = catalogue.snapshot()
+        items = self.processor.encode_items([now.item(item_id) for item_id in now])
         self.segment_cache.warm(self.model, [(0, tuple(ids)) for ids in items], progress)
 
     # -------------------------------------------------------------------------------------------------------- keeping

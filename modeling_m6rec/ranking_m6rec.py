@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .catalogue_m6rec import Catalogue, Predicate, cosines, embed
+from .catalogue_m6rec import Predicate, cosines, embed
+from .catalogue_view_m6rec import CatalogueView
 from .items_m6rec import Item, NamedText, item_identity, item_texts, without_stats
 from .scoring_m6rec import Scorer, Told
 from .values_m6rec import normalize_id
@@ -54,7 +55,7 @@ class Ranker:
 
     scorer: Scorer
     task: str
-    catalogue: Callable[[], Catalogue]
+    catalogue: Callable[[], CatalogueView]
     """Returns the catalogue, or raises the error that says what is missing."""
     top_k: int | None = None
     exclude_seen: bool | None = None
@@ -166,7 +167,7 @@ class Ranker:
         fields = [_fields(item) for item, _ in candidates]
         return [candidate for candidate, own in zip(candidates, fields) if self.predicate(own)]
 
-    def _seen_in(self, catalogue: Catalogue, request: Mapping[str, Any]) -> set[str]:
+    def _seen_in(self, catalogue: CatalogueView, request: Mapping[str, Any]) -> set[str]:
         """Ids of the catalogue's items that the history holds: by their id, else by their text."""
         past = _past_items(request)
         ids = {item_id for item in past if (item_id := item_identity(item)) is not None}

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from .atomic_m6rec import atomic_file
+
 logger = logging.get_logger(__name__)
 
 DIGEST = hashlib.sha256().digest_size
@@ -79,13 +81,10 @@ class SegmentStore:
         partial = path.with_name(f"{key}.{uuid.uuid4().hex}")
         try:
             os.makedirs(path.parent, exist_ok=True)
-            with open(partial, "xb") as file:
+            with atomic_file(path, durable=False, partial=partial), open(partial, "xb") as file:
                 file.write(data)
-            os.replace(partial, path)
         except OSError as error:
             self._failed("write", error)
-            with suppress(OSError):
-                os.unlink(partial)
             return
         self.num_bytes += len(data)
         self._until_sweep -= len(data)

@@ -42,7 +42,7 @@ def test_files_that_travel_import_only_siblings(path):
 
 TEXT = ("batching", "conversation", "naming", "processing", "reading", "request", "tokenization", "wording")
 """Travelling files about text. They know nothing of the model, and the model knows nothing of them."""
-SHARED = ("limits", "values")
+SHARED = ("atomic", "limits", "values")
 """Travelling files that know neither, and that both may import."""
 
 

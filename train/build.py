@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, TokenizersBackend, set_seed
 
+from ..atomic_m6rec import atomic_files
 from ..configuration_m6rec import M6RecConfig
 from ..conversion import load_tokenizer
 from ..modeling_m6rec import M6RecForRecommendation
 from ..segment_cache_m6rec import SegmentCache
 from ..tokenization import M6RecProcessor, M6RecTokenizer
 from ..tuning import load_model, quantized
-from .checkpoints import files_written_whole
+from .checkpoints import WEIGHTS
 from .collator import CatalogueRows, M6RecDataCollator
 from .data import Log, read_log
 from .examples import RequestWriter, item_likes
@@ -279,7 +280,7 @@ def plain_forward(model: torch.nn.Module) -> None:
 
 def save(run: Run) -> None:
     """Write model, processor and resolved recipe into the output folder, all of it or nothing."""
-    with files_written_whole(run.recipe.output_dir) as folder:
+    with atomic_files(run.recipe.output_dir, obsolete=WEIGHTS) as folder:
         save_model(run, folder)
         run.processor.save_pretrained(folder)
         run.recipe.save(folder)

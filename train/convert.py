@@ -4,11 +4,10 @@ m6rec convert HuggingFaceTB/SmolLM2-135M smollm2-rec --num-joint-layers 8 segmen
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..atomic_m6rec import atomic_folder
 from ..conversion import load_backbone, load_tokenizer
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization import M6RecProcessor
@@ -92,19 +91,9 @@ def _refuse_to_destroy(folder: Path) -> None:
 
 
 def _write(folder: Path, model: M6RecForRecommendation, processor: M6RecProcessor) -> None:
-    fresh, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    for rest in (fresh, old):  # of a conversion that was killed
-        shutil.rmtree(rest, ignore_errors=True)
-    try:
-        model.save_pretrained(fresh)
-        processor.save_pretrained(fresh)
-    except OSError:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
 
 
 __all__ = ["convert"]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic_m6rec import atomic_file
 from .recipe import write_json
 
 CURVES_FILE, PICTURE_FILE = "curves.json", "curves.png"
@@ -65,9 +66,8 @@ def save_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> None:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()
-    partial = folder / f".{PICTURE_FILE}.partial"
-    figure.savefig(partial, format="png")
-    partial.replace(folder / PICTURE_FILE)
+    with atomic_file(folder / PICTURE_FILE) as partial:
+        figure.savefig(partial, format="png")
 
 
 __all__ = ["curves", "panels", "save_curves"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic_m6rec import atomic_file
 from .recipe import write_json
 
 LATENCY_FILE, LATENCY_PICTURE = "latency.json", "latency.png"
@@ -38,9 +39,8 @@ def save_latency(milliseconds: list[float], folder: Path) -> None:
         axes.axvline(value, color="black", linestyle=style, label=f"{share}: {value:.1f} ms")
     axes.set(xlabel="milliseconds for one request", ylabel="requests")
     axes.legend()
-    partial = folder / f".{LATENCY_PICTURE}.partial"
-    figure.savefig(partial, format="png")
-    partial.replace(folder / LATENCY_PICTURE)
+    with atomic_file(folder / LATENCY_PICTURE) as partial:
+        figure.savefig(partial, format="png")
 
 
 __all__ = ["LATENCY_FILE", "LATENCY_PICTURE", "measure_latency", "save_latency"]

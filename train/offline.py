@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm.auto import tqdm
 
+from ..atomic_m6rec import atomic_file, recover, write_atomic
 from ..pipeline_m6rec import RecommendationPipeline
 from ..segment_cache_m6rec import digest_weight, digest_weights
 from ..values_m6rec import normalize_id
@@ -31,7 +31,7 @@ from .printing import why_unwritable
 from .recommend import Failed, RequestReader
 
 logger = logging.getLogger(__name__)
-JOB_FILE, PARTIAL = "job.json", ".partial"
+JOB_FILE = "job.json"
 FORMAT = 2
 """Of the parts; rises when answers are written otherwise."""
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
@@ -335,6 +335,7 @@ class Parts:
             ValueError: It is another job's, and `restart` was not said.
         """
         shutil.rmtree(self._done, ignore_errors=True)
+        recover(self.folder)
         for path in self.folder.glob("*-*-*.part"):
             name, _, errors = path.stem.rpartition("-")
             self._errors[name] = int(errors)
@@ -348,8 +349,6 @@ class Parts:
                 f"{self.folder} holds the finished work of an interrupted run on other requests than those of "
                 f"{self._job.source}{ADVICE}"
             )
-        for path in self.folder.glob(f"*{PARTIAL}"):  # left by a kill
-            path.unlink()
 
     def has(self, chunk: Chunk) -> bool:
         """Say whether a chunk is finished, and without errors if the job takes none."""
@@ -360,8 +359,8 @@ class Parts:
         """Keep a finished chunk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._errors:
-            _write_whole(self.folder / JOB_FILE, json.dumps(self._job.decisive, indent=2).encode())
-        _write_whole(self._path(_name(chunk), answered.errors), answered.data)
+            write_atomic(self.folder / JOB_FILE, json.dumps(self._job.decisive, indent=2))
+        write_atomic(self._path(_name(chunk), answered.errors), answered.data)
         self._errors[_name(chunk)] = answered.errors
 
     def assemble(self, chunks: Sequence[Chunk]) -> int:
@@ -373,12 +372,9 @@ class Parts:
         errors = [self._errors[_name(chunk)] for chunk in chunks]
         paths = [self._path(_name(chunk), wrong) for chunk, wrong in zip(chunks, errors)]
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole = self.folder / f"whole{PARTIAL}"
         join = _join_tables if self._job.output.suffix == ".parquet" else _join_lines
-        join(paths, whole)
-        with whole.open("rb") as file:
-            os.fsync(file.fileno())
-        whole.replace(self._job.output)
+        with atomic_file(self._job.output) as whole:
+            join(paths, whole)
         self.folder.rename(self._done)  # a kill that leaves some of the parts leaves none that is asked for
         shutil.rmtree(self._done)
         return sum(errors)
@@ -417,16 +413,6 @@ def _join_tables(paths: Sequence[Path], whole: Path) -> None:
         for path in paths:
             with pyarrow.parquet.ParquetFile(path) as part:
                 writer.write_table(part.read())
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears under its name when it is complete."""
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from transformers import TrainingArguments
 
+from ..atomic_m6rec import write_atomic
 from ..values_m6rec import short
 from .data import DataArguments
 from .locations import located, missing
@@ -140,10 +141,9 @@ class Recipe:
     def save(self, directory: str | Path) -> None:
         """Write the resolved recipe, with the versions it ran with, beside the weights; paths become absolute."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         versions = "".join(f"#   {name} {importlib.metadata.version(name)}\n" for name in ("m6rec", *VERSIONED))
         body = yaml.dump(located(dataclasses.asdict(self)), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
-        _write(directory / RECIPE_FILE, f"# The recipe of this model, as it was run with\n{versions}{body}")
+        write_atomic(directory / RECIPE_FILE, f"# The recipe of this model, as it was run with\n{versions}{body}")
 
 
 SECTIONS = {
@@ -265,14 +265,7 @@ def _override(tree: dict[str, Any], entry: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step: a reader finds the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 __all__ = ["Recipe", "find_recipe", "load_recipe", "load_saved", "write_json"]

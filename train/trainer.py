@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..atomic_m6rec import atomic_folder, recover, shared_partial
 from ..losses_m6rec import LOSSES, label_weights
 from . import checkpoints
 from .build import Run, make_model
@@ -100,7 +101,7 @@ class M6RecTrainer(Trainer):
         if count > 1 and self.accelerator.distributed_type in SHARDED:
             raise ValueError("tuning.average_checkpoints: sharded checkpoints cannot be averaged; leave it out")
         if self.args.should_save:
-            checkpoints.put_right(folder)
+            recover(folder)
         self.accelerator.wait_for_everyone()
         start = checkpoints.find_checkpoint(resume_from_checkpoint, folder)
         if start is not None:
@@ -281,10 +282,10 @@ class M6RecTrainer(Trainer):
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            with checkpoints.written_whole(folder / name) as partial:
+            with atomic_folder(folder / name, shared=True) as partial:
                 self._write_checkpoint(model, trial, partial, folder / name)
         else:
-            self._write_checkpoint(model, trial, folder / f"{checkpoints.PARTIAL}{name}", folder / name)
+            self._write_checkpoint(model, trial, shared_partial(folder / name), folder / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             rotate_checkpoints(

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, TrainerCallback
 
 from ..adapters_m6rec import BASE
+from ..atomic_m6rec import atomic_folder
 from ..tuning import MERGEABLE, parameter_counts, tune
-from .checkpoints import written_whole
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _shaped_anew(run: "Run") -> list[str]:
 def _save_base(run: "Run", folder: Path) -> None:
     """Write the base as a model of its own, with its processor: it is published apart from its adapters."""
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes one writes
-        with written_whole(folder) as partial:
+        with atomic_folder(folder) as partial:
             run.model.save_pretrained(partial)
             run.processor.save_pretrained(partial)
     run.model.name_or_path = str(folder)

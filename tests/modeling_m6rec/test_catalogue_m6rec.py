@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from m6rec import Catalogue, catalogue_files_m6rec
 from tests.modeling_m6rec.shop import ITEMS, ROWS, TITLES, build, change, processor
@@ -414,7 +414,7 @@ def test_only_a_folder_of_its_own_is_overwritten(tmp_path):
 
 def test_vectors_are_plain_safetensors(tmp_path):
     make().save(tmp_path / "catalogue")
-    kept = catalogue_files_m6rec.load_file(tmp_path / "catalogue" / "vectors.safetensors")
+    kept = load_file(tmp_path / "catalogue" / "vectors.safetensors")
     save_file(kept, tmp_path / "same")
     assert list(kept) == ["vectors"] and kept["vectors"].dtype == torch.float32
     assert len(pandas.read_parquet(tmp_path / "catalogue" / "items.parquet")) == len(ITEMS)

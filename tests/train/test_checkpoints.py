@@ -1,6 +1,5 @@
 """A checkpoint is whole or not there; a run that was killed, wherever, ends as one that was not."""
 
-import contextlib
 import errno
 import io
 import json
@@ -14,8 +13,6 @@ import pytest
 import torch
 import transformers.modeling_utils
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,7 +20,7 @@ from transformers import AutoModel
 
 from m6rec.train import checkpoints
 from m6rec.train.build import prepare, save
-from m6rec.train.checkpoints import files_written_whole, find_checkpoint, newest, put_right, written_whole
+from m6rec.train.checkpoints import find_checkpoint, newest
 from m6rec.train.finetune import fit
 from m6rec.train.recipe import load_recipe
 from tests.train.world import recipe_of
@@ -212,121 +209,6 @@ def fill(folder, content):
         (folder / name).write_text(text)
 
 
-OLD = {"a": "old", "config.json": "old"}
-NEW = {"config.json": "new", "b/c": "new", "a": "new", "model.safetensors": "new"}
-
-
-def test_a_folder_takes_its_place_in_one_step(tmp_path):
-    place = tmp_path / "checkpoint-2"
-    with written_whole(place) as partial:
-        fill(partial, OLD)
-        assert not place.exists()
-        assert newest(tmp_path) is None
-    with written_whole(place) as partial:
-        fill(partial, NEW)
-        assert tree(place) == {name: text.encode() for name, text in OLD.items()}
-    assert tree(place) == {name: text.encode() for name, text in NEW.items()}
-    with pytest.raises(OSError, match="no room"), written_whole(place) as partial:
-        fill(partial, OLD)
-        raise OSError(errno.ENOSPC, "no room")
-    assert tree(tmp_path) == {f"checkpoint-2/{name}": text.encode() for name, text in NEW.items()}
-
-
-class Killed(BaseException):
-    """Stands for a process that ends between two calls of the file system."""
-
-
-def calls_until(monkeypatch, count):
-    """End the process before the call with this number; returns how many were made."""
-    made = [0]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            made[0] += 1
-            if made[0] == count:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "fsync")):
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
-    # A killed process cleans nothing up, and may be killed in the middle of removing a folder.
-    remove = checkpoints.shutil.rmtree
-
-    def removed(path, *args, **kwargs):
-        made[0] += 1
-        if made[0] >= count:
-            for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else ():
-                if file.is_file():
-                    os.unlink(file)
-                    break
-            raise Killed
-        return remove(path, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", removed)
-    return made
-
-
-def write_folder(folder):
-    with written_whole(folder / "checkpoint-2") as partial:
-        fill(partial, NEW)
-
-
-def write_files(folder):
-    with files_written_whole(folder / "checkpoint-2") as partial:
-        fill(partial, NEW)
-
-
-@pytest.mark.parametrize("write_new", [write_folder, write_files])
-def test_wherever_a_save_ends_the_old_or_the_new_is_there(tmp_path, write_new):
-    """Ends the process before each call of the file system in turn, then starts the next one."""
-    for count in range(1, 100):
-        folder = tmp_path / str(count)
-        fill_old(folder)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            made = calls_until(monkeypatch, count)
-            with contextlib.suppress(Killed):
-                write_new(folder)
-        as_it_is = tree(folder / "checkpoint-2") if (folder / "checkpoint-2").exists() else {}
-        if as_it_is.get("config.json") == b"new":
-            assert {name: as_it_is[name].decode() for name in NEW} == NEW, "a configuration stands for a whole model"
-        put_right(folder)
-        put_right(folder / "checkpoint-2")
-        found = {name: text.decode() for name, text in tree(folder / "checkpoint-2").items()}
-        assert found in (OLD, NEW), count
-        assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
-        if made[0] < count:
-            break
-    assert 8 < count < 99
-    assert found == NEW
-
-
-def fill_old(folder):
-    (folder / "checkpoint-2").mkdir(parents=True)
-    fill(folder / "checkpoint-2", OLD)
-
-
-def test_a_save_finishes_the_one_before(tmp_path):
-    fill(
-        tmp_path,
-        {".complete-model/a": "first", ".complete-model/b": "first", ".complete-model/files.json": '["a", "b"]'},
-    )
-    with files_written_whole(tmp_path) as partial:
-        fill(partial, {"a": "second", "config.json": "second"})
-    assert tree(tmp_path) == {"a": b"second", "b": b"first", "config.json": b"second"}
-
-
-def test_weights_of_another_kind_do_not_outlive_their_model(tmp_path):
-    kept = {"notes.txt": "kept", "catalogue/items": "kept"}
-    fill(tmp_path, {"model.safetensors": "old", "model.safetensors.index.json": "old", "config.json": "old", **kept})
-    with files_written_whole(tmp_path) as partial:
-        fill(partial, {"adapter_model.safetensors": "new", "adapter_config.json": "new", "config.json": "new"})
-    assert {name: text.decode() for name, text in tree(tmp_path).items()} == {
-        "adapter_model.safetensors": "new", "adapter_config.json": "new", "config.json": "new", **kept
-    }  # fmt: skip
-
-
 def _checked(save_file, check, kind):
     def saved(content, path, *args, **kwargs):
         try:
@@ -481,13 +363,3 @@ def test_what_a_killed_run_left_is_put_right_before_training(make_recipe):
     fit(prepare(recipe))
     assert not list(recipe.output_dir.glob(".*"))
     assert (recipe.output_dir / "checkpoint-3" / "old").read_text() == "text"
-
-
-@given(st.lists(st.sampled_from(["a", "b/c", "config.json", "model.safetensors"]), unique=True, min_size=1))
-@settings(max_examples=20, deadline=None)
-def test_any_files_take_their_places(tmp_path_factory, names):
-    folder = tmp_path_factory.mktemp("any")
-    fill(folder, OLD)
-    with files_written_whole(folder) as partial:
-        fill(partial, dict.fromkeys(names, "new"))
-    assert {name: text.decode() for name, text in tree(folder).items()} == {**OLD, **dict.fromkeys(names, "new")}
