@@ -19,6 +19,71 @@ It is raised with each change that code which does not know it would misread. A 
 its default means what was the case before it, raises nothing: unknown fields are kept, and written again.
 """
 
+ROLES: dict[str, tuple[str, ...]] = {
+    # Decide segment states: part of the name of each state that a SegmentCache keeps on disk.
+    "segments": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "hidden_act", "gated_mlp", "embedding_size", "num_hidden_groups"),
+        *("position_embedding_type", "max_position_embeddings", "rope_parameters", "norm_type", "norm_position"),
+        *("norm_eps", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"),
+        *("pad_token_id", "unk_token_id", "mask_token_id", "source_token_id", "source_end_token_id", "bos_token_id"),
+        *("eos_token_id", "segment_token_id", "first_kind_token_id", "first_option_token_id", "num_options"),
+        *("num_joint_layers", "segment_attention", "document_attention", "segment_pooling"),
+    ),
+    # Decide item vectors where the weights are the same: part of the fingerprint of a catalogue. The ids of special
+    # tokens are the tokenizer's, which a pipeline compares.
+    "vectors": (
+        *("num_hidden_layers", "num_attention_heads", "hidden_act", "num_hidden_groups", "rope_parameters"),
+        *("norm_type", "norm_position", "norm_eps", "num_joint_layers", "segment_attention", "segment_pooling"),
+        *("max_position_embeddings", "new_item_bonus", "word_similarity", "word_similarity_dim"),
+    ),
+    # Decide which weights there are, or their shapes: a fingerprint sees them by the weights.
+    "shapes": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("gated_mlp", "embedding_size", "num_hidden_groups", "position_embedding_type", "max_position_embeddings"),
+        *("norm_type", "final_norm", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias"),
+        *("qk_norm", "lm_head_transform", "lm_head_bias", "tie_word_embeddings", "entry_norm", "max_events"),
+        *("embedding_dim", "num_item_memory", "word_memory", "word_similarity", "score_head", "rating_values"),
+        *("rating_loss", "interactions"),
+    ),
+    # Decide what the joint layers and the writing head make of segment states: nothing of it outlives the process.
+    "joint": (
+        *("num_joint_layers", "history_attention", "joint_positions", "segment_summary", "skipped_kinds", "max_events"),
+        *("final_norm", "entry_norm", "exit_layers", "lm_head_transform", "lm_head_bias", "tie_word_embeddings"),
+        "use_cache",
+    ),
+    # Decide the outputs of the score head, and what they mean.
+    "scores": ("score_head", "rating_values", "rating_loss", "interactions"),
+    # Act while a model is trained, or say how it was.
+    "training": (
+        *("hidden_dropout", "attention_dropout", "entry_dropout", "item_memory_dropout", "initializer_range"),
+        *("embedding_temperature", "class_weights", "label_smoothing", "loss_weights", "trained_tasks"),
+    ),
+}
+"""What each field of M6RecConfig decides; a field may have several roles. `vector_settings` and the key of segment
+states follow from this table, so that a new field that changes vectors or states only needs its place here."""
+
+VECTORS_SINCE = {
+    "segment_pooling": "last",
+    "new_item_bonus": 0.0,
+    "word_similarity": 0.0,
+    "word_similarity_dim": 1024,
+    "max_position_embeddings": None,
+}
+"""Fields with the role "vectors" that version 0.1 was without, and their values then: catalogues made with these stay
+valid, since only another value takes part."""
+
+ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
+"""Rotary embeddings that depend on `max_position_embeddings`."""
+
+OF_LIBRARY = frozenset(
+    """
+    _name_or_path architectures auto_map custom_pipelines dtype transformers_version output_attentions
+    output_hidden_states problem_type return_dict
+    """.split()  # noqa: SIM905 - a line for each would hide the rest of the file
+)
+"""Fields of every configuration that change no segment state; others that the library may bring count as if they do."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # For tests: every width is odd where it can be.
     "tiny": {
@@ -250,12 +315,13 @@ class M6RecConfig(PreTrainedConfig):
     @property
     def vector_settings(self) -> dict[str, Any]:
         """Settings that change item vectors without changing a weight."""
-        names = ("hidden_act", "norm_type", "norm_position", "norm_eps", "num_attention_heads", "num_joint_layers")
-        names += ("segment_attention", "rope_parameters", "num_hidden_layers", "num_hidden_groups")
-        # Version 0.1 was without: its catalogues stay valid.
-        since = {"segment_pooling": "last", "new_item_bonus": 0.0, "word_similarity": 0.0}
-        names += tuple(name for name, without in since.items() if getattr(self, name) != without)
-        return {name: getattr(self, name) for name in names}
+        fields = {name: getattr(self, name) for name in ROLES["vectors"]}
+        if not self.word_similarity:
+            fields["word_similarity_dim"] = VECTORS_SINCE["word_similarity_dim"]
+        if (self.rope_parameters or {}).get("rope_type") not in ROPE_BY_LENGTH:
+            fields["max_position_embeddings"] = None
+        absent = object()
+        return {name: value for name, value in fields.items() if value != VECTORS_SINCE.get(name, absent)}
 
     @property
     def score_slices(self) -> dict[str, slice]:

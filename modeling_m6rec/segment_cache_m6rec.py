@@ -15,6 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
+from .configuration_m6rec import OF_LIBRARY, ROLES
 from .items_m6rec import reading
 from .segment_store_m6rec import SegmentStore
 
@@ -31,17 +32,8 @@ NUMBER_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of states on disk; the place here is what is written: FORMAT changes with it."""
 WARMED_AT_ONCE = 256
 """Segments that are read between two steps of the progress bar."""
-NOT_OF_SEGMENTS = frozenset(
-    """
-    _name_or_path architectures auto_map custom_pipelines dtype transformers_version output_attentions
-    output_hidden_states problem_type return_dict use_cache attention_dropout class_weights embedding_dim
-    embedding_temperature entry_dropout entry_norm exit_layers final_norm hidden_dropout history_attention
-    initializer_range interactions item_memory_dropout joint_positions label_smoothing lm_head_bias lm_head_transform
-    loss_weights max_events new_item_bonus num_item_memory rating_loss rating_values score_head segment_summary
-    skipped_kinds tie_word_embeddings trained_tasks word_memory word_similarity word_similarity_dim
-    """.split()  # noqa: SIM905 - a line for each would hide the rest of the file
-)
-"""Fields of the configuration that change no segment state; one that is missing here costs a miss, no wrong state."""
+NOT_OF_SEGMENTS = OF_LIBRARY.union(*ROLES.values()).difference(ROLES["segments"])
+"""Fields of the configuration that change no segment state; one without a role costs a miss, no wrong state."""
 
 
 class Owner(NamedTuple):
