@@ -18,6 +18,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ _fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 UNLOCKED = -1
 
 
-def write_atomic(path: str | Path, data: str | bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write one file, texts as UTF-8 with the line ends that they have; missing folders are made."""
     with atomic_file(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
-def atomic_file(path: str | Path, durable: bool = True, partial: Path | None = None) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], durable: bool = True, partial: Path | None = None) -> Iterator[Path]:
     """Yield the path of a hidden file to write; it takes its place unless an error is raised.
 
     Args:
@@ -75,7 +76,7 @@ def atomic_file(path: str | Path, durable: bool = True, partial: Path | None = N
 
 
 @contextmanager
-def atomic_folder(place: str | Path, shared: bool = False) -> Iterator[Path]:
+def atomic_folder(place: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
     """Yield a hidden folder to write into; it takes its place, also that of an old folder, unless an error is raised.
 
     Args:
@@ -103,7 +104,7 @@ def atomic_folder(place: str | Path, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_files(
-    folder: str | Path, obsolete: Sequence[str] = (), last: Sequence[str] = ("config.json",)
+    folder: str | os.PathLike[str], obsolete: Sequence[str] = (), last: Sequence[str] = ("config.json",)
 ) -> Iterator[Path]:
     """Yield a hidden folder to write into; its files then take their places in `folder`, all or none.
 
@@ -112,7 +113,8 @@ def atomic_files(
 
     Args:
         folder: Where the files belong; it is made if need be.
-        obsolete: Patterns of files in `folder` that are removed unless they are among the new ones.
+        obsolete: Patterns of files in `folder` that are removed, unless they are among the new ones or none of the new
+            ones matches any of the patterns.
         last: Names that are moved after all others: who finds them finds all.
     """
     folder = Path(folder)
@@ -125,7 +127,8 @@ def atomic_files(
             mode = _file_mode(partial)
             yield partial
             names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name in last, name))
-            (partial / JOURNAL).write_text(json.dumps({"move": names, "remove": [*obsolete]}), encoding="utf-8")
+            remove = [*obsolete] if any(fnmatch(name, pattern) for name in names for pattern in obsolete) else []
+            (partial / JOURNAL).write_text(json.dumps({"move": names, "remove": remove}), encoding="utf-8")
             _finish_folder(partial, mode)
         complete = _hidden(place, COMPLETE)
         os.replace(partial, complete)
@@ -134,7 +137,7 @@ def atomic_files(
         _unlock(lock)
 
 
-def recover(folder: str | Path, name: str | None = None) -> None:
+def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
     """Finish or remove what killed processes have left in a folder.
 
     Args:
@@ -159,7 +162,7 @@ def recover(folder: str | Path, name: str | None = None) -> None:
             _unlock(lock)
 
 
-def standing(place: str | Path) -> Path:
+def standing(place: str | os.PathLike[str]) -> Path:
     """Return where a folder is to be read: at its place, or if that is missing, where a replacement has moved it."""
     place = _resolved(place)
     if place.exists() or not place.parent.is_dir():
@@ -174,7 +177,7 @@ def shared_partial(place: Path) -> Path:
     return place.with_name(PARTIAL + place.name)
 
 
-def _resolved(path: str | Path) -> Path:
+def _resolved(path: str | os.PathLike[str]) -> Path:
     """Follow a link: what it points to is replaced, not the link."""
     return Path(path).resolve() if Path(path).is_symlink() else Path(path).absolute()
 

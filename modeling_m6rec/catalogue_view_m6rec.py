@@ -212,7 +212,10 @@ class CatalogueView:
         if users.dim() != 2 or users.shape[1] != state.dimension:
             raise ValueError(f"user_vectors: expected B x {state.dimension}, got the shape {tuple(users.shape)}")
         if not users.isfinite().all():
-            raise ValueError("user_vectors hold NaN or infinity: read each user at a place that its row has")
+            raise ValueError(
+                "user_vectors hold NaN or infinity: read each user at a place that its row has; if you do, the model's "
+                "weights are damaged"
+            )
         if top_k < 1:
             raise ValueError(f"top_k={top_k} finds nothing: give 1 or more")
         exclude = [None] * len(users) if exclude is None else exclude

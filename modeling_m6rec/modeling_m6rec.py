@@ -19,6 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapters_m6rec import adapter_settings, load_adapted
+from .atomic_m6rec import atomic_files
 from .configuration_m6rec import M6RecConfig
 from .heads_m6rec import Beside, mean_log_likelihood, target_ends
 from .layers_m6rec import M6RecWritingTransform, make_norm
@@ -44,6 +45,17 @@ from .vectors_m6rec import (
     learnt_user_vectors,
     row_vectors,
 )
+from .weights_m6rec import refuse_incomplete, refuse_not_finite
+
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+"""Arguments of `from_pretrained` that say where a configuration is."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Files of weights, which must not outlive the model that they belong to."""
+PUSH = (
+    *("push_to_hub", "repo_id", "commit_message", "commit_description", "private", "create_pr", "token", "tags"),
+    "revision",
+)
+"""Arguments of `save_pretrained` that say where to the model is pushed after it was saved."""
 
 
 @dataclass
@@ -477,13 +489,25 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         own = beside.get("revision", revision)
         settings = None if adapter is None else adapter_settings(adapter, revision=own)
         if settings is None:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
+            loaded = cls._load_whole(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
         else:
             kwargs.pop("adapter_kwargs", None)
             loaded = load_adapted(cls, adapter, settings, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.revision = revision if settings is None else own
         return loaded
+
+    @classmethod
+    def _load_whole(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained` does, and refuse weights that are missing or not finite."""
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if name is not None and kwargs.get("state_dict") is None:  # else the caller gives the weights
+            hub = {key: kwargs[key] for key in HUB if key in kwargs}
+            refuse_incomplete(cls, name, info["missing_keys"], **hub)
+            refuse_not_finite(model, name)
+        return loaded if output_loading_info else model
 
     @classmethod
     def from_backbone(
@@ -497,7 +521,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return conversion.from_backbone(backbone, num_joint_layers, tokenizer, **fields)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save weights and configuration, and beside them the code that loads them without this package."""
+        """Save weights, configuration and the code that loads them without this package: all of it, or nothing.
+
+        Args:
+            save_directory: The folder. Weights of a model that was there before are removed, other files stay.
+            *args: As of `PreTrainedModel.save_pretrained`, as are
+            **kwargs: these.
+        """
         # Pipelines take long to import, and loading needs none. From here too the file travels with this one.
         from .pipeline_m6rec import RecommendationPipeline
 
@@ -513,9 +543,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                 "type": "text",
             }
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if Path(save_directory).is_dir():
-            custom_object_save(RecommendationPipeline, save_directory)
+        push = {key: kwargs.pop(key) for key in PUSH if key in kwargs}
+        if kwargs.get("distributed_checkpoint") or len(args) > 2:  # all processes write into one folder; a push by place
+            super().save_pretrained(save_directory, *args, **kwargs)
+        else:
+            obsolete = () if kwargs.get("variant") else WEIGHTS
+            with atomic_files(save_directory, obsolete) as partial:
+                super().save_pretrained(partial, *args, **kwargs)
+                if any(partial.iterdir()):  # else another process writes
+                    custom_object_save(RecommendationPipeline, partial)
+        if push.pop("push_to_hub", False):
+            self.push_to_hub(push.pop("repo_id", None) or Path(save_directory).name, **push)
 
 
 __all__ = ["M6RecForRecommendation", "M6RecOutput"]

@@ -1,14 +1,17 @@
 """The processor: requests in, rows of ids out. The only place that words, encodes, fits and pads."""
 
 import importlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import BatchEncoding, ProcessorMixin
 from transformers.utils import logging
 
+from .atomic_m6rec import atomic_files
 from .batching_m6rec import infilling, pad, written_labels
 from .conversation_m6rec import read_turns
 from .limits_m6rec import MAX_CANDIDATES, MAX_EVENTS, MAX_FACTS
@@ -102,6 +105,18 @@ class M6RecProcessor(ProcessorMixin):
     ) -> "M6RecProcessor":
         """Make a processor with one of the package's templates; `kwargs` go to the constructor."""
         return cls(tokenizer, template=_templates().load_template(domain, language), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save tokenizer, template and code: all of it, or nothing. Arguments as of every processor.
+
+        Returns:
+            The paths of the files that the library names.
+        """
+        with atomic_files(save_directory) as partial:
+            files = super().save_pretrained(str(partial)) or []
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", None) or Path(save_directory).name, **kwargs)
+        return [str(Path(save_directory) / Path(file).relative_to(partial)) for file in files]
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise, with the number of the format."""

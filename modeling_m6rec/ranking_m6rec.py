@@ -303,6 +303,8 @@ def _past_items(request: Mapping[str, Any]) -> list[Item]:
 
 def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
     """Number and score of the best; equal ones keep their order."""
+    if scores.isnan().any():
+        raise ValueError("scores hold NaN: the model's weights are damaged, or too large for its number type")
     order = scores.argsort(descending=True, stable=True)[:top_k]
     return list(zip(order.tolist(), scores[order].tolist()))
 

@@ -215,7 +215,12 @@ class Scorer:
                     "score candidates by another task"
                 )
             for row, vectors in zip(part, out.user_vectors.float().cpu()):
-                found[row] = vectors[vectors.isfinite().all(-1)][-1]  # the last place that the row has
+                places = vectors[vectors.isfinite().all(-1)]
+                if not len(places):
+                    raise ValueError(
+                        "user vectors hold NaN: the model's weights are damaged, or too large for its number type"
+                    )
+                found[row] = places[-1]  # the last place that the row has
         return torch.stack(found)
 
     def _read(

@@ -445,13 +445,13 @@ def test_write_cards(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_card(tmp_path, monkeypatch):
     path = write_cards(FACTS, tmp_path)
-    before, write = path.read_text(encoding="utf-8"), Path.write_text
+    before, write = path.read_text(encoding="utf-8"), Path.write_bytes
 
-    def half(self, data, **kwargs):
-        write(self, data[: len(data) // 2], **kwargs)
+    def half(self, data):
+        write(self, data[: len(data) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="disk full"):
         write_cards(CardFacts(name="x"), tmp_path)
     assert path.read_text(encoding="utf-8") == before
