@@ -544,7 +544,9 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             }
         }
         push = {key: kwargs.pop(key) for key in PUSH if key in kwargs}
-        if kwargs.get("distributed_checkpoint") or len(args) > 2:  # all processes write into one folder; a push by place
+        if (
+            kwargs.get("distributed_checkpoint") or len(args) > 2
+        ):  # all processes write into one folder; a push by place
             super().save_pretrained(save_directory, *args, **kwargs)
         else:
             obsolete = () if kwargs.get("variant") else WEIGHTS
