@@ -42,7 +42,7 @@ class Rival:
 
     def drawn(self, count: int) -> Iterator[list[tuple[Pair, float]]]:
         """Yield batches of so many training rows, in an order that the seed draws: pairs with their labels."""
-        from m6rec.train.replay import training_set
+        from m6rec.train.runs.training_set import training_set
 
         data = training_set(self.run, {})
         order = random.Random(self.seed).sample(range(len(data)), min(count, len(data)))

@@ -17,8 +17,10 @@ import torch
 from _ranking_rivals import unread
 
 from m6rec import M6RecForRecommendation
-from m6rec.train.data import Log, read_log
-from m6rec.train.evaluation import (
+from m6rec.train.config.recipe import Recipe, load_recipe
+from m6rec.train.data.log import Log, read_log
+from m6rec.train.data.splits import Split, by_time, histories
+from m6rec.train.evaluation.reports import (
     ScoringExamples,
     all_events,
     questions,
@@ -26,10 +28,8 @@ from m6rec.train.evaluation import (
     scoring_examples,
     scoring_report,
 )
-from m6rec.train.examples import RequestWriter
 from m6rec.train.metrics import auc
-from m6rec.train.recipe import Recipe, load_recipe
-from m6rec.train.splits import Split, by_time, histories
+from m6rec.train.rows.examples import RequestWriter
 
 ASKED = ("click", "rating")
 HELD_OUT = ("valid", "test")
@@ -88,8 +88,8 @@ def mean_likes(data: Path, folder: Path, seed: int) -> dict[str, dict[str, Any]]
 
 def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
     """Pretrain and fine-tune by the recipe, and measure."""
-    from m6rec.train.finetune import finetune
-    from m6rec.train.pretrain import pretrain
+    from m6rec.train.runs.finetune import finetune
+    from m6rec.train.runs.pretrain import pretrain
 
     asked = recipe(data, folder, seed)
     pretrain(asked)

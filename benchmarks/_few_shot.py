@@ -58,7 +58,7 @@ def draw(rows: list[dict[str, Any]], shots: int, seed: int) -> list[dict[str, An
 
 def write_tables(data: Path, drawn: list[dict[str, Any]], folder: Path) -> None:
     """Write drawn rows, and all validation and test rows, as a log: each row a user of its own."""
-    from m6rec.train.movielens import movielens_tables
+    from m6rec.train.data.movielens import movielens_tables
 
     parts = {"train": drawn, **{part: read_rows(data, part) for part in ("valid", "test")}}
     with (folder / "interactions.csv").open("w", encoding="utf-8", newline="") as file:
@@ -91,8 +91,8 @@ def recipe(folder: Path, seed: int, **training: Any) -> dict[str, Any]:
 
 def pretrained(data: Path, folder: Path) -> Path:
     """Make the model that all draws begin with, unless it is there; nobody's behaviour is read for it."""
-    from m6rec.train.pretrain import pretrain
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.runs.pretrain import pretrain
 
     if not (folder / "model" / "metrics.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def pretrained(data: Path, folder: Path) -> Path:
 
 def history_likes(writer: Any, rows: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> Any:
     """Count the likes of each film in the histories of rows, each of a user once, and none that drawn rows ask for."""
-    from m6rec.train.statistics import ItemLikes
+    from m6rec.train.rows.item_likes import ItemLikes
 
     told = {
         (row["user_id"], film): int(like)
@@ -133,9 +133,9 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool 
         everyone: Tell of a film how many like it in the histories of all training rows, not of the drawn ones alone.
     """
     from m6rec.segment_cache_m6rec import SegmentCache
-    from m6rec.train.build import prepare
-    from m6rec.train.finetune import fit
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.runs.build import prepare
+    from m6rec.train.runs.finetune import fit
 
     base, rows = pretrained(data, folder.parent / "pretrained"), read_rows(data, "train")
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,8 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool 
 
 def measured(run: Any) -> dict[str, Any]:
     """Measure a model on validation and test rows; the interval is that of drawing the test's users anew."""
-    from m6rec.train.evaluation import predictions
-    from m6rec.train.finetune import examples_of
+    from m6rec.train.evaluation.reports import predictions
+    from m6rec.train.runs.finetune import examples_of
 
     aucs = {}
     for part in ("valid", "test"):

@@ -71,10 +71,10 @@ def recipe_of(options: argparse.Namespace, fields: dict[str, Any], seed: int, ou
 def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train a cell's model and measure it."""
     from m6rec import SegmentCache
-    from m6rec.train.build import prepare
-    from m6rec.train.evaluation import predictions, scoring_report
-    from m6rec.train.finetune import examples_of, fit
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.evaluation.reports import predictions, scoring_report
+    from m6rec.train.runs.build import prepare
+    from m6rec.train.runs.finetune import examples_of, fit
 
     run = prepare(load_recipe(recipe_of(options, CELLS[name], seed, folder / "model")))
     examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)
@@ -121,10 +121,10 @@ def cut(examples: Any, candidates: int, bos: int) -> Any:
 
 def simple_means(options: argparse.Namespace) -> dict[str, float]:
     """AUC on the same clicks of the means of known labels, which need no model."""
-    from m6rec.train.build import prepare
-    from m6rec.train.evaluation import scoring_baselines, scoring_report
-    from m6rec.train.finetune import examples_of
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.evaluation.reports import scoring_baselines, scoring_report
+    from m6rec.train.runs.build import prepare
+    from m6rec.train.runs.finetune import examples_of
 
     run = prepare(load_recipe(recipe_of(options, CELLS["joint"], 0, options.runs / "means")))
     examples = cut(examples_of(run, options.part, "click"), options.candidates, run.model.config.bos_token_id)

@@ -23,14 +23,14 @@ import torch
 from _rivals import minilm_folder
 from transformers import AutoModel, AutoTokenizer
 
-from m6rec.train.baselines import NeighboursAndWords, SimilarText
-from m6rec.train.build import item_texts
-from m6rec.train.data import DataArguments, read_log
-from m6rec.train.evaluation import RankingExamples, before_and_in, ranking_examples, training_sequences
-from m6rec.train.examples import RequestWriter
+from m6rec.train.config.arguments import EvaluationArguments
+from m6rec.train.data.log import DataArguments, read_log
+from m6rec.train.data.splits import Split, histories, hold_items_out, leave_one_out
+from m6rec.train.evaluation.baselines import NeighboursAndWords, SimilarText
+from m6rec.train.evaluation.reports import RankingExamples, before_and_in, ranking_examples, training_sequences
 from m6rec.train.metrics import bootstrap_interval, ndcg_at_k, ranking_report, recall_at_k, target_ranks
-from m6rec.train.sections import EvaluationArguments
-from m6rec.train.splits import Split, histories, hold_items_out, leave_one_out
+from m6rec.train.rows.examples import RequestWriter
+from m6rec.train.runs.build import item_texts
 
 K = 10
 USERS_AT_ONCE = 2048

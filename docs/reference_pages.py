@@ -53,7 +53,7 @@ def field_table(owner: type) -> str:
 
 def recipe_page() -> str:
     """Write the page of the recipe's sections and keys."""
-    from m6rec.train.recipe import SECTIONS
+    from m6rec.train.config.recipe import SECTIONS
 
     parts = [
         "# Recipe keys\n",

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from .processing_m6rec import M6RecProcessor
     from .tokenization_m6rec import M6RecTokenizer
     from .train import fit
-    from .train.collator import M6RecDataCollator
+    from .train.rows.collator import M6RecDataCollator
     from .user_states_m6rec import UserStates
 
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
-    "M6RecDataCollator": "m6rec.train.collator",
+    "M6RecDataCollator": "m6rec.train.rows.collator",
     "M6RecProcessor": "m6rec.processing_m6rec",
     "M6RecTokenizer": "m6rec.tokenization_m6rec",
     "RecommendationPipeline": "m6rec.pipeline_m6rec",

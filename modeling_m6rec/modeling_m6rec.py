@@ -37,14 +37,7 @@ from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
 from .outputs_m6rec import CACHE_NAMES, CachedOutput, library_arguments, one_cache
 from .plans_m6rec import last_states
 from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters, digest_weights
-from .vectors_m6rec import (
-    Given,
-    item_sketches,
-    item_vectors,
-    learnt_item_vectors,
-    learnt_user_vectors,
-    row_vectors,
-)
+from .vectors_m6rec import Given, item_sketches, item_vectors, learnt_item_vectors, learnt_user_vectors, row_vectors
 from .weights_m6rec import refuse_incomplete, refuse_not_finite
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from m6rec.train.cli import _parser
-from m6rec.train.recipe import RECIPES, load_recipe
+from m6rec.train.config.recipe import RECIPES, load_recipe
 from tests.test_repository import FILES, ROOT
 
 PAST = ("docs/experiments.md", "docs/results.md", "CHANGELOG.md")

@@ -11,7 +11,7 @@ import yaml
 
 from m6rec import M6RecConfig
 from m6rec.train.cli import _parser
-from m6rec.train.recipe import RECIPES, SECTIONS, load_recipe
+from m6rec.train.config.recipe import RECIPES, SECTIONS, load_recipe
 from tests.quickstart_model import quickstart_folder  # noqa: F401 - a fixture
 from tests.test_repository import ROOT
 

@@ -2,7 +2,7 @@
 
 import re
 
-from m6rec.train.recipe import load_recipe
+from m6rec.train.config.recipe import load_recipe
 from tests.quickstart_model import quickstart_folder  # noqa: F401 - a fixture
 from tests.test_repository import ROOT
 

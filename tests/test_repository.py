@@ -67,6 +67,65 @@ def test_functions_are_short(path):
                 assert name in LONG_BY_NATURE or node.end_lineno - node.lineno < 60, name
 
 
+ROOMS = ("metrics", "data", "config", "rows", "evaluation", "answering", "runs", "publishing", "commands")
+"""Rooms of `train/` from the ground up: each imports only itself and those below it. On top stand the command line,
+`recommender.py` and the package itself."""
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of m6rec that a file imports anywhere, also inside functions and for types only."""
+    own = module_of(path)
+    package = own if path.name == "__init__.py" else own.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            found |= {child if (child := f"{name}.{alias.name}") in BY_MODULE else name for alias in node.names}
+    return found & set(BY_MODULE) - {own}
+
+
+def module_of(path: Path) -> str:
+    """Return the name by which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "modeling_m6rec" else parts
+    return ".".join(["m6rec", *(part for part in parts if part != "__init__")])
+
+
+BY_MODULE = {module_of(path): path for path in FILES}
+IMPORTS = {name: imported_modules(path) for name, path in BY_MODULE.items()}
+
+
+def test_rooms_import_only_lower_rooms():
+    floors = {f"m6rec.train.{room}": floor for floor, room in enumerate(ROOMS)}
+    assert {path.name for path in (ROOT / "train").iterdir() if (path / "__init__.py").is_file()} == set(ROOMS)
+
+    def floor(name: str) -> int:
+        return next((floor for room, floor in floors.items() if f"{name}.".startswith(f"{room}.")), len(ROOMS))
+
+    upward = [
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in others
+        if name.startswith("m6rec.train.") and other.startswith("m6rec.train.") and floor(other) > floor(name)
+    ]
+    assert upward == []
+
+
+def test_train_has_no_circle_of_imports():
+    """Also among the imports inside functions and those for types only."""
+    left = {
+        name: {other for other in others if other.startswith("m6rec.train.")}
+        for name, others in IMPORTS.items()
+        if name.startswith("m6rec.train.")
+    }
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
 def test_messages_with_braces_are_f_strings():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

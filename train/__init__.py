@@ -11,22 +11,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .build import prepare
-    from .finetune import finetune
-    from .measuring import evaluate
-    from .pretrain import pretrain
-    from .recipe import Recipe, load_recipe
+    from .commands.evaluate import evaluate
+    from .config.recipe import Recipe, load_recipe
     from .recommender import Recommender, fit
+    from .runs.build import prepare
+    from .runs.finetune import finetune
+    from .runs.pretrain import pretrain
 
 LAZY = {
-    "Recipe": "recipe",
+    "Recipe": "config.recipe",
     "Recommender": "recommender",
-    "evaluate": "measuring",
-    "finetune": "finetune",
+    "evaluate": "commands.evaluate",
+    "finetune": "runs.finetune",
     "fit": "recommender",
-    "load_recipe": "recipe",
-    "prepare": "build",
-    "pretrain": "pretrain",
+    "load_recipe": "config.recipe",
+    "prepare": "runs.build",
+    "pretrain": "runs.pretrain",
 }
 """Public name -> module of this package that holds it."""
 

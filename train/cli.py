@@ -158,8 +158,8 @@ def _add_push(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from .preparation import report
-    from .recipe import load_recipe
+    from .commands.prepare import report
+    from .config.recipe import load_recipe
 
     print(report(load_recipe(options.recipe, options.overrides)))
 
@@ -169,7 +169,7 @@ def _recipe_names() -> list[str]:
 
 
 def _recipe(options: argparse.Namespace) -> Any:
-    from .recipe import load_recipe
+    from .config.recipe import load_recipe
 
     resume = ["training.resume_from_checkpoint=true"] if options.resume else []
     return load_recipe(options.recipe, [*options.overrides, *resume])
@@ -188,7 +188,7 @@ def _refuse_to_replace(options: argparse.Namespace, recipe: Any, *folders: str |
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from .pretrain import pretrain
+    from .runs.pretrain import pretrain
 
     recipe = _recipe(options)
     _refuse_to_replace(options, recipe, recipe.for_pretraining().output_dir)
@@ -198,8 +198,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from .finetune import finetune
-    from .printing import tables
+    from .evaluation.tables import tables
+    from .runs.finetune import finetune
 
     recipe = _recipe(options)
     _refuse_to_replace(options, recipe, recipe.output_dir)
@@ -208,7 +208,7 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from .run import run
+    from .commands.run import run
 
     recipe = _recipe(options)
     _refuse_to_replace(options, recipe, recipe.output_dir, recipe.pretraining.output_dir)
@@ -216,19 +216,19 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from .convert import convert
+    from .commands.convert import convert
 
     print(convert(options.backbone, options.output, options.num_joint_layers, options.overrides))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .measuring import evaluate
+    from .commands.evaluate import evaluate
 
     evaluate(options.model, options.overrides, print)
 
 
 def _recommend(options: argparse.Namespace) -> None:
-    from . import recommend as commands
+    from .answering import loading as commands
 
     if bool(options.input) != bool(options.output):
         raise ValueError("--input and --output go together: the file of requests, and the file that is written")
@@ -250,8 +250,8 @@ def _recommend(options: argparse.Namespace) -> None:
 
 
 def _recommend_offline(recommend: Any, options: argparse.Namespace, asked: dict[str, Any]) -> None:
-    from .offline import Job, answer_file, answer_here, fingerprint
-    from .offline_ray import answer_with_ray
+    from .answering.offline import Job, answer_file, answer_here, fingerprint
+    from .answering.offline_ray import answer_with_ray
 
     recommend._sanitize_parameters(**asked)  # else they would be held against every request
     job = Job(
@@ -273,13 +273,13 @@ def _recommend_offline(recommend: Any, options: argparse.Namespace, asked: dict[
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-    from .quickstart import quickstart
+    from .commands.quickstart import quickstart
 
     quickstart(Path(options.output), options.data, options.overrides, print)
 
 
 def _push(options: argparse.Namespace) -> None:
-    from .push import push
+    from .publishing.push import push
 
     if options.overrides:
         raise ValueError(f"push takes no {options.overrides[0]!r}: it has no recipe to override")

@@ -13,13 +13,13 @@ import pandas
 from datasets import Dataset
 
 from ..pipeline_m6rec import FOLDER, RecommendationPipeline
-from .build import catalogue_rows, prepare
-from .data import Log, build_log, read_log
-from .examples import RequestWriter
-from .finetune import finetune, full_report
-from .recipe import Recipe, load_recipe, load_saved
-from .recommend import load_pipeline
-from .splits import Split, histories, order
+from .answering.loading import load_pipeline
+from .config.recipe import Recipe, load_recipe, load_saved
+from .data.log import Log, build_log, read_log
+from .data.splits import Split, histories, order
+from .rows.examples import RequestWriter
+from .runs.build import catalogue_rows, prepare
+from .runs.finetune import finetune, full_report
 
 Table = pandas.DataFrame | str | Path
 """A data frame, or what `data:` of a recipe takes: a file, a folder saved by `datasets`, a Hub id."""

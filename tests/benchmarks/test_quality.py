@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m6rec.train.recipe import load_recipe
+from m6rec.train.config.recipe import load_recipe
 from tests.modeling_m6rec.tiny import Writer, build, close, item_rows, pad
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

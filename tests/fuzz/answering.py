@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from m6rec import Catalogue, RecommendationPipeline
 from m6rec.processing_m6rec import M6RecProcessor
 from m6rec.request_m6rec import TASKS, WRITING_TASKS
-from m6rec.train.offline import Job, answer_file, answer_here
-from m6rec.train.recommend import parse_request
+from m6rec.train.answering.loading import parse_request
+from m6rec.train.answering.offline import Job, answer_file, answer_here
 from m6rec.values_m6rec import normalize_id
 from tests.fuzz.draws import (
     FILTERS,

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from m6rec import Catalogue
-from m6rec.train.data import DataArguments, read_log
-from m6rec.train.preparation import report
-from m6rec.train.recipe import RECIPES as FOLDER
-from m6rec.train.recipe import load_recipe
+from m6rec.train.commands.prepare import report
+from m6rec.train.config.recipe import RECIPES as FOLDER
+from m6rec.train.config.recipe import load_recipe
+from m6rec.train.data.log import DataArguments, read_log
 from tests.fuzz.answering import recommender, rule
 from tests.fuzz.draws import ITEM_FIELDS, ODD_IDS, TEXTS, junk, mixed, odd, places, put
 from tests.fuzz.harness import Door

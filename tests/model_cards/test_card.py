@@ -24,7 +24,7 @@ from m6rec.model_cards import (
     render_cards,
     write_cards,
 )
-from m6rec.train.recipe import RECIPES, load_recipe
+from m6rec.train.config.recipe import RECIPES, load_recipe
 
 FACTS = CardFacts(
     name="org/films",

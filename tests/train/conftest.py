@@ -3,10 +3,10 @@
 import datasets
 import pytest
 
-from m6rec.train.build import prepare
-from m6rec.train.finetune import finetune
-from m6rec.train.recipe import load_recipe
-from m6rec.train.recommend import build_catalogue, load_pipeline
+from m6rec.train.answering.loading import build_catalogue, load_pipeline
+from m6rec.train.config.recipe import load_recipe
+from m6rec.train.runs.build import prepare
+from m6rec.train.runs.finetune import finetune
 from tests.train.world import ITEMS, recipe_of, write_world
 
 

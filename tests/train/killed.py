@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from m6rec.train.cli import main
-from m6rec.train.trainer import M6RecTrainer
+from m6rec.train.runs.trainer import M6RecTrainer
 
 
 def note_batches(notes):

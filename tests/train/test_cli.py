@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from m6rec import Catalogue, M6RecForRecommendation
 from m6rec.train.cli import main
-from m6rec.train.printing import tables
-from m6rec.train.recipe import load_recipe
+from m6rec.train.config.recipe import load_recipe
+from m6rec.train.evaluation.tables import tables
 from tests.train.world import TITLES, recipe_of
 
 COMMANDS = ("pretrain", "finetune", "evaluate", "recommend", "quickstart")
@@ -154,7 +154,8 @@ def test_recommend_for_a_file_of_requests(chain, tmp_path):
 def test_overrides_may_stand_anywhere_with_dashes_or_without(chain, monkeypatch, order):
     given = []
     monkeypatch.setattr(
-        "m6rec.train.recommend.user_request", lambda model, user, overrides: given.append((user, overrides)) or user
+        "m6rec.train.answering.loading.user_request",
+        lambda model, user, overrides: given.append((user, overrides)) or user,
     )
     said("recommend", *[argument.format(model=chain[2]) for argument in order])
     ((user, overrides),) = given
@@ -270,7 +271,7 @@ def test_verbose_shows_where_an_error_came_from(chain, arguments):
 
 
 def test_what_a_user_cannot_mend_is_no_message(chain, monkeypatch):
-    monkeypatch.setattr("m6rec.train.finetune.fit", lambda run: {}["a slip of ours"])
+    monkeypatch.setattr("m6rec.train.runs.finetune.fit", lambda run: {}["a slip of ours"])
     with pytest.raises(KeyError, match="a slip of ours"):
         main(["finetune", str(chain[0])])
 

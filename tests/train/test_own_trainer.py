@@ -8,8 +8,8 @@ from transformers import Trainer, TrainingArguments
 
 from m6rec import M6RecDataCollator
 from m6rec.losses_m6rec import given_labels, label_weights
-from m6rec.train.build import prepare
-from m6rec.train.collator import LABELS
+from m6rec.train.rows.collator import LABELS
+from m6rec.train.runs.build import prepare
 from tests.modeling_m6rec.tiny import Writer, build
 
 TASKS = {
@@ -23,7 +23,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def prepared(tables, tmp_path_factory):
-    from m6rec.train.recipe import load_recipe
+    from m6rec.train.config.recipe import load_recipe
     from tests.train.world import recipe_of
 
     return prepare(load_recipe(recipe_of(tables, tmp_path_factory.mktemp("own"))))

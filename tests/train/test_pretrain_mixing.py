@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import IterableDatasetShard
 
-from m6rec.train.corpus import Source, StreamedSource
-from m6rec.train.pretrain import MixedRows, MixedStream, mix
-from m6rec.train.sections import PretrainingArguments
+from m6rec.train.config.arguments import PretrainingArguments
+from m6rec.train.rows.corpus import Source, StreamedSource
+from m6rec.train.runs.pretrain import MixedRows, MixedStream, mix
 
 
 def source(name, size):

@@ -9,7 +9,7 @@ import pytest
 import m6rec.train
 from m6rec.train.cli import main
 from tests.modeling_m6rec.conversion.backbones import publish, tiny
-from tests.train.test_lastfm import write_lastfm
+from tests.train.data.test_lastfm import write_lastfm
 
 QUICK = [
     "text.max_events=4",
@@ -103,11 +103,15 @@ def test_a_vertical_begins_as_a_published_model(name, write, tmp_path):
 
 def test_every_recipe_is_run_through_the_command_line():
     """A new recipe wants a run of its own, here or in a test that it is named in."""
-    elsewhere = {"quickstart": "test_quickstart", "own-data": "test_own_data", "pretrain-text": "test_pretrain"}
+    elsewhere = {
+        "quickstart": "commands/test_quickstart",
+        "own-data": "test_own_data",
+        "pretrain-text": "runs/test_pretrain",
+    }
     here = {"video", "ecommerce", "social", "beauty"}
     assert {path.stem for path in (Path(m6rec.train.__file__).parent / "recipes").glob("*.yaml")} == here | {*elsewhere}
     for name, test in elsewhere.items():
-        assert name in Path(__file__).with_name(f"{test}.py").read_text(encoding="utf-8")
+        assert name in (Path(__file__).parent / f"{test}.py").read_text(encoding="utf-8")
 
 
 def test_a_recipe_reads_texts_with_a_backbone_and_histories_with_new_layers(tmp_path):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from m6rec.train.build import prepare, save
-from m6rec.train.evaluation import count_repeats, ranking_examples
-from m6rec.train.finetune import full_report
-from m6rec.train.preparation import prepare_report
-from m6rec.train.printing import tables
-from m6rec.train.recipe import load_recipe
-from m6rec.train.recommend import build_catalogue
+from m6rec.train.answering.loading import build_catalogue
+from m6rec.train.commands.prepare import prepare_report
+from m6rec.train.config.recipe import load_recipe
+from m6rec.train.evaluation.reports import count_repeats, ranking_examples
+from m6rec.train.evaluation.tables import tables
+from m6rec.train.runs.build import prepare, save
+from m6rec.train.runs.finetune import full_report
 from tests.train.world import recipe_of, write_tables
 
 WORDS = ["harbour", "winter", "train", "field", "glass", "salt"]

@@ -32,10 +32,10 @@ from .ranking import (
     target_ranks,
     top_items,
 )
-from .writing import UNSPACED, bleu, distinct, rouge_l, tokens_of, writing_report
+from .writing import WORD, bleu, distinct, rouge_l, tokens_of, writing_report
 
 __all__ = [
-    "UNSPACED",
+    "WORD",
     "accuracy",
     "auc",
     "bleu",

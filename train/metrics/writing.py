@@ -14,6 +14,8 @@ from .checks import positive, same_length
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Characters of Chinese and Japanese, which are written without spaces."""
 TOKEN = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
+WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
+"""A word of a script with spaces, or a single character of one without."""
 
 
 def tokens_of(text: str) -> list[str]:
@@ -125,4 +127,4 @@ def _common(one: list[str], other: list[str]) -> int:
     return best[-1]
 
 
-__all__ = ["UNSPACED", "bleu", "distinct", "rouge_l", "tokens_of", "writing_report"]
+__all__ = ["WORD", "bleu", "distinct", "rouge_l", "tokens_of", "writing_report"]

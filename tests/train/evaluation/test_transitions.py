@@ -1,0 +1,78 @@
+"""Counted transitions against a loop over pairs, and the rule that adds words to them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m6rec.train.evaluation import transitions
+from m6rec.train.evaluation.baselines import NeighboursAndWords
+from m6rec.train.evaluation.transitions import RECENCY, Transitions, recent_shares
+
+sequences = st.lists(st.lists(st.integers(0, 5), max_size=7), max_size=6)
+
+
+def slow_matrix(histories, num_items):
+    counts = np.zeros((num_items, num_items))
+    for history in histories:
+        for place, first in enumerate(history):
+            for step, weight in ((1, 1.0), (2, 0.7)):
+                if place + step < len(history) and history[place + step] != first:
+                    counts[first, history[place + step]] += weight
+                    counts[history[place + step], first] += weight * 0.5
+    out, into = np.maximum(counts.sum(1), 1), np.maximum(counts.sum(0), 1)
+    return counts / out[:, None] ** 0.5 / into**0.3
+
+
+def slow_scores(matrix, histories):
+    rows = []
+    for history in histories:
+        row = np.zeros(len(matrix))
+        for item, weight in zip(history[::-1], (1, 0.6, 0.4, 0.3, 0.2)):
+            row += weight * (matrix[item] + 0.4 * (matrix @ matrix)[item])
+        rows.append(row)
+    return np.array(rows).reshape(len(histories), len(matrix))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences, sequences, st.sampled_from([1, 3, 1 << 22]))
+def test_scores_are_those_of_a_loop_however_many_are_added_together(learnt, asked, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transitions, "ENTRIES_AT_ONCE", at_once)
+        found = Transitions.fit(learnt, 6)
+        matrix = slow_matrix(learnt, 6)
+        np.testing.assert_allclose(found.matrix(), matrix, atol=1e-12)
+        np.testing.assert_allclose(found.scores(asked), slow_scores(matrix, asked), atol=1e-12)
+        assert found.scores(asked).shape == (len(asked), 6)
+
+
+def test_three_purchases_by_hand():
+    # Twice 0 then 1, once 2 two steps behind 0 and one behind 1.
+    matrix = Transitions.fit([[0, 1, 2], [0, 1]], 4).matrix()
+    assert matrix[0, 1] == pytest.approx(2 / (2.7**0.5 * 2.5**0.3))  # in(1) = 2 from 0, and .5 backwards from 2
+    assert matrix[2, 0] == pytest.approx(0.35 / (1 * 1.35**0.3))  # out(2) = .85 counts as 1; in(0) = 1 + .35
+    assert not matrix[3].any() and not matrix[:, 3].any() and not matrix.diagonal().any()
+
+
+def test_a_pair_is_counted_within_one_history_only():
+    assert not Transitions.fit([[0], [1], [], [2]], 3).matrix().any()
+    assert Transitions.fit([], 3).scores([[0, 1], []]).tolist() == [[0] * 3] * 2
+
+
+def test_the_last_items_count_by_age_and_repeats_add_up():
+    assert recent_shares([[5, 4, 3, 2, 1, 0]], 6).tolist() == [[*RECENCY, 0]]
+    assert recent_shares([[1, 1], []], 2).tolist() == [[0, 1.6], [0, 0]]
+
+
+def test_rare_words_stand_beside_transitions():
+    texts = ["red shoes", "red red hat", "tea pot", "shoes"]
+    # idf log(5 / (1 + df)) + 1; a word counts once, however often it stands there
+    common, rare = np.log(5 / 3) + 1, np.log(5 / 2) + 1
+    lengths = [np.hypot(common, common), np.hypot(common, rare), np.hypot(rare, rare), common]
+    alike = [1, common**2 / (lengths[0] * lengths[1]), 0, common**2 / (lengths[0] * lengths[3])]
+    rule = NeighboursAndWords(texts, [[0, 2]])
+    plain = slow_scores(slow_matrix([[0, 2]], 4), [[0]])[0]
+    np.testing.assert_allclose(rule.scores([[0]])[0], plain + 0.3 * np.array(alike))
+    assert rule.scores([[]]).tolist() == [[0] * 4]
+    older = rule.scores([[0, 3]])[0] - rule.scores([[3]])[0]
+    np.testing.assert_allclose(older, 0.6 * rule.scores([[0]])[0])

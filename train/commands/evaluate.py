@@ -1,0 +1,73 @@
+"""`m6rec evaluate`: a trained model is measured again, and what was measured of it before is not lost.
+
+m6rec evaluate runs/own evaluation.exclude_seen=false
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.locations import log_digest
+from ..config.recipe import load_saved, write_json
+from ..data.log import Log
+from ..evaluation.tables import tables, why_unwritable
+from ..runs.build import prepare
+from ..runs.facts import CARD_FILE
+from ..runs.finetune import full_report
+
+logger = logging.getLogger(__name__)
+METRICS_FILE, OTHERWISE_FILE = "metrics.json", "evaluation.json"
+"""What a run measured of its model; what was measured otherwise, or on other data."""
+
+
+def evaluate(
+    folder: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure a trained model again, and save the report beside it where that is possible.
+
+    Args:
+        folder: The folder of a run.
+        overrides: Entries such as `evaluation.exclude_seen=false` that differ from its recipe.
+        say: Prints the tables; None: nothing is printed.
+
+    Returns:
+        Task -> who (the model, each baseline) -> metric -> value.
+    """
+    saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
+    recipe = load_saved(folder, [*overrides, *saved])
+    run = prepare(recipe)
+    report = full_report(run)
+    if say is not None:
+        say(tables(report))
+    other = _other_data(Path(folder), run.log) if not overrides else None
+    if other:
+        logger.warning("%s: %s is kept as it is, and this report is saved as %s", other, METRICS_FILE, OTHERWISE_FILE)
+    measured: dict[str, Any] = {"overrides": list(overrides), **report} if overrides or other else report
+    path = Path(folder) / (OTHERWISE_FILE if overrides or other else METRICS_FILE)
+    try:
+        write_json(path, measured)
+    except OSError as error:  # the figures are printed, and need no file
+        logger.warning("the report is not saved as %s: %s. %s", path, error, why_unwritable(error, path.parent))
+    return report
+
+
+def _other_data(folder: Path, log: Log) -> str | None:
+    """Say whether a log is another one than that of the run in a folder, as far as the run has kept what tells."""
+    card = folder / CARD_FILE
+    then = (json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}).get("data") or {}
+    now = {
+        "users": int(log.interactions["user_id"].nunique()),
+        "items": len(log.items),
+        "events": len(log.interactions),
+        "digest": log_digest(log),
+    }
+    other = [name for name in now if then.get(name) is not None and then[name] != now[name]]
+    if not other:
+        return None
+    counts = [f"{then[name]:,} {name} then, {now[name]:,} now" for name in other if name != "digest"]
+    return f"the data are others than those of the run ({'; '.join(counts) or 'as many users, items and events'})"
+
+
+__all__ = ["evaluate"]

@@ -1,0 +1,1 @@
+"""Logs: tables, known data sets, times, splits."""

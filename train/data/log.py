@@ -1,0 +1,320 @@
+"""What a recommender learns from: one `Log`, read from the user's own tables or from a data set known by name."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy
+import pandas
+from datasets import Dataset
+
+from ...values_m6rec import near_id, normalize_id
+from .beauty import beauty_tables
+from .lastfm import lastfm_tables
+from .movielens import find_movielens, movielens_tables
+from .splits import PARTS, tie_keys
+from .tables import Table, find_folder, load_table
+from .tallrec import tallrec_tables
+from .times import ORDER, check_form
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("user_id", "item_id", "timestamp", "rating", "event", "label", "text", "part")
+Frames = tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is known by its name."""
+
+    read: Callable[[Path, int], Frames]
+    """From its folder and `data.seed` to interactions, items and users."""
+    find: Callable[[], Path]
+    """Finds its folder where the recipe names none."""
+
+
+SOURCES = {
+    "ml-100k": Source(lambda folder, seed: movielens_tables(folder), find_movielens),
+    "amazon-beauty": Source(
+        lambda folder, seed: beauty_tables(folder),
+        partial(find_folder, "amazon-beauty", "P5's Amazon Beauty (sequential.txt, datamaps.json), with its titles"),
+    ),
+    "lastfm": Source(lastfm_tables, partial(find_folder, "lastfm", "hetrec2011-lastfm-2k of grouplens.org")),
+    "tallrec": Source(
+        lambda folder, seed: tallrec_tables(folder),
+        partial(find_folder, "tallrec-movie", "the folder data/movie of TALLRec's repository"),
+    ),
+}
+
+
+@dataclass
+class DataArguments:
+    """The `data:` section of a recipe.
+
+    A table is a CSV, Parquet or JSONL file, a folder saved by `datasets`, or a Hub dataset id; of the latter two one
+    split is named as `name:split` or `name:config:split`.
+    """
+
+    source: str = "tables"
+    """Where the log comes from: the user's own `tables`, or one of SOURCES by its name."""
+    interactions: str | None = None
+    """Table of what users did: user_id, item_id, and as far as there are any timestamp, rating, event, label, text."""
+    items: str | None = None
+    """Table of items: item_id and text columns."""
+    users: str | None = None
+    """Table of users: user_id and text columns. None: nothing is known of users."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Role -> column, for each role whose column is not called like it; an id's is the same in all tables. None: no
+    column is of that role, whatever it is called. The role `part` (train, valid or test, for `evaluation.split: given`)
+    is read only where it is named here."""
+    time_format: str | None = None
+    """How the column of times is written. None: seconds, milliseconds, microseconds or nanoseconds since 1970, by their
+    magnitude, or ISO 8601. Else one of these units, `excel` (days of a spreadsheet), a form such as `%d.%m.%Y`, or
+    `order`: numbers that say which of a user's events came first and nothing of the time between them."""
+    item_columns: list[str] | None = None
+    """Columns of the items table that the model reads, in this order. None: all but the id."""
+    drop_invalid: bool = False
+    """Leave rows out that cannot be used, and count them by reason, instead of refusing the table."""
+    directory: str | None = None
+    """Folder of a data set known by name. None: looked for in the folder M6REC_DATA (ml-100k first in RecBole's
+    wheel)."""
+    min_rating_liked: float = 4.0
+    """Lowest rating that counts as label 1, where there are ratings and no labels."""
+    seed: int = 0
+    """Seed of the order in which events of the same user and time are taken."""
+
+    def __post_init__(self) -> None:
+        if self.source != "tables" and self.source not in SOURCES:
+            raise ValueError(f"data.source is {self.source!r}; expected one of tables, {', '.join(SOURCES)}")
+        unknown = [role for role in self.columns if role not in ROLES]
+        if unknown:
+            raise ValueError(f"data.columns: unknown role {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
+        required = [role for role in ("user_id", "item_id") if self.columns.get(role, role) is None]
+        if required:
+            raise ValueError(f"data.columns.{required[0]} is null, and no event is without it: name its column")
+        check_form(self.time_format)
+        if not math.isfinite(self.min_rating_liked):
+            raise ValueError(f"data.min_rating_liked is {self.min_rating_liked}; expected a finite number")
+        tables = [name for name in ("interactions", "items", "users", "columns") if getattr(self, name)]
+        if self.source in SOURCES and tables:
+            raise ValueError(f"data.source {self.source!r} has its own tables; remove data.{', data.'.join(tables)}")
+        if self.source == "tables" and self.directory:
+            raise ValueError(f"data.directory {self.directory!r} is read by data.source {', '.join(SOURCES)} only")
+
+
+@dataclass(frozen=True, eq=False)
+class Log:
+    """All events, items and users. Ids are text; every item that has an event is among the items."""
+
+    interactions: pandas.DataFrame
+    """user_id, item_id, timestamp (seconds since 1970, UTC; NaN everywhere where the table has no times); where given
+    also rating (NaN where unknown), event, label (0 or 1, NaN where unknown), text (empty where missing) and part. Rows
+    keep the table's order, or stand in that of `data.time_format: order`. Ids, events and parts are categories: some 30
+    bytes a row, and what its text takes."""
+    items: pandas.DataFrame
+    """Text columns by item_id; what is missing is empty, and no row is empty altogether."""
+    users: pandas.DataFrame | None = None
+    """Text columns by user_id; what is missing is empty."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows that were left out for it."""
+
+    def item_fields(self, item_id: str) -> dict[str, str]:
+        """The texts of an item by column, in order, without the empty ones."""
+        known = normalize_id(item_id, "item_id")
+        if known not in self.items.index:
+            raise KeyError(f"item {item_id!r} is not in the items table{nearly(known, self.items.index)}")
+        return _filled(self.items, known)
+
+    def user_fields(self, user_id: str) -> dict[str, str]:
+        """The texts of a user by column, without the empty ones; nothing for a user whom no table describes."""
+        known = normalize_id(user_id, "user_id")
+        if self.users is None or known not in self.users.index:
+            return {}
+        return _filled(self.users, known)
+
+
+def _filled(texts: pandas.DataFrame, row: str) -> dict[str, str]:
+    return {column: str(text) for column in texts.columns if (text := texts.at[row, column])}
+
+
+def read_log(arguments: DataArguments) -> Log:
+    """Reads what the `data:` section of a recipe names."""
+    if arguments.source in SOURCES:
+        source = SOURCES[arguments.source]
+        frames = source.read(Path(arguments.directory) if arguments.directory else source.find(), arguments.seed)
+        if "part" in frames[0]:
+            arguments = dataclasses.replace(arguments, source="tables", directory=None, columns={"part": "part"})
+        interactions, items, users = (
+            None if frame is None else Dataset.from_pandas(frame, preserve_index=False) for frame in frames
+        )
+    elif arguments.interactions and arguments.items:
+        interactions, items = load_table(arguments.interactions), load_table(arguments.items)
+        users = load_table(arguments.users) if arguments.users else None
+    else:
+        raise ValueError(
+            "data.source 'tables' needs data.interactions and data.items, each a file or a dataset; got "
+            f"{arguments.interactions!r} and {arguments.items!r}. Where there are items and no events yet, there is "
+            "nothing to train on or to measure: a trained model of other items recommends them, by "
+            "Catalogue.from_dataset(items, model, processor)"
+        )
+    return build_log(interactions, items, users, arguments)
+
+
+def read_movielens(directory: str | Path) -> Log:
+    """Reads MovieLens-100K: every event is a "rate"; the label says whether the rating was 4 or 5."""
+    return read_log(DataArguments(source="ml-100k", directory=str(directory)))
+
+
+def build_log(interactions: Dataset, items: Dataset, users: Dataset | None, arguments: DataArguments) -> Log:
+    """Checks and joins three tables that are already loaded.
+
+    Args:
+        interactions: One row an event.
+        items: One row an item.
+        users: One row a user.
+        arguments: `columns`, `item_columns`, `drop_invalid` and `min_rating_liked` are heeded.
+
+    Returns:
+        The log. An event that is there twice (same user, item, time and, where given, kind of event) is kept once;
+        without times a repetition is an event of its own.
+    """
+    described = _described("items", items, arguments)
+    table = Table("interactions", interactions, arguments.columns, arguments.drop_invalid)
+    events = _events(table, described.texts.index, arguments)
+    if "label" not in events and "rating" in events:
+        liked = (events["rating"] >= arguments.min_rating_liked).astype(float)
+        events["label"] = _smallest(liked.where(events["rating"].notna()))
+    kept = _in_order(_without_repeated(events, table), arguments.seed)
+    profiles = None if users is None else _described("users", users, arguments)
+    dropped = {**described.dropped, **table.dropped, **(profiles.dropped if profiles else {})}
+    for reason, count in dropped.items():
+        logger.warning("dropped %d rows: %s", count, reason)
+    return Log(kept, described.texts, profiles.texts if profiles else None, dropped)
+
+
+def _without_repeated(events: pandas.DataFrame, table: Table) -> pandas.DataFrame:
+    when = ORDER if ORDER in events else "timestamp"
+    if events[when].isna().all():
+        return events
+    known = [name for name in ("user_id", "item_id", when, "event") if name in events]
+    repeated = repeated_rows(events[known])
+    if not repeated.any():
+        return events
+    named = [table.column("timestamp") if name == ORDER else name for name in known]
+    table.dropped[f"interactions: repeats another row's {', '.join(named)}"] = int(repeated.sum())
+    return events[~repeated].reset_index(drop=True)
+
+
+def _in_order(events: pandas.DataFrame, seed: int) -> pandas.DataFrame:
+    """Puts events into the order that a column says, if one does; equal places at random, as equal times are."""
+    if ORDER not in events:
+        return events
+    rows = numpy.lexsort((tie_keys(events, seed), events[ORDER].to_numpy()))
+    return events.drop(columns=ORDER).iloc[rows].reset_index(drop=True)
+
+
+def nearly(item_id: str, known: Iterable[str]) -> str:
+    """Say which of the known ids nearly is one that is not among them, for an error; nothing if none is."""
+    near = near_id(item_id)
+    found = next((each for each in known if near_id(each) == near), None)
+    return "" if found is None else f"; {found!r} nearly is it: write the id alike"
+
+
+def repeated_rows(rows: pandas.DataFrame) -> numpy.ndarray:
+    """Which rows are there before; only rows of equal hashes are compared, for pandas takes 70 bytes for each."""
+    hashes = pandas.util.hash_pandas_object(rows, index=False).to_numpy()
+    ordered = numpy.sort(hashes)
+    twice = numpy.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    repeated = numpy.zeros(len(rows), dtype=bool)
+    if len(twice):
+        suspects = numpy.flatnonzero(numpy.isin(hashes, twice))
+        repeated[suspects] = rows.iloc[suspects].duplicated().to_numpy()
+    return repeated
+
+
+@dataclass(frozen=True)
+class _Described:
+    texts: pandas.DataFrame
+    dropped: dict[str, int]
+
+
+def _described(name: str, rows: Dataset, arguments: DataArguments) -> _Described:
+    """Takes the texts of items or users out of their table, by id."""
+    table = Table(name, rows, arguments.columns, arguments.drop_invalid)
+    role, columns = name.removesuffix("s") + "_id", arguments.item_columns if name == "items" else None
+    ids = table.unique_ids(role)
+    if columns is None:
+        columns = [column for column in table.described() if column != table.column(role)]
+    texts = pandas.DataFrame({column: table.text(column).str.strip().to_numpy() for column in columns}, index=ids)
+    if name == "items":
+        read = ", ".join(columns) or "no column"
+        table.refuse((texts == "").all(axis=1), table.column(role), f"an item with some text in {read}")
+    return _Described(table.kept(texts), table.dropped)
+
+
+def _events(table: Table, item_ids: pandas.Index, arguments: DataArguments) -> pandas.DataFrame:
+    events = pandas.DataFrame({role: table.ids(role) for role in ("user_id", "item_id")})
+    known = events["item_id"].isin(item_ids)
+    table.refuse(
+        ~known,
+        table.column("item_id"),
+        "an item of the items table",
+        lambda row: _nearly_known(events["item_id"][~known], item_ids),
+    )
+    if table.has("timestamp") and arguments.time_format == ORDER:
+        events["timestamp"], events[ORDER] = math.nan, table.order("timestamp")
+    elif table.has("timestamp"):
+        events["timestamp"] = table.seconds("timestamp", arguments.time_format)
+    else:
+        logger.warning("%s: no column 'timestamp': each user's events keep the order of the table", table.name)
+        events["timestamp"] = math.nan
+    for role in ("rating", "label"):
+        if table.has(role):
+            events[role] = table.numbers(role)
+    if "label" in events:
+        table.refuse(~(events["label"].isin([0, 1]) | events["label"].isna()), table.column("label"), "label 0 or 1")
+    if table.has("event"):
+        events["event"] = table.words(table.column("event"), strip=True)
+    if table.has("text"):
+        events["text"] = table.text(table.column("text")).str.strip()
+    if "part" in table.columns:  # so called by chance it may mean anything
+        events["part"] = table.words(table.column("part"))
+        table.refuse(~events["part"].isin(PARTS), table.column("part"), f"one of {', '.join(PARTS)}")
+    events = table.kept(events).reset_index(drop=True)
+    if "label" in events:
+        events["label"] = _smallest(events["label"])
+    return events
+
+
+def _nearly_known(unknown: pandas.Series, item_ids: pandas.Index) -> str:
+    """Say how many of the ids that are not in the items table nearly are, and how the first is written there."""
+    known = {near_id(item_id): item_id for item_id in reversed(item_ids)}
+    near = {str(item_id): known[near_id(item_id)] for item_id in unknown.unique() if near_id(item_id) in known}
+    if not near:
+        return ""
+    given, found = next(iter(near.items()))
+    count = int(unknown.isin(list(near)).sum())
+    return f"; {count} of these are nearly there, {given!r} as {found!r}: write ids alike in both tables"
+
+
+def _smallest(labels: pandas.Series) -> pandas.Series:
+    """Labels as small numbers: whole ones where all are known."""
+    return labels.astype("float32" if labels.hasnans else "int8")
+
+
+__all__ = [
+    "ROLES",
+    "SOURCES",
+    "DataArguments",
+    "Log",
+    "Source",
+    "build_log",
+    "nearly",
+    "read_log",
+    "read_movielens",
+    "repeated_rows",
+]

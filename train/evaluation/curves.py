@@ -1,0 +1,73 @@
+"""A picture of what a training has logged: losses and figures over the steps, and the numbers behind it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...atomic_m6rec import atomic_file
+from ..config.recipe import write_json
+
+CURVES_FILE, PICTURE_FILE = "curves.json", "curves.png"
+BESIDE = ("step", "epoch", "total_flos", "num_input_tokens_seen")
+"""Entries of a log that are no curves; nor is what ends in "runtime" or "per_second"."""
+
+
+def curves(log_history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Sort the entries of a log by name: (step, value) of each.
+
+    >>> curves([{"loss": 2.0, "step": 1}, {"loss": 1.5, "epoch": 0.5, "step": 2}, {"eval_auc": 0.6, "step": 2}])
+    {'loss': [(1, 2.0), (2, 1.5)], 'eval_auc': [(2, 0.6)]}
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            is_curve = name not in BESIDE and not name.endswith(("runtime", "per_second"))
+            if is_curve and isinstance(value, (int, float)):
+                found.setdefault(name, []).append((entry["step"], value))
+    return found
+
+
+def panels(names: Sequence[str]) -> dict[str, list[str]]:
+    """Lay out curves: the losses together, then one panel for each figure, of which all tasks' stand together.
+
+    >>> panels(["loss", "loss_click", "learning_rate", "eval_click_auc", "eval_auc", "train_loss"])
+    {'loss': ['loss', 'loss_click'], 'learning_rate': ['learning_rate'], 'auc': ['eval_click_auc', 'eval_auc']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name != "train_loss":  # the mean over the whole training, a single point
+            panel = "loss" if name.startswith("loss") else name.rpartition("_")[2] if name.startswith("eval_") else name
+            found.setdefault(panel, []).append(name)
+    return found
+
+
+def save_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write `curves.json` and `curves.png` into a folder; nothing where nothing was logged."""
+    found = curves(log_history)
+    layout = panels(list(found))
+    if not layout:
+        return
+    write_json(folder / CURVES_FILE, found)
+    # Not pyplot, which would open a window where there is a display, and keep every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(layout), 3)
+    rows = math.ceil(len(layout) / columns)
+    figure = Figure(figsize=(5 * columns, 3.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (panel, names) in enumerate(layout.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for name in names:
+            steps, values = zip(*found[name])
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
+        axes.set(title=panel, xlabel="optimizer steps")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    with atomic_file(folder / PICTURE_FILE) as partial:
+        figure.savefig(partial, format="png")
+
+
+__all__ = ["curves", "panels", "save_curves"]

@@ -1,0 +1,564 @@
+"""What a model is measured on: rankings, clicks, ratings and interactions of held-out events, beside the baselines."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from tqdm.auto import tqdm
+
+from ...modeling_m6rec import M6RecForRecommendation
+from ...segment_cache_m6rec import SegmentCache
+from ...tokenization import M6RecProcessor
+from ..config.arguments import EvaluationArguments, TaskArguments
+from ..data.log import repeated_rows
+from ..data.splits import Split, histories
+from ..metrics import (
+    bootstrap_interval,
+    classification_report,
+    coverage,
+    log_losses,
+    mae,
+    mixed_groups,
+    mrr,
+    ndcg_at_k,
+    ndcg_gains,
+    popularity_bias,
+    ranking_report,
+    recall_at_k,
+    rmse,
+    target_ranks,
+    top_items,
+)
+from ..rows.collator import CatalogueRows, M6RecDataCollator
+from ..rows.examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
+from ..rows.held_out import all_events, before_and_in, drawn_users, questions
+from ..rows.item_likes import like_rates
+from .baselines import NeighboursAndWords, SimilarText, popularity_scores
+from .verdicts import OWN, VERDICT, compare
+
+logger = logging.getLogger(__name__)
+ROWS_AT_ONCE = 64
+USERS_AT_ONCE = 1024
+"""Users whose scores of the whole catalogue are held at once: 100 MB for 12,000 items."""
+LIKE_STRENGTH = 5.0
+"""How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
+COMPARED_AT = 10
+"""Cut-off of the NDCG by which model and baselines are compared, where it is measured; else the largest one."""
+SHOWN_REPEATS = 5
+"""Users of repeated items that a warning names, at most."""
+SHOWS_PROGRESS = 2000
+"""Rows from which on an evaluation shows a progress bar."""
+
+
+@dataclass(frozen=True)
+class RankingExamples:
+    """Held-out events, each ranked against the whole catalogue.
+
+    Attributes:
+        users: Ids of the U users.
+        rows: What the model reads of each.
+        histories: Catalogue rows each has met before, in order.
+        targets: Catalogue rows of the held-out events.
+        cold: U bool: the target never occurs in training.
+        left_out: Ids of the users who are not asked about, since they have met the target before.
+    """
+
+    users: list[str]
+    rows: list[dict[str, Any]]
+    histories: list[np.ndarray]
+    targets: np.ndarray
+    cold: np.ndarray
+    left_out: list[str] = field(default_factory=list)
+
+    @cached_property
+    def repeated(self) -> np.ndarray:
+        """U bool: the user has met the target before."""
+        return np.array([target in history for target, history in zip(self.targets, self.histories)], dtype=bool)
+
+
+@dataclass(frozen=True)
+class ScoringExamples:
+    """Held-out events whose label or rating is predicted, and the negatives beside them.
+
+    Attributes:
+        rows: What the model reads: a user's history with candidates.
+        user_ids: Of the N candidates.
+        item_ids: Of the N candidates.
+        labels: N labels or ratings, or N x interactions, -100 where nothing is known.
+        interactions: Names of the interactions.
+        history_means: What the candidates' own histories say, in the shape of the labels: the share of likes, or the
+            mean rating, drawn towards that of all as in `like_rates`; None where negatives are drawn, since a history
+            then holds positives only.
+        negatives_per_event: How many negatives were drawn for an event.
+    """
+
+    rows: list[dict[str, Any]]
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    labels: np.ndarray
+    interactions: list[str] = field(default_factory=list)
+    history_means: np.ndarray | None = None
+    negatives_per_event: int = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """U x M scores of a catalogue, made when some users are asked for: all at once they would fill the memory.
+
+    Attributes:
+        of: Makes the scores of a slice of the users. Equal scores share a rank, so numbers should be of float64.
+    """
+
+    of: Callable[[slice], np.ndarray]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.of(part)
+
+
+def ranking_examples(
+    writer: RequestWriter, processor: M6RecProcessor, split: Split, part: str, arguments: EvaluationArguments, seed: int
+) -> RankingExamples:
+    """Prepare the ranking of each user's first event in the part "valid" or "test".
+
+    With `exclude_seen` and `repeats: leave_out` an event of an item that the user has met before is not asked about.
+    """
+    known, held_out = before_and_in(split, part)
+    before, after = histories(known), histories(held_out)
+    drawn = drawn_users([user for user in after if user in before], arguments, seed)
+    catalogue_rows, held_out_rows = (
+        np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int) for frame in (known, held_out)
+    )
+    seen = {user: catalogue_rows[before[user]] for user in drawn}
+    targets = {user: held_out_rows[after[user][0]] for user in drawn}
+    leaves_out = arguments.exclude_seen and arguments.repeats == "leave_out"
+    users = [user for user in drawn if targets[user] not in seen[user]] if leaves_out else drawn
+    asked = set(users)
+    requests = [
+        writer.request(user, writer.events(known.iloc[before[user][-processor.max_events :]])) for user in users
+    ]
+    trained = {writer.rows[item_id] for item_id in split.train["item_id"].unique()}
+    return RankingExamples(
+        users,
+        read_requests(processor, requests, "retrieval", f"Reading {part} users"),
+        [seen[user] for user in users],
+        np.array([targets[user] for user in users], dtype=int),
+        np.array([targets[user] not in trained for user in users], dtype=bool),
+        [user for user in drawn if user not in asked],
+    )
+
+
+def count_repeats(split: Split, part: str) -> tuple[int, int]:
+    """Count the events that `ranking_examples` asks about in a part, and those of items that their users know.
+
+    Returns:
+        How many are of items that the user has met before, and how many there are.
+    """
+    known, held_out = (frame[["user_id", "item_id"]] for frame in before_and_in(split, part))
+    first = held_out[held_out["user_id"].isin(known["user_id"].unique())].drop_duplicates("user_id")
+    return int(repeated_rows(pandas.concat([known, first]))[len(known) :].sum()), len(first)
+
+
+def scoring_examples(
+    writer: RequestWriter,
+    processor: M6RecProcessor,
+    split: Split,
+    part: str,
+    task: str,
+    arguments: TaskArguments,
+    evaluation: EvaluationArguments,
+    seed: int,
+) -> ScoringExamples:
+    """Prepare the prediction of what "click", "rating" or "interaction" says of the users' events in the part.
+
+    Negatives are drawn from the items that the user meets in no part, the same for every model.
+    """
+    everything, per_event = all_events(split), _negatives_per_event(task, arguments)
+    negatives = Negatives(writer, everything, per_event, seed) if per_event else None
+    candidates = Candidates(writer, everything, [task], arguments, negatives)
+    values = candidates.labels[task]
+    overall = _means(target_labels(before_and_in(split, part)[0], task, arguments))
+    requests, users, rows, labels, means = [], [], [], [], []
+    for question in questions(split, part, candidates.known, processor.max_events, evaluation, seed):
+        asked, own = candidates.of(question.asked)
+        history = writer.events(everything.iloc[question.history])
+        requests.append(writer.request(question.user_id, history, writer.candidates(asked)))
+        users += [question.user_id] * len(asked)
+        rows += [writer.item_ids[row] for row in asked]
+        labels.append(own[task])
+        means += [_means(values[question.history], overall, LIKE_STRENGTH)] * len(asked)
+    return ScoringExamples(
+        read_requests(processor, requests, task, f"Reading {part} candidates"),
+        np.array(users, dtype=object),
+        np.array(rows, dtype=object),
+        np.concatenate(labels) if labels else values[:0],
+        list(arguments.interactions) if task == "interaction" else [],
+        None if per_event else np.array(means),
+        per_event,
+    )
+
+
+def _negatives_per_event(task: str, arguments: TaskArguments) -> int:
+    return 0 if task == "rating" else arguments.negatives_per_event
+
+
+def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.ndarray:
+    """Mean of the known labels, of each interaction apart, drawn towards `overall`; NaN where there is nothing."""
+    heard = labels != UNKNOWN
+    with np.errstate(invalid="ignore"):
+        return ((labels * heard).sum(0) + strength * overall) / (heard.sum(0) + strength)
+
+
+@torch.no_grad()
+def catalogue_vectors(
+    model: M6RecForRecommendation,
+    catalogue: CatalogueRows,
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
+) -> torch.Tensor:
+    """Embed a catalogue: M x D."""
+    model.eval()
+    order = np.argsort([len(ids) for ids in catalogue.input_ids], kind="stable")
+    vectors = []
+    for start in range(0, len(order), 1024):
+        rows = order[start : start + 1024]
+        padded = collator.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
+        memory = torch.tensor([catalogue.memory_ids[row] for row in rows], device=model.device)
+        ids, mask = padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            vectors.append(model.embed_items(ids, mask, memory_ids=memory, segment_cache=cache).float().cpu())
+    return torch.cat(vectors)[torch.from_numpy(np.argsort(order))]
+
+
+@torch.no_grad()
+def answers(
+    model: M6RecForRecommendation,
+    rows: Sequence[dict[str, Any]],
+    collator: M6RecDataCollator,
+    field: str,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
+    part: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+) -> list[torch.Tensor]:
+    """Run rows through the model in batches of similar length, and return a part of the output's `field` for each row.
+
+    What `part` returns must not be a view, which would keep the whole batch.
+    """
+    model.eval()
+    how: dict[str, Any] = {} if cache is None else {"plan": "cached", "segment_cache": cache}
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    found: list[Any] = [None] * len(rows)
+    names = ("input_ids", "item_ids")
+    for start in tqdm(
+        range(0, len(order), ROWS_AT_ONCE), desc="Evaluating", disable=True if len(rows) < SHOWS_PROGRESS else None
+    ):
+        batch_rows = order[start : start + ROWS_AT_ONCE]
+        batch = collator([{name: rows[row][name] for name in names if name in rows[row]} for row in batch_rows])
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            out = getattr(model(**batch, **how, return_logits=False), field)
+        for row, value in zip(batch_rows, out.float().cpu()):
+            found[row] = part(value)
+    return found
+
+
+def user_vectors(
+    model: M6RecForRecommendation,
+    rows: Sequence[dict[str, Any]],
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
+) -> torch.Tensor:
+    """Embed users as of the end of their histories: U x D."""
+    return torch.stack(answers(model, rows, collator, "user_vectors", bf16, cache, _last_place))
+
+
+def _last_place(vectors: torch.Tensor) -> torch.Tensor:
+    """Take the last of a row's E x D vectors: behind it stands NaN, and a model that has diverged has nothing else."""
+    return vectors[max(int(vectors.isfinite().all(-1).sum()) - 1, 0)].clone()
+
+
+def rank_catalogue(
+    model: M6RecForRecommendation,
+    examples: RankingExamples,
+    catalogue: CatalogueRows,
+    collator: M6RecDataCollator,
+    bf16: bool,
+    cache: SegmentCache | None = None,
+) -> Scores:
+    """Score the whole catalogue for each user: U x M cosines."""
+    items = catalogue_vectors(model, catalogue, collator, bf16, cache)
+    users = user_vectors(model, examples.rows, collator, bf16, cache)
+    return Scores(lambda part: (users[part] @ items.T).numpy().astype(np.float64))
+
+
+def _ranked(
+    scores: Scores | np.ndarray, examples: RankingExamples, exclude_seen: bool, k: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rank each target, and list each user's first k items."""
+    ranks, top = [], []
+    for start in range(0, len(examples.users), USERS_AT_ONCE):
+        part = slice(start, start + USERS_AT_ONCE)
+        table, seen = scores[part], examples.histories[part] if exclude_seen else None
+        ranks.append(target_ranks(table, examples.targets[part], seen))
+        top += top_items(table, k, seen)
+    return np.concatenate(ranks) if ranks else np.empty(0), top
+
+
+def ranking_rows(
+    scores: Mapping[str, Scores | np.ndarray],
+    examples: RankingExamples,
+    counts: np.ndarray,
+    arguments: EvaluationArguments,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Measure model and baselines: who -> metrics; the model's row also has intervals, and how it compares."""
+    rows, gains = {}, {}
+    k = COMPARED_AT if COMPARED_AT in arguments.ks else max(arguments.ks)
+    for who, own in scores.items():
+        ranks, top = _ranked(own, examples, arguments.exclude_seen, max(arguments.ks))
+        rows[who] = _ranking_row(ranks, top, examples, counts, arguments)
+        gains[who] = ndcg_gains(ranks, k)
+        if who == OWN:
+            rows[who]["intervals"] = ranking_intervals(ranks, arguments, seed)
+    rows[OWN][VERDICT] = compare(f"ndcg@{k}", gains, seed=seed)
+    return rows
+
+
+def ranking_scores_report(
+    scores: Scores | np.ndarray, examples: RankingExamples, counts: np.ndarray, arguments: EvaluationArguments
+) -> dict[str, Any]:
+    """Measure U x M scores: recall, NDCG, MRR, coverage and popularity bias.
+
+    Figures of warm, cold and repeated items stand apart as well; of the latter the report says how many there are and
+    what they count as.
+    """
+    ranks, top = _ranked(scores, examples, arguments.exclude_seen, max(arguments.ks))
+    return _ranking_row(ranks, top, examples, counts, arguments)
+
+
+def _ranking_row(
+    ranks: np.ndarray,
+    top: list[np.ndarray],
+    examples: RankingExamples,
+    counts: np.ndarray,
+    arguments: EvaluationArguments,
+) -> dict[str, Any]:
+    subsets = {"warm": ~examples.cold, "cold": examples.cold, "repeated": examples.repeated}
+    report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), subsets)
+    report[f"coverage@{max(arguments.ks)}"] = coverage(top, len(counts))
+    report[f"popularity_bias@{max(arguments.ks)}"] = popularity_bias(top, counts)
+    return {**report, "seen": "out" if arguments.exclude_seen else "in", **_repeats(examples, arguments)}
+
+
+def _repeats(examples: RankingExamples, arguments: EvaluationArguments) -> dict[str, Any]:
+    """Say how many held-out events are of items that their users have met before, and what they count as."""
+    count = int(examples.repeated.sum()) + len(examples.left_out)
+    if not count:
+        return {}
+    if examples.left_out:
+        return {"repeats": count, "repeats_counted": "not at all"}
+    return {"repeats": count, "repeats_counted": "as misses" if arguments.exclude_seen else "as others"}
+
+
+def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -> None:
+    """Say which held-out events are of items that are left out of the ranking, and what may be done about it."""
+    users = examples.left_out or [user for user, repeated in zip(examples.users, examples.repeated) if repeated]
+    if not users or not arguments.exclude_seen:
+        return
+    counted = "are not asked about" if examples.left_out else "count as misses"
+    named = ", ".join(map(repr, users[:SHOWN_REPEATS])) + (", ..." if len(users) > SHOWN_REPEATS else "")
+    logger.warning(
+        "%d of %d held-out events are of items that their users have met before (users %s), and seen items are left "
+        "out, as the pipeline does by default: these events %s. evaluation.exclude_seen=false (and exclude_seen=False "
+        "of the pipeline) recommends seen items too",
+        len(users),
+        len(examples.users) + len(examples.left_out),
+        named,
+        counted,
+    )
+
+
+def ranking_intervals(ranks: np.ndarray, arguments: EvaluationArguments, seed: int) -> dict[str, list[float]]:
+    """Return 95% bootstrap intervals, over users, of what their targets' ranks say: metric -> [low, high]."""
+    metrics: dict[str, Any] = {f"recall@{k}": partial(recall_at_k, k=k) for k in arguments.ks}
+    metrics |= {f"ndcg@{k}": partial(ndcg_at_k, k=k) for k in arguments.ks} | {"mrr": mrr}
+    return {name: list(bootstrap_interval(ranks, metric, seed=seed)) for name, metric in metrics.items()}
+
+
+def ranking_baselines(
+    texts: Sequence[str], sequences: Sequence[np.ndarray], examples: RankingExamples, counts: np.ndarray
+) -> dict[str, Scores | np.ndarray]:
+    """Score the catalogue by popularity, by most similar text, and by neighbours and words, for the same users.
+
+    Args:
+        texts: Text of each of the M items.
+        sequences: Catalogue rows of each training history, in order.
+        examples: Whom the items are ranked for.
+        counts: Training events of each item.
+    """
+    similar, rule = SimilarText(texts), NeighboursAndWords(texts, sequences)
+    return {
+        "popularity": popularity_scores(counts, len(examples.users)),
+        "similar_text": Scores(lambda part: similar.scores(examples.histories[part])),
+        "neighbours_and_words": Scores(lambda part: rule.scores(examples.histories[part])),
+    }
+
+
+def training_sequences(writer: RequestWriter, split: Split) -> list[np.ndarray]:
+    """Return each user's training events as catalogue rows, in order."""
+    rows = np.array([writer.rows[item_id] for item_id in split.train["item_id"]], dtype=int)
+    return [rows[places] for places in histories(split.train).values()]
+
+
+def predictions(
+    model: M6RecForRecommendation,
+    examples: ScoringExamples,
+    task: str,
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    cache: SegmentCache | None = None,
+) -> np.ndarray:
+    """Predict the N candidates' click probabilities or ratings, or N x interactions probabilities."""
+    scores = answers(model, examples.rows, collator, "scores", bf16, cache)
+    lengths = [row["input_ids"].count(model.config.bos_token_id) for row in examples.rows]
+    found = [model.read_scores(own[:length], task) for own, length in zip(scores, lengths)]
+    return torch.cat(found).double().numpy()
+
+
+def scoring_report(predicted: np.ndarray, examples: ScoringExamples, task: str) -> dict[str, Any]:
+    """Measure predictions: RMSE and MAE of ratings; AUC, GAUC, log-loss and calibration of clicks and interactions.
+
+    Interactions are measured one by one (`like/auc`), and `auc`, `log_loss` and `calibration_error` are their means.
+    What cannot be measured is left out, and a warning says why.
+    """
+    if task == "rating":
+        return {
+            "rmse": rmse(predicted, examples.labels),
+            "mae": mae(predicted, examples.labels),
+            "examples": len(predicted),
+        }
+    drawn = {"negatives_per_event": examples.negatives_per_event, "negatives": "uniform"}
+    report: dict[str, Any] = drawn if examples.negatives_per_event else {}
+    if task == "click":
+        return {**_chances_report("click", predicted, examples.labels, examples.user_ids), **report}
+    reports = {
+        name: _chances_report(name, predicted[:, place], examples.labels[:, place], examples.user_ids)
+        for place, name in enumerate(examples.interactions)
+    }
+    found: dict[str, Any] = {}
+    for metric in ("auc", "log_loss", "calibration_error"):
+        values = [own[metric] for own in reports.values() if metric in own]
+        found |= {metric: float(np.mean(values))} if values else {}
+    for name, own in reports.items():
+        found |= {f"{name}/{metric}": value for metric, value in own.items()}
+    return {**found, "examples": len(predicted), **report}
+
+
+def _chances_report(name: str, chances: np.ndarray, labels: np.ndarray, users: np.ndarray) -> dict[str, Any]:
+    known = labels != UNKNOWN
+    if not known.any():
+        logger.warning("%s is not measured: no held-out event says anything of it", name)
+        return {"examples": 0}
+    chances, labels, users = chances[known], labels[known], users[known]
+    if labels.min() == labels.max():
+        logger.warning("%s has no AUC: all held-out labels are %g, and an AUC compares two classes", name, labels[0])
+    # With one held-out event a user nothing can be compared within a user: the report then has no GAUC.
+    return dict(classification_report(chances, labels, users if mixed_groups(labels, users).any() else None))
+
+
+def scoring_rows(
+    predicted: Mapping[str, np.ndarray], examples: ScoringExamples, task: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Measure predictions of model and baselines: who -> metrics; the model's row also says how it compares."""
+    rows = {who: scoring_report(own, examples, task) for who, own in predicted.items()}
+    known = examples.labels != UNKNOWN
+    if not known.any():
+        return rows
+    errors = {who: _errors(own, examples.labels, task) for who, own in predicted.items()}
+    users = np.broadcast_to(examples.user_ids.reshape(-1, *[1] * (known.ndim - 1)), known.shape)[known]
+    rows[OWN][VERDICT] = compare("rmse" if task == "rating" else "log_loss", errors, users, seed)
+    return rows
+
+
+def _errors(predicted: np.ndarray, labels: np.ndarray, task: str) -> np.ndarray:
+    """Say what each known label adds to the mean squared error or log-loss, or to the mean of several log-losses."""
+    known = labels != UNKNOWN
+    if task == "rating":
+        return (predicted[known] - labels[known]) ** 2
+    losses = log_losses(predicted[known], labels[known])
+    counts = np.broadcast_to(known.sum(0), known.shape)[known]
+    return losses * (len(losses) / np.count_nonzero(known.sum(0)) / counts)
+
+
+def scoring_baselines(
+    split: Split,
+    writer: RequestWriter,
+    examples: ScoringExamples,
+    part: str,
+    task: str,
+    arguments: TaskArguments,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Predict the same candidates by means of known labels: the user's, the item's, and the request's own history's.
+
+    What is known are the events of the earlier parts and, where negatives are drawn, negatives beside them, so that
+    `item_mean` is the item's popularity, read as a probability. `history_mean` is what the candidate's own history
+    says (with `rolling` it holds earlier held-out events), `history_and_item` the mean of both.
+    """
+    known, _ = before_and_in(split, part)
+    per_event = _negatives_per_event(task, arguments)
+    negatives = Negatives(writer, known, per_event, seed) if per_event else None
+    candidates = Candidates(writer, known, [task], arguments, negatives)
+    rows, users, labels = [], [], []
+    for user_id, places in histories(known).items():
+        own_rows, own = candidates.of(places)
+        rows.append(own_rows)
+        users += [user_id] * len(own_rows)
+        labels.append(own[task])
+    item_ids = np.array(writer.item_ids, dtype=object)[np.concatenate(rows)]
+    groups = {
+        "user_mean": (np.array(users, dtype=object), examples.user_ids),
+        "item_mean": (item_ids, examples.item_ids),
+    }
+    means = {name: _rates(np.concatenate(labels), given, asked) for name, (given, asked) in groups.items()}
+    if examples.history_means is not None:
+        means["history_mean"] = examples.history_means
+        means["history_and_item"] = (means["history_mean"] + means["item_mean"]) / 2
+    return means
+
+
+def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """`like_rates` of the known labels, of each interaction apart."""
+    if labels.ndim == 2:
+        return np.stack([_rates(column, groups, asked) for column in labels.T], 1)
+    heard = labels != UNKNOWN
+    return like_rates(labels[heard], groups[heard], asked, LIKE_STRENGTH)
+
+
+__all__ = [
+    "RankingExamples",
+    "Scores",
+    "ScoringExamples",
+    "catalogue_vectors",
+    "count_repeats",
+    "predictions",
+    "rank_catalogue",
+    "ranking_baselines",
+    "ranking_examples",
+    "ranking_intervals",
+    "ranking_rows",
+    "ranking_scores_report",
+    "scoring_baselines",
+    "scoring_examples",
+    "scoring_report",
+    "scoring_rows",
+    "training_sequences",
+    "user_vectors",
+    "warn_of_repeats",
+]

@@ -1,0 +1,119 @@
+"""Measuring written texts: perplexity, and a comparison with the texts of the log."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...modeling_m6rec import M6RecForRecommendation
+from ...tokenization import M6RecProcessor
+from ..metrics import writing_report
+from ..rows.collator import UNKNOWN, M6RecDataCollator
+from ..rows.writing import WritingExample, WritingExamples
+
+WRITTEN_AT_ONCE = 16
+NEW_TOKENS = 64
+"""Tokens of a text that is written for the report, at most."""
+
+
+def measure_writing(
+    model: M6RecForRecommendation, examples: WritingExamples, collator: M6RecDataCollator, bf16: bool = False
+) -> dict[str, Any]:
+    """Return the perplexity of a token, over all texts and for each writing task (`explanation/perplexity`)."""
+    names = dict.fromkeys(example.name for example in examples.examples)
+    report: dict[str, Any] = {"perplexity": perplexity(model, examples.rows, collator, bf16)}
+    for name in names:
+        own = [examples.rows[place] for place in examples.of(name)]
+        report[f"{name}/perplexity"] = perplexity(model, own, collator, bf16)
+    return {**report, "examples": len(examples.rows)}
+
+
+def unigram_perplexity(training: WritingExamples, examples: WritingExamples, vocab_size: int) -> dict[str, Any]:
+    """Measure the baseline that knows how often each token is written, and nothing else (add-one smoothing)."""
+    counts = np.ones(vocab_size)
+    for row in training.rows:
+        np.add.at(counts, _written(row), 1)
+    costs = -np.log(counts / counts.sum())
+    tokens = np.concatenate([_written(row) for row in examples.rows])
+    return {"perplexity": math.exp(costs[tokens].mean()), "examples": len(examples.rows)}
+
+
+def _written(row: dict[str, Any]) -> np.ndarray:
+    labels = np.array(row["labels"])
+    return labels[labels != UNKNOWN]
+
+
+def measure_texts(
+    model: M6RecForRecommendation, examples: WritingExamples, processor: M6RecProcessor, max_texts: int, seed: int
+) -> dict[str, Any]:
+    """Let the model write, and compare with what people wrote (`explanation/rouge_l`, ...).
+
+    Args:
+        model: Writes greedily, `NEW_TOKENS` at most.
+        examples: What is to be written.
+        processor: Reads requests and answers.
+        max_texts: So many of each writing task, drawn by the seed.
+        seed: Of the draw.
+    """
+    report: dict[str, Any] = {}
+    for name in dict.fromkeys(example.name for example in examples.examples):
+        places = np.random.default_rng(seed).permutation(examples.of(name))[:max_texts]
+        own = [examples.examples[place] for place in sorted(places)]
+        if own:
+            found = writing_report(write(model, own, processor), [example.text for example in own])
+            report |= {f"{name}/{metric}": value for metric, value in found.items()}
+    return report
+
+
+@torch.no_grad()
+def write(model: M6RecForRecommendation, examples: Sequence[WritingExample], processor: M6RecProcessor) -> list[str]:
+    """Write the texts of examples of one writing task, greedily."""
+    model.eval()
+    reader = copy.copy(processor)
+    reader.max_length = max(processor.max_length - NEW_TOKENS, processor.max_length // 2)  # room for the answer
+    order = sorted(range(len(examples)), key=lambda place: len(examples[place].request.get("history", ())))
+    texts = [""] * len(examples)
+    for start in range(0, len(order), WRITTEN_AT_ONCE):
+        places = order[start : start + WRITTEN_AT_ONCE]
+        requests = [examples[place].request for place in places]
+        batch = reader(requests, examples[0].name, return_tensors="pt", padding_side="left")
+        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "layout_ids"}
+        written = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        for place, ids in zip(places, written[:, inputs["input_ids"].shape[1] :]):
+            texts[place] = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return texts
+
+
+@torch.no_grad()
+def perplexity(
+    model: M6RecForRecommendation,
+    rows: Sequence[dict[str, Any]],
+    collator: M6RecDataCollator,
+    bf16: bool = False,
+    rows_at_once: int = 8,
+) -> float:
+    """Return exp of the mean negative log-likelihood of a labelled token, or of a like."""
+    model.eval()
+    total, labelled = 0.0, 0
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(rows), rows_at_once):
+        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + rows_at_once]).items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            loss = model(**batch, num_items_in_batch={"text": 1, "click": 1}, return_logits=False).loss
+        total += float(loss)
+        labelled += sum(int((batch[name] != UNKNOWN).sum()) for name in ("labels", "click_labels") if name in batch)
+    return math.exp(total / labelled)
+
+
+__all__ = [
+    "NEW_TOKENS",
+    "WRITTEN_AT_ONCE",
+    "measure_texts",
+    "measure_writing",
+    "perplexity",
+    "unigram_perplexity",
+    "write",
+]

@@ -1,0 +1,1 @@
+"""Publishing a model: what may be sent, and the commit."""

@@ -1,0 +1,160 @@
+"""From rows to batches: padding by the processor, and the items that retrieval is learnt against."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...configuration_m6rec import M6RecConfig
+from ...heads_m6rec import user_places
+from ...layout_m6rec import layout
+from ...tokenization import M6RecProcessor
+from ..config.arguments import TaskArguments
+
+UNKNOWN = -100
+LABELS = ("labels", "click_labels", "rating_labels", "interaction_labels", "retrieval_labels")
+"""All that `M6RecForRecommendation.forward` takes."""
+
+
+@dataclass(frozen=True)
+class CatalogueRows:
+    """The items of a catalogue as the model reads them, one entry a row.
+
+    Attributes:
+        input_ids: Ids of [ITEM] ... [SEG].
+        memory_ids: Rows of the item memory, 0 = none.
+        counts: Training events of each item.
+    """
+
+    input_ids: list[list[int]]
+    memory_ids: list[int]
+    counts: np.ndarray
+
+    @classmethod
+    def read(cls, items: Sequence[dict[str, Any]], counts: np.ndarray, processor: M6RecProcessor) -> "CatalogueRows":
+        """Read items with a processor."""
+        return cls(processor.encode_items(items), [processor.item_row(item) for item in items], counts)
+
+
+class M6RecDataCollator:
+    """Makes a batch of rows.
+
+    Rows with `next_items` become `retrieval_labels`, and the batch then holds the items to choose among, each distinct
+    one once: two items that read the same share a place, so that none is its own negative.
+
+    A batch with labels of one kind holds one -100 a row for each other kind, which `forward` takes for none: the
+    library's Trainer then computes `eval_loss` for any of the tasks. With rows that have `next_items` the Trainer must
+    keep all columns: `TrainingArguments(remove_unused_columns=False)`.
+
+    Args:
+        processor: Pads.
+        config: Says where in a row a user is read.
+        catalogue: The items; needed for rows with `next_items`.
+        task: Which items are negatives.
+        seed: Of the sampled negatives, which depend on the seed and on the rows of the batch only: on their `number`,
+            the epoch and index that the Trainer gives them, and where they have none on what came next.
+        padding_side: "right" or "left".
+    """
+
+    def __init__(
+        self,
+        processor: M6RecProcessor,
+        config: M6RecConfig,
+        catalogue: CatalogueRows | None = None,
+        task: TaskArguments | None = None,
+        seed: int = 0,
+        padding_side: str = "right",
+    ) -> None:
+        self.processor, self.config, self.catalogue = processor, config, catalogue
+        self.task, self.seed, self.padding_side = task or TaskArguments(), seed, padding_side
+        self.frozen = False
+        """Texts are not trained, so that the states of the whole catalogue are at hand: a batch need not hold it."""
+        self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
+        self._learnt = self._same[catalogue.counts > 0] if catalogue else self._same
+        """Items with training events: the others are no negatives, since as nobody's next they would only be pushed
+        away, and be found by nobody when they are new."""
+        self.distinct = np.unique(self._learnt)
+        """Rows of the catalogue that negatives "catalogue" means: those learnt that differ from all before them."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make the batch that `M6RecForRecommendation.forward` takes."""
+        next_items, numbers = ([row.get(name) for row in rows] for name in ("next_items", "number"))
+        read = [{name: value for name, value in row.items() if name not in ("next_items", "number")} for row in rows]
+        batch = self.processor.pad(read, self.padding_side)
+        if any(entry is not None for entry in next_items):
+            if self.catalogue is None:
+                raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
+            batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
+        if any(name in batch for name in LABELS):
+            unknown = torch.full((len(rows),), UNKNOWN)
+            batch = {**dict.fromkeys(LABELS, unknown), **batch}
+        return batch
+
+    def _retrieval(
+        self, batch: dict[str, torch.Tensor], next_items: list[list[int] | None], numbers: list[int]
+    ) -> dict[str, torch.Tensor]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        places = user_places(ids, layout(ids, mask, self.config), self.config)
+        wanted = torch.full_like(places, UNKNOWN)
+        for row, items in enumerate(next_items):
+            if items:
+                kept = int((places[row] >= 0).sum())  # old events may have been dropped: the head then knows nothing
+                wanted[row, :kept] = torch.tensor(items[-kept:])
+                if kept < len(items):
+                    wanted[row, 0] = UNKNOWN
+                if self.config.history_attention == "bidirectional":
+                    wanted[row, : kept - 1] = UNKNOWN  # earlier places have seen what came next
+        known = (wanted != UNKNOWN) & (places >= 0)
+        rows, positives = self._choose(wanted[known].numpy(), numbers)
+        labels = torch.full_like(ids, UNKNOWN)
+        labels[known.nonzero()[:, 0], places[known]] = torch.from_numpy(positives)
+        return {"retrieval_labels": labels, **self._items(rows, len(positives))}
+
+    def _choose(self, positives: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct catalogue rows to choose among, and the place of each positive among them."""
+        positives = self._same[positives]
+        if self.task.negatives == "catalogue":
+            rows = self.distinct
+            if not np.isin(positives, rows).all():
+                raise ValueError("next_items holds an item without a training event: count them all in `counts`")
+        else:
+            rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
+            if self.task.negatives == "sampled":
+                drawn = np.random.default_rng([self.seed, *(numbers or positives.tolist())]).integers(
+                    len(self._learnt), size=self.task.num_sampled
+                )
+                rows = np.union1d(rows, self._learnt[drawn])
+        return rows, np.searchsorted(rows, positives)
+
+    def _items(self, rows: np.ndarray, num_positives: int) -> dict[str, torch.Tensor]:
+        catalogue = self.catalogue
+        assert catalogue is not None
+        found = {"item_memory_ids": torch.tensor([catalogue.memory_ids[row] for row in rows])}
+        if not (self.frozen and self.task.negatives == "catalogue"):
+            padded = self.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
+            found |= {"item_input_ids": padded["input_ids"], "item_attention_mask": padded["attention_mask"]}
+        if self.task.negatives != "catalogue" and self.task.correct_popularity:
+            found["item_log_frequency"] = torch.from_numpy(self._log_frequency(num_positives)[rows]).float()
+        return found
+
+    def _log_frequency(self, num_positives: int) -> np.ndarray:
+        """Log of how many times each item is expected among the items of a batch: as a positive, and as a draw."""
+        assert self.catalogue is not None
+        counts = np.bincount(self._same, weights=self.catalogue.counts, minlength=len(self._same))
+        expected = num_positives * counts / max(counts.sum(), 1)
+        if self.task.negatives == "sampled":
+            drawn = np.bincount(self._learnt, minlength=len(self._same)) / len(self._learnt)
+            expected = expected + self.task.num_sampled * drawn
+        return np.log(np.maximum(expected, 1e-12))
+
+    def _first_alike(self) -> np.ndarray:
+        """For each item the first one that reads the same and shares its memory."""
+        assert self.catalogue is not None
+        first: dict[tuple, int] = {}
+        pairs = zip(self.catalogue.input_ids, self.catalogue.memory_ids)
+        return np.array([first.setdefault((memory, *ids), row) for row, (ids, memory) in enumerate(pairs)])
+
+
+__all__ = ["CatalogueRows", "M6RecDataCollator"]

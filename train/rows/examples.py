@@ -1,0 +1,453 @@
+"""From a log to requests, and from requests to training rows."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ...tokenization import M6RecProcessor
+from ..config.arguments import TaskArguments
+from ..data.log import Log
+from ..data.splits import histories, shuffled_ties
+from .item_likes import ITEM_LIKES, ItemLikes
+
+UNKNOWN = -100
+SCORED = ("click", "rating", "interaction")
+READ_AT_ONCE = 256
+"""Requests that the processor reads together."""
+
+
+class RequestWriter:
+    """Writes a log's events as the processor wants them: verb, item, time, rating.
+
+    Args:
+        log: Where items and users are described.
+
+    Attributes:
+        statistics: What is told of candidates beside their text, if anything.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.statistics: ItemLikes | None = None
+        self.item_ids = list(log.items.index)
+        self.rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        self.items = [{**log.item_fields(item_id), "item_id": item_id} for item_id in self.item_ids]
+        self._users: dict[str, dict[str, str]] = {}
+
+    def item(self, item_id: str) -> dict[str, str]:
+        """Return the fields of an item, its id among them."""
+        return self.items[self.rows[item_id]]
+
+    def candidates(self, rows: Sequence[int] | np.ndarray, learner: str | None = None) -> list[dict[str, Any]]:
+        """Return items of the catalogue as candidates, with their statistics.
+
+        Args:
+            rows: Where they stand in the catalogue.
+            learner: Whose training labels are learnt with them; None: nobody's.
+        """
+        items: list[dict[str, Any]] = [self.items[row] for row in rows]
+        if self.statistics is None:
+            return items
+        shares = self.statistics.of(np.asarray(rows, dtype=int), learner)
+        return [{**item, "stats": {ITEM_LIKES: share}} for item, share in zip(items, shares)]
+
+    def user(self, user_id: str) -> dict[str, str]:
+        """Return the fields of a user; empty where nothing is known."""
+        if user_id not in self._users:
+            self._users[user_id] = self.log.user_fields(user_id)
+        return self._users[user_id]
+
+    def events(self, frame: pandas.DataFrame) -> list[dict[str, Any]]:
+        """Write rows of the log as events, in their order."""
+        columns = {name: frame[name].tolist() for name in ("event", "timestamp", "rating", "text") if name in frame}
+        events: list[dict[str, Any]] = []
+        for place, item_id in enumerate(frame["item_id"]):
+            event: dict[str, Any] = {"item": self.item(item_id)}
+            event |= {name: values[place] for name, values in columns.items() if not _absent(values[place])}
+            events.append(event)
+        return events
+
+    def request(
+        self, user_id: str, history: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """Write a request: who the user is, what they did, what might be recommended."""
+        request: dict[str, Any] = {"history": list(history)}
+        if self.user(user_id):
+            request["user"] = self.user(user_id)
+        return {**request, "candidates": list(candidates)} if candidates else request
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a user's events: `start` to `cut` are the history, `cut` to `stop` the targets."""
+
+    start: int
+    cut: int
+    stop: int
+
+
+def windows(num_events: int, max_events: int, targets: int = 1, learn_history: bool = False) -> Iterator[Window]:
+    """Lay windows over a user's events so that each event is learnt once.
+
+    Args:
+        num_events: Events of the user.
+        max_events: Events of a history, at most.
+        targets: Events after it that are targets.
+        learn_history: The events of the history are learnt along with the targets (retrieval), all but its first where
+            earlier ones are left out: then windows are `max_events` apart. Else they are `targets` apart.
+
+    Yields:
+        Windows with at least one target; a user's first ones have short histories.
+
+    >>> [(w.start, w.cut, w.stop) for w in windows(7, max_events=3, learn_history=True)]
+    [(0, 3, 4), (3, 6, 7)]
+    >>> [(w.start, w.cut, w.stop) for w in windows(5, max_events=3, targets=2)]
+    [(0, 0, 1), (0, 1, 3), (0, 3, 5)]
+    >>> [(w.start, w.cut, w.stop) for w in windows(1, max_events=3, targets=2)]
+    [(0, 0, 1)]
+    """
+    stop = num_events
+    found = []
+    while stop > 0:
+        cut = max(stop - targets, 0)
+        start = max(cut - max_events, 0)
+        found.append(Window(start, cut, stop))
+        if learn_history:
+            stop = start + 1 if start else 0
+        else:
+            stop = cut
+    yield from reversed(found)
+
+
+class Negatives:
+    """Draws the items that stand beside an event with label 0, where a log holds no refusals.
+
+    They are drawn uniformly, none twice, from the items that occur with the event's verb and that the user has never
+    met. By verb, since in a log where artists are listened to and users are followed it says nothing of anyone's taste
+    that they did not follow an artist. A user who has met nearly all of them gets fewer.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        events: What has been met, and what occurs: the training events in training, so that nothing later is told; in
+            evaluation the whole log, so that no negative is a positive of another part.
+        per_event: How many are drawn for an event.
+        seed: Every draw depends on (seed, epoch, event) and on nothing else.
+    """
+
+    def __init__(self, writer: RequestWriter, events: pandas.DataFrame, per_event: int, seed: int) -> None:
+        self.per_event, self.seed = per_event, seed
+        rows = np.array([writer.rows[item_id] for item_id in events["item_id"]], dtype=int)
+        self._met = {user: np.unique(rows[places]) for user, places in histories(events).items()}
+        verbs = _verbs(events)
+        self._pools = {verb: np.unique(rows[verbs == verb]) for verb in np.unique(verbs)}
+
+    def draw(self, user_id: str, verb: str, event: int, epoch: int) -> np.ndarray:
+        """Draw catalogue rows for an event of a user.
+
+        Args:
+            user_id: Who the event is of.
+            verb: What happened.
+            event: The event's number in the log.
+            epoch: Each has its own draws.
+        """
+        free = np.setdiff1d(self._pools[verb], self._met[user_id], assume_unique=True)
+        rng = np.random.default_rng([self.seed, epoch, event])
+        return rng.choice(free, min(self.per_event, len(free)), replace=False, shuffle=False)
+
+
+class Candidates:
+    """Events as candidates: their items, what they say of each task, and behind each its negatives.
+
+    A negative has label 0 where its event has label 1; where the event says nothing, so does the negative.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        frame: The events.
+        names: Tasks: click, rating, interaction.
+        task: How events are read as labels.
+        negatives: Draws them; None: there are none.
+    """
+
+    def __init__(
+        self,
+        writer: RequestWriter,
+        frame: pandas.DataFrame,
+        names: Iterable[str],
+        task: TaskArguments,
+        negatives: Negatives | None = None,
+    ) -> None:
+        self.labels = {name: target_labels(frame, name, task) for name in names}
+        self.negatives = negatives
+        self._rows = np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int)
+        self._users, self._verbs, self._events = frame["user_id"].to_numpy(), _verbs(frame), frame.index.to_numpy()
+
+    @property
+    def known(self) -> np.ndarray:
+        """Which events say something of at least one task."""
+        found = np.zeros(len(self._rows), dtype=bool)
+        for values in self.labels.values():
+            found |= (values != UNKNOWN).reshape(len(values), -1).any(1)
+        return found
+
+    def of(self, places: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the catalogue rows of the candidates that the events at these places make, and their labels."""
+        if self.negatives is None:
+            return self._rows[places], {name: values[places] for name, values in self.labels.items()}
+        rows: list[int] = []
+        labels: dict[str, list[Any]] = {name: [] for name in self.labels}
+        for place in places:
+            own = {name: values[place] for name, values in self.labels.items()}
+            against = {name: _against(name, value) for name, value in own.items()}
+            drawn = np.empty(0, dtype=int)
+            if any((value != UNKNOWN).any() for value in against.values()):
+                event = (str(self._users[place]), self._verbs[place], int(self._events[place]))
+                drawn = self.negatives.draw(*event, epoch)
+            rows += [self._rows[place], *drawn]
+            for name in labels:
+                labels[name] += [own[name], *[against[name]] * len(drawn)]
+        return np.array(rows, dtype=int), {name: np.array(values) for name, values in labels.items()}
+
+
+def _against(name: str, own: Any) -> np.ndarray:
+    """What a negative says, beside an event that says `own`: a rating of what was never met is unknown."""
+    return np.where((np.asarray(own) == 1) & (name != "rating"), 0, UNKNOWN)
+
+
+def _verbs(frame: pandas.DataFrame) -> np.ndarray:
+    return frame["event"].to_numpy(dtype=object) if "event" in frame else np.full(len(frame), "", dtype=object)
+
+
+class ScoringRows(Dataset):
+    """Training rows whose candidates are scored: some of a user's events after those that came before them.
+
+    Rows are read when asked for, since each epoch draws its own negatives.
+
+    Args:
+        writer: Writes the requests.
+        frame: Training events, ordered.
+        processor: Reads the requests.
+        task: What is learnt.
+        seed: Of the negatives.
+    """
+
+    def __init__(
+        self, writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, task: TaskArguments, seed: int
+    ) -> None:
+        self.writer, self.processor, self.epoch = writer, processor, 0
+        self.names = [name for name in task.learn if name in SCORED]
+        negatives = Negatives(writer, frame, task.negatives_per_event, seed) if task.negatives_per_event else None
+        self.candidates = Candidates(writer, frame, self.names, task, negatives)
+        for name, values in self.candidates.labels.items():
+            refuse_equal_labels(values, name, task)
+        known, self._windows = self.candidates.known, []
+        self._events: dict[str, list[dict[str, Any]]] = {}
+        for user_id, places in histories(frame).items():
+            self._events[user_id] = writer.events(frame.iloc[places])
+            for window in windows(len(places), processor.max_events, task.targets):
+                asked = places[window.cut : window.stop]
+                if known[asked].any():
+                    self._windows.append((user_id, window, asked))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw negatives anew."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Read several rows at once, which is faster than one by one."""
+        requests, labels = [], []
+        for index in indices:
+            user_id, window, asked = self._windows[index]
+            rows, own = self.candidates.of(asked, self.epoch)
+            history = self._events[user_id][window.start : window.cut]
+            requests.append(self.writer.request(user_id, history, self.writer.candidates(rows, user_id)))
+            labels.append({f"{name}_labels": values.tolist() for name, values in own.items()})
+        readings = read_requests(self.processor, requests, self.names[0], "Reading training rows of candidates")
+        return [{**row, **own} for row, own in zip(readings, labels)]
+
+
+def training_rows(
+    writer: RequestWriter,
+    frame: pandas.DataFrame,
+    processor: M6RecProcessor,
+    task: TaskArguments,
+    bidirectional: bool = False,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Read the training events of all users as rows: some for retrieval, others whose candidates are scored.
+
+    Args:
+        writer: Writes the requests.
+        frame: Training events, ordered.
+        processor: Reads the requests.
+        task: What is learnt.
+        bidirectional: History is read in both directions, so that only what comes after its end can be learnt.
+        seed: Of negatives, which are here those of the first epoch.
+
+    Returns:
+        Rows of `input_ids` and `item_ids`; with labels of targets, or for retrieval with `next_items`: the catalogue
+        rows that came next after the head of the source and after each event, -100 where it is not learnt here.
+    """
+    rows = retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
+    if any(name in SCORED for name in task.learn):
+        scoring = ScoringRows(writer, frame, processor, task, seed)
+        rows += scoring.read(range(len(scoring)))
+    return rows
+
+
+def retrieval_rows(
+    writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool
+) -> list[dict[str, Any]]:
+    """Read the training events of all users as rows of retrieval; see `training_rows`."""
+    requests, extras = [], []
+    for user_id, places in histories(frame).items():
+        own = frame.iloc[places]
+        events, rows = writer.events(own), [writer.rows[item_id] for item_id in own["item_id"]]
+        for window in windows(len(events), processor.max_events, learn_history=not bidirectional):
+            requests.append(writer.request(user_id, events[window.start : window.cut]))
+            following = rows[window.start : window.cut + 1]
+            if window.start:  # the head has not read what came before: only a user's first event is learnt there
+                following[0] = UNKNOWN
+            extras.append({"next_items": following})
+    readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
+    return [{**row, **extra} for row, extra in zip(readings, extras)]
+
+
+class RetrievalRows(Dataset):
+    """Training rows of retrieval where events of the same time have another order in each epoch; see `training_rows`.
+
+    Args:
+        writer: Writes the requests.
+        frame: Training events, ordered.
+        processor: Reads the requests.
+        bidirectional: History is read in both directions.
+        seed: Of the orders.
+    """
+
+    def __init__(
+        self, writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool, seed: int
+    ) -> None:
+        self.source, self.seed, self.epoch = (writer, frame, processor, bidirectional), seed, -1
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order and read anew."""
+        if epoch == self.epoch:
+            return
+        writer, frame, processor, bidirectional = self.source
+        self.rows = retrieval_rows(writer, shuffled_ties(frame, self.seed, epoch), processor, bidirectional)
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def read_requests(
+    processor: M6RecProcessor, requests: Sequence[dict[str, Any]], task: str, description: str
+) -> list[dict[str, Any]]:
+    """Read requests into rows of `input_ids` and `item_ids`, with a progress bar."""
+    rows: list[dict[str, Any]] = []
+    with tqdm(
+        total=len(requests), desc=description, unit="row", disable=True if len(requests) < READ_AT_ONCE else None
+    ) as bar:
+        for start in range(0, len(requests), READ_AT_ONCE):
+            readings = processor.read_many(requests[start : start + READ_AT_ONCE], task)
+            for reading in readings:
+                row: dict[str, Any] = {"input_ids": reading.input_ids}
+                if processor.item_rows is not None:
+                    row["item_ids"] = reading.item_ids
+                rows.append(row)
+            bar.update(len(readings))
+    return rows
+
+
+def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) -> np.ndarray:
+    """Return what each event says about a task: N labels, or N x interactions; -100 where it says nothing.
+
+    With negatives drawn (`negatives_per_event`) the log holds no refusals: an event without a label is a click, and an
+    event says something of its own interactions only.
+
+    Raises:
+        ValueError: If the log has no column for the task.
+    """
+    column = {"click": "label", "rating": "rating", "interaction": "event"}[task]
+    if column not in frame and task == "click" and arguments.negatives_per_event:
+        return np.ones(len(frame))
+    if column not in frame:
+        hint = ", unless task.negatives_per_event draws what was not clicked" if task == "click" else ""
+        raise ValueError(f"task {task!r} is learnt from column {column!r}, which the interactions do not have{hint}")
+    if task == "interaction":
+        events = frame[column].to_numpy()
+        labels = np.stack([np.isin(events, names).astype(int) for names in arguments.interactions.values()], 1)
+        unknown = labels == 0 if arguments.negatives_per_event else (events == "")[:, None]
+        return np.where(unknown, UNKNOWN, labels)
+    values = frame[column].to_numpy(dtype=float)
+    return np.where(np.isnan(values), UNKNOWN, values)
+
+
+def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArguments, seed: int) -> ItemLikes:
+    """Count the likes of each item in training events.
+
+    Raises:
+        ValueError: If the log has no labels, or no refusals.
+    """
+    if task.negatives_per_event:
+        raise ValueError(
+            f"text.statistics 'item_likes' counts likes and dislikes, but with task.negatives_per_event="
+            f"{task.negatives_per_event} the log holds no dislikes: leave one of them out"
+        )
+    labels = target_labels(frame, "click", task)
+    known = labels != UNKNOWN
+    rows = np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int)
+    users = frame["user_id"].to_numpy(dtype=object)
+    return ItemLikes(users[known], rows[known], labels[known], len(writer.items), seed)
+
+
+def refuse_equal_labels(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
+    """Raise if all known labels of a task, or of one of its interactions, are equal: there is nothing to learn."""
+    named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
+    for name, values in named:
+        known = np.unique(values[values != UNKNOWN])
+        if arguments.negatives_per_event and task != "rating" and 1 in known:
+            continue
+        if len(known) < 2:
+            found = f"are {known[0]:g}" if len(known) else "are missing"
+            hint = "; task.negatives_per_event draws what was not met" if task != "rating" and 1 in known else ""
+            raise ValueError(
+                f"all labels of {name!r} {found} in the training part: there is nothing to learn from them{hint}"
+            )
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value == "" or isinstance(value, float) and np.isnan(value)
+
+
+__all__ = [
+    "SCORED",
+    "Candidates",
+    "Negatives",
+    "RequestWriter",
+    "RetrievalRows",
+    "ScoringRows",
+    "Window",
+    "item_likes",
+    "read_requests",
+    "refuse_equal_labels",
+    "retrieval_rows",
+    "target_labels",
+    "training_rows",
+    "windows",
+]

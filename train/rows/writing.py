@@ -1,0 +1,214 @@
+"""Writing: explanations, queries, items' texts and a conversation's answers, as rows, and how well they are written.
+
+What a log holds of them is said by `task.writing`: the text of an event is an explanation (a review, a reason) or a
+query, by what happened; an item's text is what its template says of it; answers stand in a table of dialogues.
+Each is asked after the events (or turns) before it, at most `max_events` of them.
+
+What does not fit into `max_length` goes in the processor's order: the oldest events, then fields of the item, then the
+ends of the longest texts. A text whose end was cut is learnt as far as it stands, without the end that is not its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas
+
+from ...items_m6rec import item_texts
+from ...tokenization import M6RecProcessor
+from ..config.arguments import EvaluationArguments, TaskArguments
+from ..data.splits import Split, histories
+from ..data.tables import Table, load_table
+from .examples import READ_AT_ONCE, UNKNOWN, RequestWriter, windows
+from .held_out import all_events, questions
+
+
+@dataclass(frozen=True)
+class WritingExample:
+    """A text to be written.
+
+    Attributes:
+        name: The writing task.
+        request: What it is written to, without the text.
+        text: The text; in a conversation the last turn, which `request` then does not hold.
+    """
+
+    name: str
+    request: dict[str, Any]
+    text: str
+
+    @property
+    def answered(self) -> dict[str, Any]:
+        """The request with the text."""
+        if self.name != "conversation":
+            return {**self.request, "text": self.text}
+        return {**self.request, "text": [*self.request["text"], {"role": "assistant", "content": self.text}]}
+
+
+@dataclass(frozen=True)
+class WritingExamples:
+    """Texts to be written, and the rows in which the model reads them.
+
+    Attributes:
+        examples: The texts.
+        rows: `input_ids`, `labels` and `item_ids` of each.
+    """
+
+    examples: list[WritingExample]
+    rows: list[dict[str, Any]]
+
+    def of(self, name: str) -> list[int]:
+        """Return the places of a writing task's examples."""
+        return [place for place, example in enumerate(self.examples) if example.name == name]
+
+
+class TextSource:
+    """Says which texts a log holds for a writing task, and to which requests they are written.
+
+    Args:
+        writer: Writes the requests.
+        processor: Words the items.
+        task: Says which events have which texts.
+    """
+
+    def __init__(self, writer: RequestWriter, processor: M6RecProcessor, task: TaskArguments) -> None:
+        self.writer, self.processor, self.task = writer, processor, task
+        self.names = [name for name in task.writing if name != "conversation"]
+        self._items = item_texts(processor, writer.items) if "item_text" in self.names else []
+
+    def heard(self, frame: pandas.DataFrame, name: str) -> np.ndarray:
+        """Say which events hold a text for the task.
+
+        Raises:
+            ValueError: If the log lacks a column for it.
+        """
+        verbs = self.task.writing[name]
+        needed = ["text"] * (name != "item_text") + ["event"] * bool(verbs)
+        for column in needed:
+            if column not in frame:
+                raise ValueError(f"task.writing {name!r} is learnt from column {column!r}, which the interactions lack")
+        found = frame["event"].isin(verbs).to_numpy() if verbs else np.ones(len(frame), dtype=bool)
+        return found if name == "item_text" else found & (frame["text"] != "").to_numpy()
+
+    def example(self, name: str, user_id: str, history: list[dict[str, Any]], event: dict[str, Any]) -> WritingExample:
+        """Make the example of one event of `RequestWriter.events`."""
+        request = self.writer.request(user_id, history, [event["item"]] if name == "explanation" else [])
+        text = self._items[self.writer.rows[event["item"]["item_id"]]] if name == "item_text" else event["text"]
+        return WritingExample(name, request, text)
+
+    def training(self, frame: pandas.DataFrame) -> Iterator[WritingExample]:
+        """Yield what is to be learnt from the training events."""
+        heard = {name: self.heard(frame, name) for name in self.names}
+        for name, places in heard.items():
+            if not places.any():
+                raise ValueError(
+                    f"task.writing {name!r}: no training event of {self.task.writing[name] or 'any kind'} has a text"
+                )
+        for user_id, places in histories(frame).items():
+            events = self.writer.events(frame.iloc[places])
+            for window in windows(len(places), self.processor.max_events):
+                for name in self.names:
+                    if heard[name][places[window.cut]]:
+                        past = events[window.start : window.cut]
+                        yield self.example(name, user_id, past, events[window.cut])
+
+    def held_out(self, split: Split, part: str, evaluation: EvaluationArguments, seed: int) -> Iterator[WritingExample]:
+        """Yield what is to be written in a part, each after the history that `questions` gives it."""
+        everything = all_events(split)
+        for name in self.names:
+            heard = self.heard(everything, name)
+            for question in questions(split, part, heard, self.processor.max_events, evaluation, seed):
+                history = self.writer.events(everything.iloc[question.history])
+                for event in self.writer.events(everything.iloc[question.asked]):
+                    yield self.example(name, question.user_id, history, event)
+
+
+def dialogue_examples(
+    task: TaskArguments, part: str, evaluation: EvaluationArguments, max_turns: int, seed: int
+) -> Iterator[WritingExample]:
+    """Yield the system's turns of a part of the dialogues, each with the turns before it.
+
+    Whole dialogues are drawn for validation and test, by the evaluation's fractions and the seed.
+    """
+    dialogues = read_dialogues(task)
+    order = np.random.default_rng(seed).permutation(len(dialogues))
+    cuts = np.cumsum([round(len(order) * share) for share in (evaluation.test_fraction, evaluation.valid_fraction)])
+    chosen = dict(zip(("test", "valid", "train"), np.split(order, cuts)))[part]
+    for turns in (dialogues[place] for place in sorted(chosen)):
+        for place, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                yield WritingExample(
+                    "conversation", {"text": turns[max(0, place - max_turns) : place]}, turn["content"]
+                )
+
+
+def read_dialogues(task: TaskArguments) -> list[list[dict[str, str]]]:
+    """Read the table of dialogues: of each its turns, as the processor takes them; turns without words are left out.
+
+    Raises:
+        ValueError: If no turn is the system's: there is nothing to learn.
+    """
+    assert task.dialogues is not None
+    table = Table("dialogues", load_table(task.dialogues), task.dialogue_columns)
+    ids = table.ids("dialogue_id")
+    speakers, texts = (table.text(table.column(role)).str.strip() for role in ("speaker", "text"))
+    system = speakers.str.lower().isin([name.lower() for name in task.system_speakers])
+    if not system.any():
+        found = ", ".join(sorted(speakers.unique())[:5])
+        raise ValueError(
+            f"dialogues: no speaker is one of task.system_speakers ({', '.join(task.system_speakers)}); "
+            f"the table has {found}"
+        )
+    dialogues: dict[str, list[dict[str, str]]] = {}
+    for dialogue, own, text in zip(ids, system, texts):
+        if text:
+            dialogues.setdefault(dialogue, []).append({"role": "assistant" if own else "user", "content": text})
+    return list(dialogues.values())
+
+
+def writing_examples(
+    writer: RequestWriter,
+    processor: M6RecProcessor,
+    split: Split,
+    part: str,
+    task: TaskArguments,
+    evaluation: EvaluationArguments,
+    seed: int,
+) -> WritingExamples:
+    """Prepare the texts of a part, "train", "valid" or "test", of all the writing tasks."""
+    source = TextSource(writer, processor, task)
+    if part == "train":
+        found = list(source.training(split.train))
+    else:
+        found = list(source.held_out(split, part, evaluation, seed))
+    if "conversation" in task.writing:
+        found += dialogue_examples(task, part, evaluation, processor.max_events, seed)
+    rows: list[dict[str, Any]] = [{}] * len(found)
+    for name in task.writing:
+        places = [place for place, example in enumerate(found) if example.name == name]
+        for start in range(0, len(places), READ_AT_ONCE):
+            own = places[start : start + READ_AT_ONCE]
+            for place, row in zip(own, _rows([found[place] for place in own], processor)):
+                rows[place] = row
+    return WritingExamples(found, rows)
+
+
+def _rows(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iterator[dict[str, Any]]:
+    readings = processor.read_many([example.answered for example in examples], examples[0].name)
+    for reading in readings:
+        labels = processor.labels(reading)
+        if ("text", "text") in reading.dropped.fields:
+            labels[-1] = UNKNOWN  # the row's [EOS]: the text went on
+        row: dict[str, Any] = {"input_ids": reading.input_ids, "labels": labels}
+        yield row if processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+
+
+__all__ = [
+    "TextSource",
+    "WritingExample",
+    "WritingExamples",
+    "dialogue_examples",
+    "read_dialogues",
+    "writing_examples",
+]

@@ -1,0 +1,179 @@
+"""Tuning in a run: the adapter is put into the model before training, and saved after it in place of the model."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, TrainerCallback
+
+from ...adapters_m6rec import BASE
+from ...atomic_m6rec import atomic_folder
+from ...tuning import MERGEABLE, parameter_counts, tune
+from ..config.recipe import Recipe
+from .run import Run
+
+logger = logging.getLogger(__name__)
+WARM_UP, FIXED = 0.1, 0.3
+"""AdaLoRA: shares of the steps before ranks are cut and after they are settled (ours)."""
+
+
+def attach(run: Run) -> None:
+    """Put the adapter of the recipe's tuning method into the model of a run, and say how much of it is trained.
+
+    `run.model` is the PeftModel from then on: its `forward` is the one that has the virtual tokens of prefix and prompt
+    tuning. A base that no folder holds is written beside the adapter, so that the adapter can be loaded again.
+
+    Raises:
+        ValueError: If the method cannot be used on this model, or not with the recipe's other settings.
+    """
+    arguments = run.recipe.tuning
+    if isinstance(run.model, PeftModel):
+        raise ValueError(
+            f"model.checkpoint {run.recipe.model.checkpoint!r} holds an adapter: begin with its base, or merge the "
+            "adapter (tuning.merge) to train on top of it"
+        )
+    if arguments.method != "full":
+        _check(run.recipe)
+        more = [*arguments.settings.get("modules_to_save", []), *_shaped_anew(run)]
+        settings = {**arguments.settings, "modules_to_save": more}
+        if not run.recipe.model.checkpoint:
+            _save_base(run, run.recipe.output_dir / BASE)
+        run.model = tune(run.model, arguments.method, run.recipe.task.learn, **settings)
+        if run.base_model.config.score_head == "option" and not run.processor.options:
+            run.processor.options = run.base_model.config.num_options
+    count, everything = parameter_counts(run.model)
+    logger.info("%s trains %d of %d parameters (%.2f%%)", arguments.method, count, everything, 100 * count / everything)
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the parameters that are trained, and those of the model without adapters."""
+    return parameter_counts(model)
+
+
+def _check(recipe: Recipe) -> None:
+    arguments = recipe.tuning
+    if arguments.merge and arguments.method not in MERGEABLE:
+        raise ValueError(
+            f"tuning.merge: {arguments.method!r} adds what no plain weights can hold; these can be merged: "
+            f"{', '.join(MERGEABLE)}"
+        )
+    if arguments.quantization and not recipe.model.checkpoint:
+        raise ValueError(
+            f"tuning.quantization {arguments.quantization!r} is done while a checkpoint is read, and the recipe names "
+            "none: pretrain first (pretraining.output_dir), or convert the backbone (m6rec convert)"
+        )
+    if arguments.merge and arguments.quantization:
+        raise ValueError(
+            f"tuning.merge with tuning.quantization {arguments.quantization!r} would round what was learnt: keep the "
+            "adapter, which also fits the base that is not quantised"
+        )
+
+
+def _shaped_anew(run: Run) -> list[str]:
+    """Name the modules that have another shape in the run than in its checkpoint: the adapter has to bring its own."""
+    config, name, found = run.model.config, run.recipe.model.checkpoint, []
+    before = AutoConfig.from_pretrained(name) if name else config
+    if run.model.score_head is not None and before.score_names != config.score_names:
+        found.append("score_head")
+    if run.recipe.model.item_memory or before.num_item_memory != config.num_item_memory:
+        found.append("item_memory")
+    if config.word_memory:
+        found.append("word_memory")
+    return found
+
+
+def _save_base(run: Run, folder: Path) -> None:
+    """Write the base as a model of its own, with its processor: it is published apart from its adapters."""
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one writes
+        with atomic_folder(folder) as partial:
+            run.model.save_pretrained(partial)
+            run.processor.save_pretrained(partial)
+    run.model.name_or_path = str(folder)
+
+
+def keeps_states(run: Run) -> bool:
+    """Say whether there are segment states that can be kept while a model is measured."""
+    return not _takes_virtual_tokens(run) and run.base_model.config.num_segment_layers > 0
+
+
+def _takes_virtual_tokens(run: Run) -> bool:
+    """Say whether an adapter adds virtual tokens, which only the flat plan takes; it keeps nothing."""
+    config = getattr(run.model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning
+
+
+def reads_through_cache(run: Run) -> bool:
+    """Say whether segment states may be kept while the model of a run is trained.
+
+    They may where nothing below the joint layers is trained, neither weights nor adapters.
+    """
+    return not _takes_virtual_tokens(run) and run.base_model.model.segments_are_frozen
+
+
+def callbacks(run: Run) -> list[TrainerCallback]:
+    """Return what the method of a run has to do during training."""
+    return [AllocateRanks(run.model)] if run.recipe.tuning.method == "adalora" else []
+
+
+class AllocateRanks(TrainerCallback):
+    """Lets AdaLoRA cut ranks, between each optimizer step and the clearing of its gradients.
+
+    Which ranks are left is kept here, not in the adapter's configuration: saved so, an adapter has all its ranks, the
+    cut ones zero, and loads like any other. Where training is resumed, the averaged importance of ranks starts anew.
+
+    Args:
+        model: The PeftModel.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.tuner = model.base_model
+        self.config = model.active_peft_config
+        self.left: dict[str, list[bool]] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lay out the schedule: only now it is known how many steps there are."""
+        self.config.total_step = state.max_steps
+        self.config.tinit = self.config.tinit or int(WARM_UP * state.max_steps)
+        self.config.tfinal = self.config.tfinal or int(FIXED * state.max_steps)
+        if self.config.tinit + self.config.tfinal >= state.max_steps:
+            raise ValueError(
+                f"adalora: tinit={self.config.tinit} and tfinal={self.config.tfinal} leave no step of "
+                f"{state.max_steps} to cut ranks in"
+            )
+        self.tuner.rankallocator.set_total_step(state.max_steps)
+        if state.global_step > state.max_steps - self.config.tfinal:
+            self.left = {
+                name: (weight != 0).flatten().tolist()
+                for name, weight in self.tuner.model.named_parameters()
+                if "lora_E" in name
+            }
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut the least important ranks."""
+        self.config.rank_pattern = self.left
+        self.tuner.update_and_allocate(state.global_step)
+        self.left, self.config.rank_pattern = self.config.rank_pattern, None
+
+
+def save_model(run: Run, folder: Path) -> None:
+    """Write what was trained: the whole model, or the adapter with the configuration it needs."""
+    if run.recipe.tuning.merge and isinstance(run.model, PeftModel):
+        run.model = run.model.merge_and_unload()
+    run.model.save_pretrained(folder)
+    if isinstance(run.model, PeftModel):
+        run.base_model.config.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
+
+
+__all__ = [
+    "AllocateRanks",
+    "attach",
+    "callbacks",
+    "keeps_states",
+    "reads_through_cache",
+    "save_model",
+    "trainable_parameters",
+]

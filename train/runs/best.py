@@ -1,0 +1,56 @@
+"""Which checkpoint is the best: the figure that decides it has to be one that is measured."""
+
+import re
+
+from ..config.recipe import Recipe
+
+CLICK = "auc|gauc|gauc_groups|gauc_examples|log_loss|calibration_error|accuracy|examples"
+
+
+def check_best_metric(recipe: Recipe) -> None:
+    """Refuse a `training.metric_for_best_model` that fine-tuning never measures.
+
+    Raises:
+        ValueError: Naming what is measured.
+    """
+    training = recipe.training
+    metric = training.get("metric_for_best_model")
+    chosen = training.get("load_best_model_at_end") or training.get("save_strategy") == "best"
+    if metric is None and not chosen:
+        return
+    name = str(metric).removeprefix("eval_")
+    if metric is None or not any(re.fullmatch(pattern, name) for pattern in _patterns(recipe)):
+        raise ValueError(
+            f"training.metric_for_best_model is {metric!r}, which is not measured while {', '.join(recipe.task.learn)} "
+            f"is learnt: expected one of {', '.join(examples(recipe))}, ..."
+        )
+
+
+def examples(recipe: Recipe) -> list[str]:
+    """List the most usual figures that are measured while a recipe is learnt."""
+    usual = {
+        "retrieval": [f"{name}@{k}" for k in recipe.evaluation.ks for name in ("ndcg", "recall")] + ["mrr"],
+        "click": ["click_auc", "click_log_loss"],
+        "rating": ["rating_rmse", "rating_mae"],
+        "interaction": ["interaction_auc", "interaction_log_loss"],
+        "writing": ["writing_perplexity"],
+    }
+    return [name for task in recipe.task.learn for name in usual[task]]
+
+
+def _patterns(recipe: Recipe) -> list[str]:
+    """Write the names of all figures as patterns; what a subset of the users is called is left open."""
+    ks, most = "|".join(map(str, recipe.evaluation.ks)), max(recipe.evaluation.ks)
+    each = "|".join(map(re.escape, recipe.task.interactions))
+    known = {
+        "retrieval": rf"(\w+/)?((ndcg|recall)@({ks})|mrr|examples)|(coverage|popularity_bias)@{most}",
+        "click": f"click_({CLICK})",
+        "rating": "rating_(rmse|mae|examples)",
+        "interaction": f"interaction_((({each})/)?({CLICK}))",
+        "writing": r"writing_((\w+/)?perplexity|examples)",
+    }
+    # Those of a replayed run depend on its recipe: whether they are there shows when they are measured.
+    return [*(known[task] for task in recipe.task.learn), *(["replay_.+"] if recipe.task.replay else [])]
+
+
+__all__ = ["check_best_metric", "examples"]

@@ -1,0 +1,269 @@
+"""From a recipe to what a run needs: log, split, tokenizer, processor, model."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, TokenizersBackend, set_seed
+
+from ...atomic_m6rec import atomic_files
+from ...configuration_m6rec import M6RecConfig
+from ...conversion import load_tokenizer
+from ...modeling_m6rec import M6RecForRecommendation
+from ...tokenization import M6RecProcessor, M6RecTokenizer
+from ...tuning import load_model, quantized
+from ..config.arguments import ModelArguments
+from ..config.recipe import Recipe
+from ..data.log import Log, read_log
+from ..data.splits import Split, by_time, given, hold_items_out, leave_one_out
+from ..rows.collator import CatalogueRows, M6RecDataCollator
+from ..rows.examples import RequestWriter, item_likes
+from .adapters import save_model
+from .checkpoints import WEIGHTS
+from .run import Run, item_texts
+
+logger = logging.getLogger(__name__)
+SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
+"""Fields of the configuration that decide the outputs of the score head."""
+SHAPE_FIELDS: tuple[str, ...] = (
+    *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_hidden_groups", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding_dim"),
+)
+"""Fields of the configuration that the weights of a checkpoint decide."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    set_seed(seed)
+
+
+def on_cpu() -> bool:
+    """Say whether a run computes on the CPU, because there is no GPU."""
+    return not torch.cuda.is_available()
+
+
+def use_bf16() -> bool:
+    """Say whether the device of a run multiplies bfloat16 in hardware."""
+    if not on_cpu():
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def make_split(recipe: Recipe, log: Log) -> Split:
+    """Hold out the events that the recipe's evaluation asks for."""
+    arguments, seed = recipe.evaluation, recipe.data.seed
+    if arguments.split == "leave-one-out":
+        split = leave_one_out(log.interactions, seed)
+    elif arguments.split == "given":
+        split = given(log.interactions, seed)
+    else:
+        split = by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, seed)
+    if not arguments.cold_fraction:
+        return split
+    return hold_items_out(split, arguments.cold_fraction, seed, arguments.cold_pretend)
+
+
+def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:
+    """Make what writes requests; statistics are those of the training events."""
+    writer = RequestWriter(log)
+    if recipe.text.statistics:
+        writer.statistics = item_likes(writer, split.train, recipe.task, recipe.data.seed)
+    return writer
+
+
+def make_processor(
+    recipe: Recipe, log: Log, writer: RequestWriter, texts: Iterable[str] | None = None
+) -> M6RecProcessor:
+    """Take the checkpoint's processor, or make a new one: with the backbone's tokenizer, or one trained on texts.
+
+    The texts are those of users and, unless others are given, of items; nothing of the events is read, so that no
+    held-out event can leak.
+    """
+    text = recipe.text
+    if recipe.model.checkpoint:
+        processor = AutoProcessor.from_pretrained(recipe.model.checkpoint)
+        tokenizer, rows = processor.tokenizer, processor.item_rows
+        settings = {"time": processor.time, "options": processor.options}
+        settings["template"] = text.template(processor.template)
+    else:
+        template, rows = text.template(), None
+        # Appending an event must not change what earlier ones say, where history is causal.
+        given = recipe.model.config if recipe.model.backbone else {**recipe.model.shape, **recipe.model.config}
+        both_ways = given.get("history_attention") == "bidirectional"
+        settings = {"template": template, "time": "ago" if both_ways else "gap"}
+        if recipe.model.backbone:
+            tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone))
+        else:
+            tokenizer = M6RecTokenizer.train(_training_texts(log, template, texts), vocab_size=text.vocab_size)
+    if recipe.model.item_memory:
+        rows = dict(rows or {})
+        new = [item_id for item_id in writer.item_ids if item_id not in rows]
+        rows |= {item_id: row for row, item_id in enumerate(new, max(rows.values(), default=0) + 1)}
+    return M6RecProcessor(tokenizer, max_length=text.max_length, max_events=text.max_events, item_rows=rows, **settings)
+
+
+def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend) -> M6RecTokenizer:
+    """Make the tokenizer of a model that begins as a backbone, of the backbone's own."""
+    chosen = {name: value for name, value in arguments.config.items() if name == "num_options"}
+    tokenizer = M6RecTokenizer.from_backbone(own, **chosen)
+    tokenizer.chat_template = own.chat_template
+    return tokenizer
+
+
+def _training_texts(log: Log, template: dict[str, Any], texts: Iterable[str] | None) -> Iterator[str]:
+    """Texts a new tokenizer learns from: items (or the given ones), users, and all words of the template."""
+    users = [] if log.users is None else [" ".join(texts) for texts in log.users.itertuples(index=False, name=None)]
+    return chain(item_texts(log) if texts is None else texts, users, _words(template))
+
+
+def _words(template: Any) -> list[str]:
+    if isinstance(template, str):
+        return [template]
+    parts = template.values() if isinstance(template, dict) else template if isinstance(template, list) else ()
+    return [word for part in parts for word in _words(part)]
+
+
+def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendation:
+    """Load the checkpoint, or make a new model that fits the processor."""
+    arguments, rows = recipe.model, processor.item_rows
+    fields = dict(arguments.config)
+    if recipe.task.interactions:
+        fields["interactions"] = list(recipe.task.interactions)
+    fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
+    bonus = fields.pop("new_item_bonus", None)
+    if arguments.checkpoint:
+        scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
+        # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
+        fields = {"dtype": "float32", **fields, **quantized(recipe.tuning.quantization)}
+        _refuse_other_shape(arguments.checkpoint, fields)
+        model = load_model(arguments.checkpoint, **fields)
+        _change_scores(model, scored)
+    elif arguments.backbone:
+        model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
+        if "writing" in recipe.task.learn and "writing" not in (model.config.trained_tasks or []):
+            logger.warning(
+                "%s has no head that writes: it begins untrained, tied to the embeddings", arguments.backbone
+            )
+        check_length(model.config, processor.max_length)
+    else:
+        fields = {**arguments.shape, **fields}
+        lengths = {"max_position_embeddings": max(processor.max_length, fields.pop("max_position_embeddings", 0))}
+        ids = processor.tokenizer.structural_ids
+        model = M6RecForRecommendation(M6RecConfig.preset(arguments.preset, **{**ids, **lengths, **fields}))
+    if arguments.attention:
+        model.set_attn_implementation(arguments.attention)
+    if rows and max(rows.values()) != model.config.num_item_memory:
+        model.resize_item_memory(max(rows.values()))
+    if bonus is not None:  # a new model has item memory only now
+        model.config.new_item_bonus = bonus
+        model.config.validate()
+    return model
+
+
+def check_length(config: M6RecConfig, max_length: int) -> None:
+    """Refuse rows for which a backbone has not learnt enough positions."""
+    learnt = config.max_position_embeddings
+    counts_on = config.position_embedding_type == "learned" and config.joint_positions == "request"
+    if counts_on and max_length > learnt:
+        raise ValueError(f"text.max_length={max_length}, but the backbone knows {learnt} positions: set it to {learnt}")
+
+
+def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
+    """Refuse fields that contradict a checkpoint's weights: the library would draw new ones, or leave some out."""
+    given = [name for name in SHAPE_FIELDS if name in fields]
+    own = AutoConfig.from_pretrained(checkpoint) if given else None
+    other = [name for name in given if fields[name] != getattr(own, name, None)]
+    if other:
+        told = ", ".join(f"{name}={fields[name]!r} ({getattr(own, name, None)!r})" for name in other)
+        raise ValueError(
+            f"model.config contradicts what the weights of {checkpoint} decide, in brackets: {told}. Leave it out, or "
+            "put it into model.shape, which is for models without a checkpoint"
+        )
+
+
+def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> None:
+    """Let a loaded model score what the recipe names; outputs that keep their name keep their weights."""
+    config, before = model.config, model.config.score_names
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.validate()
+    names = config.score_names
+    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    if model.score_head is None or names == before:
+        return
+    old, new = model.score_head, nn.Linear(config.hidden_size, len(names)).to(model.score_head.weight)
+    assert config.initializer_range is not None
+    nn.init.normal_(new.weight, std=config.initializer_range)
+    nn.init.zeros_(new.bias)
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            if name in before:
+                new.weight[row], new.bias[row] = old.weight[before.index(name)], old.bias[before.index(name)]
+    model.score_head = new
+
+
+def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None = None) -> Run:
+    """Read the data, hold out what is evaluated, and make processor and model.
+
+    Args:
+        recipe: Says all of it.
+        log: The data, if they have been read.
+        texts: What a new tokenizer learns from in place of the items' texts.
+    """
+    seed_everything(recipe.seed)
+    log = read_log(recipe.data) if log is None else log
+    split = make_split(recipe, log)
+    writer = make_writer(recipe, log, split)
+    processor = make_processor(recipe, log, writer, texts)
+    model = make_model(recipe, processor)
+    catalogue = catalogue_rows(writer, split, processor)
+    collator = M6RecDataCollator(processor, model.config, catalogue, recipe.task, recipe.seed)
+    sizes = (model.num_parameters(), len(writer.items), len(split.train))
+    logger.info("%d parameters, %d items, %d training events", *sizes)
+    run = Run(recipe, log, split, writer, processor, model, catalogue, collator)
+    sketch = run.base_model.model.word_sketch
+    if sketch is not None and not sketch.is_counted:
+        sketch.count(catalogue.input_ids)
+    return run
+
+
+def catalogue_rows(writer: RequestWriter, split: Split, processor: M6RecProcessor) -> CatalogueRows:
+    """Read all items, and count their training events."""
+    rows = [writer.rows[item_id] for item_id in split.train["item_id"]]
+    return CatalogueRows.read(writer.items, np.bincount(rows, minlength=len(writer.item_ids)), processor)
+
+
+def plain_forward(model: torch.nn.Module) -> None:
+    """Take back what bf16 training leaves: a `forward` of the instance that computes in bfloat16 ever after."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+
+
+def save(run: Run) -> None:
+    """Write model, processor and resolved recipe into the output folder, all of it or nothing."""
+    with atomic_files(run.recipe.output_dir, obsolete=WEIGHTS) as folder:
+        save_model(run, folder)
+        run.processor.save_pretrained(folder)
+        run.recipe.save(folder)
+
+
+__all__ = [
+    "backbone_tokenizer",
+    "catalogue_rows",
+    "check_length",
+    "make_model",
+    "make_processor",
+    "make_split",
+    "make_writer",
+    "on_cpu",
+    "plain_forward",
+    "prepare",
+    "save",
+    "seed_everything",
+    "use_bf16",
+]

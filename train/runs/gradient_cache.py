@@ -1,0 +1,145 @@
+"""In-batch negatives over a whole optimizer step: those of all its micro-batches, on all processes.
+
+The softmax over a large batch does not fall apart into those over small ones. Gradient caching (Gao et al., 2021,
+arXiv 2101.06983) gets its exact gradients from small ones all the same: read all users and items without gradients,
+compute the softmax and its gradients with respect to their vectors, then read each micro-batch again and hand these
+gradients on. It costs one more forward pass.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ...losses_m6rec import retrieval_losses
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a micro-batch brings to the softmax: U users, M items.
+
+    Attributes:
+        users: U x D.
+        items: M x D.
+        labels: U rows of `items`.
+        names: What each item reads like, the same wherever it occurs.
+        temperature: Divides the cosines.
+        log_frequency: M log probabilities with which an item got into the step, up to a constant; None = none.
+    """
+
+    users: torch.Tensor
+    items: torch.Tensor
+    labels: torch.Tensor
+    names: list[tuple[int, ...]]
+    temperature: float
+    log_frequency: torch.Tensor | None
+
+
+class _Recorder:
+    """Stands in for the retrieval loss and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: tuple[Any, ...] | None = None
+
+    def __call__(self, users: torch.Tensor, items: torch.Tensor, *more: Any) -> torch.Tensor:
+        self.given = (users, items, *more)
+        return users.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Stands in for the retrieval loss of a micro-batch: its share of the step's, with the step's gradients.
+
+    Attributes:
+        loss: Sum of the losses of this micro-batch's users.
+        users: Gradients of the U x D users.
+        items: Gradients of the M x D items.
+    """
+
+    loss: torch.Tensor
+    users: torch.Tensor
+    items: torch.Tensor
+
+    def __call__(self, users: torch.Tensor, items: torch.Tensor, *more: Any) -> torch.Tensor:
+        """Return the loss, divided by the weight that comes last."""
+        along = (users * self.users).sum() + (items * self.items).sum()
+        weight = more[-1]
+        return (along - along.detach() + self.loss) / (weight + (weight == 0))
+
+
+def replays(
+    forward: Callable[..., Any], batches: Sequence[Mapping[str, torch.Tensor]], process: int = 0
+) -> list[Replay | None]:
+    """Compute the softmax of an optimizer step.
+
+    Args:
+        forward: Calls the model on a batch. It must draw the same random numbers as it will when it is called on the
+            same batches, in this order, to train: this function leaves the generators as they are.
+        batches: The micro-batches of this process.
+        process: Its number; all processes of a training must call this together.
+
+    Returns:
+        What stands in for `contrast` for each micro-batch; None for those without labels of retrieval.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        own = [_read(forward, batch) for batch in batches]
+    step = gather_object([(process, place, vectors) for place, vectors in enumerate(own)])
+    step = [entry for entry in step if entry[2] is not None and len(entry[2].labels)]
+    found: list[Replay | None] = [None if vectors is None else _nothing(vectors) for vectors in own]
+    if step:
+        for (of, place, _), replay in zip(step, _softmax([vectors for *_, vectors in step])):
+            if of == process:
+                found[place] = replay
+    device = next(iter(batches[0].values())).device
+    return [replay and Replay(*(getattr(replay, name).to(device) for name in vars(replay))) for replay in found]
+
+
+def _read(forward: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Vectors | None:
+    """Read a micro-batch: one without labels too, since reading draws random numbers."""
+    recorder = _Recorder()
+    forward(batch, contrast=recorder)
+    if recorder.given is None:
+        return None
+    users, items, labels, temperature, log_frequency, _ = recorder.given
+    lengths = batch["item_attention_mask"].sum(1).tolist()
+    memory = batch["item_memory_ids"].tolist()
+    ids = batch["item_input_ids"].tolist()
+    names = [(row, *own[:length]) for own, length, row in zip(ids, lengths, memory)]
+    if log_frequency is not None:
+        # The collator counts on as many positives as the micro-batch has; a constant is nothing to a softmax.
+        log_frequency = log_frequency.cpu() - torch.tensor(float(max(len(labels), 1))).log()
+    return Vectors(users.cpu(), items.cpu(), labels.cpu(), names, temperature, log_frequency)
+
+
+def _softmax(step: Sequence[Vectors]) -> list[Replay]:
+    """Compute losses and gradients; an item that occurs several times stands in the softmax once, for its first."""
+    place: dict[tuple[int, ...], int] = {}
+    first: list[int] = []
+    where: list[int] = []
+    for number, name in enumerate(name for vectors in step for name in vectors.names):
+        if name not in place:
+            place[name] = len(first)
+            first.append(number)
+        where.append(place[name])
+    offsets = torch.tensor([0, *(len(vectors.names) for vectors in step)]).cumsum(0)[:-1]
+    labels = torch.tensor(where)[torch.cat([own.labels + offset for own, offset in zip(step, offsets)])]
+    users = torch.cat([vectors.users for vectors in step]).requires_grad_()
+    items = torch.cat([vectors.items for vectors in step]).requires_grad_()
+    frequencies = [vectors.log_frequency for vectors in step if vectors.log_frequency is not None]
+    log_frequency = torch.cat(frequencies)[first] if frequencies else None
+    with torch.enable_grad():
+        losses = retrieval_losses(users, items[first], labels, step[0].temperature, log_frequency)
+        of_users, of_items = torch.autograd.grad(losses.sum(), (users, items))
+    num_users, num_items = ([len(part) for part in parts] for parts in zip(*((v.users, v.items) for v in step)))
+    parts = zip(losses.detach().split(num_users), of_users.split(num_users), of_items.split(num_items))
+    return [Replay(own.sum(), *gradients) for own, *gradients in parts]
+
+
+def _nothing(vectors: Vectors) -> Replay:
+    return Replay(torch.zeros(()), torch.zeros_like(vectors.users), torch.zeros_like(vectors.items))
+
+
+__all__ = ["Replay", "Vectors", "replays"]

@@ -1,0 +1,389 @@
+"""Generative pretraining on raw texts, items and histories (paper, backbone: text infilling and autoregression).
+
+m6rec pretrain pretrain-text pretraining.texts=[english.txt,chinese.txt]
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pandas
+from accelerate import PartialState
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ...batching_m6rec import infilling, masking
+from ...configuration_m6rec import KINDS, M6RecConfig
+from ...segment_cache_m6rec import SegmentCache
+from ...tokenization import M6RecProcessor
+from ..config.arguments import PretrainingArguments
+from ..config.recipe import Recipe, write_json
+from ..data.log import Log, read_log
+from ..evaluation.texts import perplexity
+from ..rows.collator import UNKNOWN
+from ..rows.corpus import (
+    HISTORIES,
+    ITEMS,
+    AnySource,
+    Document,
+    Source,
+    StreamedSource,
+    held_out,
+    history_source,
+    item_keys,
+    item_source,
+    raw_source,
+    vocabulary_texts,
+)
+from ..rows.packing import PackingCollator
+from ..rows.synthetic_users import PretendUsers
+from .adapters import trainable_parameters
+from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
+from .facts import keep_facts
+from .trainer import M6RecTrainer
+
+
+class RowMaker:
+    """Makes the row of a document for an objective; every draw comes from the generator that is given with it.
+
+    Args:
+        processor: Words and encodes.
+        length: Tokens of a plain document or an infilling row, at most.
+        pretend: Makes up users, for `likes`.
+    """
+
+    def __init__(self, processor: M6RecProcessor, length: int, pretend: PretendUsers | None = None) -> None:
+        self.processor, self.length, self.pretend = processor, length, pretend
+        self.ids = processor.tokenizer.structural_ids
+        special = {index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
+        self.ordinary = [index for index in range(self.ids["vocab_size"]) if index not in special]
+
+    def __call__(self, objective: str, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """Return `input_ids` and `labels` or `click_labels`, and `item_ids` where a history has item memory."""
+        make = {
+            "text": self._text,
+            "infilling": self._infilling,
+            "masked": self._masked,
+            "item": self._item,
+            "behaviour": self._behaviour,
+            "likes": self._likes,
+        }[objective]
+        return make(document, rng)
+
+    def _stretch(self, document: Document, rng: np.random.Generator, end: Sequence[int] = ()) -> list[int]:
+        """Encode a text, ended by `end`; of a longer one than `length` take a stretch."""
+        ids = [*self.processor.tokenizer.encode_text(document["text"]), *end]
+        start = int(rng.integers(max(len(ids) - self.length, 0) + 1))
+        return ids[start : start + self.length]
+
+    def _text(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """A text is written on, to its end; nothing stands before its first token that could predict it."""
+        ids = self._stretch(document, rng, [self.ids["eos_token_id"]])
+        return {"input_ids": ids, "labels": [UNKNOWN, *ids[1:]]}
+
+    def _infilling(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        text_token_id = self.ids["first_kind_token_id"] + KINDS.index("text")
+        ids = infilling(self._stretch(document, rng), self.ids, text_token_id, rng, self.length)
+        return {"input_ids": ids, "labels": self.processor.labels(ids)}
+
+    def _masked(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        ids = self._stretch(document, rng, [self.ids["eos_token_id"]])
+        ended = ids[-1] == self.ids["eos_token_id"]
+        end = ids[len(ids) - ended :]
+        row, labels = masking(ids[: len(ids) - ended], self.ids["mask_token_id"], self.ordinary, rng)
+        return {"input_ids": row + end, "labels": labels + [UNKNOWN] * ended}
+
+    def _item(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """An item's text is written from its segment; its memory, which could stand in for the text, is left out."""
+        reading = self.processor.read({"candidates": [document["item"]], "text": document["text"]}, "item_text")
+        return {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
+
+    def _behaviour(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """What a user did next is written as it is asked for without training (paper, zero-shot scoring)."""
+        reading = self.processor.read(document["request"], "plausibility")
+        row = {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
+        return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+
+    def _likes(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
+        """A user who is made up likes the item, and others beside it, or not."""
+        assert self.pretend is not None
+        request, labels = self.pretend.draw(self.pretend.writer.rows[document["item"]["item_id"]], rng)
+        reading = self.processor.read(request, "click")
+        row = {"input_ids": reading.input_ids, "click_labels": labels}
+        return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+
+
+class Share(NamedTuple):
+    """How much of the training an objective has of a source."""
+
+    objective: str
+    source: AnySource
+    share: float
+    """All of them sum to 1."""
+
+
+def mix(sources: Sequence[AnySource], arguments: PretrainingArguments) -> list[Share]:
+    """Divide the rows among objectives, by weight, and those of an objective among its sources.
+
+    Raises:
+        ValueError: If an objective has no source.
+    """
+    weights = arguments.texts if isinstance(arguments.texts, dict) else None
+    total, found = sum(arguments.objectives.values()), []
+    for objective, weight in arguments.objectives.items():
+        if not weight:
+            continue
+        own = [source for source in sources if _teaches(source, objective)]
+        mass: list[float] = [len(source) for source in own]
+        if any(isinstance(source, StreamedSource) for source in own):  # whose sizes nobody knows: they take turns
+            mass = [min(size, 1) for size in mass]
+        if weights and objective in ("text", "infilling", "masked"):
+            mass = [weights.get(source.name, 0) if len(source) else 0 for source in own]
+        if not sum(mass):
+            needed = {"item": "items", "likes": "items", "behaviour": "training events"}.get(objective, "texts")
+            raise ValueError(
+                f"pretraining.objectives {objective!r} has no {needed} to learn from: name them (data, "
+                "pretraining.texts), hold fewer out, or give it the weight 0"
+            )
+        found += [Share(objective, s, weight / total * each / sum(mass)) for s, each in zip(own, mass) if each]
+    return found
+
+
+def _teaches(source: AnySource, objective: str) -> bool:
+    if objective == "behaviour":
+        return source.name == HISTORIES
+    return source.name == ITEMS if objective in ("item", "likes") else source.name != HISTORIES
+
+
+class MixedRows(Dataset):
+    """An epoch of rows: as many as the sources have documents, in the given shares.
+
+    Each source is walked in an order of its own, from the start again where its share asks for more than it has. Every
+    draw depends on (seed, epoch) or (seed, epoch, index), and on nothing else.
+
+    Args:
+        shares: Objectives and sources.
+        make: Makes a row.
+        seed: Of all draws.
+    """
+
+    def __init__(self, shares: Sequence[Share], make: RowMaker, seed: int) -> None:
+        self.shares, self.make, self.seed = list(shares), make, seed
+        self.sources = [cast(Source, share.source) for share in shares]
+        self.size = sum(len(source) for source in {id(source): source for source in self.sources}.values())
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew."""
+        self.epoch = epoch
+        rng = np.random.default_rng([self.seed, epoch])
+        # What a share has beyond whole rows it gets in some epochs: on average all have their due.
+        edges = np.cumsum([0.0, *(share.share for share in self.shares)]) * self.size
+        edges = np.floor(edges + rng.random()).astype(int)
+        edges[-1] = self.size
+        walks = {id(source): source.order(rng) for source in self.sources}
+        parts = [
+            np.stack([np.full(rows, number), np.fromiter(walks[id(source)], int, rows)])
+            for number, (source, rows) in enumerate(zip(self.sources, np.diff(edges).tolist()))
+        ]
+        self.plan = rng.permutation(np.concatenate(parts, axis=1), axis=1)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, place = self.plan[:, index].tolist()
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        return self.make(self.shares[number].objective, self.sources[number][place], rng)
+
+
+class MixedStream(IterableDataset):
+    """Rows without an end, in the given shares; every draw depends on (seed, number of the row).
+
+    The processes of a training take turns with the rows (the Trainer sees to it), and so do a data loader's workers:
+    none has a row that another has.
+
+    Args:
+        shares: Objectives and sources.
+        make: Makes a row.
+        seed: Of all draws.
+    """
+
+    def __init__(self, shares: Sequence[Share], make: RowMaker, seed: int) -> None:
+        self.shares, self.make, self.seed = list(shares), make, seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        walks = {id(share.source): share.source.walk(self.seed) for share in self.shares}
+        odds = [share.share for share in self.shares]
+        for number in count():
+            rng = np.random.default_rng([self.seed, number])
+            share = self.shares[int(rng.choice(len(odds), p=odds))]
+            document = next(walks[id(share.source)])
+            if number % workers == own:
+                yield self.make(share.objective, document, rng)
+
+
+def validation_rows(
+    shares: Sequence[Share], make: RowMaker, arguments: PretrainingArguments, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the held-out rows of each objective, the same ones whatever is learnt before."""
+    found = {}
+    for objective in dict.fromkeys(share.objective for share in shares):
+        own = [share.source for share in shares if share.objective == objective]
+        rows = -(-arguments.valid_rows // len(own))
+        documents = [document for source in own for document in source.validation(rows, seed)]
+        if documents:
+            draws = (np.random.default_rng([seed, index]) for index in count())
+            found[objective] = [make(objective, document, rng) for document, rng in zip(documents, draws)]
+    return found
+
+
+def check(recipe: Recipe, config: M6RecConfig) -> None:
+    """Raise if a model cannot learn what a recipe asks of it, naming all that is wrong.
+
+    Raises:
+        ValueError: If so.
+    """
+    arguments = recipe.pretraining
+    wanted = {name for name, weight in arguments.objectives.items() if weight}
+    both_ways = config.document_attention == "bidirectional"
+    longest = config.max_position_embeddings
+    problems = {
+        "pretraining.objectives 'text' writes a text on, but with document_attention 'bidirectional' every token sees "
+        "itself: give it the weight 0, and `masked` its own": both_ways and "text" in wanted,
+        "pretraining.objectives 'masked' needs a model that reads documents in both directions, but document_attention "
+        "is 'causal': give it the weight 0, and `text` its own": not both_ways and "masked" in wanted,
+        "pretraining.streaming goes on without an end: set training.max_steps (or pretraining.training.max_steps), "
+        f"which is {recipe.training.get('max_steps', -1)}": arguments.streaming
+        and recipe.training.get("max_steps", -1) < 1,
+        f"pretraining.length={arguments.length}, but the model has learned positions for {longest} tokens only": bool(
+            arguments.length and config.position_embedding_type == "learned" and arguments.length > longest
+        ),
+    }
+    if any(problems.values()):
+        raise ValueError("; ".join(text for text, wrong in problems.items() if wrong))
+
+
+def raw_sources(arguments: PretrainingArguments) -> list[AnySource]:
+    """Open the raw texts that a recipe names."""
+    names = [name for name in arguments.texts if name != ITEMS]
+    return [raw_source(name, arguments.valid_fraction, arguments.streaming) for name in names]
+
+
+def all_sources(run: Run, raw: Sequence[AnySource]) -> list[AnySource]:
+    """Put beside raw texts what the log of a run has; of its events only those that are trained on."""
+    if not len(run.log.items):
+        return list(raw)
+    share, task = run.recipe.pretraining.valid_fraction, run.recipe.task
+    items = item_source(run.log, run.writer, run.processor, share)
+    events = history_source(run.writer, run.split.train, run.processor.max_events, task.targets, share)
+    return [*raw, items, events]
+
+
+def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str, float]]:
+    """Train; returns the perplexity of each objective on held-out texts, `before` and `after`.
+
+    The collator is that of fine-tuning; labels are what tells the two apart.
+
+    Args:
+        run: Model, processor and log.
+        raw: Raw texts that are open already; None: those of the recipe.
+    """
+    arguments, seed, config = run.recipe.pretraining, run.recipe.seed, run.model.config
+    check(run.recipe, config)
+    shares = mix(all_sources(run, raw_sources(arguments) if raw is None else raw), arguments)
+    longest = config.max_position_embeddings if config.position_embedding_type == "learned" else math.inf
+    wanted = {share.objective for share in shares}
+    pretend: PretendUsers | None = None
+    if "likes" in wanted:
+        pretend = PretendUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
+    if wanted <= {"likes", "behaviour"} and run.recipe.model.freeze_segments:  # texts are what else teaches segments
+        run.model.model.freeze_segments()
+        run.segment_cache = SegmentCache()
+    make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), pretend)
+    settings = run.recipe.training_arguments(
+        use_cpu=on_cpu(), bf16=use_bf16(), accelerator_config={"dispatch_batches": False}
+    )
+    rows = MixedStream(shares, make, seed) if arguments.streaming else MixedRows(shares, make, seed)
+    structured = frozenset((make.ids["source_token_id"], make.ids["bos_token_id"]))
+    main = settings.process_index == 0  # of several processes one measures
+    valid = validation_rows(shares, make, arguments, seed) if main else {}
+
+    def measure() -> dict[str, float]:
+        return {
+            objective: perplexity(run.model, own, run.collator, settings.bf16, settings.per_device_eval_batch_size)
+            for objective, own in valid.items()
+        }
+
+    trainer = M6RecTrainer(
+        run,
+        stage="pretrain",
+        figures=lambda: {f"{objective}_perplexity": value for objective, value in measure().items()},
+        model=run.model,
+        args=settings,
+        train_dataset=rows,
+        data_collator=PackingCollator(run.collator, make.length, structured) if arguments.pack else run.collator,
+    )
+    before = measure()
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    plain_forward(run.model)
+    after = measure()
+    run.model.eval()
+    learnt = {"writing", "plausibility"} if wanted - {"likes"} else set()
+    learnt |= {"click"} if pretend else set()
+    run.model.config.trained_tasks = sorted({*(config.trained_tasks or []), *learnt})
+    return {objective: {"before": before[objective], "after": after[objective]} for objective in valid}
+
+
+def pretrain(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Run a recipe's pretraining from data to saved model; returns and writes the perplexities.
+
+    Of several processes one measures and writes; the others return nothing.
+    """
+    recipe = recipe.for_pretraining()
+    raw = raw_sources(recipe.pretraining)
+    log = _log(recipe)
+    run = prepare(recipe, log, _vocabulary(raw, log, recipe))
+    start = time.monotonic()
+    found = fit(run, raw)
+    if PartialState().is_main_process:
+        save(run)
+        write_json(recipe.output_dir / "metrics.json", {"perplexity": found})
+        seconds = {"training and its measurement": time.monotonic() - start}
+        keep_facts(run, seconds, trainable_parameters(run.model)[0], "m6rec pretrain")
+    PartialState().wait_for_everyone()
+    return found
+
+
+def _log(recipe: Recipe) -> Log:
+    """Read the log; where a recipe names raw texts only, it is empty."""
+    data = recipe.data
+    if data.source != "tables" or data.interactions or data.items or not recipe.pretraining.texts:
+        return read_log(data)
+    events = pandas.DataFrame({"user_id": [], "item_id": [], "timestamp": []}, dtype=object)
+    return Log(events, pandas.DataFrame(index=pandas.Index([], name="item_id")))
+
+
+def _vocabulary(raw: Sequence[AnySource], log: Log, recipe: Recipe) -> Iterator[str]:
+    """Texts that a new tokenizer learns from: none that is held out."""
+    items = (text for text in item_keys(log) if not held_out(text, recipe.pretraining.valid_fraction))
+    return chain(items, *(vocabulary_texts(source, recipe.seed) for source in raw))
+
+
+__all__ = [
+    "MixedRows",
+    "MixedStream",
+    "RowMaker",
+    "Share",
+    "all_sources",
+    "check",
+    "fit",
+    "mix",
+    "pretrain",
+    "raw_sources",
+    "validation_rows",
+]
