@@ -7,6 +7,7 @@ import lzma
 import os
 import re
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -269,6 +270,11 @@ def test_a_column_is_read_by_the_rule_for_one_value(values, kind, data):
     )
     expected = [scalar(read_time, value) for value in read]
     assert [None if way < 0 else (second, WAYS[way]) for second, way in zip(seconds.tolist(), ways)] == expected
+
+
+def test_a_decimal_is_read_to_the_last_bit():
+    cells = pyarrow.chunked_array([pyarrow.array([Decimal("36584600500968.73")])])
+    assert read_times(cells, str)[0].tolist() == [read_time(Decimal("36584600500968.73"), "x")[0]]
 
 
 def ids_of(cells):
