@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -35,6 +35,7 @@ def write_catalogue(
     vectors: torch.Tensor,
     fingerprint: str,
     index: Mapping[str, Any] | None = None,
+    next_number: int = 0,
 ) -> None:
     """Write a catalogue into a folder of its own, all or nothing: on failure, what was there before stays.
 
@@ -45,6 +46,7 @@ def write_catalogue(
         fingerprint: Of the model that made the vectors.
         index: Kind and settings of the index that is built whenever the catalogue is read; None = none. An index itself
             is never kept: its files are not safe to read from others.
+        next_number: Id of the next item that is a text; it is written where the ids do not give it.
 
     Raises:
         ValueError: The folder holds other files, or a field has values that cannot be kept.
@@ -65,6 +67,8 @@ def write_catalogue(
             "index": index,
             "sha256": {name: _digest(fresh / name) for name in (ITEMS, VECTORS)},
         }
+        if next_number > after_ids(items):
+            manifest["next_number"] = next_number
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -78,6 +82,18 @@ class Kept:
     fingerprint: str
     index: dict[str, Any] | None
     """Kind and settings; older manifests have none."""
+    next_number: int
+    """Id of the next item that is a text."""
+
+
+def after_ids(item_ids: Iterable[str], least: int = 0) -> int:
+    """Return the smallest number, from `least` up, that is past every whole number among some ids.
+
+    >>> after_ids(["7", "red", "007x"])
+    8
+    """
+    numbers = (int(item_id) for item_id in item_ids if item_id.isascii() and item_id.isdigit() and len(item_id) < 16)
+    return max(least, max(numbers, default=-1) + 1)
 
 
 def read_catalogue(directory: str | Path) -> Kept:
@@ -128,7 +144,8 @@ def _read(standing: Path, folder: Path) -> Kept:
             files[name].seek(0)
         vectors = _read_vectors(files[VECTORS], folder / VECTORS, manifest["count"], manifest["dimension"])
         items = _read_items(files[ITEMS], folder / ITEMS, manifest["count"], manifest["json_columns"])
-    return Kept(items, vectors, manifest["fingerprint"], manifest.get("index"))
+    number = after_ids(items, manifest.get("next_number", 0))
+    return Kept(items, vectors, manifest["fingerprint"], manifest.get("index"), number)
 
 
 def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
@@ -245,6 +262,7 @@ def _read_manifest(file: BufferedReader, path: Path) -> dict[str, Any]:
         "fingerprint": isinstance(manifest.get("fingerprint"), str),
         "dimension": _is_count(manifest.get("dimension")) and manifest["dimension"] > 0,
         "count": _is_count(manifest.get("count")),
+        "next_number": _is_count(manifest.get("next_number", 0)),
         "json_columns": isinstance(columns, list) and all(isinstance(name, str) for name in columns),
         "sha256": isinstance(manifest.get("sha256"), dict),
         "index": index is None or isinstance(index, dict) and index.keys() == {"kind", "settings"},

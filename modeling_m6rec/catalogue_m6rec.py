@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .catalogue_files_m6rec import TEXT_COLUMN, read_catalogue, write_catalogue
+from .catalogue_files_m6rec import TEXT_COLUMN, after_ids, read_catalogue, write_catalogue
 from .catalogue_index_m6rec import VectorIndex, check_settings
 from .catalogue_view_m6rec import CatalogueView, Predicate, State, Texts, check_fingerprint, cosines
 from .items_m6rec import Item, Model, item_identity, plain, reading, table_rows
@@ -64,7 +64,8 @@ class Catalogue(CatalogueView):
 
         Args:
             items: A dataset, a data frame or a list, of mappings with an `item_id` or of texts (whose running number
-                is the id). Fields that hold None or NaN are absent.
+                is the id: from 0, or from one past the largest whole number that was an id). Fields that hold None or
+                NaN are absent.
             model: What embeds them.
             processor: What words them.
             batch_size: Items embedded at once.
@@ -76,7 +77,7 @@ class Catalogue(CatalogueView):
         catalogue = cls(model.fingerprint(), model.config.vector_width)
         found = _read(items, catalogue._state)
         vectors = embed(list(found.values()), model, processor, batch_size, progress)
-        catalogue._state = State.of(found, vectors, catalogue.fingerprint)
+        catalogue._state = State.of(found, vectors, catalogue.fingerprint, next_number=after_ids(found))
         return catalogue
 
     # --------------------------------------------------------------------------------------------------- changing it
@@ -163,7 +164,7 @@ class Catalogue(CatalogueView):
         with self._lock:
             state = self._state = _compacted(self._state)
         items = dict(zip(state.ids[: state.count], state.items[: state.count]))
-        write_catalogue(directory, items, state.base, state.fingerprint, state.wanted)
+        write_catalogue(directory, items, state.base, state.fingerprint, state.wanted, state.next_number)
 
     @classmethod
     def load(cls, directory: str | Path, model: Model | None = None, index: str | None = "saved") -> "Catalogue":
@@ -183,7 +184,7 @@ class Catalogue(CatalogueView):
         """
         kept = read_catalogue(directory)
         wanted, catalogue = kept.index, cls(kept.fingerprint, kept.vectors.shape[1])
-        catalogue._state = State.of(kept.items, kept.vectors, kept.fingerprint)
+        catalogue._state = State.of(kept.items, kept.vectors, kept.fingerprint, next_number=kept.next_number)
         if model is not None:
             catalogue.check(model)
         if index != "saved":
@@ -208,7 +209,8 @@ def _changed(state: State, found: dict[str, Item], vectors: torch.Tensor, gone: 
     state.ids[start:], state.items[start:] = found, found.values()
     for row, item_id in enumerate(found, start):
         state.rows[item_id] = (*state.rows.get(item_id, ()), row)
-    new = replace(state, live=live, side=side, count=state.count + len(found) - len(gone))
+    number = after_ids(found, state.next_number)
+    new = replace(state, live=live, side=side, count=state.count + len(found) - len(gone), next_number=number)
     changed = len(side) + len(live) - new.count
     return _compacted(new) if changed > max(REBUILD_ROWS, REBUILD_SHARE * len(state.base)) else new
 
@@ -228,32 +230,31 @@ def _replaced(
 ) -> State:
     """Return a state of one base matrix for the items of some rows, with an index of the same kind."""
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
-    return State.of(items, vectors, fingerprint, index=index, wanted=state.wanted, texts=state.texts.kept(rows))
+    more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
+    return State.of(items, vectors, fingerprint, **more)
 
 
 def _read(items: Any, state: State) -> dict[str, Item]:
-    """Check items: by id, without fields that hold nothing."""
-    first: int | None = None  # running number of the first row, which only texts need
-    found: dict[str, Item] = {}
+    """Check items: by id, without fields that hold nothing.
+
+    The id of a text is its place among the items, counted on from one past the largest whole number that was ever an
+    id, so that no text takes an id over.
+    """
+    rows: list[tuple[str | None, Item]] = []
+    seen: set[str] = set()
     for number, row in enumerate(table_rows(items)):
         place = f"items[{number}]"
         if not isinstance(row, str | Mapping):
             raise TypeError(f"{place}: expected a text or a mapping of fields, got {type(row).__name__} ({row!r})")
         item = row if isinstance(row, str) else _read_fields(row, place)
-        if isinstance(item, str):
-            first = _next_number(state) if first is None else first
-            item_id = str(first + number)
-        else:
-            item_id = item["item_id"]
-        if item_id in found:
+        item_id = None if isinstance(item, str) else item["item_id"]
+        if item_id in seen:
             raise ValueError(f"{place}: item_id {item_id!r} is there twice; each item needs one of its own")
-        found[item_id] = item
-    return found
-
-
-def _next_number(state: State) -> int:
-    texts = (row for row in state.live_rows() if isinstance(state.items[row], str))
-    return max((int(state.ids[row]) for row in texts), default=-1) + 1
+        if item_id is not None:
+            seen.add(item_id)
+        rows.append((item_id, item))
+    first = after_ids(seen, state.next_number)
+    return {str(first + place) if item_id is None else item_id: item for place, (item_id, item) in enumerate(rows)}
 
 
 def _read_fields(row: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class State:
     wanted: dict[str, Any] | None = None
     """Kind and settings of the index, also where there is no FAISS."""
     texts: Texts = field(default_factory=Texts)
+    next_number: int = 0
+    """Id of the next item that is a text: past every whole number that was ever an id."""
 
     @classmethod
     def of(cls, items: dict[str, Item], vectors: torch.Tensor, fingerprint: str, **more: Any) -> "State":

@@ -88,6 +88,28 @@ def test_any_table_will_do():
         assert torch.equal(catalogue.vectors(list(catalogue)), expected)
 
 
+def test_no_text_takes_over_an_id(tmp_path):
+    """Running numbers go on past every whole number that was ever an id, also after removal, saving and loading."""
+    model, own = MODEL, PROCESSOR
+    catalogue = Catalogue.from_dataset(
+        [{"item_id": "0", "title": "tent"}, {"item_id": "1", "title": "mat"}], model, own
+    )
+    catalogue.add(["a lamp"], model, own)
+    assert list(catalogue) == ["0", "1", "2"] and catalogue.fields("0") == {"item_id": "0", "title": "tent"}
+    catalogue.remove(["2"])
+    catalogue.add(["a rope"], model, own)
+    assert list(catalogue) == ["0", "1", "3"]
+    catalogue.remove(["3"])
+    catalogue.save(tmp_path / "catalogue")
+    again = Catalogue.load(tmp_path / "catalogue", model)
+    again.add(["a bag", {"item_id": 9, "title": "cup"}, "a map"], model, own)
+    assert list(again) == ["0", "1", "10", "9", "12"]
+    mixed = Catalogue.from_dataset(
+        ["a lamp", {"item_id": "0", "title": "tent"}, {"item_id": "x1", "title": "mat"}], model, own
+    )
+    assert list(mixed) == ["1", "0", "x1"]
+
+
 def test_texts_get_running_numbers():
     catalogue = make(TITLES)
     assert list(catalogue) == [str(number) for number in range(len(TITLES))]
