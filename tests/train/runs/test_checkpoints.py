@@ -221,13 +221,13 @@ def _checked(save_file, check, kind):
 
 
 def full_after(monkeypatch, folder, count):
-    """Let the disk be full at the file with this number; returns how many files were begun."""
-    begun = [0]
+    """Let the disk be full at the file with this number; returns the names of the files that were begun."""
+    begun = []
 
     def check(path):
         if str(folder) in str(path):
-            begun[0] += 1
-            if begun[0] == count:
+            begun.append(Path(path).name)
+            if len(begun) == count:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     def opened(path, mode="r", *args, _open=open, **kwargs):
@@ -244,29 +244,25 @@ def full_after(monkeypatch, folder, count):
 
 
 def test_a_full_disk_leaves_the_checkpoint_and_the_model_before(make_recipe):
-    """The N-th file finds no room, for each N until all files of a checkpoint, and of a model, find theirs."""
+    """The N-th file finds no room, for each file of weights and each ninth file of a checkpoint and of a model."""
     training = {**TRAINING, "max_steps": 1, "save_steps": 1, "seed": 1}
     run = prepare(make_recipe(task={"learn": ["click"]}, training=training))
     trainer = fit(run)
-    save(run)
-    folder = run.recipe.output_dir
-    before = tree(folder)
-    written, told = {}, set()
+    folder, written, told = run.recipe.output_dir, {}, set()
     saves = {"checkpoint": lambda: trainer._save_checkpoint(run.model, None), "model": lambda: save(run)}
     for what, write_again in saves.items():
-        for count in range(1, 100):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            files = full_after(monkeypatch, folder, 0)
+            write_again()
+        written[what], before = len(files), tree(folder)
+        weights = {number for number, name in enumerate(files, 1) if name.endswith((".safetensors", ".pt", ".bin"))}
+        for count in sorted({*range(1, len(files), 9), len(files)} | weights):
             with pytest.MonkeyPatch.context() as monkeypatch:
-                begun = full_after(monkeypatch, folder, count)
-                try:
+                full_after(monkeypatch, folder, count)
+                with pytest.raises(OSError, match="No space left on device") as error:
                     write_again()
-                except OSError as error:
-                    assert "No space left on device" in str(error)
-                    told.add(error.errno)
-            if begun[0] < count:
-                break
+            told.add(error.value.errno)
             assert tree(folder) == before, (what, count)
-        written[what] = count - 1
-        before = tree(folder)
     assert told == {errno.ENOSPC, None}, "plain files tell it themselves; of weights it is told by us"
     assert written["checkpoint"] >= 10
     assert written["model"] >= 6
