@@ -238,7 +238,9 @@ class M6RecAttention(nn.Module):
 
     def _attention_function(self, key: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
         name = self.config._attn_implementation
-        if name == "sdpa" and key.shape[2] <= SHORT and key.device.type == "cpu":
+        # An exported graph is of all lengths.
+        short = not torch.compiler.is_exporting() and key.shape[2] <= SHORT
+        if name == "sdpa" and short and key.device.type == "cpu":
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
@@ -315,7 +317,9 @@ class M6RecEmbeddings(nn.Module):
         if self.types is not None:
             embeds = embeds + self.types.weight[0]
         if self.positions is not None:
-            if positions.numel() and int(positions.max()) >= self.positions.num_embeddings:
+            # An exported graph cannot raise: its look-up of the position does.
+            exporting = torch.compiler.is_exporting()
+            if not exporting and positions.numel() and int(positions.max()) >= self.positions.num_embeddings:
                 raise ValueError(
                     f"position {int(positions.max())} is beyond max_position_embeddings={self.positions.num_embeddings}"
                     ": shorten the request"

@@ -244,6 +244,8 @@ class M6RecModel(M6RecPreTrainedModel):
     def word_vectors(self, ids: torch.Tensor) -> torch.Tensor:
         """Return word memory of each of B x T words, B x T x H."""
         assert self.word_memory is not None
+        if torch.compiler.is_exporting():  # ONNX would hold a loop over bags
+            return functional.embedding(ids, self.word_memory.weight)
         return self.word_memory(ids.flatten()[:, None]).view(*ids.shape, -1)
 
     def add_words_in_bank(
@@ -368,7 +370,8 @@ class M6RecModel(M6RecPreTrainedModel):
             past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
             use_cache: Return a cache.
-            plan: How to run (see `plans_m6rec`); None = "compact" where nothing asks for every state, else "flat".
+            plan: How to run (see `plans_m6rec`); None = "compact", or "flat" where something asks
+                for every state or a graph is exported.
             segment_cache: Segment states kept between calls, for plan "cached".
             user_states: Users kept between calls, for plan "cached"; tokens that need not be read again are left out of
                 what is returned, as those that a summary drops.
@@ -448,7 +451,8 @@ class M6RecModel(M6RecPreTrainedModel):
             for name in ("output_hidden_states", "output_attentions")
         )
         if plan is None:
-            return "compact" if whole and not recording else "flat"
+            exporting = torch.compiler.is_exporting()  # the other plans depend on the very segments of a batch
+            return "compact" if whole and not recording and not exporting else "flat"
         if plan not in PLANS:
             raise ValueError(f"plan={plan!r} is unknown: choose one of {list(PLANS)}")
         if plan != "flat" and not (whole and not recording):

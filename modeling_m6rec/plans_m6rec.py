@@ -429,10 +429,16 @@ def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
     index = torch.arange(width, device=device).expand_as(ids)
     valid = index < torch.tensor(lengths, device=device)[:, None]
     mode = torch.tensor([mode for mode, _ in segments], device=device)[:, None].expand_as(ids)
+    return read_alone(model, ids, alone(valid, mode))[valid], lengths
+
+
+def read_alone(model: "M6RecModel", ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+    """Read B x T ids of one segment a row, padded right, through the segment layers: B x T x H."""
+    width = ids.shape[1]
+    index = torch.arange(width, device=ids.device).expand_as(ids)
     embeds = model.embeddings.tokens(ids)
-    lay = alone(valid, mode)
     bias = attention_bias(segment_mask(lay, width, model.config), width, width, embeds.dtype)
-    return model.segment_stage(embeds, index, bias, ids, lay)[valid], lengths
+    return model.segment_stage(embeds, index, bias, ids, lay)
 
 
 def run(
@@ -474,4 +480,4 @@ def _decided(decide: Decide, kept: Picked, lay: Layout, states: torch.Tensor, ro
     return decide(states, kept.chosen(rows), Layout(*(field[rows] for field in lay)), rows)
 
 
-__all__ = ["PLANS", "Rows", "encode_segments", "last_states", "run"]
+__all__ = ["PLANS", "Rows", "encode_segments", "last_states", "read_alone", "run"]
