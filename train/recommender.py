@@ -130,18 +130,14 @@ class Recommender:
         """Read a table of events by the rules of the log's own tables."""
         items = self.log.items.rename_axis("item_id").reset_index()
         users = None if self.log.users is None else self.log.users.rename_axis("user_id").reset_index()
-        tables = [
-            None if table is None else Dataset.from_pandas(table, preserve_index=False) for table in (items, users)
-        ]
-        assert tables[0] is not None
         columns = {role: name for role, name in self.recipe.data.columns.items() if role not in ("item_id", "user_id")}
         for role in ("item_id", "user_id"):
             own = self.recipe.data.columns.get(role, role)
             events = events.rename(columns={own: role})
         arguments = type(self.recipe.data)(columns=columns, min_rating_liked=self.recipe.data.min_rating_liked)
+        known, about = (Dataset.from_pandas(table, preserve_index=False) for table in (events, items))
         described = None if users is None else Dataset.from_pandas(users, preserve_index=False)
-        tables = [Dataset.from_pandas(table, preserve_index=False) for table in (events, items)]
-        return build_log(*tables, described, arguments)
+        return build_log(known, about, described, arguments)
 
 
 def fit(
