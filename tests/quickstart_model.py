@@ -45,11 +45,11 @@ def write_shop(folder):
         "blue rain hat",
         "map",
     ]
-    items = "".join(f"i{row},{name}\n" for row, name in enumerate(names))
+    items = "".join(f"{row:05},{name}\n" for row, name in enumerate(names, 10))
     (folder / "items.csv").write_text("item_id,title\n" + items)
     users = ["ann", "bob", "cid", "dan", "eva", "fay"]
     rows = [
-        f"{user},i{(number + 2 * place) % 8},{1_700_000_000 + 86_400 * place}\n"
+        f"{user},{10 + (number + 2 * place) % 8:05},{1_700_000_000 + 86_400 * place}\n"
         for number, user in enumerate(users)
         for place in range(5)
     ]

@@ -12,15 +12,14 @@ README = (ROOT / "README.md").read_text()
 def test_snippets_run_in_order(quickstart_folder, capsys):  # noqa: F811
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 3 and README.count("\n") <= 150
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["1", "2", "3"] and "Star Wars" not in "".join(printed[:1])
-    assert len(names["ranked"]) == 2 and names["ranked"][0]["rank"] == 1
-    assert [len(answer) for answer in names["answers"]] == [3, 3]
-    assert names["vector"].shape == (128,) and names["vectors"].shape == (2, 128)
-    assert abs(float(names["vector"].norm()) - 1) < 1e-5
+    printed = capsys.readouterr().out
+    ranks = [line.split()[0] for line in printed.splitlines() if line[:2] in ("1 ", "2 ", "3 ")]
+    assert ranks == ["1", "2", "3"]
+    assert names["top"]["user_id"].tolist() == ["ann"] * 3 + ["bob"] * 3 and len(names["top_of_new"]) == 3
+    assert "new" in names["catalogue"]
 
 
 def test_recipes_and_files_that_it_names_exist():
