@@ -430,6 +430,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def _valid(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return ids != self.config.pad_token_id if mask is None else mask.bool()
 
+    @torch.compiler.disable
     def _item_keys(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[SegmentKey]:
         """M x L ids of items' segments, padded right -> the segments as plans take them; none of no ids."""
         if input_ids is None:

@@ -248,6 +248,7 @@ class M6RecModel(M6RecPreTrainedModel):
             return functional.embedding(ids, self.word_memory.weight)
         return self.word_memory(ids.flatten()[:, None]).view(*ids.shape, -1)
 
+    @torch.compiler.disable
     def add_words_in_bank(
         self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor
     ) -> torch.Tensor:

@@ -10,6 +10,10 @@ A plan reads segments in one of two ways and joins them in one of two ways:
 
 Shapes: B rows (users), T tokens of a row, N targets of a row, S kept source tokens, C kept tokens of a target, W states
 in the bank, H = hidden_size.
+
+With torch.compile the stages of the network are compiled, and what is around them stays Python: ids as lists, keys of
+caches and sizes that follow from the data differ from batch to batch, and each would be compiled again. So functions
+that call a stage are disabled for the compiler by themselves (`recursive=False`), all others with what they call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +75,7 @@ class Rows(NamedTuple):
     """B x T bool: tokens whose states after the last exit are wanted; None = all."""
 
 
+@torch.compiler.disable(recursive=False)
 def segment_states(
     model: "M6RecModel", rows: Rows, distinct: bool, cache: SegmentCache | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,6 +125,7 @@ def joint_rows(model: "M6RecModel", entered: Entered, exits: Sequence[int]) -> l
     return [model.norm(state) for state in read]
 
 
+@torch.compiler.disable(recursive=False)
 def joint_shared(
     model: "M6RecModel",
     entered: Entered,
@@ -156,6 +162,7 @@ def joint_shared(
     return results, left
 
 
+@torch.compiler.disable
 def _alike(lay: Layout) -> list[list[int]]:
     """Group rows so that padding sources and targets to the longest of a group is cheap."""
     target = (lay.target > 0).sum(1)
@@ -200,6 +207,7 @@ class _Walk:
         rows: Numbers by which others know the rows.
     """
 
+    @torch.compiler.disable
     def __init__(self, model: "M6RecModel", entered: Entered, rows: list[int]) -> None:
         lay, tokens = entered.lay, entered.states.shape[1]
         self.model, self.rows = model, rows
@@ -224,6 +232,7 @@ class _Walk:
     def _tokens(self, far: _Part) -> int:
         return self.near.positions.numel() + far.positions.numel()
 
+    @torch.compiler.disable
     def _united(self, far: _Part) -> _Part:
         """Put a row's targets behind its source, where they attend to it without further ado."""
         near, (rows, slots, size) = self.near, far.positions.shape
@@ -252,6 +261,7 @@ class _Walk:
         bias = attention_bias(joint_mask(lay, size, self.model.config, seen), size, size, states.dtype)
         return _Part(states, self.model.joint_positions(lay), bias, asking), seen
 
+    @torch.compiler.disable(recursive=False)
     def through(
         self, exits: Sequence[int], past: Beginnings | None, stop: Stop | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -285,6 +295,7 @@ class _Walk:
                 ahead = iter([state[stays] for state in ahead])
         return results, left
 
+    @torch.compiler.disable
     def _only(self, stays: torch.Tensor) -> None:
         """Leave rows behind."""
         self.near, self.place, self.seen = self.near.chosen(stays), self.place[stays], self.seen[stays]
@@ -292,6 +303,7 @@ class _Walk:
             self.far = self.far.chosen(stays)
         self.users = [keys.chosen(stays) for keys in self.users]
 
+    @torch.compiler.disable(recursive=False)
     def _read_sources(
         self, first: int, last: int, exits: Sequence[int], past: Beginnings | None
     ) -> Iterator[torch.Tensor]:
@@ -319,6 +331,7 @@ class _Walk:
             past.keep(self.rows, self.users, known[0].key.shape[2] if known else 0)
         return iter(read)
 
+    @torch.compiler.disable(recursive=False)
     def _read_targets(self, far: _Part, first: int, last: int, end: int) -> _Part:
         """Joint layers from `first` to `last` (of `end`) over the targets, some targets of each user at a time."""
         parts, (users, slots, size) = [], far.positions.shape
@@ -335,6 +348,7 @@ def _at_once(device: torch.device) -> int:
     return TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE_ELSEWHERE)
 
 
+@torch.compiler.disable(recursive=False)
 def _distinct_segments(
     model: "M6RecModel", rows: Rows, cache: SegmentCache | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -362,14 +376,20 @@ def _distinct_segments(
 
 def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
     """Read segments by themselves: the state of the last token of each, M x H, without word memory."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(segments))}
-    if not numbers:
+    if not segments:  # of what is exported
         return model.embed_kind.weight.new_zeros(0, model.config.hidden_size)
+    return _last_states(model, segments, cache)
+
+
+@torch.compiler.disable(recursive=False)
+def _last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None) -> torch.Tensor:
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(segments))}
     bank, offsets = encode_segments(model, list(numbers), cache)
     ends = [int(offsets[numbers[key]]) + len(key[1]) - 1 for key in segments]
     return bank[torch.tensor(ends, device=bank.device)]
 
 
+@torch.compiler.disable(recursive=False)
 def encode_segments(
     model: "M6RecModel", segments: list[SegmentKey], cache: SegmentCache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,8 +440,16 @@ def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Ite
         yield batch
 
 
+@torch.compiler.disable(recursive=False)
 def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tensor, list[int]]:
     """One padded batch through the segment layers; returns states without padding, and lengths."""
+    ids, lay = _padded(model, segments)
+    return read_alone(model, ids, lay)[lay.valid], [len(ids) for _, ids in segments]
+
+
+@torch.compiler.disable
+def _padded(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tensor, Layout]:
+    """Make one batch of segments, B x T ids padded right, and their layout."""
     device = model.embeddings.tokens.weight.device
     lengths = [len(ids) for _, ids in segments]
     width, fill = max(lengths), model.config.pad_token_id
@@ -429,7 +457,7 @@ def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
     index = torch.arange(width, device=device).expand_as(ids)
     valid = index < torch.tensor(lengths, device=device)[:, None]
     mode = torch.tensor([mode for mode, _ in segments], device=device)[:, None].expand_as(ids)
-    return read_alone(model, ids, alone(valid, mode))[valid], lengths
+    return ids, alone(valid, mode)
 
 
 def read_alone(model: "M6RecModel", ids: torch.Tensor, lay: Layout) -> torch.Tensor:
@@ -441,6 +469,7 @@ def read_alone(model: "M6RecModel", ids: torch.Tensor, lay: Layout) -> torch.Ten
     return model.segment_stage(embeds, index, bias, ids, lay)
 
 
+@torch.compiler.disable(recursive=False)
 def run(
     model: "M6RecModel",
     plan: str,
@@ -463,19 +492,28 @@ def run(
         rest = Layout(*(field * ~past.reused for field in rows.lay))
         rows = rows._replace(lay=rest, keys=rows.keys & ~past.reused)
     bank, place, alone = segment_states(model, rows, plan != "reuse", cache if plan == "cached" else None)
+    joint, states, kept = _entered(model, rows, bank, place)
+    if plan == "compact":
+        return joint_rows(model, joint, rows.exits), states, alone, kept, None
+    stop = None if decide is None else partial(_decided, decide, kept, joint.lay)
+    read, left = joint_shared(model, joint, rows.exits, past, stop)
+    return read, states, alone, kept, None if decide is None else left
+
+
+@torch.compiler.disable
+def _entered(
+    model: "M6RecModel", rows: Rows, bank: torch.Tensor, place: torch.Tensor
+) -> tuple[Entered, torch.Tensor, Picked]:
+    """Pick the tokens that are keys; also return their segment states, B x n x H, and which they are."""
     kept = pick(torch.where(rows.keys, 0, -1), 1)
     states, here = bank[kept.of(place)], rows.lay.take(*kept)
     entered = model.enter(states, here, None if rows.item_ids is None else kept.of(rows.item_ids) * kept.present)
     asking = torch.ones_like(rows.keys) if rows.asking is None else rows.asking
     seen, asking = (kept.of(field) & kept.present for field in (rows.keys & ~rows.hidden, asking))
-    joint = Entered(entered, here, seen, asking)
-    if plan == "compact":
-        return joint_rows(model, joint, rows.exits), states, alone, kept, None
-    stop = None if decide is None else partial(_decided, decide, kept, here)
-    read, left = joint_shared(model, joint, rows.exits, past, stop)
-    return read, states, alone, kept, None if decide is None else left
+    return Entered(entered, here, seen, asking), states, kept
 
 
+@torch.compiler.disable
 def _decided(decide: Decide, kept: Picked, lay: Layout, states: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return decide(states, kept.chosen(rows), Layout(*(field[rows] for field in lay)), rows)
 

@@ -88,6 +88,7 @@ class SegmentCache:
         store = self._store
         return type(self), (self.max_bytes, *(() if store is None else (store.directory, store.max_bytes)))
 
+    @torch.compiler.disable
     def serve(self, model: "M6RecModel") -> Owner:
         """Say whose states are asked for from now on; they are forgotten unless it is, weight for weight, as before."""
         identity = live_identity(model, model.segment_modules())
@@ -101,11 +102,13 @@ class SegmentCache:
                 self._storages = storages(model.segment_modules())
             return self._owner
 
+    @torch.compiler.disable
     def get(self, owner: Owner, segment: SegmentKey) -> torch.Tensor | None:
         """Return a copy of the length x H states of a segment, or None."""
         found = self.find(owner, [segment])
         return found[0].clone() if found else None
 
+    @torch.compiler.disable
     def find(self, owner: Owner, segments: Sequence[SegmentKey]) -> dict[int, torch.Tensor]:
         """Look several segments up: the length x H states of those that are kept, by number; not to be written to."""
         found = {}
@@ -121,6 +124,7 @@ class SegmentCache:
             self.misses += len(segments) - len(found)
         return found
 
+    @torch.compiler.disable
     def put(self, owner: Owner, segment: SegmentKey, states: torch.Tensor) -> None:
         """Keep a copy of the length x H states of a segment."""
         states = states.detach().clone(memory_format=torch.contiguous_format)
@@ -167,7 +171,8 @@ class SegmentCache:
         """
         from .plans_m6rec import encode_segments  # which imports this file
 
-        network: Any = next((part for part in model.modules() if hasattr(part, "segment_modules")), None)
+        # Classes are asked: what wraps a network hands its methods on.
+        network: Any = next((part for part in model.modules() if hasattr(type(part), "segment_modules")), None)
         if network is None or not network.config.num_segment_layers:
             raise ValueError(
                 f"{type(model).__name__} has no segment layers, whose states are kept: give an M6Rec whose "

@@ -109,6 +109,7 @@ class UserStates:
             "bytes": self.num_bytes,
         }
 
+    @torch.compiler.disable
     def find(self, model: "M6RecModel", rows: "Rows") -> "Beginnings | None":
         """Find what is kept of the sources of rows; None where nothing may be reused or kept."""
         config = model.config
@@ -221,6 +222,7 @@ class Beginnings:
         store.positions_run += int(keys.sum()) - reused
         return Beginning(data, numbers, int(keys[:length].sum()), known, reused), bounds[count]
 
+    @torch.compiler.disable
     def shared(self, rows: Sequence[int]) -> list[SharedKeys]:
         """Return what is known of some rows in each joint layer, padded to the longest; nothing if nothing is."""
         known = [
@@ -239,6 +241,7 @@ class Beginnings:
             unseen[place, ..., :size] = 0
         return [SharedKeys(key, value, bias) for key, value in zip(keys, values)]
 
+    @torch.compiler.disable
     def keep(self, rows: Sequence[int], users: Sequence[SharedKeys], width: int) -> None:
         """Keep the sources of some rows: `width` positions that `shared` gave, then what was read now."""
         for place, beginning in enumerate(self._chosen(rows)):

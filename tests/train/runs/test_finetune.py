@@ -228,6 +228,22 @@ def test_frozen_texts_are_read_once_and_stay_as_they_are(make_recipe):
     assert "user_projection.weight" not in same
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_model_learns_the_same(make_recipe, frozen):
+    sections = {"model": {"freeze_segments": frozen, "config": {"num_hidden_layers": 2, "num_joint_layers": 1}}}
+    plain, _ = run_of(make_recipe, **sections)
+    recipe = make_recipe(**sections, training={"torch_compile": True, "torch_compile_backend": "eager"})
+    fresh = prepare(recipe).model.state_dict()
+    with torch._dynamo.config.patch(assume_static_by_default=False):  # each graph is made once
+        report = finetune(recipe)
+    learnt = M6RecForRecommendation.from_pretrained(recipe.output_dir).state_dict()
+    torch.testing.assert_close(learnt, plain.model.state_dict())
+    assert not torch.equal(learnt["user_projection.weight"], fresh["user_projection.weight"])
+    assert report["retrieval"]["m6rec"] == full_report(plain)["retrieval"]["m6rec"]
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_the_states_of_a_frozen_catalogue_stand_in_for_its_texts(make_recipe, memory):
     settings = {"item_memory_dropout": 0.0, "word_memory": memory}
