@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -102,22 +101,3 @@ print("fine")
     files = {path.name for path in (tmp_path / "again").glob("*.py")}
     names = "processing tokenization wording conversation naming reading request batching limits values atomic".split()
     assert files == {f"{name}_m6rec.py" for name in names}
-
-
-def test_reading_is_fast(tokenizer):
-    """A thousand requests of fifty events: about a second; the bound only catches a change of order."""
-    items = [
-        {"title": f"film {number}", "year": 1990, "genres": ["Drama", "War"], "item_id": number}
-        for number in range(500)
-    ]
-    history = [
-        {"event": "rate", "item": items[7 * place % 500], "rating": 4, "timestamp": 9**5 * place} for place in range(50)
-    ]
-    requests = [
-        {"user": f"user {number}", "history": history, "candidates": [items[number % 500]]} for number in range(1000)
-    ]
-    processor = M6RecProcessor(tokenizer, max_length=4096)
-    start = time.perf_counter()
-    readings = processor.read_many(requests)
-    assert time.perf_counter() - start < 15
-    assert len(readings) == 1000 and not any(reading.dropped for reading in readings)
