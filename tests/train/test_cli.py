@@ -241,7 +241,7 @@ def test_a_model_is_not_replaced_unless_that_is_meant(chain, capsys, tmp_path, c
     before = {path.name: path.stat().st_mtime_ns for path in tuned.iterdir()}
     refused(capsys, command, recipe, f"training.output_dir={tuned}")
     assert {path.name: path.stat().st_mtime_ns for path in tuned.iterdir()} == before
-    for module in ("finetune.finetune", "pretrain.pretrain", "run.run"):
+    for module in ("commands.run.run", "runs.pretrain.pretrain", "runs.finetune.finetune"):
         monkeypatch.setattr(f"m6rec.train.{module}", lambda *given: {})
     for more in ("--overwrite", "--resume"):
         assert main([*map(str, arguments), more]) == 0

@@ -28,7 +28,9 @@ QUICK = [
 def films(folder):
     rng = numpy.random.default_rng(0)
     rows = [
-        f"{user}\t{film}\t{rng.integers(1, 6)}\t{rng.integers(10**6)}" for user in range(1, 9) for film in range(12)
+        f"{user}\t{film}\t{rng.integers(1, 6)}\t{880_000_000 + rng.integers(10**6)}"
+        for user in range(1, 9)
+        for film in range(12)
     ]
     files = {
         "inter": ["user_id:token\titem_id:token\trating:float\ttimestamp:float", *rows],

@@ -69,6 +69,9 @@ class M6RecDataCollator:
     ) -> None:
         self.processor, self.config, self.catalogue = processor, config, catalogue
         self.task, self.seed, self.padding_side = task or TaskArguments(), seed, padding_side
+        self.all_labels = True
+        """A batch with labels of one kind holds placeholders for the other kinds. Runs of the package need none, and
+        PEFT's prompt tuning takes no placeholder."""
         self.frozen = False
         """Texts are not trained, so that the states of the whole catalogue are at hand: a batch need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
@@ -87,7 +90,7 @@ class M6RecDataCollator:
             if self.catalogue is None:
                 raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
             batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
-        if any(name in batch for name in LABELS):
+        if self.all_labels and any(name in batch for name in LABELS):
             unknown = torch.full((len(rows),), UNKNOWN)
             batch = {**dict.fromkeys(LABELS, unknown), **batch}
         return batch

@@ -223,6 +223,7 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     model = make_model(recipe, processor)
     catalogue = catalogue_rows(writer, split, processor)
     collator = M6RecDataCollator(processor, model.config, catalogue, recipe.task, recipe.seed)
+    collator.all_labels = False
     sizes = (model.num_parameters(), len(writer.items), len(split.train))
     logger.info("%d parameters, %d items, %d training events", *sizes)
     run = Run(recipe, log, split, writer, processor, model, catalogue, collator)

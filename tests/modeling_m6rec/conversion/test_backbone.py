@@ -67,6 +67,7 @@ def test_new_layers_stand_on_top_of_a_sentence_embedder():
 
 @pytest.mark.parametrize(("family", "base"), [("bert", "BertModel"), ("llama", "LlamaModel")])
 def test_a_folder_without_a_head_says_so_and_is_read(family, base, tmp_path, caplog):
+    caplog.set_level("DEBUG", "m6rec.conversion.backbone")
     source = tiny(family, base)
     model = convert(publish(tmp_path, family, source))
     assert f"{base} has no head" in caplog.text

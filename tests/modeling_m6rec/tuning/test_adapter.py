@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from m6rec import M6RecForRecommendation
 from m6rec.tuning import M6RecAdapterConfig, tune
@@ -119,6 +120,10 @@ def test_two_adapters_of_either_kind_take_turns():
 
 def test_an_adapter_and_lora_stand_in_one_model(tmp_path):
     """PeftModel and PeftMixedModel take one type, or those of a fixed list; the library's own door takes both."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"this Transformers takes no adapters from the PEFT that is installed: {error}")
     model = build(TWO_STAGES)
     model.save_pretrained(tmp_path / "base")
     model = M6RecForRecommendation.from_pretrained(tmp_path / "base")
