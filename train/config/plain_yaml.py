@@ -11,13 +11,19 @@ MOST_VALUES = 10_000
 """Values of a document, where each alias counts as all that it stands for."""
 DEEPEST = 50
 """Collections within collections."""
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _identity(key: yaml.Node) -> Hashable:
+    """What two keys of a mapping share where they are the same key."""
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-3 is a number and `no` is a text (YAML 1.1 reads a text and a false); a key stands once in a mapping."""
+    """1e-3 is a number; `no` and `=` are texts (YAML 1.1: false, an error); a key stands once in a mapping."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "value")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -26,9 +32,9 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: dict[Hashable, yaml.Node] = {}
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
                 continue
-            first = seen.setdefault((key.tag, key.value), key)
+            first = seen.setdefault(_identity(key), key)
             if first is not key:
                 raise yaml.constructor.ConstructorError(
                     f"the key {key.value!r} stands twice: once here",
@@ -37,6 +43,27 @@ class _Loader(yaml.SafeLoader):
                     key.start_mark,
                 )
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge what `<<` names: a mapping's own keys win, then the mappings in their order (PyYAML 6.0.4 errs)."""
+        merged: dict[Hashable, tuple[yaml.Node, yaml.Node]] = {}
+        own: dict[Hashable, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                own[_identity(key)] = (key, value)
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        "<< merges a mapping or a list of mappings",
+                        key.start_mark,
+                        f"but found a {source.id}",
+                        source.start_mark,
+                    )
+                self.flatten_mapping(source)
+                for pair in source.value:
+                    merged.setdefault(_identity(pair[0]), pair)
+        node.value = list((merged | own).values())
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Make a value; a text that its tag cannot read is an error of the document."""

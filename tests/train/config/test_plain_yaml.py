@@ -54,6 +54,12 @@ def test_what_is_no_recipe_is_refused_at_its_place(text, message):
 def test_anchors_and_merged_keys_are_read():
     assert read_yaml(MERGED, "x") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": [{"x": 1, "y": 2}] * 2}
     assert read_yaml("a: &a {<<: &b {x: 1}, x: 2}\nb: {<<: *a}\nc: {<<: *b}", "x")["b"] == {"x": 2}
+    first = "a: &a {left: 1}\nb: &b {left: 2, right: 2}\n"
+    assert read_yaml(first + "c: {<<: [*a, *b], top: 3}", "x")["c"] == {"left": 1, "right": 2, "top": 3}
+    assert read_yaml(first + "c: {<<: [*b, *a]}\nd: {<<: *a, <<: *b}", "x")["d"] == {"left": 1, "right": 2}
+    assert read_yaml("{=: =, a: 1}", "x") == {"=": "=", "a": 1}
+    with pytest.raises(ValueError, match="<< merges a mapping or a list of mappings"):
+        read_yaml("a: {<<: [1]}", "x")
 
 
 def test_the_bounds_are_far_from_recipes():
