@@ -8,13 +8,14 @@ import os
 import subprocess
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas
 import torch
-from _ranking_rivals import unread
 
 from m6rec import M6RecForRecommendation
 from m6rec.train.config.recipe import Recipe, load_recipe
@@ -51,6 +52,15 @@ SHARED = {
     "dropout_prob": 0.2,
     "MAX_ITEM_LIST_LENGTH": LAST_ITEMS,
 }
+
+
+def unread(max_events: int) -> Any:
+    """Stand in for a processor where no model reads: it makes nothing of requests."""
+
+    def read_many(requests: Sequence[Any], task: str) -> list[Any]:
+        return [SimpleNamespace(input_ids=[])] * len(requests)
+
+    return SimpleNamespace(max_events=max_events, item_rows=None, read_many=read_many)
 
 
 def recipe(data: Path, folder: Path, seed: int) -> Recipe:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from m6rec.train.config.arguments import EvaluationArguments
 from m6rec.train.data.log import DataArguments, read_log
-from m6rec.train.data.splits import Split, histories, hold_items_out, leave_one_out
+from m6rec.train.data.splits import Protocol, Split, histories, hold_items_out, hold_out
 from m6rec.train.evaluation.baselines import NeighboursAndWords, SimilarText
-from m6rec.train.evaluation.reports import RankingExamples, before_and_in, ranking_examples, training_sequences
+from m6rec.train.evaluation.reports import RankingExamples, before_and_in, learnt_sequences, ranking_examples
 from m6rec.train.metrics import bootstrap_interval, ndcg_at_k, ranking_report, recall_at_k, target_ranks
 from m6rec.train.rows.examples import RequestWriter
 from m6rec.train.runs.build import item_texts
@@ -54,6 +53,9 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {("amazon-beauty", "BERT4RecModel")
 """What one of them has for itself: the share of masked items of BERT4Rec's paper."""
 SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}
 
+PROTOCOLS: dict[str, Protocol] = {"ml-100k": "shuffled", "amazon-beauty": "published"}
+"""How each data set is tested by custom."""
+
 Scorer = Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray]
 """From users' ids and their histories (catalogue rows) to scores: U x M."""
 
@@ -64,6 +66,7 @@ class Problem:
 
     log: Any
     split: Split
+    arguments: EvaluationArguments
 
     @cached_property
     def writer(self) -> RequestWriter:
@@ -89,23 +92,16 @@ class Problem:
 
     def examples(self, part: str) -> RankingExamples:
         """The rankings that are asked for, as ours are, but with nothing for a model to read."""
-        return ranking_examples(self.writer, unread(1), self.split, part, EvaluationArguments(), 0)
-
-
-def unread(max_events: int) -> Any:
-    """Stand in for a processor where no model reads: it makes nothing of requests."""
-
-    def read_many(requests: Sequence[Any], task: str) -> list[Any]:
-        return [SimpleNamespace(input_ids=[])] * len(requests)
-
-    return SimpleNamespace(max_events=max_events, item_rows=None, read_many=read_many)
+        return ranking_examples(self.writer, None, self.split, part, self.arguments, 0)
 
 
 def problem(data: Path, dataset: str, data_seed: int = 0, cold_fraction: float = 0.0) -> Problem:
     """Read a data set and hold out each user's last two events, and a share of the items if asked."""
     log = read_log(DataArguments(source=dataset, directory=str(data / dataset)))
-    split = leave_one_out(log.interactions, data_seed)
-    return Problem(log, hold_items_out(split, cold_fraction, data_seed) if cold_fraction else split)
+    protocol = PROTOCOLS[dataset]
+    split = hold_out(log.interactions, protocol, "fresh", data_seed)
+    split = hold_items_out(split, cold_fraction, data_seed) if cold_fraction else split
+    return Problem(log, split, EvaluationArguments(protocol=protocol))
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -296,7 +292,8 @@ def similar_text(given: Problem) -> list[dict[str, Any]]:
 
 def neighbours_and_words(given: Problem) -> list[dict[str, Any]]:
     """Rank by what followed the last items in training, and by rare words in common with them; nothing is chosen."""
-    rule = NeighboursAndWords(given.texts, training_sequences(given.writer, given.split))
+    learnt = learnt_sequences(given.writer, given.split, "test", given.arguments)
+    rule = NeighboursAndWords(given.texts, learnt)
     return measure("neighbours_and_words", lambda _, histories: rule.scores(histories), given.examples("test"))
 
 
@@ -343,4 +340,4 @@ def rival(data: Path, dataset: str, name: str, data_seed: int = 0, cold_fraction
     return [{"seconds": seconds, "peak_memory_gib": memory, "parameters": 0, **row} for row in rows]
 
 
-__all__ = ["CELLS", "Problem", "measure", "measure_rectools", "problem", "rectools", "rival", "unread"]
+__all__ = ["CELLS", "Problem", "measure", "measure_rectools", "problem", "rectools", "rival"]

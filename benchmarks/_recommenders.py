@@ -22,6 +22,8 @@ Model = Callable[[Path, Path, int], Rows]
 
 READERS = {"beauty": "amazon-beauty", "ml-100k": "ml-100k"}
 """Reader (also the name of the folder) of each data set."""
+PROTOCOLS = {"beauty": "published", "ml-100k": "shuffled"}
+"""How each data set is tested by custom."""
 DOMAINS = {"beauty": "ecommerce", "ml-100k": "video"}
 RECIPES = {"beauty": "beauty", "ml-100k": "quickstart"}
 """Of the package: what each data set's models are trained by."""
@@ -99,6 +101,8 @@ def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: boo
         "data.directory": str(data / READERS[name]),
         "data.seed": seed,
         "text.domain": DOMAINS[name],
+        "text.times": name != "beauty",
+        "evaluation.protocol": PROTOCOLS[name],
         "training.seed": seed,
         "training.output_dir": str(folder / "model"),
         "training.disable_tqdm": True,

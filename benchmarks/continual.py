@@ -62,6 +62,7 @@ def beauty_data(options: argparse.Namespace) -> dict[str, Any]:
     if not (folder / "items.csv").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         events, items, _ = beauty_tables(options.data / "amazon-beauty")
+        events = events[["user_id", "item_id", "event"]]  # in the published order, without times
         bought = events["item_id"].value_counts().index[:PRODUCTS]
         events = events[events["item_id"].isin(bought)]
         events = events[events.groupby("user_id")["item_id"].transform("size") >= 5]

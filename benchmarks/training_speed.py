@@ -217,7 +217,8 @@ def beauty_run(data: Path, task: dict[str, Any], batches: int, output: str) -> R
     own = training(0, output, per_device_train_batch_size=USERS, bf16=False, num_train_epochs=1)
     tree = {
         "data": {"source": "amazon-beauty", "directory": str(data / "amazon-beauty")},
-        "text": {"max_events": EVENTS, "max_length": 2048, "vocab_size": 4000},
+        "text": {"max_events": EVENTS, "max_length": 2048, "vocab_size": 4000, "times": False},
+        "evaluation": {"protocol": "published"},
         "model": {"attention": "eager", "freeze_segments": True, "item_memory": True, "config": config},
         "task": {"learn": ["retrieval"], **task},
         "training": own | ({"max_steps": batches} if batches else {}),

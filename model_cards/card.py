@@ -29,7 +29,8 @@ MARK = "<!-- Written by m6rec, and anew at each push unless this line is deleted
 """The last line of a card that nobody has made their own."""
 OWN = "m6rec"
 """The model's own name in a report; the others are baselines."""
-CONDITIONS = ("examples", "seen", "repeats", "repeats_counted", "negatives_per_event", "negatives")
+CONDITIONS = ("examples", "protocol", "observed", "seen", "repeats", "repeats_counted")
+CONDITIONS += ("negatives_per_event", "negatives")
 """What the figures of a report rest on."""
 INTERVALS = "intervals"
 """Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
@@ -39,7 +40,7 @@ BESIDE = (INTERVALS, VERDICT)
 """What stands in a report beside the figures."""
 LEANINGS = ("coverage", "popularity_bias")
 """Metrics that say how a model treats items, not how right it is."""
-COUNTS = ("examples", "groups", "texts", "repeats", "negatives_per_event")
+COUNTS = ("examples", "groups", "texts", "repeats", "negatives_per_event", "observed")
 """How figures of a report end that count and do not measure."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "en": {
@@ -196,6 +197,8 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
     value = figures.get(name)
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, Integral):
         return f"{value:,}"
     interval = figures.get(INTERVALS, {}).get(name)

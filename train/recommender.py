@@ -86,7 +86,8 @@ class Recommender:
             ValueError: A user is not in the log, or an event is not valid; the message names it.
         """
         log = self._log_of(users) if isinstance(users, pandas.DataFrame) else self.log
-        ordered, writer = order(log.interactions, self.recipe.data.seed), RequestWriter(log)
+        ordered = order(log.interactions, self.recipe.data.seed, self.recipe.evaluation.ties)
+        writer = RequestWriter(log, self.recipe.text.times)
         places = histories(ordered)
         wanted = list(places) if isinstance(users, pandas.DataFrame) else [str(user) for user in users]
         if unknown := [user for user in wanted if user not in places]:
@@ -120,7 +121,7 @@ class Recommender:
             later = self._log_of(events).interactions
             joined = pandas.concat([self.log.interactions, later], ignore_index=True)
             part = pandas.Series(["train"] * len(self.log.interactions) + ["test"] * len(later))
-            ordered = order(joined.assign(part=part.astype("category")), recipe.data.seed)
+            ordered = order(joined.assign(part=part.astype("category")), recipe.data.seed, recipe.evaluation.ties)
             is_test = (ordered.pop("part") == "test").to_numpy()
             run.split = Split(ordered[~is_test], ordered[:0], ordered[is_test])
             run.catalogue = catalogue_rows(run.writer, run.split, run.processor)

@@ -157,14 +157,14 @@ def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, An
     """Write the request of a user of the log that a model was trained on: everything the user ever did."""
     recipe = load_saved(model, overrides)
     log = read_log(recipe.data)
-    ordered = order(log.interactions, recipe.data.seed)
+    ordered = order(log.interactions, recipe.data.seed, recipe.evaluation.ties)
     known, users = normalize_id(user_id, "--user"), histories(ordered)
     if known not in users:
         first = ", ".join(map(repr, ordered["user_id"].unique()[:5]))
         raise ValueError(
             f"user {user_id!r} is not in the log, which begins with the users {first}{nearly(known, users)}"
         )
-    writer = RequestWriter(log)
+    writer = RequestWriter(log, recipe.text.times)
     return writer.request(known, writer.events(ordered.iloc[users[known]]))
 
 

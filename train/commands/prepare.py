@@ -191,10 +191,11 @@ def _split(split: Split, recipe: Recipe) -> dict[str, Any]:
     parts = {name: getattr(split, name) for name in PARTS}
     users = {name: set(part["user_id"]) for name, part in parts.items()}
     cold, held_out = cold_items(split), pandas.concat([split.valid, split.test])
-    repeated, asked = count_repeats(split, "test")
+    repeated, asked = count_repeats(split, "test", recipe.evaluation)
     return {
-        "by": recipe.evaluation.split,
+        "by": recipe.evaluation.protocol or recipe.evaluation.split,
         **{name: {"events": len(part), "users": len(users[name])} for name, part in parts.items()},
+        **({} if split.gap.empty else {"gap between train and valid": {"events": len(split.gap)}}),
         "users in train only": len(users["train"] - users["valid"] - users["test"]),
         "held-out users without a training event": len((users["valid"] | users["test"]) - users["train"]),
         "cold items (held out, but not in train)": len(cold),
@@ -232,7 +233,7 @@ def _warnings(log: Log, split: Split) -> list[str]:
 
 def _repeats(split: Split, recipe: Recipe) -> list[str]:
     """Say what follows from held-out items that their users know, and which setting fits such a log."""
-    repeated, asked = count_repeats(split, "test")
+    repeated, asked = count_repeats(split, "test", recipe.evaluation)
     if not repeated or "retrieval" not in recipe.task.learn:
         return []
     found = (

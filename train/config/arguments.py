@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from ...configuration_m6rec import M6RecConfig
 from ...tokenization import load_template
+from ..data.splits import Protocol, Ties, Validate
 
 LEARNT = ("retrieval", "click", "rating", "interaction", "writing")
 OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour", "likes")
@@ -31,6 +32,8 @@ class TextArguments:
     """Tokens of a source with its longest target, at most."""
     max_events: int = 50
     """Events of a history, at most."""
+    times: bool = True
+    """Tell the model when things happened, where the log knows it."""
     vocab_size: int = 8000
     """Tokens of a tokenizer that is trained on the items' texts; a checkpoint or backbone brings its own."""
     statistics: list[str] = field(default_factory=list)
@@ -249,12 +252,25 @@ class EvaluationArguments:
     """The `evaluation:` section: what is measured."""
 
     split: SplitName = "leave-one-out"
-    """Which events are held out: each user's last two, all after two moments in time, or as the log's column `part`
-    says."""
+    """Which events are held out where there is no `protocol`: each user's last two, all after two moments in time, or
+    as the log's column `part` says."""
+    protocol: Protocol | None = None
+    """How rankings are tested; it decides in place of `split`. `published`: each user's last event, events of the same
+    time in the order of the table. `shuffled`: the same, in an order drawn by data.seed. `time`: each user's last event
+    later than the quantile 1 - test_fraction of all times. None: `split` decides, ties shuffled."""
+    validate: Validate | None = None
+    """On which events settings are chosen; one a user, before the test. `fresh`: the last one. `stale`: the same, and
+    the one before it is not learnt either, so that as much lies between what is learnt and what is predicted as in the
+    test. `time`: the last one in a window of time. None: `time` with the protocol `time`, else `fresh`."""
+    observe_validation: bool = False
+    """Count the validation part where the test is predicted, as a service would, in what counts without training. A
+    history holds its events in any case."""
+    successive: bool = False
+    """With the protocol `time`, ask about each event after the quantile, after all before it, not the last one only."""
     valid_fraction: float = 0.1
-    """Share of the events used for validation, with the split by time."""
+    """Share of the events used for validation, by time."""
     test_fraction: float = 0.1
-    """Share of the events used for the test, with the split by time."""
+    """Share of the events used for the test, by time."""
     cold_fraction: float = 0.0
     """Share of the items whose every training event is left out, as if they had just come in: rankings tell of them
     under `cold/`."""
@@ -280,6 +296,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):
             raise ValueError(f"evaluation.split is {self.split!r}; expected one of {', '.join(get_args(SplitName))}")
+        self._check_protocol()
         if self.repeats not in get_args(Repeats):
             raise ValueError(f"evaluation.repeats is {self.repeats!r}; expected one of {', '.join(get_args(Repeats))}")
         if not 0 <= self.cold_fraction < 0.5 or self.cold_pretend and not self.cold_fraction:
@@ -291,6 +308,29 @@ class EvaluationArguments:
             raise ValueError(f"evaluation.ks is {self.ks}; expected cut-offs of 1 or more")
         if self.max_users is not None and self.max_users < 1:
             raise ValueError(f"evaluation.max_users is {self.max_users}; expected 1 or more, or null for all users")
+
+    def _check_protocol(self) -> None:
+        for name, kind in (("protocol", Protocol), ("validate", Validate)):
+            if (value := getattr(self, name)) is not None and value not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"evaluation.{name} is {value!r}; expected one of {known}, or null")
+        if self.protocol and self.split == "given":
+            raise ValueError(
+                f"evaluation.protocol is {self.protocol!r}, and evaluation.split 'given' takes the log's own parts: "
+                "leave one of them out"
+            )
+        if self.validate and not self.protocol and self.split != "leave-one-out":
+            raise ValueError(
+                f"evaluation.validate is {self.validate!r}, and evaluation.split {self.split!r} has its own validation "
+                "part: name an evaluation.protocol in place of the split"
+            )
+        if self.successive and self.protocol != "time":
+            raise ValueError("evaluation.successive asks about the events after a moment: set evaluation.protocol=time")
+
+    @property
+    def ties(self) -> Ties:
+        """In which order events of the same user and time stand."""
+        return "table" if self.protocol == "published" else "shuffled"
 
 
 @dataclass

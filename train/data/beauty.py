@@ -1,4 +1,8 @@
-"""Amazon Beauty, 5-core of 2014, as P5 split it: who bought what, in which order. No times are left in it."""
+"""Amazon Beauty, 5-core of 2014, as P5 split it: who bought what, in which order, and when where that is known.
+
+The published split holds no times. They are read from `times.csv` (user, place, item as in `sequential.txt`, timestamp)
+where that file lies in the folder.
+"""
 
 import csv
 import html
@@ -6,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 
 from .tables import require_files
 
 FILES = ("sequential.txt", "datamaps.json", "item_id_to_int.json", "products_lookup.csv")
+TIMES = "times.csv"
 UNTITLED = "untitled product"
 """Text of the seven products without a title: their ids, the only other thing known of them, are no text."""
 
@@ -19,12 +25,18 @@ def beauty_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFrame, 
     """Reads the purchases and the titles.
 
     Args:
-        directory: The folder of the four files.
+        directory: The folder of the four files, and of `times.csv` if that is there.
 
     Returns:
-        The interactions (user_id, item_id, event; each user's rows stand in the order of the purchases, of which the
-        last is the published split's test and the one before its validation), the items (item_id, which is the ASIN,
-        and title, its HTML entities as characters), and nothing of users.
+        The interactions (user_id, item_id, event, with times also timestamp; each user's rows stand in the order of
+        the purchases, of which the last is the published split's test and the one before its validation), the items
+        (item_id, which is the ASIN, and title, its HTML entities as characters), and nothing of users.
+
+        No time runs backwards in the published order: in four sequences it would, by twins that were swapped, and
+        there the later time stands for both.
+
+    Raises:
+        ValueError: If `times.csv` does not tell of the same purchases.
     """
     require_files(directory, FILES, "amazon-beauty")
     maps = _json(directory / "datamaps.json")
@@ -36,11 +48,30 @@ def beauty_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFrame, 
     with (directory / "products_lookup.csv").open(encoding="utf-8", newline="") as file:
         titles = {int(row["global_product_id"]): _readable(row["name"]) for row in csv.DictReader(file)}
     named = [(asin, titles[numbers[asin]] or UNTITLED) for asin in maps["id2item"].values()]
+    interactions = pandas.DataFrame(events, columns=["user_id", "item_id", "event"])
+    if (directory / TIMES).is_file():
+        interactions["timestamp"] = _times(directory / TIMES, maps, interactions)
     return (
-        pandas.DataFrame(events, columns=["user_id", "item_id", "event"]),
+        interactions,
         pandas.DataFrame(named, columns=["item_id", "title"]),
         None,
     )
+
+
+def _times(path: Path, maps: dict[str, Any], interactions: pandas.DataFrame) -> numpy.ndarray:
+    """Read the time of each purchase, in the order of the purchases."""
+    table = pandas.read_csv(path, dtype={"user": str, "place": int, "item": str, "timestamp": float})
+    place = interactions.groupby("user_id", sort=False).cumcount()
+    keys = pandas.MultiIndex.from_arrays([interactions["user_id"], interactions["item_id"], place])
+    given = [table["user"].map(maps["id2user"]), table["item"].map(maps["id2item"]), table["place"]]
+    times = pandas.Series(table["timestamp"].to_numpy(), index=pandas.MultiIndex.from_arrays(given))
+    if len(times) != len(keys) or not keys.isin(times.index).all():
+        raise ValueError(
+            f"{path} has {len(times)} rows; expected one for each of the {len(keys)} purchases of sequential.txt, with "
+            "its user, its place and its item"
+        )
+    known = pandas.Series(times.reindex(keys).to_numpy())
+    return known.groupby(interactions["user_id"].to_numpy(), sort=False).cummax().to_numpy()
 
 
 def _readable(title: str) -> str:

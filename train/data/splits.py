@@ -2,68 +2,144 @@
 
 Events of one user with the same timestamp have no order of their own. The order of the file often follows popularity
 or the item ids and gives the answer away, so they are shuffled: by a hash of seed, user and item, which does not
-depend on how the file was sorted.
+depend on how the file was sorted. Only where a published order is asked for do they keep the order of the table.
 """
 
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy
 import pandas
 
 PARTS = ("train", "valid", "test")
+Ties = Literal["shuffled", "table"]
+Protocol = Literal["published", "shuffled", "time"]
+Validate = Literal["fresh", "stale", "time"]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Three parts of the interactions.
+    """The parts of the interactions.
 
     Each part is ordered by user, then time, and its index is the row's place in `order(interactions, seed)`:
     `pandas.concat([train, valid]).sort_index()` is in order again.
+
+    Attributes:
+        train: What is learnt before the validation part is predicted.
+        valid: The validation part.
+        test: The test part.
+        gap: Events between the training and the validation part: known when the validation part is predicted, not
+            learnt before it; learnt before the test. Empty unless the validation part is stale or a window in time.
     """
 
     train: pandas.DataFrame
     valid: pandas.DataFrame
     test: pandas.DataFrame
+    gap: pandas.DataFrame = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.gap is None:
+            object.__setattr__(self, "gap", self.train.iloc[:0])
 
 
-def order(interactions: pandas.DataFrame, seed: int) -> pandas.DataFrame:
+def order(interactions: pandas.DataFrame, seed: int, ties: Ties = "shuffled") -> pandas.DataFrame:
     """Sorts events by user, then time, then part if the log names parts, then at random.
 
     Args:
         interactions: The events of a `Log`. Where no timestamps are given (all NaN: a published split) each user's
             events keep the order of the table.
         seed: Seed of the order of events with the same user and time.
+        ties: Whether events with the same user and time are "shuffled", or keep the order of the "table".
 
     Returns:
         The same rows with a new index 0, 1, 2, …
     """
     users, _ = pandas.factorize(interactions["user_id"], sort=True)
-    if _has_times(interactions):
-        keys = (tie_keys(interactions, seed), _part_ranks(interactions), interactions["timestamp"].to_numpy(), users)
-        rows = numpy.lexsort(keys)
+    if has_times(interactions):
+        keys = (_part_ranks(interactions), interactions["timestamp"].to_numpy(), users)
+        rows = numpy.lexsort(keys if ties == "table" else (tie_keys(interactions, seed), *keys))
     else:
         rows = numpy.argsort(users, kind="stable")
     return interactions.iloc[rows].reset_index(drop=True)
 
 
-def leave_one_out(interactions: pandas.DataFrame, seed: int, min_events: int = 3) -> Split:
-    """Keeps each user's last event for the test and the one before it for validation.
+def hold_out(
+    interactions: pandas.DataFrame,
+    protocol: Protocol,
+    validate: Validate,
+    seed: int = 0,
+    valid_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+) -> Split:
+    """Holds out what a protocol tests, and a validation part as far from what is learnt as asked.
 
     Args:
-        interactions: The events of a `Log`.
+        interactions: The events of a `Log`; all but `published` and `fresh` or `stale` need timestamps.
+        protocol: `published`: each user's last event is the test, ties in the order of the table. `shuffled`: the
+            same, ties shuffled. `time`: all events later than the quantile 1 - `test_fraction` of all times are the
+            test, ties shuffled.
+        validate: The validation part, of what comes before the test; one event a user. `fresh`: the last one. `stale`:
+            the same, and the one before it is the gap, so that nothing of the two is learnt when it is predicted, as
+            nothing of the last two is when the test is. `time`: the user's last event in the window of the last
+            `valid_fraction` of all events before the test; the others in the window are the gap.
         seed: Seed of the order of events with the same user and time.
-        min_events: Users with fewer events stay in the training part altogether.
+        valid_fraction: Share of the events in the window.
+        test_fraction: Share of the events later than the quantile.
+
+    Returns:
+        The split. Users with fewer than three events are in the training part altogether unless the test is by time; a
+        user without an earlier event has none in the validation part.
     """
-    if min_events < 3:
-        raise ValueError(f"min_events is {min_events}; expected at least 3: one event for each part")
-    ordered = order(interactions, seed)
+    check_shares(valid_fraction, test_fraction)
+    ordered = order(interactions, seed, "table" if protocol == "published" else "shuffled")
+    times = ordered["timestamp"].to_numpy()
+    if "time" in (protocol, validate) and not has_times(ordered):
+        named = "protocol" if protocol == "time" else "validate"
+        raise ValueError(f"evaluation.{named} time needs timestamps, and this log has none: use published or stale")
     users = ordered.groupby("user_id", sort=False, observed=True)["user_id"]
-    left = users.cumcount(ascending=False)  # events of the same user still to come
-    held_out = users.transform("size") >= min_events
-    test, valid = held_out & (left == 0), held_out & (left == 1)
-    return Split(ordered[~(test | valid)], ordered[valid], ordered[test])
+    if protocol == "time":
+        test, asked = _later(times, times, 1 - test_fraction), numpy.ones(len(ordered), dtype=bool)
+    else:
+        asked = (users.transform("size") >= 3).to_numpy()
+        test = asked & (users.cumcount(ascending=False) == 0).to_numpy()
+    rest = ordered[~test]
+    users = rest.groupby("user_id", sort=False, observed=True)["user_id"]
+    left = users.cumcount(ascending=False).to_numpy()  # events of the same user before the test still to come
+    asked = asked[~test] & (users.transform("size") >= 2).to_numpy()
+    if validate == "time":
+        quantile = 1 - valid_fraction - (test_fraction if protocol == "time" else 0)
+        window = _later(times[~test], times if protocol == "time" else times[~test], quantile)
+        valid = window & asked & (left == 0)
+        gap = window & ~valid
+    else:
+        valid = asked & (left == 0)
+        gap = asked & (left == 1) & (validate == "stale")
+    if not (~(valid | gap)).any():
+        raise ValueError(f"no training events are left of {len(ordered)}: the log is too small for validate {validate}")
+    return Split(rest[~(valid | gap)], rest[valid], ordered[test], rest[gap])
+
+
+def check_shares(valid_fraction: float, test_fraction: float) -> None:
+    """Refuse shares of the events that leave nothing to learn from."""
+    if not (min(valid_fraction, test_fraction) >= 0 and valid_fraction + test_fraction < 1):
+        raise ValueError(
+            f"valid_fraction {valid_fraction} and test_fraction {test_fraction}: expected shares of 0 or more "
+            "with a sum below 1"
+        )
+
+
+def _later(times: numpy.ndarray, everything: numpy.ndarray, quantile: float) -> numpy.ndarray:
+    """Which times are later than a quantile of all."""
+    moment = numpy.sort(everything)[int(quantile * len(everything))]
+    later = times > moment
+    if not later.any():
+        raise ValueError(
+            f"no event is later than the quantile {quantile:g} of the times: too many of the {len(everything)} events "
+            "share the last timestamp"
+        )
+    return later
 
 
 def by_time(
@@ -78,12 +154,8 @@ def by_time(
         test_fraction: Share of the events in the test part, at least.
         seed: Seed of the order of events with the same user and time.
     """
-    if not (min(valid_fraction, test_fraction) >= 0 and valid_fraction + test_fraction < 1):
-        raise ValueError(
-            f"valid_fraction {valid_fraction} and test_fraction {test_fraction}: expected shares of 0 or more "
-            "with a sum below 1"
-        )
-    if not _has_times(interactions):
+    check_shares(valid_fraction, test_fraction)
+    if not has_times(interactions):
         raise ValueError("a split by time needs timestamps, and this log has none: use leave-one-out")
     ordered = order(interactions, seed)
     times = ordered["timestamp"]
@@ -137,7 +209,7 @@ def shuffled_ties(frame: pandas.DataFrame, seed: int, epoch: int) -> pandas.Data
         seed: Every order depends on (seed, epoch) alone.
         epoch: Each has its own order.
     """
-    if not _has_times(frame):
+    if not has_times(frame):
         raise ValueError(
             "task.shuffle_ties: this log has no timestamps, so its order is all that is known; leave it out"
         )
@@ -177,20 +249,19 @@ def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool =
     """
     if not 0 < fraction < 0.5:
         raise ValueError(f"fraction is {fraction}; expected a share of the items above 0 and below 0.5")
-    parts = (split.train, split.valid, split.test)
+    parts = (split.train, split.valid, split.test, split.gap)
     items = sorted({str(item) for part in parts for item in part["item_id"].unique()})
     drawn = numpy.random.default_rng(seed).permutation(len(items))
     count = max(round(len(items) * fraction), 1)
     cold, next_cold = ({items[place] for place in drawn[start : start + count]} for start in (0, count))
     if pretend:
-        train, valid, test = (part[~part["item_id"].isin(cold)] for part in parts)
+        parts = tuple(part[~part["item_id"].isin(cold)] for part in parts)
         cold = next_cold
-    else:
-        train, valid, test = parts
-    train = train[~train["item_id"].isin(cold)]
+    train, valid, test, gap = parts
+    train, gap = (part[~part["item_id"].isin(cold)] for part in (train, gap))
     if train.empty:
         raise ValueError(f"no training events are left: the {count} items that are held out have all of them")
-    return Split(train, valid, test)
+    return Split(train, valid, test, gap)
 
 
 def cold_items(split: Split) -> set[str]:
@@ -198,7 +269,12 @@ def cold_items(split: Split) -> set[str]:
     return (set(split.valid["item_id"]) | set(split.test["item_id"])) - set(split.train["item_id"])
 
 
-def _has_times(interactions: pandas.DataFrame) -> bool:
+def has_times(interactions: pandas.DataFrame) -> bool:
+    """Say whether events have timestamps.
+
+    Raises:
+        ValueError: If some have one and others have none.
+    """
     missing = interactions["timestamp"].isna()
     if missing.any() and not missing.all():
         raise ValueError(
@@ -228,13 +304,17 @@ def _start_of_last(moments: numpy.ndarray, count: int) -> float:
 
 __all__ = [
     "PARTS",
+    "Protocol",
     "Split",
+    "Ties",
+    "Validate",
     "by_time",
     "cold_items",
     "given",
+    "has_times",
     "histories",
     "hold_items_out",
-    "leave_one_out",
+    "hold_out",
     "order",
     "shuffled_ties",
     "tie_keys",

@@ -15,8 +15,7 @@ from ...modeling_m6rec import M6RecForRecommendation
 from ...segment_cache_m6rec import SegmentCache
 from ...tokenization import M6RecProcessor
 from ..config.arguments import EvaluationArguments, TaskArguments
-from ..data.log import repeated_rows
-from ..data.splits import Split, histories
+from ..data.splits import Split, has_times, histories
 from ..metrics import (
     bootstrap_interval,
     classification_report,
@@ -36,9 +35,10 @@ from ..metrics import (
 )
 from ..rows.collator import CatalogueRows, M6RecDataCollator
 from ..rows.examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
-from ..rows.held_out import all_events, before_and_in, drawn_users, questions
+from ..rows.held_out import all_events, before_and_in, drawn_users, learnt_before, questions, rankings
 from ..rows.item_likes import like_rates
 from .baselines import NeighboursAndWords, SimilarText, popularity_scores
+from .transitions import Transitions
 from .verdicts import OWN, VERDICT, compare
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ COMPARED_AT = 10
 """Cut-off of the NDCG by which model and baselines are compared, where it is measured; else the largest one."""
 SHOWN_REPEATS = 5
 """Users of repeated items that a warning names, at most."""
+FEW_EVENTS = 5
+"""Histories of fewer events are reported apart."""
 SHOWS_PROGRESS = 2000
 """Rows from which on an evaluation shows a progress bar."""
 
@@ -60,12 +62,15 @@ class RankingExamples:
     """Held-out events, each ranked against the whole catalogue.
 
     Attributes:
-        users: Ids of the U users.
-        rows: What the model reads of each.
+        users: Ids of the users of U events; a user may be asked about more than once.
+        rows: What the model reads of each; empty where none reads.
         histories: Catalogue rows each has met before, in order.
         targets: Catalogue rows of the held-out events.
-        cold: U bool: the target never occurs in training.
+        cold: U bool: the target never occurs in what was learnt.
         left_out: Ids of the users who are not asked about, since they have met the target before.
+        transition: U bool: what was learnt has the target one or two steps from the history's last item.
+        times: When the last event of each history was, in seconds since 1970; NaN without times.
+        conditions: What the figures rest on: the `protocol`, and whether the validation part is `observed`.
     """
 
     users: list[str]
@@ -74,11 +79,24 @@ class RankingExamples:
     targets: np.ndarray
     cold: np.ndarray
     left_out: list[str] = field(default_factory=list)
+    transition: np.ndarray | None = None
+    times: np.ndarray | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def repeated(self) -> np.ndarray:
         """U bool: the user has met the target before."""
         return np.array([target in history for target, history in zip(self.targets, self.histories)], dtype=bool)
+
+    @cached_property
+    def subsets(self) -> dict[str, np.ndarray]:
+        """Name -> U bool, of those that figures are reported of apart."""
+        found = {"warm": ~self.cold, "cold": self.cold, "repeated": self.repeated}
+        if self.transition is not None:
+            found["seen_transition"] = self.transition & ~self.cold
+            found["unseen_transition"] = ~self.transition & ~self.cold
+        found["few_events"] = np.array([len(history) < FEW_EVENTS for history in self.histories], dtype=bool)
+        return found
 
 
 @dataclass(frozen=True)
@@ -121,46 +139,86 @@ class Scores:
 
 
 def ranking_examples(
-    writer: RequestWriter, processor: M6RecProcessor, split: Split, part: str, arguments: EvaluationArguments, seed: int
+    writer: RequestWriter,
+    processor: M6RecProcessor | None,
+    split: Split,
+    part: str,
+    arguments: EvaluationArguments,
+    seed: int,
 ) -> RankingExamples:
-    """Prepare the ranking of each user's first event in the part "valid" or "test".
+    """Prepare the rankings of a part.
 
     With `exclude_seen` and `repeats: leave_out` an event of an item that the user has met before is not asked about.
+
+    Args:
+        writer: Writes the requests.
+        processor: Reads them; None: no model is measured, and nothing is read.
+        split: The parts.
+        part: "valid" or "test".
+        arguments: Says which events are ranked.
+        seed: Of the users that are drawn.
     """
-    known, held_out = before_and_in(split, part)
-    before, after = histories(known), histories(held_out)
-    drawn = drawn_users([user for user in after if user in before], arguments, seed)
-    catalogue_rows, held_out_rows = (
-        np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int) for frame in (known, held_out)
-    )
-    seen = {user: catalogue_rows[before[user]] for user in drawn}
-    targets = {user: held_out_rows[after[user][0]] for user in drawn}
-    leaves_out = arguments.exclude_seen and arguments.repeats == "leave_out"
-    users = [user for user in drawn if targets[user] not in seen[user]] if leaves_out else drawn
-    asked = set(users)
-    requests = [
-        writer.request(user, writer.events(known.iloc[before[user][-processor.max_events :]])) for user in users
-    ]
-    trained = {writer.rows[item_id] for item_id in split.train["item_id"].unique()}
+    everything = all_events(split)
+    rows = np.array([writer.rows[item_id] for item_id in everything["item_id"]], dtype=int)
+    found = rankings(split, part, arguments)
+    drawn = set(drawn_users(list(dict.fromkeys(each.user_id for each in found)), arguments, seed))
+    found = [each for each in found if each.user_id in drawn]
+    left_out = []
+    if arguments.exclude_seen and arguments.repeats == "leave_out":
+        left_out = [each for each in found if rows[each.asked[0]] in rows[each.history]]
+        found = [each for each in found if rows[each.asked[0]] not in rows[each.history]]
+    read: list[dict[str, Any]] = []
+    if processor is not None:
+        kept = [(each.user_id, everything.iloc[each.history[-processor.max_events :]]) for each in found]
+        requests = [writer.request(user, writer.events(frame)) for user, frame in kept]
+        read = read_requests(processor, requests, "retrieval", f"Reading {part} users")
+    sequences = learnt_sequences(writer, split, part, arguments)
+    last = rows[[each.history[-1] for each in found]]
+    targets = rows[[each.asked[0] for each in found]]
+    times = everything["timestamp"].to_numpy()
     return RankingExamples(
-        users,
-        read_requests(processor, requests, "retrieval", f"Reading {part} users"),
-        [seen[user] for user in users],
-        np.array([targets[user] for user in users], dtype=int),
-        np.array([targets[user] not in trained for user in users], dtype=bool),
-        [user for user in drawn if user not in asked],
+        [each.user_id for each in found],
+        read,
+        [rows[each.history] for each in found],
+        targets,
+        ~np.isin(targets, np.concatenate([np.empty(0, dtype=int), *sequences])),
+        [each.user_id for each in left_out],
+        Transitions.fit(sequences, len(writer.item_ids)).holds(last, targets),
+        times[[each.history[-1] for each in found]],
+        {"protocol": protocol_name(arguments, split), "observed": arguments.observe_validation and part == "test"},
     )
 
 
-def count_repeats(split: Split, part: str) -> tuple[int, int]:
+def protocol_name(arguments: EvaluationArguments, split: Split) -> str:
+    """Name the protocol of a split: published, shuffled or time.
+
+    Parts that a log names are published ones; where a log has no times, each user's events keep its order.
+    """
+    if arguments.protocol:
+        return arguments.protocol
+    if arguments.split == "time":
+        return "time"
+    return "shuffled" if arguments.split == "leave-one-out" and has_times(split.test) else "published"
+
+
+def learnt_sequences(
+    writer: RequestWriter, split: Split, part: str, arguments: EvaluationArguments
+) -> list[np.ndarray]:
+    """Return each user's events that may be counted before a part is predicted, as catalogue rows, in order."""
+    learnt = learnt_before(split, part, arguments.observe_validation)
+    rows = np.array([writer.rows[item_id] for item_id in learnt["item_id"]], dtype=int)
+    return [rows[places] for places in histories(learnt).values()]
+
+
+def count_repeats(split: Split, part: str, arguments: EvaluationArguments) -> tuple[int, int]:
     """Count the events that `ranking_examples` asks about in a part, and those of items that their users know.
 
     Returns:
         How many are of items that the user has met before, and how many there are.
     """
-    known, held_out = (frame[["user_id", "item_id"]] for frame in before_and_in(split, part))
-    first = held_out[held_out["user_id"].isin(known["user_id"].unique())].drop_duplicates("user_id")
-    return int(repeated_rows(pandas.concat([known, first]))[len(known) :].sum()), len(first)
+    items, _ = pandas.factorize(all_events(split)["item_id"])
+    found = rankings(split, part, arguments)
+    return sum(bool((items[each.history] == items[each.asked]).any()) for each in found), len(found)
 
 
 def scoring_examples(
@@ -349,11 +407,11 @@ def _ranking_row(
     counts: np.ndarray,
     arguments: EvaluationArguments,
 ) -> dict[str, Any]:
-    subsets = {"warm": ~examples.cold, "cold": examples.cold, "repeated": examples.repeated}
-    report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), subsets)
+    report: dict[str, Any] = ranking_report(ranks, tuple(arguments.ks), examples.subsets)
     report[f"coverage@{max(arguments.ks)}"] = coverage(top, len(counts))
     report[f"popularity_bias@{max(arguments.ks)}"] = popularity_bias(top, counts)
-    return {**report, "seen": "out" if arguments.exclude_seen else "in", **_repeats(examples, arguments)}
+    seen = "out" if arguments.exclude_seen else "in"
+    return {**report, "seen": seen, **examples.conditions, **_repeats(examples, arguments)}
 
 
 def _repeats(examples: RankingExamples, arguments: EvaluationArguments) -> dict[str, Any]:
@@ -408,12 +466,6 @@ def ranking_baselines(
         "similar_text": Scores(lambda part: similar.scores(examples.histories[part])),
         "neighbours_and_words": Scores(lambda part: rule.scores(examples.histories[part])),
     }
-
-
-def training_sequences(writer: RequestWriter, split: Split) -> list[np.ndarray]:
-    """Return each user's training events as catalogue rows, in order."""
-    rows = np.array([writer.rows[item_id] for item_id in split.train["item_id"]], dtype=int)
-    return [rows[places] for places in histories(split.train).values()]
 
 
 def predictions(
@@ -547,7 +599,9 @@ __all__ = [
     "ScoringExamples",
     "catalogue_vectors",
     "count_repeats",
+    "learnt_sequences",
     "predictions",
+    "protocol_name",
     "rank_catalogue",
     "ranking_baselines",
     "ranking_examples",
@@ -558,7 +612,6 @@ __all__ = [
     "scoring_examples",
     "scoring_report",
     "scoring_rows",
-    "training_sequences",
     "user_vectors",
     "warn_of_repeats",
 ]

@@ -81,6 +81,15 @@ class Transitions:
         values = weights / (out[rows] ** OUT_POWER * into[columns] ** IN_POWER)
         return cls(np.searchsorted(rows, np.arange(num_items + 1)), columns, values)
 
+    def holds(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Say of pairs of items whether they were counted.
+
+        >>> Transitions.fit([[0, 1, 2]], num_items=4).holds(np.array([0, 2, 3]), np.array([2, 0, 1])).tolist()
+        [True, True, False]
+        """
+        rows = np.repeat(np.arange(self.num_items), np.diff(self.starts))
+        return np.isin(first * self.num_items + second, rows * self.num_items + self.columns)
+
     @property
     def num_items(self) -> int:
         """M."""

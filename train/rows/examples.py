@@ -26,13 +26,15 @@ class RequestWriter:
 
     Args:
         log: Where items and users are described.
+        times: Whether events say when they happened.
 
     Attributes:
         statistics: What is told of candidates beside their text, if anything.
     """
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, times: bool = True) -> None:
         self.log = log
+        self._said = ("event", "timestamp", "rating", "text") if times else ("event", "rating", "text")
         self.statistics: ItemLikes | None = None
         self.item_ids = list(log.items.index)
         self.rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
@@ -64,7 +66,7 @@ class RequestWriter:
 
     def events(self, frame: pandas.DataFrame) -> list[dict[str, Any]]:
         """Write rows of the log as events, in their order."""
-        columns = {name: frame[name].tolist() for name in ("event", "timestamp", "rating", "text") if name in frame}
+        columns = {name: frame[name].tolist() for name in self._said if name in frame}
         events: list[dict[str, Any]] = []
         for place, item_id in enumerate(frame["item_id"]):
             event: dict[str, Any] = {"item": self.item(item_id)}

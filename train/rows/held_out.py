@@ -26,9 +26,28 @@ class Question:
 
 def before_and_in(split: Split, part: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """Return the events that may be known when a part is predicted, and the part: the test knows the validation."""
+    known = [split.train] if split.gap.empty else [split.train, split.gap]
     if part == "valid":
-        return split.train, split.valid
-    return pandas.concat([split.train, split.valid]).sort_index(), split.test
+        return _together(known), split.valid
+    return _together([*known, split.valid]), split.test
+
+
+def learnt_before(split: Split, part: str, observe_validation: bool = False) -> pandas.DataFrame:
+    """Return the events that may be learnt and counted before a part is predicted.
+
+    Args:
+        split: The parts.
+        part: "valid" or "test".
+        observe_validation: Let the test observe the validation part.
+    """
+    if part == "valid":
+        return split.train
+    found = [split.train] if split.gap.empty else [split.train, split.gap]
+    return _together([*found, split.valid] if observe_validation else found)
+
+
+def _together(parts: list[pandas.DataFrame]) -> pandas.DataFrame:
+    return parts[0] if len(parts) == 1 else pandas.concat(parts).sort_index()
 
 
 def drawn_users(users: list[str], arguments: EvaluationArguments, seed: int) -> list[str]:
@@ -41,7 +60,7 @@ def drawn_users(users: list[str], arguments: EvaluationArguments, seed: int) -> 
 
 def all_events(split: Split) -> pandas.DataFrame:
     """Return the events of all parts, in order."""
-    return pandas.concat([split.train, split.valid, split.test]).sort_index()
+    return pandas.concat([split.train, split.gap, split.valid, split.test]).sort_index()
 
 
 def questions(
@@ -76,10 +95,34 @@ def questions(
     return found
 
 
+def rankings(split: Split, part: str, arguments: EvaluationArguments) -> list[Question]:
+    """Say which held-out events are ranked, each after all events of its user before it; users in their order.
+
+    Of each user it is the first of the part that has an event before it; with the protocol `time` the last one, or all
+    of them if `successive`.
+
+    Args:
+        split: The parts.
+        part: "valid" or "test".
+        arguments: Says which.
+    """
+    everything = all_events(split)
+    held_out = everything.index.isin(before_and_in(split, part)[1].index)
+    found = []
+    for user, own in histories(everything).items():
+        asked = np.flatnonzero(held_out[own])
+        if not arguments.successive:
+            asked = asked[-1:] if arguments.protocol == "time" else asked[:1]
+        found += [Question(user, own[:at], own[[at]]) for at in asked if at]
+    return found
+
+
 __all__ = [
     "Question",
     "all_events",
     "before_and_in",
     "drawn_users",
+    "learnt_before",
     "questions",
+    "rankings",
 ]

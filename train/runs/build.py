@@ -19,7 +19,7 @@ from ...tuning import load_model, quantized
 from ..config.arguments import ModelArguments
 from ..config.recipe import Recipe
 from ..data.log import Log, read_log
-from ..data.splits import Split, by_time, given, hold_items_out, leave_one_out
+from ..data.splits import Split, by_time, given, has_times, hold_items_out, hold_out
 from ..rows.collator import CatalogueRows, M6RecDataCollator
 from ..rows.examples import RequestWriter, item_likes
 from .adapters import save_model
@@ -57,12 +57,19 @@ def use_bf16() -> bool:
 def make_split(recipe: Recipe, log: Log) -> Split:
     """Hold out the events that the recipe's evaluation asks for."""
     arguments, seed = recipe.evaluation, recipe.data.seed
-    if arguments.split == "leave-one-out":
-        split = leave_one_out(log.interactions, seed)
+    shares = arguments.valid_fraction, arguments.test_fraction
+    if arguments.protocol or arguments.split == "leave-one-out":
+        if arguments.protocol == "shuffled" and not has_times(log.interactions):
+            raise ValueError(
+                "evaluation.protocol shuffled shuffles events of the same time, and this log has no times: use "
+                "published"
+            )
+        validate = arguments.validate or ("time" if arguments.protocol == "time" else "fresh")
+        split = hold_out(log.interactions, arguments.protocol or "shuffled", validate, seed, *shares)
     elif arguments.split == "given":
         split = given(log.interactions, seed)
     else:
-        split = by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, seed)
+        split = by_time(log.interactions, *shares, seed)
     if not arguments.cold_fraction:
         return split
     return hold_items_out(split, arguments.cold_fraction, seed, arguments.cold_pretend)
@@ -70,7 +77,7 @@ def make_split(recipe: Recipe, log: Log) -> Split:
 
 def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:
     """Make what writes requests; statistics are those of the training events."""
-    writer = RequestWriter(log)
+    writer = RequestWriter(log, recipe.text.times)
     if recipe.text.statistics:
         writer.statistics = item_likes(writer, split.train, recipe.task, recipe.data.seed)
     return writer

@@ -24,7 +24,7 @@ DECISIVE = {
     "finetune": ("data", "text", "model", "tuning", "task"),
 }
 """Sections of a recipe that decide what is trained, by stage; of the others, the split and most of `training`."""
-SPLIT = ("split", "valid_fraction", "test_fraction")
+SPLIT = ("split", "protocol", "validate", "valid_fraction", "test_fraction")
 FREE: tuple[str, ...] = (
     "output_dir",
     "resume_from_checkpoint",

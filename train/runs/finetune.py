@@ -57,8 +57,12 @@ class Figures:
                 continue
             report = measure(run, examples, task, self.bf16)
             own = prefix if task == "retrieval" else f"{prefix}{task}_"
-            found |= {f"{own}{name}": value for name, value in report.items() if isinstance(value, (int, float))}
+            found |= {f"{own}{name}": value for name, value in report.items() if _is_figure(value)}
         return found
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def measured(run: Run) -> list[str]:
@@ -141,7 +145,8 @@ def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str
     """Measure model and baselines on prepared examples of a task: who -> metrics."""
     recipe = run.recipe
     if task == "retrieval":
-        sequences, counts = evaluation.training_sequences(run.writer, run.split), run.catalogue.counts
+        sequences = evaluation.learnt_sequences(run.writer, run.split, part, recipe.evaluation)
+        counts = np.bincount(np.concatenate(sequences), minlength=len(run.writer.item_ids))
         scores: dict[str, Any] = {OWN: _ranked(run, examples, bf16)}
         scores |= evaluation.ranking_baselines(run.texts, sequences, examples, counts)
         return evaluation.ranking_rows(scores, examples, counts, recipe.evaluation, recipe.seed)

@@ -31,6 +31,11 @@ def recipe(**sections) -> Recipe:
         ({"task": {"dialogues": "talk.csv"}}, "task.dialogues is the table"),
         ({"task": {"dialogue_columns": {"who": "x"}}}, "task.dialogue_columns has unknown keys who"),
         ({"task": {"replay": ["a"], "replay_share": 1.0}}, "task.replay_share=1.0 is not between 0 and 1"),
+        ({"evaluation": {"protocol": "random"}}, "protocol is 'random'; expected one of published, shuffled, time"),
+        ({"evaluation": {"validate": "old"}}, "validate is 'old'; expected one of fresh, stale, time, or null"),
+        ({"evaluation": {"protocol": "time", "split": "given"}}, "'time', and evaluation.split 'given' takes the log"),
+        ({"evaluation": {"validate": "stale", "split": "time"}}, "name an evaluation.protocol in place of the split"),
+        ({"evaluation": {"successive": True}}, "set evaluation.protocol=time"),
     ],
 )
 def test_what_contradicts_itself_is_refused(section, message):

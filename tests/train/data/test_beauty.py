@@ -6,7 +6,7 @@ import pytest
 
 from m6rec.train.data.beauty import UNTITLED, beauty_tables
 from m6rec.train.data.log import DataArguments, read_log
-from m6rec.train.data.splits import leave_one_out
+from m6rec.train.data.splits import hold_out
 from tests.conftest import real_data
 
 
@@ -32,9 +32,21 @@ def test_purchases_and_titles_by_hand(tmp_path):
 
 def test_the_published_split_is_leave_one_out(tmp_path):
     log = read_log(DataArguments(source="amazon-beauty", directory=str(write_beauty(tmp_path))))
-    split = leave_one_out(log.interactions, seed=3)
+    split = hold_out(log.interactions, "published", "fresh", seed=3)
     parts = [part["item_id"].tolist() for part in (split.train, split.valid, split.test)]
     assert parts == [["B03", "B02"], ["B01", "B03"], ["B02", "B01"]]
+
+
+def test_times_are_read_where_they_are_known(tmp_path):
+    folder = write_beauty(tmp_path)
+    times = [(2, 0, 2, 50), (2, 1, 3, 50), (2, 2, 1, 60), (1, 0, 3, 20), (1, 1, 1, 10), (1, 2, 2, 30)]
+    rows = ["user,place,item,timestamp", *(",".join(map(str, row)) for row in times)]
+    (folder / "times.csv").write_text("\n".join(rows))
+    events, _, _ = beauty_tables(folder)
+    assert events["timestamp"].tolist() == [20, 20, 30, 50, 50, 60]  # the second would run backwards
+    (folder / "times.csv").write_text("\n".join(rows[:-1]))
+    with pytest.raises(ValueError, match="5 rows; expected one for each of the 6 purchases"):
+        beauty_tables(folder)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -52,3 +64,8 @@ def test_beauty_is_complete():
     assert (log.items["title"] == UNTITLED).sum() == 7
     assert log.item_fields("B001DJ2USM") == {"title": UNTITLED}
     assert not log.items["title"].str.contains("&#|&amp;").any()
+    if log.interactions["timestamp"].notna().all():  # with times.csv, which adds days and changes nothing else
+        published = hold_out(log.interactions, "published", "fresh")
+        last = log.interactions.groupby("user_id", sort=True, observed=True)["item_id"].last()
+        assert published.test["item_id"].tolist() == last.tolist()
+        assert 6000 < hold_out(log.interactions, "time", "time").test["user_id"].nunique() < 6200

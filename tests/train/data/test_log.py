@@ -371,7 +371,7 @@ MEASURE = """
 import sys, threading, time
 import datasets
 from m6rec.train.data.log import DataArguments, read_log
-from m6rec.train.data.splits import leave_one_out
+from m6rec.train.data.splits import hold_out
 
 datasets.config.HF_DATASETS_CACHE = sys.argv[1] + "/cache"
 def own():
@@ -397,7 +397,7 @@ for rows in map(int, sys.argv[2:]):
     write(rows)
     peak[0] = own()
     log = read_log(DataArguments(interactions=sys.argv[1] + "/events.csv", items=sys.argv[1] + "/items.csv"))
-    split = leave_one_out(log.interactions, 0)
+    split = hold_out(log.interactions, "shuffled", "fresh", 0)
     peaks.append(peak[0])
     held = log.interactions.memory_usage(deep=True).sum() / len(log.interactions)
 print((peaks[1] - peaks[0]) / (int(sys.argv[3]) - int(sys.argv[2])), held)

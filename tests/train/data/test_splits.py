@@ -21,7 +21,7 @@ from m6rec.train.data.splits import (
     given,
     histories,
     hold_items_out,
-    leave_one_out,
+    hold_out,
     order,
     shuffled_ties,
 )
@@ -41,6 +41,10 @@ shares = st.sampled_from([0.0, 0.1, 0.25, 0.4])
 
 def frame(events) -> pandas.DataFrame:
     return pandas.DataFrame(events, columns=COLUMNS).astype({"timestamp": float})
+
+
+def leave_one_out(events: pandas.DataFrame, seed: int) -> Split:
+    return hold_out(events, "shuffled", "fresh", seed)
 
 
 def parts(split: Split) -> list[pandas.DataFrame]:
@@ -127,24 +131,101 @@ def test_leave_one_out_by_hand():
     ]
 
 
-@given_(rows, seeds, st.integers(3, 6))
-def test_leave_one_out_against_a_loop(events, seed, min_events):
-    split = leave_one_out(frame(events), seed, min_events)
+def slow_parts(events, protocol, validate, seed, valid_fraction, test_fraction):
+    """Parts of a protocol by loops over users: training, validation, test, gap."""
+    times = sorted(when for *_, when in events)
     users = defaultdict(list)
-    for event in tuples(order(frame(events), seed)):
+    for event in tuples(order(frame(events), seed, "table" if protocol == "published" else "shuffled")):
         users[event[0]].append(event)
-    train, valid, test = [], [], []
-    for own in users.values():
-        held = len(own) >= min_events
-        train += own[:-2] if held else own
-        valid += own[-2:-1] if held else []
-        test += own[-1:] if held else []
-    assert [tuples(part) for part in parts(split)] == [train, valid, test]
+    test = {}
+    for user, own in users.items():
+        if protocol == "time":
+            test[user] = [event for event in own if event[2] > times[int((1 - test_fraction) * len(times))]]
+        else:
+            test[user] = own[-1:] if len(own) >= 3 else []
+    before = {user: own[: len(own) - len(test[user])] for user, own in users.items()}
+    rest = sorted(when for own in before.values() for *_, when in own)
+    if protocol == "time":
+        start = times[int((1 - valid_fraction - test_fraction) * len(times))]
+    else:
+        start = rest[int((1 - valid_fraction) * len(rest))]
+    found = [[], [], [], []]
+    for user, own in before.items():
+        asked = len(own) >= 2 and (protocol == "time" or bool(test[user]))
+        if validate == "time":
+            late = [event for event in own if event[2] > start]
+            held = late if late else []
+            valid = held[-1:] if asked else []
+            gap = held[: len(held) - len(valid)]
+        else:
+            valid = own[-1:] if asked else []
+            gap = own[-2:-1] if asked and validate == "stale" else []
+        found[0] += own[: len(own) - len(valid) - len(gap)]
+        found[1] += valid
+        found[2] += test[user]
+        found[3] += gap
+    return found
 
 
-def test_leave_one_out_needs_an_event_for_each_part():
-    with pytest.raises(ValueError, match="min_events is 2; expected at least 3"):
-        leave_one_out(tied(1, 3), seed=0, min_events=2)
+@given_(
+    rows,
+    seeds,
+    st.sampled_from(["published", "shuffled", "time"]),
+    st.sampled_from(["fresh", "stale", "time"]),
+    st.sampled_from([0.1, 0.25, 0.4]),
+    st.sampled_from([0.1, 0.25]),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_held_out_against_loops(events, seed, protocol, validate, valid_fraction, test_fraction):
+    wanted = slow_parts(events, protocol, validate, seed, valid_fraction, test_fraction)
+    arguments = (frame(events), protocol, validate, seed, valid_fraction, test_fraction)
+    try:
+        split = hold_out(*arguments)
+    except ValueError as error:
+        assert "no event is later than the quantile" in str(error) or not wanted[0]
+        return
+    assert [tuples(part) for part in (*parts(split), split.gap)] == wanted
+    assert sorted(pandas.concat([*parts(split), split.gap]).index) == list(range(len(events)))
+
+
+def test_a_stale_validation_lies_as_far_beyond_what_is_learnt_as_the_test():
+    log = frame([("a", item, when) for when, item in enumerate("uvwxyz")])
+    split = hold_out(log, "published", "stale")
+    assert [list(part["item_id"]) for part in (split.train, split.gap, split.valid, split.test)] == [
+        *(["u", "v", "w"], ["x"], ["y"], ["z"])
+    ]
+    fresh = hold_out(log, "published", "fresh")
+    assert list(fresh.train["item_id"]) == ["u", "v", "w", "x"] and fresh.gap.empty
+
+
+def test_a_window_of_validation_has_one_event_a_user():
+    events = [("a", "w", 0), ("a", "x", 1), ("a", "y", 6), ("a", "z", 7), ("b", "x", 2), ("b", "y", 9), ("c", "x", 7)]
+    split = hold_out(frame([*events, ("b", "z", 10)]), "time", "time", 0, valid_fraction=0.5, test_fraction=0.2)
+    # Of the sorted times 0 1 2 6 7 7 9 10 the test is later than the seventh, the window than the third.
+    assert tuples(split.test) == [("b", "z", 10)]
+    assert tuples(split.valid) == [("a", "z", 7), ("b", "y", 9)]
+    assert tuples(split.gap) == [("a", "y", 6), ("c", "x", 7)]  # c has no history
+    assert tuples(split.train) == [("a", "w", 0), ("a", "x", 1), ("b", "x", 2)]
+
+
+def test_published_ties_keep_the_order_of_the_table():
+    log = tied(30, 4)
+    assert order(log, 1, "table")["item_id"].tolist() == ["0", "1", "2", "3"] * 30
+    assert order(log, 1)["item_id"].tolist() != order(log, 1, "table")["item_id"].tolist()
+    late = frame([("a", "x", 2), ("a", "y", 1), ("a", "z", 1)])
+    assert order(late, 1, "table")["item_id"].tolist() == ["y", "z", "x"]
+
+
+def test_protocols_by_time_need_times():
+    log = frame([("a", "1", None), ("a", "2", None), ("a", "3", None)])
+    for protocol, validate, named in (("time", "fresh", "protocol"), ("published", "time", "validate")):
+        with pytest.raises(ValueError, match=f"evaluation.{named} time needs timestamps"):
+            hold_out(log, protocol, validate)
+    assert list(hold_out(log, "published", "fresh").test["item_id"]) == ["3"]
+    with pytest.raises(ValueError, match=r"no event is later than the quantile 0\.9"):
+        hold_out(tied(2, 3), "time", "fresh")
+    with pytest.raises(ValueError, match="no training events are left of 3"):
+        hold_out(frame([("a", "x", 1), ("a", "y", 2), ("a", "z", 3)]), "published", "stale")
 
 
 def test_by_time_by_hand():

@@ -4,17 +4,19 @@ import copy
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
 from m6rec.train.config.arguments import EvaluationArguments, TaskArguments
-from m6rec.train.data.splits import Split, order
+from m6rec.train.data.splits import Split, hold_out, order
 from m6rec.train.evaluation import reports as evaluation
 from m6rec.train.evaluation.reports import (
     RankingExamples,
     ScoringExamples,
     before_and_in,
     catalogue_vectors,
+    learnt_sequences,
     predictions,
     rank_catalogue,
     ranking_baselines,
@@ -25,7 +27,6 @@ from m6rec.train.evaluation.reports import (
     scoring_baselines,
     scoring_examples,
     scoring_report,
-    training_sequences,
     user_vectors,
 )
 from m6rec.train.metrics import auc, grouped_auc, log_loss, ndcg_at_k, rmse, target_ranks
@@ -104,6 +105,65 @@ def test_an_item_that_only_the_validation_part_has_is_cold_in_the_test(run):
     split = Split(train, valid.assign(item_id="i14"), test.assign(item_id=["i14"] * 6 + ["i0"] * 6))
     examples = ranking_examples(run.writer, run.processor, split, "test", EvaluationArguments(), seed=0)
     assert examples.cold.tolist() == [True] * 6 + [False] * 6
+
+
+def by_protocol(run, part="test", **arguments):
+    asked = EvaluationArguments(**arguments)
+    validate = asked.validate or ("time" if asked.protocol == "time" else "fresh")
+    split = hold_out(run.log.interactions, asked.protocol, validate, 0, 0.2, 0.3)
+    return split, ranking_examples(run.writer, None, split, part, asked, seed=0)
+
+
+@pytest.mark.parametrize("successive", [False, True])
+def test_by_time_the_last_event_is_ranked_or_each_after_all_before_it(run, successive):
+    split, examples = by_protocol(run, protocol="time", successive=successive)
+    ordered = by_user(order(run.log.interactions, 0))
+    wanted = []
+    for user, own in split.test.groupby("user_id"):
+        places = range(len(ordered[user]) - len(own), len(ordered[user]))
+        wanted += [(user, ordered[user][:at], ordered[user][at]) for at in places if at][0 if successive else -1 :]
+    ids = run.writer.item_ids
+    found = [
+        (user, [ids[row] for row in history], ids[target])
+        for user, history, target in zip(examples.users, examples.histories, examples.targets)
+    ]
+    assert found == wanted and len(found) > len(set(examples.users)) * successive
+    last = order(run.log.interactions, 0).groupby("user_id")["timestamp"].apply(list)
+    assert examples.times.tolist() == [last[user][len(history) - 1] for user, history, _ in wanted]
+    assert examples.conditions == {"protocol": "time", "observed": False} and examples.rows == []
+
+
+@pytest.mark.parametrize(("protocol", "validate"), [("shuffled", "stale"), ("time", "time"), ("published", "fresh")])
+@pytest.mark.parametrize("observed", [False, True])
+def test_what_is_learnt_before_a_part(run, protocol, validate, observed):
+    split, examples = by_protocol(run, protocol=protocol, validate=validate, observe_validation=observed)
+    learnt = pandas.concat([split.train, split.gap, *([split.valid] if observed else [])])
+    asked = EvaluationArguments(protocol=protocol, observe_validation=observed)
+    sequences = learnt_sequences(run.writer, split, "test", asked)
+    assert sum(map(len, sequences)) == len(learnt)
+    assert [[run.writer.item_ids[row] for row in own] for own in sequences] == list(
+        by_user(learnt.sort_index()).values()
+    )
+    assert sum(map(len, learnt_sequences(run.writer, split, "valid", asked))) == len(split.train)
+    known = set(learnt["item_id"])
+    assert examples.cold.tolist() == [run.writer.item_ids[target] not in known for target in examples.targets]
+    pairs = {(one, other) for own in sequences for step in (1, 2) for one, other in zip(own, own[step:])}
+    pairs |= {(other, one) for one, other in pairs}
+    together = [(own[-1], target) in pairs for own, target in zip(examples.histories, examples.targets)]
+    assert examples.transition.tolist() == together
+    assert examples.conditions == {"protocol": protocol, "observed": observed}
+    parts = [examples.subsets[name] for name in ("seen_transition", "unseen_transition", "cold")]
+    assert (np.sum(parts, 0) == 1).all() and examples.subsets["seen_transition"].any()
+    short = examples.subsets["few_events"].tolist()
+    assert short == [len(history) < 5 for history in examples.histories]
+
+
+def test_a_stale_validation_event_is_predicted_after_the_gap(run):
+    split, examples = by_protocol(run, "valid", protocol="shuffled", validate="stale")
+    ordered = by_user(order(run.log.interactions, 0))
+    for user, history in zip(examples.users, examples.histories, strict=True):
+        assert [run.writer.item_ids[row] for row in history] == ordered[user][:-2]
+    assert len(split.gap) == len(split.valid) == 12
 
 
 def test_scored_events_are_the_held_out_ones_with_their_labels(timed):
@@ -409,7 +469,7 @@ def test_a_model_that_has_diverged_is_refused_not_measured(run):
 
 def test_the_baselines_stand_beside_the_model_on_the_same_users(run):
     examples, arguments = examples_of(run), EvaluationArguments(ks=[3])
-    sequences, counts = training_sequences(run.writer, run.split), run.catalogue.counts
+    sequences, counts = learnt_sequences(run.writer, run.split, "test", arguments), run.catalogue.counts
     assert [[run.writer.item_ids[row] for row in own] for own in sequences] == list(by_user(run.split.train).values())
     scores = ranking_baselines(run.texts, sequences, examples, counts)
     assert list(scores) == ["popularity", "similar_text", "neighbours_and_words"]

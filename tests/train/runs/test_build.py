@@ -12,6 +12,8 @@ from m6rec import M6RecForRecommendation
 from m6rec.tokenization import M6RecProcessor
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.data.log import Log
+from m6rec.train.data.splits import hold_out
+from m6rec.train.evaluation.reports import protocol_name
 from m6rec.train.runs import build
 from m6rec.train.runs.build import item_texts, make_processor, prepare, save, use_bf16
 from tests.train.world import recipe_of, write_tables
@@ -233,6 +235,37 @@ def test_the_split_is_the_recipes(make_recipe):
     assert parts[1]["timestamp"].max() < parts[2]["timestamp"].min()
     left_out = prepare(make_recipe()).split
     assert (left_out.test["user_id"].value_counts() == 1).all()
+
+
+def test_a_protocol_decides_in_place_of_the_split(make_recipe):
+    shares = {"valid_fraction": 0.2, "test_fraction": 0.3}
+    run = prepare(make_recipe(evaluation={"protocol": "time", **shares}))
+    wanted = hold_out(run.log.interactions, "time", "time", 0, 0.2, 0.3)
+    for name in ("train", "gap", "valid", "test"):
+        assert getattr(run.split, name).equals(getattr(wanted, name))
+    assert not run.split.gap.empty
+    stale = prepare(make_recipe(evaluation={"validate": "stale"})).split
+    assert len(stale.gap) == len(stale.valid) == len(stale.test) == 12
+
+
+def test_a_log_without_times_has_no_ties_to_shuffle(make_recipe, tables, tmp_path):
+    frame = pandas.read_csv(tables["interactions"]).drop(columns="timestamp")
+    frame.to_csv(tmp_path / "untimed.csv", index=False)
+    paths = {**tables, "interactions": str(tmp_path / "untimed.csv")}
+    with pytest.raises(ValueError, match="protocol shuffled shuffles events of the same time, and this log has no"):
+        prepare(make_recipe(data=paths, evaluation={"protocol": "shuffled"}))
+    run = prepare(make_recipe(data=paths))
+    assert protocol_name(run.recipe.evaluation, run.split) == "published"
+
+
+def test_times_are_not_told_where_the_recipe_says_so(make_recipe):
+    told = {}
+    for times in (True, False):
+        run = prepare(make_recipe(text={"max_events": 4, "times": times}))
+        request = run.writer.request("u1", run.writer.events(run.split.train.iloc[:3]))
+        told[times] = [set(event) for event in request["history"]]
+    assert all(one - {"timestamp"} == other for one, other in zip(told[True], told[False], strict=True))
+    assert "timestamp" in told[True][0]
 
 
 def test_counts_are_those_of_the_training_part(run):
