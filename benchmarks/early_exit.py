@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from m6rec import SegmentCache
-from m6rec.scoring_m6rec import Scorer, Tokens, Told
+from m6rec.ranking_m6rec import Scorer, Tokens, Told
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.metrics import auc
 from m6rec.train.runs.build import prepare

@@ -31,7 +31,7 @@ from retrieval_scale import WIDTH as VECTOR
 from scoring_speed import DTYPE, SHAPE, Request, make_request
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
-from m6rec.user_states_m6rec import UserStates
+from m6rec.segment_cache_m6rec import UserStates
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

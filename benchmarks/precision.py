@@ -24,7 +24,6 @@ from scoring_speed import SHAPE, make_request, words
 from torch import nn
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
-from m6rec.plans_m6rec import encode_segments
 
 TEXTS, TOKENS = 40, 12
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -75,7 +74,7 @@ class Variant:
 
     def read(self) -> torch.Tensor:
         """Read texts that are in no cache."""
-        return encode_segments(self.model.model, self.texts)[0]
+        return self.model.model.encode_segments(self.texts)[0]
 
     def score(self) -> torch.Tensor:
         """Score all candidates."""

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from m6rec import Catalogue, catalogue_m6rec
-from m6rec.catalogue_files_m6rec import write_catalogue
+from m6rec.catalogue_m6rec import write_catalogue
 
 WIDTH, SPREAD, ITEMS_A_CENTRE, QUERIES, TOGETHER, CHANGES = 128, 0.8, 100, 128, 64, 50
 WAYS = {"exact": None, "flat": {}, "ivf": {}, "hnsw": {"M": 16, "efConstruction": 64}}

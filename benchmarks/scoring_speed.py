@@ -31,9 +31,8 @@ from _quality import CELLS, measure_quality
 from _rivals import CrossEncoder, Request, SentenceTransformers
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
-from m6rec.plans_m6rec import encode_segments
+from m6rec.segment_cache_m6rec import UserStates
 from m6rec.train.runs.build import use_bf16
-from m6rec.user_states_m6rec import UserStates
 
 RESULTS = Path(__file__).parent / "results" / "scoring_speed.json"
 SHAPE = {
@@ -200,7 +199,7 @@ def peak_ways() -> Iterator[Way]:
     model, draw = make_model(3).model, random.Random(1)
     kinds, seg = model.config.kind_token_ids, model.config.segment_token_id
     texts = [(0, (kinds["item"], *words(draw, TOKENS - 2), seg)) for _ in range(SEGMENTS)]
-    yield Way("encode", lambda: encode_segments(model, texts), "")
+    yield Way("encode", lambda: model.encode_segments(texts), "")
 
 
 def encode_flops(model_shape: dict[str, int], layers: int) -> float:

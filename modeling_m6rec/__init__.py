@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .catalogue_m6rec import Catalogue
     from .pipeline_m6rec import RecommendationPipeline
     from .processing_m6rec import M6RecProcessor
+    from .segment_cache_m6rec import UserStates
     from .tokenization_m6rec import M6RecTokenizer
     from .train import fit
     from .train.rows.collator import M6RecDataCollator
-    from .user_states_m6rec import UserStates
 
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
@@ -32,7 +32,7 @@ LAZY = {
     "M6RecProcessor": "m6rec.processing_m6rec",
     "M6RecTokenizer": "m6rec.tokenization_m6rec",
     "RecommendationPipeline": "m6rec.pipeline_m6rec",
-    "UserStates": "m6rec.user_states_m6rec",
+    "UserStates": "m6rec.segment_cache_m6rec",
     "fit": "m6rec.train",
 }
 """Names of the package that are imported when they are first asked for, and where they are."""

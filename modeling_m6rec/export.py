@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .items_m6rec import reading
+from .layers_m6rec import inference_mode
 from .layout_m6rec import KIND_NUMBER, alone
-from .modeling_m6rec import M6RecForRecommendation
-from .plans_m6rec import read_alone
-from .vectors_m6rec import item_sketches, item_vectors
+from .modeling_m6rec import M6RecForRecommendation, item_sketches, item_vectors
+from .network_m6rec import read_alone
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -111,7 +110,7 @@ def export_program(
     module = ScorePart(model, task) if part == "score" else PARTS[part](model)
     example = _example(model, part)
     shapes = {name: dict.fromkeys(range(value.dim()), torch.export.Dim.DYNAMIC) for name, value in example.items()}
-    with reading(model):
+    with inference_mode(model):
         return torch.export.export(module.eval(), (), example, dynamic_shapes=shapes, strict=strict)
 
 

@@ -4,7 +4,8 @@ Shapes: B rows, Q queries, K keys, H heads, G key/value heads, D = head_dim. In 
 N candidates each, S keys of a user; `n` of the N are read at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -344,6 +345,19 @@ class M6RecWritingTransform(nn.Module):
         return self.norm(self.activation(self.dense(states)))
 
 
+@contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout and gradients; afterwards each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 __all__ = [
     "M6RecAttention",
     "M6RecEmbeddings",
@@ -353,5 +367,6 @@ __all__ = [
     "M6RecRotaryEmbedding",
     "M6RecWritingTransform",
     "SharedKeys",
+    "inference_mode",
     "make_norm",
 ]

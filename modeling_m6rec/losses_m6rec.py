@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from .configuration_m6rec import M6RecConfig
 from .layout_m6rec import Layout, layout
+from .values_m6rec import IGNORE_INDEX
 
-UNKNOWN = -100
 LOSSES = ("text", "click", "rating", "interaction", "retrieval")
 """The losses by name."""
 PRODUCTS_AT_ONCE = {"cpu": 1 << 22}
@@ -37,7 +37,7 @@ def given_labels(labels: torch.Tensor | None, name: str = "labels") -> torch.Ten
     """
     if labels is None or labels.dim() > 1:
         return labels
-    if not torch.compiler.is_compiling() and (labels != UNKNOWN).any():
+    if not torch.compiler.is_compiling() and (labels != IGNORE_INDEX).any():
         raise ValueError(f"{name} has one dimension, {tuple(labels.shape)}: give a column for each target or token")
     return None
 
@@ -58,16 +58,16 @@ def label_weights(batch: Mapping[str, torch.Tensor], config: M6RecConfig) -> dic
     if "labels" in batch:
         ids = batch["layout_ids"] if "layout_ids" in batch else batch["input_ids"]
         targets = text_targets(batch["labels"], layout(ids, batch.get("attention_mask"), config), config)
-        found["text"] = (targets != UNKNOWN).sum()
+        found["text"] = (targets != IGNORE_INDEX).sum()
     for task in ("click", "rating"):
         if (labels := batch.get(f"{task}_labels")) is not None:
-            labels = labels[labels != UNKNOWN]
+            labels = labels[labels != IGNORE_INDEX]
             weights = _class_weights(task, config, labels.device)
             classes = _rating_classes(labels, config)[0] if task == "rating" else labels.long()
             found[task] = torch.tensor(len(labels)) if weights is None else weights[classes].sum()
     for name, field in (("interaction", "interaction_labels"), ("retrieval", "retrieval_labels")):
         if field in batch:
-            found[name] = (batch[field] != UNKNOWN).sum()
+            found[name] = (batch[field] != IGNORE_INDEX).sum()
     return found
 
 
@@ -84,9 +84,9 @@ def text_targets(labels: torch.Tensor, lay: Layout, config: M6RecConfig) -> torc
     Returns:
         B x T ids, -100 where nothing is predicted.
     """
-    following = functional.pad(labels[:, 1:], (0, 1), value=UNKNOWN)
+    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     goes_on = lay.valid & functional.pad(lay.request[:, 1:] == lay.request[:, :-1], (0, 1))
-    following = following.masked_fill(~goes_on, UNKNOWN)
+    following = following.masked_fill(~goes_on, IGNORE_INDEX)
     own = lay.plain & (config.document_attention == "bidirectional")
     return torch.where(own, labels, following)
 
@@ -99,14 +99,14 @@ def text_loss(logits: torch.Tensor, targets: torch.Tensor, weight: Weight = None
 
 def click_loss(logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None) -> torch.Tensor:
     """Binary cross-entropy over the two classes of B x N x 2 logits for B x N labels 0 or 1 (paper, scoring)."""
-    known = labels != UNKNOWN
+    known = labels != IGNORE_INDEX
     _check_classes(labels[known], 2, "click_labels")
     return _cross_entropy(logits[known], labels[known].long(), "click", config, weight)
 
 
 def rating_loss(logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None) -> torch.Tensor:
     """Loss of B x N ratings: cross-entropy over `rating_values`, or squared error with `rating_loss="regression"`."""
-    known = labels != UNKNOWN
+    known = labels != IGNORE_INDEX
     ratings = labels[known].float()
     if config.rating_loss == "regression":
         predicted = rating_from_logits(logits[known], config)
@@ -128,7 +128,7 @@ def interaction_loss(
 
     A class weight makes an interaction's positives count so many times; the mean is over labels.
     """
-    known = labels != UNKNOWN
+    known = labels != IGNORE_INDEX
     _check_classes(labels[known], 2, "interaction_labels")
     weights = _class_weights("interaction", config, logits.device)
     positive = None if weights is None else weights.expand_as(logits)[known]
@@ -303,12 +303,11 @@ def _check_rows(labels: torch.Tensor, items: torch.Tensor) -> None:
 def _check_classes(labels: torch.Tensor, classes: int, name: str) -> None:
     strange = (labels != labels.long()) | (labels < 0) | (labels >= classes)
     if strange.any():
-        raise ValueError(f"{name} holds {labels[strange][0].item():g}: use 0, 1, or {UNKNOWN} where it is unknown")
+        raise ValueError(f"{name} holds {labels[strange][0].item():g}: use 0, 1, or {IGNORE_INDEX} where it is unknown")
 
 
 __all__ = [
     "LOSSES",
-    "UNKNOWN",
     "click_loss",
     "given_labels",
     "interaction_loss",

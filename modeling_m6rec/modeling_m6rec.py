@@ -1,4 +1,22 @@
-"""M6Rec for recommendation: one network, four heads (score, embed, plausibility, write).
+"""Folders that hold an adapter: what is beside the adapter, and how the model below it is found and loaded.
+
+`m6rec finetune` writes the adapter with the configuration of the model as it was tuned, which may differ from the
+base's in what it scores. The base stands in the folder `base` beside it where it had no folder of its own.
+
+
+What a checkpoint's weights have to be: all there, and finite. A model that answers at random is worse than none.
+
+The vectors of users and items, whose product ranks a catalogue.
+
+They are made of up to three parts: what was learnt, l2-normalised; with `word_similarity` which words an item holds,
+and the mean of the user's last items; with `new_item_bonus` a place that says of an item whether it is new. Losses see
+the first alone. Source: the paper's retrieval for the first part; the others are ours.
+
+Shapes: B rows, T tokens, E places of a row where a user is read, M items of a row, H = hidden_size,
+W = word_similarity_dim, D = vector_width.
+
+
+M6Rec for recommendation: one network, four heads (score, embed, plausibility, write).
 
 Shapes: B rows, T tokens so far, Q queries (the last Q of the T), N targets of a row, S = config.num_labels outputs of
 the score head, E places of a row where a user is read, M items, H = hidden_size, V = vocab_size, D = vector_width.
@@ -6,48 +24,403 @@ the score head, E places of a row where a user is read, M items, H = hidden_size
 
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    ModelOutput,
+    can_return_tuple,
+    find_adapter_config_file,
+)
+from transformers.utils.hub import cached_file
 
-from .adapters_m6rec import adapter_settings, load_adapted
 from .atomic_m6rec import atomic_files
 from .configuration_m6rec import M6RecConfig
-from .heads_m6rec import Beside, mean_log_likelihood, target_ends
 from .layers_m6rec import M6RecWritingTransform, make_norm
-from .layout_m6rec import Layout, blank, layout, read
-from .losses_m6rec import (
-    UNKNOWN,
-    given_labels,
-    rating_from_logits,
-    retrieval_loss,
-    score_losses,
-    text_loss,
-    text_targets,
+from .layout_m6rec import (
+    KeptTokens,
+    Layout,
+    SegmentKey,
+    blank,
+    closes_item,
+    item_places,
+    largest,
+    latest,
+    layout,
+    mean_log_likelihood,
+    read,
+    row_starts,
+    target_ends,
+    user_places,
+    value_at,
 )
-from .network_m6rec import M6RecModel, M6RecModelOutput, M6RecPreTrainedModel
-from .outputs_m6rec import CACHE_NAMES, CachedOutput, library_arguments, one_cache
-from .plans_m6rec import last_states
-from .segment_cache_m6rec import SegmentCache, SegmentKey, active_adapters, digest_weights
-from .vectors_m6rec import Given, item_sketches, item_vectors, learnt_item_vectors, learnt_user_vectors, row_vectors
-from .weights_m6rec import refuse_incomplete, refuse_not_finite
+from .losses_m6rec import given_labels, rating_from_logits, retrieval_loss, score_losses, text_loss, text_targets
+from .network_m6rec import (
+    CACHE_NAMES,
+    CachedOutput,
+    M6RecModel,
+    M6RecModelOutput,
+    M6RecPreTrainedModel,
+    last_states,
+    library_arguments,
+    one_cache,
+)
+from .segment_cache_m6rec import SegmentCache, active_adapters, digest_weights
+from .values_m6rec import IGNORE_INDEX
+
+# -------------------------------------------------------------------------------------------- checkpoints of adapters
+
+
+BASE = "base"
+
+"""Folder of a base that has no other place, within the adapter's folder."""
+
+BROUGHT = ("score_head.", "model.item_memory.", "model.word_memory.")
+
+"""Weights that may have another shape in the base: then the adapter has its own."""
+
+VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
+
+"""Methods of PEFT that act outside of the model, with virtual tokens."""
+
+OWN = "M6REC_ADAPTER"
+
+"""Our method of tuning, which only the package makes known to PEFT; all others PEFT knows by itself."""
+
+
+def adapter_settings(name: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """Read what a folder or a repository of the Hub says of its adapter; None if it holds none, or a whole model too.
+
+    Args:
+        name: The folder or the name on the Hub.
+        **hub: `revision`, `token` and so on.
+    """
+    folder = Path(name)
+    if any((folder / weights).is_file() for weights in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return None  # the library loads an adapter beside its base by itself
+    file = find_adapter_config_file(str(name), **hub)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Load the model below an adapter, configured as it was when the adapter was trained.
+
+    Args:
+        cls: Its class.
+        name: Folder or Hub name of the adapter.
+        settings: What `adapter_settings` found there.
+        *args: As of `PreTrainedModel.from_pretrained`, as are
+        **kwargs: these.
+
+    Raises:
+        ValueError: If the adapter does not say what it belongs to, or that has other weights than it was trained with.
+    """
+    given = settings.get("base_model_name_or_path")
+    if not given:
+        raise ValueError(
+            f"the adapter {str(name)!r} does not name its base: write it into adapter_config.json as "
+            "base_model_name_or_path"
+        )
+    base = _beside(Path(name), given) or given
+    hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+    config = kwargs.pop("config", None)
+    if not isinstance(config, M6RecConfig):
+        found = cached_file(str(name), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        config, kwargs = M6RecConfig.from_pretrained(found or base, return_unused_kwargs=True, **kwargs)
+    quantized = vars(config).pop("quantization_config", None)  # says how the base was read, not how it is stored
+    if quantized is not None:
+        kwargs.setdefault("quantization_config", quantized)
+    try:
+        model, info = cls.from_pretrained(
+            base, *args, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise OSError(f"the base {base!r} of the adapter {str(name)!r} cannot be loaded: {error}") from error
+    wrong = [entry for entry in sorted(map(str, info["mismatched_keys"])) if not any(part in entry for part in BROUGHT)]
+    if wrong:
+        raise ValueError(f"{base!r} is not the base of the adapter {str(name)!r}: its shapes differ in {wrong[0]}")
+    if any("model.item_memory." in str(entry) for entry in (*info["missing_keys"], *info["mismatched_keys"])):
+        # As when the adapter was trained. The library has drawn numbers, and so each time another fingerprint.
+        torch.nn.init.zeros_(model.model.item_memory.weight)
+    return model
+
+
+def _beside(adapter: Path, given: str) -> str | None:
+    """Find a base that stands beside its adapter, or beside the checkpoints of one, wherever the folder is now."""
+    places = (adapter / BASE, adapter.parent / BASE) if Path(given).name == BASE else ()
+    return next((str(place) for place in places if place.is_dir()), None)
+
+
+def load_adapted(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Load a model with its adapter inside, as `from_pretrained` of a folder with an adapter does; see `load_base`.
+
+    Raises:
+        ValueError: If the adapter acts outside of the model.
+    """
+    kind = settings.get("peft_type")
+    if kind in VIRTUAL:
+        raise ValueError(
+            f"{str(name)!r} holds {kind}, whose virtual tokens act outside of the model: load it with "
+            f"m6rec.tuning.load_tuned({str(name)!r})"
+        )
+    output_loading_info = kwargs.pop("output_loading_info", False)
+    if kind == OWN:
+        try:
+            importlib.import_module("m6rec.tuning")  # makes our method known to PEFT
+        except ImportError as error:
+            raise ImportError(f"the adapter {str(name)!r} needs the package: pip install m6rec") from error
+    model = load_base(cls, name, settings, *args, **kwargs)
+    keep_trainable(model)
+    info = model.load_adapter(str(name))
+    model.name_or_path = str(name)  # where its catalogue is
+    return (model, info.to_dict()) if output_loading_info else model
+
+
+def keep_trainable(model: torch.nn.Module) -> None:
+    """Keep a 4-bit model from repacking its weights for inference when it is first evaluated.
+
+    On processors with AVX512-BF16 bitsandbytes does so for good, with a kernel that has no gradient: adapters below it
+    would learn nothing from then on. Call it before anything is read.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+# ------------------------------------------------------------------------------------------------ damaged checkpoints
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+SHOWN = 3
+
+"""Names of weights that an error gives."""
+
+
+def refuse_incomplete(cls: Any, name: str | Path, missing: Collection[str], **hub: Any) -> None:
+    """Raise if a checkpoint lacks weights that its own configuration says it has.
+
+    What the caller's configuration adds, such as item memory, is new on purpose, and so are the heads above a bare
+    network.
+
+    Args:
+        cls: Class of the model that was loaded.
+        name: Folder or Hub name of the checkpoint.
+        missing: Names of the weights that were not found there.
+        **hub: `revision`, `token` and so on.
+
+    Raises:
+        ValueError: Weights are missing.
+    """
+    if not missing:
+        return
+    own = M6RecConfig.from_pretrained(name, **hub)
+    with torch.device("meta"):
+        expected = set(cls(own).state_dict())
+    if own.architectures and cls.__name__ not in own.architectures:
+        expected = {weight for weight in expected if weight.startswith(f"{cls.base_model_prefix}.")}
+    lacking = sorted(expected.intersection(missing))
+    if lacking:
+        raise ValueError(
+            f"the checkpoint {str(name)!r} is damaged: it lacks {len(lacking)} of the weights that its configuration "
+            f"asks for, {_some(lacking)}; they would be random. Save or download it again"
+        )
+
+
+def refuse_not_finite(model: nn.Module, name: str | Path) -> None:
+    """Raise if weights of a model hold NaN or infinity.
+
+    Args:
+        model: The model.
+        name: Where it was loaded from.
+
+    Raises:
+        ValueError: Naming such weights.
+    """
+    broken = [
+        weight
+        for weight, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and value.dtype in FLOATS and not value.is_meta and not is_finite(value)
+    ]
+    if broken:
+        raise ValueError(
+            f"the checkpoint {str(name)!r} holds NaN or infinity in {len(broken)} of its weights, {_some(broken)}: its "
+            "training has diverged (take an earlier checkpoint, a lower learning rate), or the file is damaged"
+        )
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Say whether all numbers are finite."""
+    return bool(value.isfinite().all())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+# ----------------------------------------------------------------------------------------- vectors of users and items
+
+
+SIMILAR_ITEMS = 5
+
+"""The last items of a user whose words `word_similarity` compares with."""
+
+
+class Given(NamedTuple):
+    """Rows as they were given, of T tokens."""
+
+    input_ids: torch.Tensor
+    """B x T."""
+    attention_mask: torch.Tensor | None
+    """B x (P + T)."""
+    item_ids: torch.Tensor | None
+    """B x T rows of item memory."""
+    hidden: torch.Tensor | None
+    """B x T: tokens that no other sees."""
+
+
+def learnt_user_vectors(model: "M6RecForRecommendation", states: torch.Tensor) -> torch.Tensor:
+    """Make vectors of ... x H joint states, as losses see them: ... x embedding_dim."""
+    return functional.normalize(model.user_projection(states).float(), dim=-1)
+
+
+def learnt_item_vectors(
+    model: "M6RecForRecommendation", texts: torch.Tensor, memory_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Make vectors of ... x H texts and ... rows of item memory, as losses see them: ... x embedding_dim."""
+    states = model.model.remember(texts, memory_ids)
+    return functional.normalize(model.item_projection(model.item_norm(states)).float(), dim=-1)
+
+
+def user_vectors(
+    model: "M6RecForRecommendation", states: torch.Tensor, words: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Make ... x D vectors of ... x H joint states, and ... x W of what words their last items hold."""
+    parts = [learnt_user_vectors(model, states)]
+    parts += [] if words is None else [words]
+    parts += [torch.ones_like(parts[0][..., :1])] if model.config.new_item_bonus else []
+    return torch.cat(parts, -1)
+
+
+def item_vectors(
+    model: "M6RecForRecommendation",
+    texts: torch.Tensor,
+    memory_ids: torch.Tensor | None,
+    words: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Make ... x D vectors of ... x H texts, ... rows of item memory, and ... x W of what words the items hold."""
+    parts, bonus = [learnt_item_vectors(model, texts, memory_ids)], model.config.new_item_bonus
+    parts += [] if words is None else [model.config.word_similarity * words]
+    if bonus:
+        new = parts[0].new_ones(texts.shape[:-1]) if memory_ids is None else model.model.is_new(memory_ids)
+        parts.append(bonus * new[..., None])
+    return torch.cat(parts, -1)
+
+
+def row_vectors(
+    model: "M6RecForRecommendation", out: "M6RecModelOutput", given: Given, kept: KeptTokens
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Make the vectors of rows, B x E x D and B x M x D; None without segment layers, or when going on from a cache.
+
+    Args:
+        model: The model.
+        out: What its network returned.
+        given: The rows.
+        kept: Selects what belongs to the tokens that have states.
+    """
+    config, lay = model.config, out.layout
+    if not config.num_segment_layers or kept.is_part:
+        return None, None
+    ids = kept.of(given.input_ids, config.pad_token_id)
+    seen = None if given.hidden is None else ~kept.of(given.hidden.bool(), 0)
+    users, items = user_places(ids, lay, config, seen), item_places(ids, lay, config)
+    own = words = None
+    if config.word_similarity:
+        own, words = _row_sketches(model, given, kept, users, items)
+    memory = None if given.item_ids is None else read(kept.of(given.item_ids, 0), items)
+    texts, states = (field[:, -kept.tokens :] for field in (out.segment_states, out.last_hidden_state))
+    return (
+        blank(user_vectors(model, read(states, users), own), users),
+        blank(item_vectors(model, read(texts, items), memory, words), items),
+    )
+
+
+def item_sketches(model: "M6RecForRecommendation", ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Say what words items hold that stand by themselves: M x L ids of [ITEM] ... [SEG] -> M x W."""
+    words = valid & (ids != model.config.segment_token_id)
+    words[:, 0] = False
+    return model.model.word_sketch(ids, row_starts(ids, 1).expand_as(ids), ids.shape[0], words)
+
+
+def _row_sketches(
+    model: "M6RecForRecommendation", given: Given, kept: KeptTokens, users: torch.Tensor, items: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Say what words the last items before B x E places hold, B x E x W, and each of B x M items, B x M x W."""
+    ids, config = given.input_ids, model.config
+    mask = None if given.attention_mask is None else given.attention_mask[:, -ids.shape[1] :]
+    lay = layout(ids, mask, config)
+    closing = closes_item(ids, lay, config)
+    # An item's number in its row is that of those before it, which stands beside its words and its [SEG].
+    sketches = _sketches(model, ids, lay, closing)
+    number = kept.of(closing.cumsum(1) - closing.long(), 0)
+    words = _pick(sketches, read(number, items))
+    if given.hidden is not None:
+        closing &= ~given.hidden.bool()
+        sketches = _sketches(model, ids, lay, closing)
+    met = closing.cumsum(1)  # candidates stand behind their user, and before that of the next request
+    opens = (ids == config.source_token_id) & lay.source
+    earlier = value_at(met, latest(opens))  # of other requests in the row
+    # The sum of all items so far, less that of all but the last few.
+    total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
+    last, first = read(kept.of(met, 0), users), read(kept.of(torch.maximum(met - SIMILAR_ITEMS, earlier), 0), users)
+    return (_pick(total, last) - _pick(total, first)) / (last - first).clamp_min(1)[..., None], words
+
+
+def _sketches(model: "M6RecForRecommendation", ids: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
+    """Sketch the items of B x T ids whose [SEG] are `closing`, in their order: B x M x W."""
+    number, segments = closing.cumsum(1), ids.shape[1] + 1
+    items = largest(number)
+    item = torch.full((ids.shape[0], segments + 1), -1, device=ids.device)
+    item = item.scatter(1, lay.segment.masked_fill(~closing, segments), number - 1).gather(1, lay.segment)
+    words = (item >= 0) & (lay.segment_position > 0) & (ids != model.config.segment_token_id) & lay.valid
+    text = item + row_starts(ids, items)
+    sketches = model.model.word_sketch(ids, text, ids.shape[0] * items, words)
+    return sketches.view(ids.shape[0], items, sketches.shape[-1])
+
+
+def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """B x M x W values and B x N numbers of them -> B x N x W."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
 """Arguments of `from_pretrained` that say where a configuration is."""
+
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
 """Files of weights, which must not outlive the model that they belong to."""
+
 PUSH = (
     *("push_to_hub", "repo_id", "commit_message", "commit_description", "private", "create_pr", "token", "tags"),
     "revision",
 )
+
 """Arguments of `save_pretrained` that say where to the model is pushed after it was saved."""
 
 
@@ -171,7 +544,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             return_plausibility: Compute `plausibility`.
             return_vectors: Compute `user_vectors` and `item_vectors`.
             exit_layer: Stop after so many joint layers; None = all.
-            plan: How to run; see `plans_m6rec`.
+            plan: How to run; see `network_m6rec`.
             segment_cache: Segment states kept between calls, for plan "cached".
             only_losses: Return the losses and compute nothing else: what training reads.
             contrast: Computes the retrieval loss; arguments as of `retrieval_loss`.
@@ -207,37 +580,38 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             alone=self._item_keys(item_input_ids, item_attention_mask) if item_states is None else (),
             compact_output=True,
             heads=heads,
-            asked=None if retrieval_labels is None else retrieval_labels != UNKNOWN,
+            asked=None if retrieval_labels is None else retrieval_labels != IGNORE_INDEX,
             **kwargs,
         )
         ids = input_ids if layout_ids is None else layout_ids
-        beside = Beside(ids.shape[1], out)
-        chosen, lay = beside(ids, self.config.pad_token_id), out.layout
-        states, *exits = (state[:, -beside.tokens :] for state in (out.last_hidden_state, *out.exit_states))
+        kept = KeptTokens(ids.shape[1], out.layout, out.kept)
+        chosen, lay = kept.of(ids, self.config.pad_token_id), out.layout
+        states, *exits = (state[:, -kept.tokens :] for state in (out.last_hidden_state, *out.exit_states))
         exit_scores = [self.score_logits(state, chosen, lay) for state in exits]
         found: dict[str, torch.Tensor] = {}
         if labels is not None:
-            found["text"] = self._text_loss(states, beside(labels[:, -ids.shape[1] :], UNKNOWN), lay, step.get("text"))
+            targets = kept.of(labels[:, -ids.shape[1] :], IGNORE_INDEX)
+            found["text"] = self._text_loss(states, targets, lay, step.get("text"))
         found.update(score_losses(exit_scores, score_labels, self.config, step))
         if retrieval_labels is not None:
             known = out.alone_states if item_states is None and item_input_ids is not None else item_states
             texts = self._texts(item_input_ids, item_attention_mask, known)
             items = learnt_item_vectors(self, texts, item_memory_ids)
-            wanted = beside(retrieval_labels, UNKNOWN)
+            wanted = kept.of(retrieval_labels, IGNORE_INDEX)
             users = self._labelled_users(states, lay, wanted)
-            against = (items, wanted[wanted != UNKNOWN], self.config.embedding_temperature, item_log_frequency)
+            against = (items, wanted[wanted != IGNORE_INDEX], self.config.embedding_temperature, item_log_frequency)
             found["retrieval"] = contrast(users, *against, step.get("retrieval"))
         if only_losses:
             return M6RecOutput(loss=self._total(found), losses=found)
         given = Given(ids, attention_mask, item_ids, hidden_events)
-        vectors = row_vectors(self, out, given, beside) if return_vectors else (None, None)
+        vectors = row_vectors(self, out, given, kept) if return_vectors else (None, None)
         return M6RecOutput(
             loss=self._total(found),
             logits=self._logits(out, ids.shape[1], logits_to_keep) if return_logits else None,
             scores=exit_scores[-1],
             user_vectors=vectors[0],
             item_vectors=vectors[1],
-            plausibility=mean_log_likelihood(states, chosen, lay, self) if return_plausibility else None,
+            plausibility=mean_log_likelihood(states, chosen, lay, self.write_logits) if return_plausibility else None,
             losses=found or None,
             cache=out.cache,
             layout=lay,
@@ -418,13 +792,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def _text_loss(
         self, states: torch.Tensor, labels: torch.Tensor, lay: Layout, count: torch.Tensor | int | None
     ) -> torch.Tensor:
-        if ((labels != UNKNOWN) & ~lay.written).any():
+        if ((labels != IGNORE_INDEX) & ~lay.written).any():
             raise ValueError(
                 "labels mark tokens that are given, not written: label what follows [TEXT] in a target, or plain text, "
                 "and -100 elsewhere (M6RecProcessor.labels does)"
             )
         targets = text_targets(labels, lay, self.config)
-        known = targets != UNKNOWN
+        known = targets != IGNORE_INDEX
         return text_loss(self.write_logits(states[known]), targets[known], count)
 
     def _valid(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -442,7 +816,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return keys
 
     def _labelled_users(self, states: torch.Tensor, lay: Layout, labels: torch.Tensor) -> torch.Tensor:
-        known = labels != UNKNOWN
+        known = labels != IGNORE_INDEX
         if self.config.history_attention == "bidirectional":
             last = (lay.event * lay.source).amax(1, keepdim=True)
             if (known & (lay.event < last)).any():
@@ -552,4 +926,23 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             self.push_to_hub(push.pop("repo_id", None) or Path(save_directory).name, **push)
 
 
-__all__ = ["M6RecForRecommendation", "M6RecOutput"]
+__all__ = [
+    "BASE",
+    "OWN",
+    "SIMILAR_ITEMS",
+    "Given",
+    "M6RecForRecommendation",
+    "M6RecOutput",
+    "adapter_settings",
+    "is_finite",
+    "item_sketches",
+    "item_vectors",
+    "keep_trainable",
+    "learnt_item_vectors",
+    "learnt_user_vectors",
+    "load_adapted",
+    "load_base",
+    "refuse_incomplete",
+    "refuse_not_finite",
+    "row_vectors",
+]

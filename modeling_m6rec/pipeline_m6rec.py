@@ -14,16 +14,11 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .atomic_m6rec import standing
-from .catalogue_files_m6rec import ITEMS, MANIFEST, VECTORS
-from .catalogue_m6rec import Catalogue
-from .catalogue_view_m6rec import CatalogueView
-from .items_m6rec import plain, reading, table_rows
-from .limits_m6rec import MAX_REQUEST_VALUES, check_size
-from .ranking_m6rec import Ranker
-from .scoring_m6rec import Scorer, check_confidence
-from .segment_cache_m6rec import SegmentCache
-from .user_states_m6rec import UserStates
-from .values_m6rec import short
+from .catalogue_m6rec import ITEMS, MANIFEST, VECTORS, Catalogue, CatalogueView, plain, table_rows
+from .layers_m6rec import inference_mode
+from .ranking_m6rec import Ranker, Scorer, check_confidence
+from .segment_cache_m6rec import SegmentCache, UserStates
+from .values_m6rec import MAX_REQUEST_VALUES, check_size, short
 
 logger = logging.get_logger(__name__)
 
@@ -173,7 +168,7 @@ class RecommendationPipeline(Pipeline):
         exit_layer = options.pop("exit_layer", None)
         catalogue = cache(self._fitting_catalogue)  # the same for all that these requests need of it
         scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
-        with reading(self.model):
+        with inference_mode(self.model):
             for name in dict.fromkeys(tasks):
                 places = [place for place, own in enumerate(tasks) if own == name]
                 ranker = Ranker(scorer, name, catalogue, notice=self._notice, **options)

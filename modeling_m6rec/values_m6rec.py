@@ -1,8 +1,9 @@
-"""Values that every part of m6rec reads by one rule: ids and times."""
+"""Ids, times and numbers as users give them, and the limits of a request: one rule each."""
 
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from numbers import Integral, Real
@@ -10,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
+IGNORE_INDEX = -100
+
+"""A label that no loss counts."""
+
 EXACT_FLOAT = 2**53
+
 """From here on a float no longer tells neighbouring whole numbers apart."""
 
 TIME_UNITS = {
@@ -19,23 +25,34 @@ TIME_UNITS = {
     "microseconds": (1e14, 1e17, 1e6),
     "nanoseconds": (1e17, 1e20, 1e9),
 }
+
 """Unit of a number since 1970 -> the magnitudes that are read in it (from, up to), and how many make a second.
 
 Each reaches from 1973 to 5138. A smaller number is no time by itself: years (2019), written dates (20231114), days of a
 spreadsheet (45244) and positions (0, 1, 2) are such numbers."""
+
 WORDS, MOMENT = "words", "moment"
+
 """How a time is given that is not a number: as an ISO 8601 text, or as a date or datetime."""
+
 EARLIEST, LATEST = -62135596800.0, 1e11
+
 """Seconds of the first time, the beginning of the year 1, and the end, in 5138: as numbers these stay seconds."""
+
 TIME_EXPECTED = (
     "seconds (also milliseconds, microseconds, nanoseconds) since 1970, an ISO 8601 date or time, or a datetime"
 )
 
 _SHORT = reprlib.Repr()
+
 _SHORT.maxstring = _SHORT.maxother = 80
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?")
+
 _YEAR_FIRST = re.compile(r"([0-9]{4})[-/.]([0-9]{1,2})(?:[-/.]([0-9]{1,2})(?:([T ])([0-9]{1,2})(:.*|[-+Z].*)?)?)?")
+
 _DATE_DIGITS = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 
 
@@ -216,14 +233,109 @@ def short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+# ------------------------------------------------------------------------------------------------ limits of a request
+
+
+MAX_CHARACTERS = 100_000
+
+"""Of a text."""
+
+MAX_EVENTS = 100_000
+
+"""Of a history."""
+
+MAX_CANDIDATES = 100_000
+
+MAX_FACTS = 10_000
+
+MAX_VALUES = 10_000
+
+"""Of a user, a moment, an event, a candidate or any other list, at all depths together."""
+
+MAX_REQUEST_VALUES = 2_000_000
+
+"""Of a whole request, at all depths together."""
+
+MAX_DEPTH = 12
+
+"""Lists and mappings within each other."""
+
+SIMPLE = frozenset({str, int, float, bool, type(None)})
+
+"""Types of values that hold no others."""
+
+
+def check_size(value: Any, place: str, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> None:
+    """Refuse a value that holds too many others, or holds them too deep; it may hold itself.
+
+    Args:
+        value: Any value.
+        place: Where it stands, for the error.
+        most: How many values it may hold, at all depths together.
+        depth: How many lists and mappings may stand within each other.
+
+    Raises:
+        ValueError: It is too large.
+    """
+    level, count = [value], 0
+    for _ in range(depth + 1):
+        below: list[Any] = []
+        for each in level:
+            inner = _inner(each)
+            count += len(inner)
+            if count > most:
+                raise ValueError(f"{place}: more than {most:,} values, which is the limit: give fewer")
+            below += [own for own in inner if type(own) not in SIMPLE]
+        if not below:
+            return
+        level = below
+    raise ValueError(
+        f"{place}: lists and mappings stand within each other more than {depth} deep, which is the limit "
+        f"(got {short(value)})"
+    )
+
+
+def check_characters(text: str, place: str, most: int = MAX_CHARACTERS) -> None:
+    """Refuse a text that is too long."""
+    if len(text) > most:
+        raise ValueError(f"{place}: a text of {len(text):,} characters; the limit is {most:,}: shorten it")
+
+
+def check_count(count: int, place: str, most: int) -> None:
+    """Refuse too many entries of a list."""
+    if count > most:
+        raise ValueError(f"{place}: {count:,} entries; the limit is {most:,}: give fewer")
+
+
+def _inner(value: Any) -> Any:
+    """Return the values that a value holds."""
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    return value.ravel().tolist() if isinstance(value, np.ndarray) and value.dtype == object else ()
+
+
 __all__ = [
     "EARLIEST",
     "EXACT_FLOAT",
+    "IGNORE_INDEX",
     "LATEST",
+    "MAX_CANDIDATES",
+    "MAX_CHARACTERS",
+    "MAX_DEPTH",
+    "MAX_EVENTS",
+    "MAX_FACTS",
+    "MAX_REQUEST_VALUES",
+    "MAX_VALUES",
     "MOMENT",
+    "SIMPLE",
     "TIME_EXPECTED",
     "TIME_UNITS",
     "WORDS",
+    "check_characters",
+    "check_count",
+    "check_size",
     "near_id",
     "normalize_id",
     "read_time",

@@ -26,7 +26,8 @@ def tests_of(path: Path) -> list[Path]:
         return [ROOT / "tests" / "test_docs.py", ROOT / "tests" / "test_readme.py"]
     if path.parts[0] not in FOLDERS or path.suffix != ".py":
         return []
-    named = sorted((ROOT / "tests").rglob(f"test_{path.stem}*.py"))
+    stem = path.stem.removesuffix("_m6rec")
+    named = sorted((ROOT / "tests").rglob(f"test_{stem}*.py"))
     folder = ROOT / "tests" / path.parent
     return named or (sorted(folder.glob("test_*.py")) if folder.is_dir() else [])
 

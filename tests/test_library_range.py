@@ -17,7 +17,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from m6rec.outputs_m6rec import CACHE_NAMES, LIBRARY_NAME
+from m6rec.network_m6rec import CACHE_NAMES, LIBRARY_NAME
 from tests.conftest import REPOSITORY
 from tests.modeling_m6rec.test_generation import prompts
 from tests.modeling_m6rec.tiny import SMALL, build
@@ -48,7 +48,7 @@ NAMES = {
         "_can_record_outputs": "network_m6rec says which modules give hidden states and attentions",
         "_tied_weights_keys": "modeling_m6rec ties the writing head",
         "_keys_to_ignore_on_load_unexpected": "modeling_m6rec ignores a score head that options replaced",
-        "load_adapter": "adapters_m6rec loads adapters by it",
+        "load_adapter": "modeling_m6rec loads adapters by it",
         "resize_token_embeddings": "network_m6rec resizes word memory with it",
     },
     "transformers.generation:GenerationMixin": {
@@ -81,7 +81,7 @@ NAMES = {
     "transformers.dynamic_module_utils": {"custom_object_save": "modeling_m6rec saves its code by it"},
     "transformers.utils": {
         "can_return_tuple": "modeling_m6rec returns tuples by it",
-        "find_adapter_config_file": "adapters_m6rec finds adapters by it",
+        "find_adapter_config_file": "modeling_m6rec finds adapters by it",
     },
     "transformers.modeling_rope_utils": {
         "ROPE_INIT_FUNCTIONS": "layers_m6rec scales positions by it",
@@ -106,7 +106,7 @@ NAMES = {
 
 
 def test_the_cache_has_a_known_name():
-    told = "rename it in CACHE_NAMES of outputs_m6rec, in both outputs and in both forwards"
+    told = "rename it in CACHE_NAMES of network_m6rec, in both outputs and in both forwards"
     known = {field for field in BaseModelOutputWithPast.__dataclass_fields__ if "cache" in field or "past" in field}
     assert known == {LIBRARY_NAME}, f"ModelOutput calls the cache {known}: {told}"
     assert ALL_CACHE_NAMES[0] == LIBRARY_NAME, f"generate calls the cache {ALL_CACHE_NAMES[0]}: {told}"

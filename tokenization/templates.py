@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..wording_m6rec import check_template
+from ..formatting_m6rec import check_template
 
 FOLDER = Path(__file__).parent / "templates"
 COMMON = "common"

@@ -3,7 +3,7 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from ..adapters_m6rec import keep_trainable
+from ..modeling_m6rec import keep_trainable
 from .adapter import M6RecAdapterConfig, M6RecAdapterModel
 from .loading import load_model, load_tuned
 from .methods import MERGEABLE, METHODS, heads, parameter_counts, peft_config, tune

@@ -6,8 +6,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModel
 
-from ..adapters_m6rec import adapter_settings, keep_trainable, load_base
-from ..modeling_m6rec import M6RecForRecommendation
+from ..modeling_m6rec import M6RecForRecommendation, adapter_settings, keep_trainable, load_base
 
 
 def load_tuned(name: str | Path, **kwargs: Any) -> Any:

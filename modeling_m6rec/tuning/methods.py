@@ -20,9 +20,8 @@ from peft import (
 )
 from torch import nn
 
-from ..adapters_m6rec import keep_trainable
 from ..configuration_m6rec import KINDS, M6RecConfig
-from ..modeling_m6rec import M6RecForRecommendation
+from ..modeling_m6rec import M6RecForRecommendation, keep_trainable
 from .adapter import NO_ADAPTERS, M6RecAdapterConfig
 
 logger = logging.getLogger(__name__)

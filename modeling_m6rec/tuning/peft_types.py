@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftType
 
-from ..adapters_m6rec import OWN
+from ..modeling_m6rec import OWN
 
 ADAPTER_TYPE = OWN
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from m6rec import Catalogue, RecommendationPipeline
+from m6rec.formatting_m6rec import TASKS, WRITING_TASKS
 from m6rec.processing_m6rec import M6RecProcessor
-from m6rec.request_m6rec import TASKS, WRITING_TASKS
 from m6rec.train.answering.loading import parse_request
 from m6rec.train.answering.offline import Job, answer_file, answer_here
 from m6rec.values_m6rec import normalize_id

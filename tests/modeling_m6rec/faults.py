@@ -9,8 +9,8 @@ import traceback
 from contextlib import contextmanager
 from unittest import mock
 
-from m6rec import segment_store_m6rec
-from m6rec.segment_store_m6rec import SegmentStore
+from m6rec import segment_cache_m6rec
+from m6rec.segment_cache_m6rec import SegmentStore
 
 CALLS = ("makedirs", "replace", "unlink", "utime", "scandir")
 BOUND = 1 << 16
@@ -44,7 +44,7 @@ class Faults:
     def __call__(self):
         failing = {name: self.call(getattr(os, name)) for name in CALLS}
         with (
-            mock.patch.object(segment_store_m6rec, "open", self.open, create=True),
+            mock.patch.object(segment_cache_m6rec, "open", self.open, create=True),
             mock.patch.multiple(os, **failing),
         ):
             yield self

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from m6rec import Catalogue, RecommendationPipeline, catalogue_view_m6rec
+from m6rec import Catalogue, RecommendationPipeline, catalogue_m6rec
 from tests.modeling_m6rec.shop import ITEMS, SOURCE, build, processor
 
 pytest.importorskip("faiss")
@@ -18,7 +18,7 @@ def test_beside_torch_in_many_threads(first):
     """Whichever was imported first, with several threads of each, nothing waits for ever and answers are right."""
     code = f"""
 import {first}, os, threading, torch
-from m6rec.catalogue_index_m6rec import VectorIndex, nearest
+from m6rec.catalogue_m6rec import VectorIndex, nearest
 
 torch.set_num_threads(2)
 vectors = torch.nn.functional.normalize(torch.randn(4000, 16), dim=-1)
@@ -54,14 +54,14 @@ print("fine")
 
 
 def test_a_pipeline_keeps_the_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(catalogue_view_m6rec, "EXACT_SHARE", 1.0)
-    monkeypatch.setattr(catalogue_view_m6rec, "EXTRA", 1)
+    monkeypatch.setattr(catalogue_m6rec, "EXACT_SHARE", 1.0)
+    monkeypatch.setattr(catalogue_m6rec, "EXTRA", 1)
     model, own = build(), processor()
     catalogue = Catalogue.from_dataset(ITEMS, model, own, progress=False)
     recommend = RecommendationPipeline(model=model, processor=own, catalogue=catalogue, device="cpu")
     expected = recommend(SOURCE, top_k=2)
     catalogue.build_index("hnsw")
-    monkeypatch.setattr(catalogue_view_m6rec, "_search_all", None)
+    monkeypatch.setattr(catalogue_m6rec, "_search_all", None)
     assert recommend(SOURCE, top_k=2) == expected
     recommend.catalogue.save(tmp_path / "catalogue")
     again = RecommendationPipeline(model=model, processor=own, catalogue=tmp_path / "catalogue", device="cpu")

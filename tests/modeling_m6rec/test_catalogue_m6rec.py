@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from m6rec import Catalogue, catalogue_files_m6rec
+from m6rec import Catalogue, catalogue_m6rec
 from tests.modeling_m6rec.shop import ITEMS, ROWS, TITLES, build, change, processor
 
 MODEL, PROCESSOR = build(), processor()
@@ -369,7 +369,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step):
     make().save(folder)
     name, _, turn = step.partition(" ")
     path, _, last = name.rpartition(".")
-    owner = importlib.import_module(path) if path else catalogue_files_m6rec
+    owner = importlib.import_module(path) if path else catalogue_m6rec
     real, calls = getattr(owner, last), []
 
     def fail(*arguments, **named):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, catalogue_m6rec, catalogue_view_m6rec
+from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, catalogue_m6rec
 from m6rec.segment_cache_m6rec import SegmentCache
 from tests.modeling_m6rec.faults import finish, fork
 from tests.modeling_m6rec.shop import ITEMS, SOURCE, build, processor
@@ -67,8 +67,8 @@ def test_a_pipeline_in_eight_threads(monkeypatch, index, calls):
     """Each answer is of one moment, and a thread sees what it has done itself, whatever the others do meanwhile."""
     if index:
         pytest.importorskip("faiss")
-        monkeypatch.setattr(catalogue_view_m6rec, "EXACT_SHARE", 1.0)
-        monkeypatch.setattr(catalogue_view_m6rec, "EXTRA", 1)
+        monkeypatch.setattr(catalogue_m6rec, "EXACT_SHARE", 1.0)
+        monkeypatch.setattr(catalogue_m6rec, "EXTRA", 1)
     monkeypatch.setattr(catalogue_m6rec, "REBUILD_ROWS", 12)
     catalogue = make()
     catalogue.build_index(index)

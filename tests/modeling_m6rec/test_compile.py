@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from m6rec import RecommendationPipeline, SegmentCache
-from m6rec.plans_m6rec import encode_segments
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.tiny import GRID, ITEM, SEG, build, close
 
@@ -37,12 +36,12 @@ def test_segments_are_read_and_kept_as_without_and_none_is_compiled_for_itself(t
     network = build({**GRID[0], "num_hidden_layers": 2}).model
     caches = [SegmentCache(), SegmentCache(directory=tmp_path)]
     plain, compiled = caches
-    read = torch.compile(lambda segments: encode_segments(network, segments, compiled), **HOW)
+    read = torch.compile(lambda segments: network.encode_segments(segments, compiled), **HOW)
     graphs = []
     with torch.no_grad():
         for segments in (texts(30, 5), texts(30, 5), texts(40, 6), texts(50, 4) + texts(30, 5), texts(60, 3)):
             states, offsets = read(segments)
-            expected, places = encode_segments(network, segments, plain)
+            expected, places = network.encode_segments(segments, plain)
             close(states, expected)
             assert offsets.tolist() == places.tolist()
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

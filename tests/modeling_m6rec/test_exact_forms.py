@@ -5,9 +5,8 @@ import random
 import pytest
 import torch
 
-from m6rec.heads_m6rec import closes_item, user_places
-from m6rec.layout_m6rec import latest, layout, mean_at_close
-from m6rec.vectors_m6rec import _sketches
+from m6rec.layout_m6rec import closes_item, latest, layout, mean_at_close, user_places
+from m6rec.modeling_m6rec import _sketches
 from tests.modeling_m6rec.tiny import GRID, PAD, SEG, VOCAB, Writer, build, config_of_ids, pad
 
 STRUCTURE = [*range(4, 18)]

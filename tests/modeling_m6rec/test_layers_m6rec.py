@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m6rec import SegmentCache, layers_m6rec, plans_m6rec
+from m6rec import SegmentCache, layers_m6rec, network_m6rec
 from m6rec.layers_m6rec import SharedKeys, eager_attention_forward, shared_attention
 from m6rec.layout_m6rec import Picked, at
 from tests.modeling_m6rec.tiny import BOS, GRID, ITEM, SEG, SMALL, WORDS, Writer, build, close, item_rows, name, pad
@@ -109,7 +109,7 @@ def test_few_tokens_at_once_change_nothing(monkeypatch, settings):
     batch = pad([row, writer.source(2) + writer.candidate()])
     with torch.no_grad():
         at_once = model.score(**batch, plan="cached")
-        monkeypatch.setitem(plans_m6rec.TOKENS_AT_ONCE, "cpu", 9)
+        monkeypatch.setitem(network_m6rec.TOKENS_AT_ONCE, "cpu", 9)
         monkeypatch.setattr(layers_m6rec, "SCORES_AT_ONCE", 50)
         close(model.score(**batch, plan="cached"), at_once)
 
@@ -120,8 +120,8 @@ def test_targets_are_read_in_even_parts(monkeypatch):
     target = [BOS, ITEM, WORDS[0], SEG]
     sizes = []
     model.model.layers[-1].register_forward_hook(lambda layer, inputs, output: sizes.append(output.shape[0]))
-    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
-    monkeypatch.setitem(plans_m6rec.TOKENS_AT_ONCE, "cpu", 9)
+    monkeypatch.setattr(network_m6rec, "TOGETHER", 0)
+    monkeypatch.setitem(network_m6rec.TOKENS_AT_ONCE, "cpu", 9)
     with torch.no_grad():
         model(**pad([writer.source(1) + target * 7]), plan="reuse", return_logits=True)
     assert sizes == [1, 4, 3]  # the source; 21 tokens are a little more than twice nine

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec import Catalogue, RecommendationPipeline, SegmentCache, pipeline_m6rec, ranking_m6rec, scoring_m6rec
-from m6rec.items_m6rec import without_stats
+from m6rec import Catalogue, RecommendationPipeline, SegmentCache, pipeline_m6rec, ranking_m6rec
+from m6rec.catalogue_m6rec import without_stats
 from m6rec.layout_m6rec import layout
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, build, change, processor, tokenizer
 
@@ -212,8 +212,8 @@ def test_numbers_may_be_tensors(recommend):
 
 def test_small_batches_within_give_the_same(recommend, monkeypatch):
     expected = recommend([REQUEST, SIMPLE], explain=True)
-    monkeypatch.setattr(scoring_m6rec, "TARGETS_A_ROW", 2)
-    monkeypatch.setattr(scoring_m6rec, "TOKENS_AT_ONCE", 200)
+    monkeypatch.setattr(ranking_m6rec, "TARGETS_A_ROW", 2)
+    monkeypatch.setattr(ranking_m6rec, "TOKENS_AT_ONCE", 200)
     for rows, others in zip(recommend([REQUEST, SIMPLE], explain=True, batch_size=2), expected):
         close(rows, others)
 

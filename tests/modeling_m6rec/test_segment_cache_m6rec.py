@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from transformers import pipeline
 
 from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, SegmentCache, segment_cache_m6rec
-from m6rec.plans_m6rec import encode_segments
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.faults import Faults, finish, fork
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, processor
@@ -37,7 +36,7 @@ def texts(count=12, seed=0):
 def read(network, segments, cache=None):
     """States of segments that are read one by one, so that each is computed in the same shape."""
     with torch.no_grad():
-        return [encode_segments(network, [segment], cache)[0] for segment in segments]
+        return [network.encode_segments([segment], cache)[0] for segment in segments]
 
 
 def equal(left, right):
@@ -327,12 +326,12 @@ def test_a_quantized_model_is_known_by_its_packed_weights(tmp_path):
 
 def test_it_takes_no_part_while_segments_learn_or_drop_out(tmp_path):
     network, segments, cache = build(TWO_STAGES, hidden_dropout=0.5).model, texts(), SegmentCache(directory=tmp_path)
-    encode_segments(network, segments, cache)  # gradients are on
+    network.encode_segments(segments, cache)  # gradients are on
     network.train()
     read(network, segments, cache)
     assert len(cache) == 0 and not any(tmp_path.iterdir())
     network.freeze_segments()  # read as in serving, also while the rest is trained
-    encode_segments(network, segments, cache)
+    network.encode_segments(segments, cache)
     assert len(cache) == len(segments)
 
 

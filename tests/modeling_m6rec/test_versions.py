@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, pipeline
 
 from m6rec import Catalogue, M6RecConfig, M6RecForRecommendation, M6RecProcessor
-from m6rec.catalogue_files_m6rec import FORMAT
+from m6rec.catalogue_m6rec import FORMAT
 from m6rec.configuration_m6rec import FORMAT_VERSION
 from m6rec.processing_m6rec import FORMAT_VERSION as PROCESSOR_FORMAT
 from m6rec.tuning import M6RecAdapterConfig
@@ -126,7 +126,7 @@ def newer(checkpoint):
     replace(
         code, "        fields = dict(processor_dict)\n", '        fields = {**processor_dict, "max_length": 1024}\n'
     )
-    replace(checkpoint / "catalogue_files_m6rec.py", f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n")
+    replace(checkpoint / "catalogue_m6rec.py", f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n")
     return checkpoint
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from m6rec import KINDS as model_kinds
 from m6rec import M6RecConfig, processing_m6rec
+from m6rec.formatting_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, Kept
 from m6rec.layout_m6rec import layout
-from m6rec.request_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, Kept
 from m6rec.tokenization import KINDS, M6RecProcessor
 
 MARKERS = ("[BOS']", "[EOS']", "[BOS]", "[EOS]", "[SEG]")

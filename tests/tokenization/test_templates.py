@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from m6rec.request_m6rec import TASKS
+from m6rec.formatting_m6rec import TASKS, check_template
 from m6rec.tokenization import M6RecProcessor, available_templates, load_template
-from m6rec.wording_m6rec import check_template
 
 ALL = [(domain, language) for domain in ("ecommerce", "video", "social") for language in ("en", "zh")]
 

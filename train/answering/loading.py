@@ -13,10 +13,9 @@ import pyarrow.parquet
 from transformers import AutoProcessor
 
 from ...catalogue_m6rec import Catalogue
-from ...limits_m6rec import MAX_DEPTH, MAX_REQUEST_VALUES, check_size, short
 from ...pipeline_m6rec import FOLDER, RecommendationPipeline
 from ...tuning import load_model
-from ...values_m6rec import normalize_id
+from ...values_m6rec import MAX_DEPTH, MAX_REQUEST_VALUES, check_size, normalize_id, short
 from ..config.recipe import load_saved
 from ..data.log import nearly, read_log
 from ..data.splits import histories, order

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from ...reading_m6rec import Reading
+from ...processing_m6rec import Reading
 from ...tokenization import M6RecProcessor
 from ...values_m6rec import near_id
 from ..config.recipe import Recipe

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ...modeling_m6rec import M6RecForRecommendation
 from ...segment_cache_m6rec import SegmentCache
 from ...tokenization import M6RecProcessor
+from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import EvaluationArguments, TaskArguments
 from ..data.splits import Split, has_times, histories
 from ..metrics import (
@@ -34,7 +35,7 @@ from ..metrics import (
     top_items,
 )
 from ..rows.collator import CatalogueRows, M6RecDataCollator
-from ..rows.examples import UNKNOWN, Candidates, Negatives, RequestWriter, read_requests, target_labels
+from ..rows.examples import Candidates, Negatives, RequestWriter, read_requests, target_labels
 from ..rows.held_out import all_events, before_and_in, drawn_users, learnt_before, questions, rankings
 from ..rows.item_likes import like_rates
 from .baselines import NeighboursAndWords, SimilarText, popularity_scores
@@ -266,7 +267,7 @@ def _negatives_per_event(task: str, arguments: TaskArguments) -> int:
 
 def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.ndarray:
     """Mean of the known labels, of each interaction apart, drawn towards `overall`; NaN where there is nothing."""
-    heard = labels != UNKNOWN
+    heard = labels != IGNORE_INDEX
     with np.errstate(invalid="ignore"):
         return ((labels * heard).sum(0) + strength * overall) / (heard.sum(0) + strength)
 
@@ -513,7 +514,7 @@ def scoring_report(predicted: np.ndarray, examples: ScoringExamples, task: str) 
 
 
 def _chances_report(name: str, chances: np.ndarray, labels: np.ndarray, users: np.ndarray) -> dict[str, Any]:
-    known = labels != UNKNOWN
+    known = labels != IGNORE_INDEX
     if not known.any():
         logger.warning("%s is not measured: no held-out event says anything of it", name)
         return {"examples": 0}
@@ -529,7 +530,7 @@ def scoring_rows(
 ) -> dict[str, dict[str, Any]]:
     """Measure predictions of model and baselines: who -> metrics; the model's row also says how it compares."""
     rows = {who: scoring_report(own, examples, task) for who, own in predicted.items()}
-    known = examples.labels != UNKNOWN
+    known = examples.labels != IGNORE_INDEX
     if not known.any():
         return rows
     errors = {who: _errors(own, examples.labels, task) for who, own in predicted.items()}
@@ -540,7 +541,7 @@ def scoring_rows(
 
 def _errors(predicted: np.ndarray, labels: np.ndarray, task: str) -> np.ndarray:
     """Say what each known label adds to the mean squared error or log-loss, or to the mean of several log-losses."""
-    known = labels != UNKNOWN
+    known = labels != IGNORE_INDEX
     if task == "rating":
         return (predicted[known] - labels[known]) ** 2
     losses = log_losses(predicted[known], labels[known])
@@ -589,7 +590,7 @@ def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndar
     """`like_rates` of the known labels, of each interaction apart."""
     if labels.ndim == 2:
         return np.stack([_rates(column, groups, asked) for column in labels.T], 1)
-    heard = labels != UNKNOWN
+    heard = labels != IGNORE_INDEX
     return like_rates(labels[heard], groups[heard], asked, LIKE_STRENGTH)
 
 

@@ -10,8 +10,9 @@ import torch
 
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor
+from ...values_m6rec import IGNORE_INDEX
 from ..metrics import writing_report
-from ..rows.collator import UNKNOWN, M6RecDataCollator
+from ..rows.collator import M6RecDataCollator
 from ..rows.writing import WritingExample, WritingExamples
 
 WRITTEN_AT_ONCE = 16
@@ -43,7 +44,7 @@ def unigram_perplexity(training: WritingExamples, examples: WritingExamples, voc
 
 def _written(row: dict[str, Any]) -> np.ndarray:
     labels = np.array(row["labels"])
-    return labels[labels != UNKNOWN]
+    return labels[labels != IGNORE_INDEX]
 
 
 def measure_texts(
@@ -104,7 +105,8 @@ def perplexity(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = model(**batch, num_items_in_batch={"text": 1, "click": 1}, return_logits=False).loss
         total += float(loss)
-        labelled += sum(int((batch[name] != UNKNOWN).sum()) for name in ("labels", "click_labels") if name in batch)
+        labels = [batch[name] for name in ("labels", "click_labels") if name in batch]
+        labelled += sum(int((each != IGNORE_INDEX).sum()) for each in labels)
     return math.exp(total / labelled)
 
 

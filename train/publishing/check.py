@@ -16,9 +16,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ...adapters_m6rec import BASE, adapter_settings
-from ...catalogue_files_m6rec import ITEMS
+from ...catalogue_m6rec import ITEMS
 from ...model_cards import CARDS, MARK, find_place, find_secrets, is_place, is_secret, is_secret_variable, render_cards
+from ...modeling_m6rec import BASE, adapter_settings
 from ...pipeline_m6rec import FOLDER
 from ..config.recipe import RECIPE_FILE
 from ..runs.facts import folder_facts, hub_id

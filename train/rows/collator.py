@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from ...configuration_m6rec import M6RecConfig
-from ...heads_m6rec import user_places
-from ...layout_m6rec import layout
+from ...layout_m6rec import layout, user_places
 from ...tokenization import M6RecProcessor
+from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import TaskArguments
 
-UNKNOWN = -100
 LABELS = ("labels", "click_labels", "rating_labels", "interaction_labels", "retrieval_labels")
 """All that `M6RecForRecommendation.forward` takes."""
 
@@ -91,7 +90,7 @@ class M6RecDataCollator:
                 raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
             batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
         if self.all_labels and any(name in batch for name in LABELS):
-            unknown = torch.full((len(rows),), UNKNOWN)
+            unknown = torch.full((len(rows),), IGNORE_INDEX)
             batch = {**dict.fromkeys(LABELS, unknown), **batch}
         return batch
 
@@ -100,18 +99,18 @@ class M6RecDataCollator:
     ) -> dict[str, torch.Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         places = user_places(ids, layout(ids, mask, self.config), self.config)
-        wanted = torch.full_like(places, UNKNOWN)
+        wanted = torch.full_like(places, IGNORE_INDEX)
         for row, items in enumerate(next_items):
             if items:
                 kept = int((places[row] >= 0).sum())  # old events may have been dropped: the head then knows nothing
                 wanted[row, :kept] = torch.tensor(items[-kept:])
                 if kept < len(items):
-                    wanted[row, 0] = UNKNOWN
+                    wanted[row, 0] = IGNORE_INDEX
                 if self.config.history_attention == "bidirectional":
-                    wanted[row, : kept - 1] = UNKNOWN  # earlier places have seen what came next
-        known = (wanted != UNKNOWN) & (places >= 0)
+                    wanted[row, : kept - 1] = IGNORE_INDEX  # earlier places have seen what came next
+        known = (wanted != IGNORE_INDEX) & (places >= 0)
         rows, positives = self._choose(wanted[known].numpy(), numbers)
-        labels = torch.full_like(ids, UNKNOWN)
+        labels = torch.full_like(ids, IGNORE_INDEX)
         labels[known.nonzero()[:, 0], places[known]] = torch.from_numpy(positives)
         return {"retrieval_labels": labels, **self._items(rows, len(positives))}
 

@@ -18,7 +18,7 @@ from datasets import Dataset as Table
 from datasets import IterableDataset as Stream
 from datasets import load_dataset
 
-from ...items_m6rec import item_texts
+from ...catalogue_m6rec import item_texts
 from ...tokenization import M6RecProcessor
 from ..data.log import Log
 from ..data.splits import histories

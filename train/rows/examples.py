@@ -10,12 +10,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ...tokenization import M6RecProcessor
+from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import TaskArguments
 from ..data.log import Log
 from ..data.splits import histories, shuffled_ties
 from .item_likes import ITEM_LIKES, ItemLikes
 
-UNKNOWN = -100
 SCORED = ("click", "rating", "interaction")
 READ_AT_ONCE = 256
 """Requests that the processor reads together."""
@@ -193,7 +193,7 @@ class Candidates:
         """Which events say something of at least one task."""
         found = np.zeros(len(self._rows), dtype=bool)
         for values in self.labels.values():
-            found |= (values != UNKNOWN).reshape(len(values), -1).any(1)
+            found |= (values != IGNORE_INDEX).reshape(len(values), -1).any(1)
         return found
 
     def of(self, places: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -206,7 +206,7 @@ class Candidates:
             own = {name: values[place] for name, values in self.labels.items()}
             against = {name: _against(name, value) for name, value in own.items()}
             drawn = np.empty(0, dtype=int)
-            if any((value != UNKNOWN).any() for value in against.values()):
+            if any((value != IGNORE_INDEX).any() for value in against.values()):
                 event = (str(self._users[place]), self._verbs[place], int(self._events[place]))
                 drawn = self.negatives.draw(*event, epoch)
             rows += [self._rows[place], *drawn]
@@ -217,7 +217,7 @@ class Candidates:
 
 def _against(name: str, own: Any) -> np.ndarray:
     """What a negative says, beside an event that says `own`: a rating of what was never met is unknown."""
-    return np.where((np.asarray(own) == 1) & (name != "rating"), 0, UNKNOWN)
+    return np.where((np.asarray(own) == 1) & (name != "rating"), 0, IGNORE_INDEX)
 
 
 def _verbs(frame: pandas.DataFrame) -> np.ndarray:
@@ -319,7 +319,7 @@ def retrieval_rows(
             requests.append(writer.request(user_id, events[window.start : window.cut]))
             following = rows[window.start : window.cut + 1]
             if window.start:  # the head has not read what came before: only a user's first event is learnt there
-                following[0] = UNKNOWN
+                following[0] = IGNORE_INDEX
             extras.append({"next_items": following})
     readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
     return [{**row, **extra} for row, extra in zip(readings, extras)]
@@ -395,9 +395,9 @@ def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) 
         events = frame[column].to_numpy()
         labels = np.stack([np.isin(events, names).astype(int) for names in arguments.interactions.values()], 1)
         unknown = labels == 0 if arguments.negatives_per_event else (events == "")[:, None]
-        return np.where(unknown, UNKNOWN, labels)
+        return np.where(unknown, IGNORE_INDEX, labels)
     values = frame[column].to_numpy(dtype=float)
-    return np.where(np.isnan(values), UNKNOWN, values)
+    return np.where(np.isnan(values), IGNORE_INDEX, values)
 
 
 def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArguments, seed: int) -> ItemLikes:
@@ -412,7 +412,7 @@ def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArgumen
             f"{task.negatives_per_event} the log holds no dislikes: leave one of them out"
         )
     labels = target_labels(frame, "click", task)
-    known = labels != UNKNOWN
+    known = labels != IGNORE_INDEX
     rows = np.array([writer.rows[item_id] for item_id in frame["item_id"]], dtype=int)
     users = frame["user_id"].to_numpy(dtype=object)
     return ItemLikes(users[known], rows[known], labels[known], len(writer.items), seed)
@@ -422,7 +422,7 @@ def refuse_equal_labels(labels: np.ndarray, task: str, arguments: TaskArguments)
     """Raise if all known labels of a task, or of one of its interactions, are equal: there is nothing to learn."""
     named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
     for name, values in named:
-        known = np.unique(values[values != UNKNOWN])
+        known = np.unique(values[values != IGNORE_INDEX])
         if arguments.negatives_per_event and task != "rating" and 1 in known:
             continue
         if len(known) < 2:

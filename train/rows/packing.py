@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-UNKNOWN = -100
 Row = dict[str, Any]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from ...losses_m6rec import UNKNOWN
+from ...values_m6rec import IGNORE_INDEX
 
 
 class EpochRows(Dataset):
@@ -47,7 +47,7 @@ class EpochRows(Dataset):
 def _unknown(labels: Any) -> Any:
     if isinstance(labels, (list, tuple)):
         return [_unknown(label) for label in labels]
-    return torch.full_like(labels, UNKNOWN) if isinstance(labels, torch.Tensor) else UNKNOWN
+    return torch.full_like(labels, IGNORE_INDEX) if isinstance(labels, torch.Tensor) else IGNORE_INDEX
 
 
 class SeededOrder(Sampler[int]):

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pandas
 
-from ...items_m6rec import item_texts
+from ...catalogue_m6rec import item_texts
 from ...tokenization import M6RecProcessor
+from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import EvaluationArguments, TaskArguments
 from ..data.splits import Split, histories
 from ..data.tables import Table, load_table
-from .examples import READ_AT_ONCE, UNKNOWN, RequestWriter, windows
+from .examples import READ_AT_ONCE, RequestWriter, windows
 from .held_out import all_events, questions
 
 
@@ -199,7 +200,7 @@ def _rows(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iter
     for reading in readings:
         labels = processor.labels(reading)
         if ("text", "text") in reading.dropped.fields:
-            labels[-1] = UNKNOWN  # the row's [EOS]: the text went on
+            labels[-1] = IGNORE_INDEX  # the row's [EOS]: the text went on
         row: dict[str, Any] = {"input_ids": reading.input_ids, "labels": labels}
         yield row if processor.item_rows is None else {**row, "item_ids": reading.item_ids}
 

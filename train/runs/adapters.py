@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, TrainerCallback
 
-from ...adapters_m6rec import BASE
 from ...atomic_m6rec import atomic_folder
+from ...modeling_m6rec import BASE
 from ...tuning import MERGEABLE, parameter_counts, tune
 from ..config.recipe import Recipe
 from .run import Run

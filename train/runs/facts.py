@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ...catalogue_files_m6rec import MANIFEST
+from ...catalogue_m6rec import MANIFEST
 from ...configuration_m6rec import M6RecConfig
 from ...model_cards import CardFacts, DataFacts, hardware
 from ...modeling_m6rec import M6RecForRecommendation

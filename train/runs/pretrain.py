@@ -14,15 +14,15 @@ import pandas
 from accelerate import PartialState
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ...batching_m6rec import infilling, masking
 from ...configuration_m6rec import KINDS, M6RecConfig
+from ...processing_m6rec import infilling, masking
 from ...segment_cache_m6rec import SegmentCache
 from ...tokenization import M6RecProcessor
+from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import PretrainingArguments
 from ..config.recipe import Recipe, write_json
 from ..data.log import Log, read_log
 from ..evaluation.texts import perplexity
-from ..rows.collator import UNKNOWN
 from ..rows.corpus import (
     HISTORIES,
     ITEMS,
@@ -81,7 +81,7 @@ class RowMaker:
     def _text(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
         """A text is written on, to its end; nothing stands before its first token that could predict it."""
         ids = self._stretch(document, rng, [self.ids["eos_token_id"]])
-        return {"input_ids": ids, "labels": [UNKNOWN, *ids[1:]]}
+        return {"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]]}
 
     def _infilling(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
         text_token_id = self.ids["first_kind_token_id"] + KINDS.index("text")
@@ -93,7 +93,7 @@ class RowMaker:
         ended = ids[-1] == self.ids["eos_token_id"]
         end = ids[len(ids) - ended :]
         row, labels = masking(ids[: len(ids) - ended], self.ids["mask_token_id"], self.ordinary, rng)
-        return {"input_ids": row + end, "labels": labels + [UNKNOWN] * ended}
+        return {"input_ids": row + end, "labels": labels + [IGNORE_INDEX] * ended}
 
     def _item(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
         """An item's text is written from its segment; its memory, which could stand in for the text, is left out."""

@@ -357,7 +357,7 @@ def test_a_table_that_the_recipe_reads_is_training_data(films, hub):
         ("model.safetensors", r"lacks weights: model\.safetensors or model\.safetensors\.index\.json"),
         ("processor_config.json", r"lacks its processor: processor_config\.json"),
         ("tokenizer.json", r"lacks its tokenizer: tokenizer\.json"),
-        ("plans_m6rec.py", r"plans_m6rec\.py is missing, which the model's code needs"),
+        ("network_m6rec.py", r"network_m6rec\.py is missing, which the model's code needs"),
     ],
 )
 def test_what_is_missing_is_named(films, hub, file, message):

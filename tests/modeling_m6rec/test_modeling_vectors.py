@@ -8,8 +8,8 @@ import torch
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
 from m6rec.layout_m6rec import layout
-from m6rec.user_states_m6rec import UserStates
-from m6rec.vectors_m6rec import SIMILAR_ITEMS
+from m6rec.modeling_m6rec import SIMILAR_ITEMS
+from m6rec.segment_cache_m6rec import UserStates
 from tests.modeling_m6rec.tiny import ITEM, PLANS, SEG, SOURCE_END, VOCAB, Writer, build, close, item_rows, pad
 
 SETTINGS = {"num_joint_layers": 2, "segment_summary": 1, "word_memory": True, "word_similarity": 0.4}

@@ -5,7 +5,7 @@ import pandas
 import pytest
 import torch
 
-from m6rec.items_m6rec import table_rows
+from m6rec.catalogue_m6rec import table_rows
 
 
 @pytest.mark.parametrize(

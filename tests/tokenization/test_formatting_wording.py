@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m6rec.request_m6rec import value_text
+from m6rec.formatting_m6rec import Wording, value_text
 from m6rec.tokenization import load_template
-from m6rec.wording_m6rec import Wording
 
 
 @pytest.fixture

@@ -1,30 +1,268 @@
-"""How the parts of a request are worded: a checked template, and the segments it makes."""
+"""What a request may hold: the checks every part of it passes, with errors that name the place.
 
+The turns of a conversation: who says what, and nobody in another's name.
+
+How the parts of a request are worded: a checked template, and the segments it makes.
+
+Which items are the same where ids do not say so: by the field that names them, and by all that both say.
+"""
+
+import math
+import re
 import string
+import threading
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .limits_m6rec import SIMPLE, check_size
-from .request_m6rec import (
-    EVENT_KEYS,
-    Kept,
-    check_mapping,
-    check_moment,
-    check_number,
-    check_text,
-    number_text,
-    value_text,
-    wrong_type,
+from .values_m6rec import (
+    MAX_VALUES,
+    SIMPLE,
+    check_characters,
+    check_count,
+    check_size,
+    normalize_id,
+    short,
+    time_seconds,
+    time_text,
 )
-from .values_m6rec import normalize_id
+
+# ----------------------------------------------------------------------------------------------------------- requests
+
+
+SCORING_TASKS = ("click", "rating", "interaction")
+
+WRITING_TASKS = ("explanation", "query", "conversation", "item_text")
+
+TASKS = (*SCORING_TASKS, "retrieval", "plausibility", *WRITING_TASKS)
+
+REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text"})
+
+EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"})
+
+
+class Kept(OrderedDict):
+    """A bounded memory that forgets what was used least recently. It is copied and pickled empty.
+
+    Several threads may use one.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self._lock = threading.Lock()
+
+    def find(self, key: Hashable) -> Any:
+        """Return what is kept under `key`, or None."""
+        with self._lock:
+            value = self.get(key)
+            if value is not None:
+                self.move_to_end(key)
+            return value
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Keep `value`, and forget the oldest if there are too many."""
+        with self._lock:
+            self[key] = value
+            if len(self) > self.capacity:
+                self.popitem(last=False)
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.capacity,)
+
+
+def wrong_type(value: Any, place: str, expected: str) -> TypeError:
+    """Make the error for a value of the wrong type."""
+    return TypeError(f"{place}: expected {expected}, got {type(value).__name__} ({short(value)})")
+
+
+def check_text(value: Any, place: str, limited: bool = True) -> str:
+    """Return a text without the white space around it; it must hold something, and be valid Unicode.
+
+    Args:
+        value: The text.
+        place: Where it stands, for the error.
+        limited: Its length is limited, as that of every text of a request.
+    """
+    if not isinstance(value, str):
+        raise wrong_type(value, place, "a text")
+    if limited:
+        check_characters(value, place)
+    text = value.strip()
+    if not text:
+        raise ValueError(f"{place}: the text is empty; leave the key out, or give a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: {short(value)} is not valid Unicode ({error.reason})") from error
+    return text
+
+
+def check_mapping(value: Any, place: str, known: frozenset[str] | None = None) -> Mapping[str, Any]:
+    """Return a mapping whose keys are texts, and among `known` if that is given."""
+    if not isinstance(value, Mapping):
+        raise wrong_type(value, place, "a mapping")
+    if known is not None and value.keys() <= known:
+        return value
+    for key in value:
+        if not isinstance(key, str):
+            raise wrong_type(key, f"{place}: a key", "a text")
+        if known is not None and key not in known:
+            raise ValueError(f"{place}: unknown key {short(key)}; known keys: {', '.join(sorted(known))}")
+    return value
+
+
+def check_list(value: Any, place: str, most: int = MAX_VALUES) -> list[Any]:
+    """Return a list of at most so many entries; tuples and one-dimensional arrays pass, None is an empty list."""
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple) and not (isinstance(value, np.ndarray) and value.ndim == 1):
+        raise wrong_type(value, place, "a list")
+    check_count(len(value), place, most)
+    return value.tolist() if isinstance(value, np.ndarray) else list(value)
+
+
+def check_read(parts: Mapping[str, Any], task: str) -> None:
+    """Refuse a text for a task that reads none."""
+    if parts.get("text") is not None and task not in WRITING_TASKS:
+        raise ValueError(
+            f"text: task {task!r} does not read it, only {', '.join(WRITING_TASKS)} do. Say who the user is in `user`, "
+            "and what the user looks for as an event: {'event': 'search', 'query': ...}"
+        )
+
+
+def check_number(value: Any, place: str) -> float:
+    """Return a finite number; booleans are none."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise wrong_type(value, place, "a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{place}: expected a finite number, got {short(value)}")
+    return number
+
+
+def check_moment(value: Any, place: str) -> float:
+    """Return a moment in seconds, read by the rule for times; small numbers count from a beginning of their own."""
+    return time_seconds(value, place, relative=True)
+
+
+def number_text(value: float) -> str:
+    """Write a number as people do: 1995, 4.5, and 4 for 4.0.
+
+    >>> number_text(4.0), number_text(4.5), number_text(1995)
+    ('4', '4.5', '1995')
+    """
+    number = float(value)
+    exact = isinstance(value, Integral) or (number.is_integer() and abs(number) < 1e15)
+    return str(int(value)) if exact else repr(number)
+
+
+def value_text(value: Any, place: str, words: Mapping[str, str]) -> str:
+    """Word the value of a field: a text, a number, a truth value, or a list of these.
+
+    Args:
+        value: The value.
+        place: Where it stands, for the error.
+        words: The template's `words`: what truth values are called, and what stands between a list's values.
+    """
+    if isinstance(value, str):
+        return check_text(value, place)
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, bool):
+        return words["true" if value else "false"]
+    if isinstance(value, list | tuple) and value:
+        return words["list"].join(value_text(each, f"{place}[{index}]", words) for index, each in enumerate(value))
+    if isinstance(value, date):
+        return time_text(value, place)
+    if isinstance(value, Real):
+        check_number(value, place)
+        return number_text(value)  # type: ignore[arg-type]  # numbers.Real is no type to mypy
+    raise wrong_type(value, place, "a text, a number, a truth value or a list of these")
+
+
+# ------------------------------------------------------------------------------------------------------ conversations
+
+
+TURN_KEYS = frozenset({"role", "content"})
+
+PART_KEYS = frozenset({"type", "text"})
+
+ASSISTANT = "assistant"
+
+
+def read_turns(turns: Sequence[Any], speakers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Read turns as (role, content), where a role is "user" or "system", which is the recommender.
+
+    A turn is a text, and then speakers alternate and the user begins, or a mapping as of chat messages. The recommender
+    is called "assistant". "system" is the recommender, too, unless it opens the conversation or there are assistants:
+    then it is an instruction to a chat model, which nothing reads. Where a content holds the label of a speaker, it is
+    put between quotation marks, so that nobody's words open a turn of another.
+
+    Args:
+        turns: The turns, oldest first.
+        speakers: The template's labels of speakers, by role.
+
+    Raises:
+        ValueError: A role or a content cannot be used, named by its place.
+        TypeError: One has the wrong type.
+    """
+    chat = any(isinstance(turn, Mapping) and turn.get("role") == ASSISTANT for turn in turns)
+    labels = re.compile("|".join(rf"(?<!\w){re.escape(label)}" for label in speakers.values()))
+    found = []
+    for place, turn in enumerate(turns):
+        role, content = _turn(turn, place, chat)
+        found.append((role, labels.sub(lambda label: f'"{label[0]}"', content)))
+    return found
+
+
+def _turn(turn: Any, number: int, chat: bool) -> tuple[str, str]:
+    place = f"text[{number}]"
+    if isinstance(turn, str):
+        return ("user", "system")[number % 2], check_text(turn, place)
+    fields = check_mapping(turn, place, TURN_KEYS)
+    role = fields.get("role")
+    if role not in ("user", "system", ASSISTANT):
+        raise ValueError(f"{place}.role: expected user or assistant, got {short(role)}")
+    if role == "system" and (chat or number == 0):
+        raise ValueError(
+            f"{place}.role: 'system' is here an instruction to a chat model, which is not read: leave it out, and give "
+            "what is known of the user as `facts`; turns of the recommender have the role 'assistant'"
+        )
+    return "user" if role == "user" else "system", _content(fields.get("content"), f"{place}.content")
+
+
+def _content(content: Any, place: str) -> str:
+    """Read a text, or a list of parts, each a text or {"type": "text", "text": ...}."""
+    if not isinstance(content, list | tuple) or not content:
+        return check_text(content, place)
+    check_size(content, place)
+    parts = [_part(part, f"{place}[{number}]") for number, part in enumerate(content)]
+    return check_text(" ".join(parts), place)
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, Mapping):
+        if part.get("type", "text") != "text":
+            raise ValueError(f"{place}: a conversation holds texts only, got a part of type {short(part['type'])}")
+        part = check_mapping(part, place, PART_KEYS).get("text")
+    return check_text(part, place)
+
+
+# ---------------------------------------------------------------------------------------------- wording by a template
+
 
 KEPT_ITEMS = 100_000
+
 """Items and verbs whose wording is kept, since logs repeat them."""
 
 
@@ -412,7 +650,9 @@ def _months(value: Any, place: str) -> None:
 
 
 _FIELDS = {"fields": _fields, "other": _pattern("name", "value"), "join": _any_text}
+
 _BY_GENDER = {"unknown": _any_text, "male": _any_text, "female": _any_text}
+
 SCHEMA: dict[str, Any] = {
     "domain": _text,
     "language": _text,
@@ -440,6 +680,7 @@ SCHEMA: dict[str, Any] = {
         "join": _any_text,
     },
 }
+
 """What a template holds: a mapping has exactly these keys, anything else passes the check that stands there."""
 
 
@@ -466,4 +707,68 @@ def check_template(template: Any, schema: Mapping[str, Any] = SCHEMA, place: str
             raise ValueError(f"template.user.genders: {sorted(wrong)} are neither male nor female")
 
 
-__all__ = ["SCHEMA", "Event", "Segment", "Wording", "check_template"]
+# ----------------------------------------------------------------------------------------------------- names of items
+
+
+class ItemNames:
+    """Compares items as they are worded.
+
+    Two items are the same if they have the same name, the first field of their wording, and no field in which they
+    differ. A text is the same as an item whose name or whole wording it is.
+
+    Args:
+        wording: Words the items.
+    """
+
+    def __init__(self, wording: Wording) -> None:
+        self._wording = wording
+
+    def item_texts(self, items: Iterable[Any]) -> list[str]:
+        """Return the name of each item: what a catalogue then finds items by."""
+        return [self._worded(item).parts[0] for item in items]
+
+    def candidates(self, item: Any) -> list[str]:
+        """Return the names that an item which is the same may have."""
+        segment = self._worded(item)
+        if not isinstance(item, str) or not segment.join:
+            return [segment.parts[0]]
+        pieces = segment.text.split(segment.join)
+        return [segment.join.join(pieces[:count]) for count in range(1, len(pieces) + 1)]
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Say whether two items are the same."""
+        first, second = self._worded(one), self._worded(other)
+        if isinstance(one, str) or isinstance(other, str):
+            return bool({first.text, first.parts[0]} & {second.text, second.parts[0]})
+        fields, others = (dict(zip(segment.names, segment.parts)) for segment in (first, second))
+        equal = all(fields[name] == others[name] for name in fields.keys() & others.keys())
+        return equal and first.parts[0] == second.parts[0]
+
+    def _worded(self, item: Any) -> Segment:
+        return self._wording.item(item, "item")
+
+
+__all__ = [
+    "EVENT_KEYS",
+    "REQUEST_KEYS",
+    "SCHEMA",
+    "SCORING_TASKS",
+    "TASKS",
+    "WRITING_TASKS",
+    "Event",
+    "ItemNames",
+    "Kept",
+    "Segment",
+    "Wording",
+    "check_list",
+    "check_mapping",
+    "check_moment",
+    "check_number",
+    "check_read",
+    "check_template",
+    "check_text",
+    "number_text",
+    "read_turns",
+    "value_text",
+    "wrong_type",
+]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec.batching_m6rec import infilling, masking, pad, written_labels
+from m6rec.processing_m6rec import infilling, masking, pad, written_labels
 from m6rec.tokenization import M6RecProcessor
 
 IDS = {

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from m6rec import Catalogue
-from m6rec.catalogue_files_m6rec import ITEMS, MANIFEST, VECTORS, read_catalogue, write_catalogue
+from m6rec.catalogue_m6rec import ITEMS, MANIFEST, VECTORS, read_catalogue, write_catalogue
 
 SIZE = 4
 ROWS = {f"i{number}": {"item_id": f"i{number}", "title": f"tent {number}"} for number in range(3)}

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec import RecommendationPipeline, SegmentCache, plans_m6rec, user_states_m6rec
+from m6rec import RecommendationPipeline, SegmentCache, network_m6rec, segment_cache_m6rec
 from m6rec.layout_m6rec import layout
-from m6rec.user_states_m6rec import UserStates
+from m6rec.segment_cache_m6rec import UserStates
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.tiny import (
     ALL,
@@ -84,7 +84,7 @@ def request(head, events, writer, candidates=2):
         max_size=5,
     ),
     st.sampled_from(["right", "left"]),
-    st.sampled_from([0, plans_m6rec.TOGETHER]),
+    st.sampled_from([0, network_m6rec.TOGETHER]),
 )
 def test_whatever_was_asked_before_the_numbers_are_those_of_reading_all(number, batches, side, together):
     model, users, cache = model_of(number), UserStates(), SegmentCache()
@@ -92,7 +92,7 @@ def test_whatever_was_asked_before_the_numbers_are_those_of_reading_all(number, 
     people.append((people[0][0], people[0][1][:3] + people[1][1][:4], people[1][2]))  # begins as another does
     for batch in batches:
         rows = [request(people[who][0], people[who][1][:events], people[who][2], k) for who, events, k in batch]
-        with mock.patch.object(plans_m6rec, "TOGETHER", together):
+        with mock.patch.object(network_m6rec, "TOGETHER", together):
             found = ask(model, rows, users, cache, side)
         same(found, ask(model, rows, side=side))
 
@@ -115,7 +115,7 @@ def run_tokens(model, call):
 
 @pytest.mark.parametrize("summary", (None, 1))
 def test_one_event_costs_its_own_tokens_and_the_end(summary, monkeypatch):
-    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
+    monkeypatch.setattr(network_m6rec, "TOGETHER", 0)
     model, users, cache = build({"num_joint_layers": 2, "segment_summary": summary}), UserStates(), SegmentCache()
     head, events, writer = user(3)
     now = writer.segment(NOW)
@@ -264,7 +264,7 @@ def test_a_shown_history_does_not_serve_where_an_event_is_hidden():
 
 
 def test_hashes_that_collide_are_told_apart(monkeypatch):
-    monkeypatch.setattr(user_states_m6rec, "hash", lambda _: 7, raising=False)
+    monkeypatch.setattr(segment_cache_m6rec, "hash", lambda _: 7, raising=False)
     model, users, cache = build({"num_joint_layers": 2}), UserStates(), SegmentCache()
     for seed in (1, 2, 1, 2):
         head, events, writer = user(seed)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 FACTOR, RANGE = 2654435761, 1 << 32
+
 """Multiplicative hashing (Knuth): ids that follow each other land far apart."""
 
 
@@ -80,4 +81,6 @@ class M6RecWordSketch(nn.Module):
         return functional.normalize(sketch.view(number + 1, self.width)[:number], dim=-1)
 
 
-__all__ = ["M6RecWordSketch"]
+__all__ = [
+    "M6RecWordSketch",
+]

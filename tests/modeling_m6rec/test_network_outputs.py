@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from m6rec import M6RecOutput
-from m6rec.outputs_m6rec import CACHE_NAMES, CachedOutput, one_cache
+from m6rec.network_m6rec import CACHE_NAMES, CachedOutput, one_cache
 from tests.modeling_m6rec.test_generation import brute_force, prompts
 from tests.modeling_m6rec.tiny import SMALL, Writer, build, close, pad
 

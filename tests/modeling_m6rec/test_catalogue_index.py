@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from m6rec import Catalogue, catalogue_index_m6rec, catalogue_m6rec, catalogue_view_m6rec
+from m6rec import Catalogue, catalogue_m6rec
 
 faiss = pytest.importorskip("faiss")
 
@@ -95,7 +95,7 @@ def by_index_alone(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("all rows were searched")
 
-    monkeypatch.setattr(catalogue_view_m6rec, "_search_all", refuse)
+    monkeypatch.setattr(catalogue_m6rec, "_search_all", refuse)
 
 
 # ------------------------------------------------------------------------------------------------------ flat is exact
@@ -161,8 +161,8 @@ class TestShop(Shop.TestCase):
     def small(self, monkeypatch):
         """Small catalogues are asked more widely, and rebuilt, as large ones are."""
         monkeypatch.setattr(catalogue_m6rec, "REBUILD_ROWS", 50)
-        monkeypatch.setattr(catalogue_view_m6rec, "EXACT_SHARE", 0.5)
-        monkeypatch.setattr(catalogue_view_m6rec, "EXTRA", 4)
+        monkeypatch.setattr(catalogue_m6rec, "EXACT_SHARE", 0.5)
+        monkeypatch.setattr(catalogue_m6rec, "EXTRA", 4)
 
 
 @pytest.mark.usefixtures("by_index_alone")
@@ -352,7 +352,7 @@ def test_small_and_empty_catalogues(kind, count, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_may_be_searched_for_more_than_it_has(kind):
     for count in (0, 3):
-        index = catalogue_index_m6rec.VectorIndex(kind, {}, users(count) if count else users(1)[:0])
+        index = catalogue_m6rec.VectorIndex(kind, {}, users(count) if count else users(1)[:0])
         (found,) = index.search(users(1), 10)
         assert sorted(found.rows.tolist()) == list(range(count)) and found.floor == -torch.inf
 

@@ -10,9 +10,8 @@ from hypothesis import assume, given
 from hypothesis import settings as example
 from hypothesis import strategies as st
 
-from m6rec import SegmentCache, plans_m6rec
-from m6rec.heads_m6rec import user_places
-from m6rec.layout_m6rec import layout
+from m6rec import SegmentCache, network_m6rec
+from m6rec.layout_m6rec import layout, user_places
 from tests.modeling_m6rec.tiny import (
     ALL,
     BERT,
@@ -42,7 +41,7 @@ from tests.modeling_m6rec.tiny import (
 
 everywhere = pytest.mark.parametrize("settings", ALL, ids=name)
 small = pytest.mark.parametrize("settings", SMALL, ids=name)
-TOGETHER = (0, plans_m6rec.TOGETHER)
+TOGETHER = (0, network_m6rec.TOGETHER)
 """Targets behind their source, each as a row of its own, or all in one row with it."""
 causal = pytest.mark.parametrize("settings", [s for s in GRID if s["history_attention"] == "causal"], ids=name)
 
@@ -88,7 +87,7 @@ MODELS = st.fixed_dictionaries(
 
 @pytest.fixture(params=TOGETHER)
 def together(request, monkeypatch):
-    monkeypatch.setattr(plans_m6rec, "TOGETHER", request.param)
+    monkeypatch.setattr(network_m6rec, "TOGETHER", request.param)
 
 
 @example(max_examples=80, deadline=None)
@@ -113,7 +112,7 @@ def test_plans_agree_whatever_the_model(fields, shapes, seed):
         flat = model(**batch, plan="flat", return_plausibility=True)
         cache = SegmentCache()
         for plan, together in itertools.product((*PLANS[1:], "cached"), TOGETHER):
-            with mock.patch.object(plans_m6rec, "TOGETHER", together):
+            with mock.patch.object(network_m6rec, "TOGETHER", together):
                 out = model(**batch, plan=plan, segment_cache=cache if plan == "cached" else None,
                             return_plausibility=True)  # fmt: skip
             close(out.scores, flat.scores)
@@ -420,7 +419,7 @@ def test_batches_of_texts_hold_little_padding(tokens):
     """Lengths as of film titles with their genres: most are short, few are long."""
     draw = random.Random(0)
     segments = [(0, (1,) * min(max(int(draw.lognormvariate(2.4, 0.45)), 4), 45)) for _ in range(420)]
-    batches = list(plans_m6rec._batches(list(range(420)), segments, tokens))
+    batches = list(network_m6rec._batches(list(range(420)), segments, tokens))
     assert sorted(number for batch in batches for number in batch) == list(range(420))
     sizes = [[len(segments[number][1]) for number in batch] for batch in batches]
     padded = [len(own) * max(own) for own in sizes]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec import RecommendationPipeline, SegmentCache, plans_m6rec, scoring_m6rec
-from m6rec.scoring_m6rec import Scorer, confidence
+from m6rec import RecommendationPipeline, SegmentCache, network_m6rec, ranking_m6rec
+from m6rec.ranking_m6rec import Scorer, confidence
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, build, processor
 
 PROCESSOR = processor()
@@ -69,7 +69,7 @@ def test_a_source_is_read_once_however_many_the_candidates():
 def test_candidates_beyond_the_bound_make_rows_of_their_own(monkeypatch):
     model, many = build(num_joint_layers=2), {**REQUEST, "candidates": [f"tent {number}" for number in range(50)]}
     expected = make(model)(many)
-    monkeypatch.setattr(scoring_m6rec, "TOKENS_AT_ONCE", 300)
+    monkeypatch.setattr(ranking_m6rec, "TOKENS_AT_ONCE", 300)
     told = Scorer(model, PROCESSOR, SegmentCache()).tell([many], "click")[0]
     rows = told.rows(range(50), None, 300)
     assert len(rows) > 2 and all(len(row.ids) <= 300 for row in rows)
@@ -92,7 +92,7 @@ def test_each_text_of_a_batch_is_read_once():
 
 
 def test_requests_of_unlike_size_do_not_pad_each_other(monkeypatch):
-    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
+    monkeypatch.setattr(network_m6rec, "TOGETHER", 0)
     model = build(num_joint_layers=2)
     short = {"user": "a man", "history": [], "candidates": ["tent"]}
     long = {"user": "a man", "history": WORDS * 5, "candidates": WORDS}
@@ -102,7 +102,7 @@ def test_requests_of_unlike_size_do_not_pad_each_other(monkeypatch):
     assert (4, sizes[1]) in seen and (8, sizes[1]) not in seen and (4, sizes[0]) in seen
     seen, _ = count_tokens(model, -1, lambda: make(model)([short] * 4, batch_size=4))
     assert len(seen) == 2
-    monkeypatch.setattr(plans_m6rec, "TOGETHER", 512)
+    monkeypatch.setattr(network_m6rec, "TOGETHER", 512)
     seen, _ = count_tokens(model, -1, lambda: make(model)([short] * 4, batch_size=4))
     assert len(seen) == 1
 
@@ -163,7 +163,7 @@ def test_exits_differ_and_who_is_asked_along_changes_nothing(wide_model):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_layers_after_the_exit_are_not_run_and_none_twice(wide_model, keep, monkeypatch):
-    monkeypatch.setattr(plans_m6rec, "TOGETHER", 0)
+    monkeypatch.setattr(network_m6rec, "TOGETHER", 0)
     requests = [{"user": word, "history": WORDS[:4], "candidates": [word, "tent"]} for word in WORDS]
     exits = [rows[0]["exit_layer"] for rows in make(wide_model)(requests, exit_confidence=0.75, batch_size=8)]
     layers = len(wide_model.model.layers)
@@ -200,7 +200,7 @@ def test_explanations_are_those_of_the_exit(wide_model):
 def test_many_candidates_are_decided_together(wide_model, monkeypatch):
     many = {**REQUEST, "candidates": [f"{word} {number}" for word in WORDS for number in range(5)]}
     expected = make(wide_model)(many, exit_confidence=0.75)
-    monkeypatch.setattr(scoring_m6rec, "TOKENS_AT_ONCE", 200)
+    monkeypatch.setattr(ranking_m6rec, "TOKENS_AT_ONCE", 200)
     rows = make(wide_model)(many, exit_confidence=0.75)
     assert len({row["exit_layer"] for row in rows}) == 1 and rows[0]["exit_layer"] == expected[0]["exit_layer"]
     assert scores(rows) == pytest.approx(scores(expected), abs=1e-5)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from m6rec.segment_store_m6rec import DIGEST, SegmentStore
+from m6rec.segment_cache_m6rec import DIGEST, SegmentStore
 from tests.modeling_m6rec.faults import BOUND, Faults, finish, fork, key, use, values
 
 KEY, OTHER = key("a"), key("b")
