@@ -99,5 +99,5 @@ print("fine")
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
     assert done.stdout.strip() == "fine", done.stderr[-3000:]
     files = {path.name for path in (tmp_path / "again").glob("*.py")}
-    names = "processing tokenization wording conversation naming reading request batching limits values atomic".split()
+    names = "processing tokenization formatting values atomic".split()
     assert files == {f"{name}_m6rec.py" for name in names}
