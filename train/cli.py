@@ -1,4 +1,4 @@
-"""The command `m6rec`: prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart, push.
+"""The command `m6rec`: fit, prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart, push.
 
 A recipe is a YAML file or the name of one of the package's; whatever follows it overrides it, as in
 `m6rec finetune quickstart training.learning_rate=1e-3`, with dashes in front or without.
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    _add_fit(add("fit", _fit, "make a recommender of two tables within seconds, without training"))
     of_recipes = (
         add("prepare", _prepare, "check a recipe's tables and report what is in them"),
         add("pretrain", _pretrain, "learn texts: raw ones, items, whole histories"),
@@ -120,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (*of_recipes, convert, evaluate, recommend, quick):
         command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
     return parser
+
+
+def _add_fit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("events", help="the table of events (.csv, .parquet, .jsonl, ...), or a recipe (.yaml)")
+    command.add_argument("items", nargs="?", help="the table of items; with a recipe its own")
+    command.add_argument("output", nargs="?", help="the folder that is written; with a recipe its own")
+    command.add_argument("--users", metavar="FILE", help="a table of users, if anything is known of them")
+    command.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
+    command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs, as in a recipe")
 
 
 def _add_recommend(command: argparse.ArgumentParser) -> None:
@@ -207,6 +217,21 @@ def _finetune(options: argparse.Namespace) -> None:
     print(f"written to {recipe.output_dir}")
 
 
+def _fit(options: argparse.Namespace) -> None:
+    from .commands.fit import fit_recommender, recipe_of_tables
+    from .evaluation.tables import tables
+
+    given = [name for name in (options.events, options.items, options.output) if name is not None]
+    places = [name for name in given if "=" not in name]
+    options.overrides = [*(name for name in given if "=" in name), *options.overrides]
+    recipe = recipe_of_tables(places, options.users, options.overrides)
+    _refuse_to_replace(options, recipe, recipe.output_dir)
+    report = fit_recommender(recipe, print)
+    if report:
+        print(tables(report))
+    print(f"written to {recipe.output_dir}")
+
+
 def _run(options: argparse.Namespace) -> None:
     from .commands.run import run
 
@@ -236,10 +261,14 @@ def _recommend(options: argparse.Namespace) -> None:
         raise ValueError(f"--workers {options.workers} goes with --ray: say --ray as well, or leave it out")
     if options.overrides and options.user is None:
         raise ValueError(f"{options.overrides[0]!r}: overrides say where the log is, which only --user reads")
-    recommend = commands.load_pipeline(options.model)
+    recommend = commands.load_recommender(options.model, options.overrides)
     given = {name: getattr(options, name) for name in ("task", "top_k", "exit_layer", "exit_confidence")}
     asked = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
     if options.input:
+        if not hasattr(recommend, "model"):
+            raise ValueError(
+                f"{options.model} holds no network, and --input asks one: m6rec.train.Recommender answers many users"
+            )
         _recommend_offline(recommend, options, asked)
         return
     if options.user is not None:

@@ -12,13 +12,15 @@ from typing import Any
 import pandas
 from datasets import Dataset
 
-from ..pipeline_m6rec import FOLDER, RecommendationPipeline
-from .answering.loading import load_pipeline
+from ..pipeline_m6rec import FOLDER
+from .answering.evidence import EvidenceAnswers, kept_settings
+from .answering.loading import load_recommender
+from .commands.fit import Measured
 from .config.recipe import Recipe, load_recipe, load_saved
 from .data.log import Log, build_log, read_log
 from .data.splits import Split, histories, order
 from .rows.examples import RequestWriter
-from .runs.build import catalogue_rows, prepare
+from .runs.build import catalogue_rows, make_split, prepare
 from .runs.finetune import finetune, full_report
 
 Table = pandas.DataFrame | str | Path
@@ -39,14 +41,15 @@ class Recommender:
     Attributes:
         directory: The folder.
         recipe: The run's recipe.
-        pipeline: The pipeline "recommendation" of the model, for requests of every form.
+        pipeline: The pipeline "recommendation" of the model, for requests of every form; of a fit that has kept no
+            network, what answers as it does from events and texts.
     """
 
     def __init__(self, directory: str | Path, overrides: Iterable[str] = ()) -> None:
         self.directory = Path(directory)
         self.recipe: Recipe = load_saved(self.directory, overrides)
-        self.pipeline: RecommendationPipeline = load_pipeline(str(self.directory))
-        if not (self.directory / FOLDER).is_dir():
+        self.pipeline = load_recommender(str(self.directory), [*overrides])
+        if not isinstance(self.pipeline, EvidenceAnswers) and not (self.directory / FOLDER).is_dir():
             raise FileNotFoundError(
                 f"{self.directory} has no catalogue to recommend from: train a model with segment layers, or use "
                 "Recommender.pipeline with candidates"
@@ -64,7 +67,7 @@ class Recommender:
         self,
         users: Sequence[str] | pandas.DataFrame,
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         batch_size: int = 32,
         **options: Any,
     ) -> pandas.DataFrame:
@@ -75,7 +78,7 @@ class Recommender:
                 there are times, timestamp), which stand for the users' whole histories: users may be new, items must be
                 in the items table.
             k: How many items for each user.
-            exclude_seen: Leave out the items of a user's history.
+            exclude_seen: Leave out the items of a user's history. None: as the recipe's evaluation does.
             batch_size: Requests that are read together.
             **options: Further parameters of a call of the pipeline, such as `filter`.
 
@@ -97,7 +100,8 @@ class Recommender:
                 "For a new user give a table of events"
             )
         requests = [writer.request(user, writer.events(ordered.iloc[places[user]])) for user in wanted]
-        call = {"top_k": k, "exclude_seen": exclude_seen, "batch_size": batch_size, **options}
+        leave_out = self.recipe.evaluation.exclude_seen if exclude_seen is None else exclude_seen
+        call = {"top_k": k, "exclude_seen": leave_out, "batch_size": batch_size, **options}
         answers = self.pipeline(requests, task="retrieval", **call) if requests else []
         rows = [
             (user, row["rank"], row["item_id"], row["score"]) for user, answer in zip(wanted, answers) for row in answer
@@ -114,18 +118,24 @@ class Recommender:
         Returns:
             Task -> who -> metrics, as `metrics.json` holds them.
         """
+        split = make_split(self.recipe, self.log) if events is None else self._before_and_after(events)
+        if isinstance(self.pipeline, EvidenceAnswers):
+            return Measured(self.recipe, self.log, split).report(kept_settings(self.directory))
         own = [f"model.checkpoint={json.dumps(str(self.directory))}", "model.backbone=null"]
-        recipe = load_saved(self.directory, own)
-        run = prepare(recipe, log=self.log)
-        if events is not None:
-            later = self._log_of(events).interactions
-            joined = pandas.concat([self.log.interactions, later], ignore_index=True)
-            part = pandas.Series(["train"] * len(self.log.interactions) + ["test"] * len(later))
-            ordered = order(joined.assign(part=part.astype("category")), recipe.data.seed, recipe.evaluation.ties)
-            is_test = (ordered.pop("part") == "test").to_numpy()
-            run.split = Split(ordered[~is_test], ordered[:0], ordered[is_test])
-            run.catalogue = catalogue_rows(run.writer, run.split, run.processor)
+        run = prepare(load_saved(self.directory, own), log=self.log)
+        run.split = split
+        run.catalogue = catalogue_rows(run.writer, run.split, run.processor)
         return full_report(run)
+
+    def _before_and_after(self, events: pandas.DataFrame) -> Split:
+        """Return the whole log as what is known, and later events as the test."""
+        later = self._log_of(events).interactions
+        joined = pandas.concat([self.log.interactions, later], ignore_index=True)
+        part = pandas.Series(["train"] * len(self.log.interactions) + ["test"] * len(later))
+        arranged = (self.recipe.data.seed, self.recipe.evaluation.ties)
+        ordered = order(joined.assign(part=part.astype("category")), *arranged)
+        is_test = (ordered.pop("part") == "test").to_numpy()
+        return Split(ordered[~is_test], ordered[:0], ordered[is_test])
 
     def _log_of(self, events: pandas.DataFrame) -> Log:
         """Read a table of events by the rules of the log's own tables."""

@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..config.recipe import load_saved
 from ..data.log import nearly, read_log
 from ..data.splits import histories, order
 from ..rows.examples import RequestWriter
+from .evidence import EvidenceAnswers, keeps_evidence, load_evidence
 
 ROWS_AT_ONCE = 1024
 """Rows of a table that are read together; bounds memory."""
@@ -34,6 +35,16 @@ def load_pipeline(model: str) -> RecommendationPipeline:
     except OSError as error:
         raise OSError(f"{model!r} is no folder of a model here, and the Hub does not give it: {error}") from error
     return RecommendationPipeline(model=network.eval(), processor=processor)
+
+
+def load_recommender(model: str, overrides: Sequence[str] = ()) -> RecommendationPipeline | EvidenceAnswers:
+    """Load what a folder recommends with: a trained model, or the evidence that a fit has kept in its place.
+
+    Args:
+        model: The folder of a run or of a fit, or the Hub id of a model.
+        overrides: What differs from the recipe of a fit, such as where its tables are.
+    """
+    return load_evidence(model, overrides) if keeps_evidence(model) else load_pipeline(model)
 
 
 def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> RecommendationPipeline:
@@ -172,6 +183,7 @@ __all__ = [
     "RequestReader",
     "build_catalogue",
     "load_pipeline",
+    "load_recommender",
     "parse_request",
     "user_request",
 ]

@@ -9,22 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..answering.evidence import keeps_evidence, kept_settings
 from ..config.locations import log_digest
 from ..config.recipe import load_saved, write_json
-from ..data.log import Log
+from ..data.log import Log, read_log
 from ..evaluation.tables import tables, why_unwritable
-from ..runs.build import prepare
+from ..runs.build import make_split, prepare
 from ..runs.facts import CARD_FILE
 from ..runs.finetune import full_report
+from .fit import METRICS_FILE, Measured, Report
 
 logger = logging.getLogger(__name__)
-METRICS_FILE, OTHERWISE_FILE = "metrics.json", "evaluation.json"
-"""What a run measured of its model; what was measured otherwise, or on other data."""
+OTHERWISE_FILE = "evaluation.json"
+"""What was measured otherwise than the run did, or on other data."""
 
 
-def evaluate(
-    folder: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None
-) -> dict[str, dict[str, dict[str, Any]]]:
+def evaluate(folder: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None) -> Report:
     """Measure a trained model again, and save the report beside it where that is possible.
 
     Args:
@@ -35,13 +35,10 @@ def evaluate(
     Returns:
         Task -> who (the model, each baseline) -> metric -> value.
     """
-    saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
-    recipe = load_saved(folder, [*overrides, *saved])
-    run = prepare(recipe)
-    report = full_report(run)
+    log, report = _measured(folder, overrides)
     if say is not None:
         say(tables(report))
-    other = _other_data(Path(folder), run.log) if not overrides else None
+    other = _other_data(Path(folder), log) if not overrides else None
     if other:
         logger.warning("%s: %s is kept as it is, and this report is saved as %s", other, METRICS_FILE, OTHERWISE_FILE)
     measured: dict[str, Any] = {"overrides": list(overrides), **report} if overrides or other else report
@@ -51,6 +48,17 @@ def evaluate(
     except OSError as error:  # the figures are printed, and need no file
         logger.warning("the report is not saved as %s: %s. %s", path, error, why_unwritable(error, path.parent))
     return report
+
+
+def _measured(folder: str | Path, overrides: Sequence[str]) -> tuple[Log, Report]:
+    """Measure what a folder holds: a trained model, or the evidence that a fit has kept."""
+    if keeps_evidence(folder):
+        recipe = load_saved(folder, overrides)
+        log = read_log(recipe.data)
+        return log, Measured(recipe, log, make_split(recipe, log)).report(kept_settings(folder))
+    saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
+    run = prepare(load_saved(folder, [*overrides, *saved]))
+    return run.log, full_report(run)
 
 
 def _other_data(folder: Path, log: Log) -> str | None:

@@ -64,14 +64,29 @@ class NeighboursAndWords:
 
     def __init__(self, texts: Sequence[str], sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
         self.transitions = Transitions.fit(sequences, len(texts))
-        words = _Words(texts)
-        rarity = torch.log((1 + words.shape[0]) / (1 + words.frequency)) + 1
-        self.words = words.matrix(rarity[words.columns])
+        self.words = RareWords(texts)
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         shares = recent_shares(histories, self.transitions.num_items)
-        return self.transitions.scores_of(shares) + WORDS * _likeness(self.words, shares)
+        return self.transitions.scores_of(shares) + WORDS * self.words.likeness(shares)
+
+
+class RareWords:
+    """Vectors of which words texts hold, rare ones counting more: log((1 + M) / (1 + df)) + 1 for each word of a text.
+
+    Args:
+        texts: Text of each of the M items.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        words = _Words(texts)
+        rarity = torch.log((1 + words.shape[0]) / (1 + words.frequency)) + 1
+        self.matrix = words.matrix(rarity[words.columns])
+
+    def likeness(self, shares: np.ndarray) -> np.ndarray:
+        """Compare all items with weighted items, U x M: the sum of the weighted cosines, U x M."""
+        return _likeness(self.matrix, shares)
 
 
 class _Words:
@@ -114,7 +129,9 @@ def _likeness(vectors: torch.Tensor, shares: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "WORDS",
     "NeighboursAndWords",
+    "RareWords",
     "SimilarText",
     "popularity_scores",
 ]

@@ -19,16 +19,18 @@ ENTRIES_AT_ONCE = 1 << 22
 """Entries of the matrix that are added up together; bounds memory."""
 
 
-def recent_shares(histories: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:
-    """Weigh the items of each history by their age: U x M, the sum of `RECENCY` where an item is among the last.
+def recent_shares(
+    histories: Iterable[Sequence[int] | np.ndarray], num_items: int, recency: Sequence[float] = RECENCY
+) -> np.ndarray:
+    """Weigh the items of each history by their age: U x M, the sum of `recency` where an item is among the last.
 
     >>> recent_shares([[3, 0, 2, 0]], 4).tolist()       # the last item is also the last but two
     [[1.4, 0.0, 0.6, 0.3]]
     """
-    recent = [np.asarray(history, dtype=int)[: -len(RECENCY) - 1 : -1] for history in histories]
+    recent = [np.asarray(history, dtype=int)[: -len(recency) - 1 : -1] for history in histories]
     shares = np.zeros((len(recent), num_items))
     for user, items in enumerate(recent):
-        np.add.at(shares[user], items, RECENCY[: len(items)])
+        np.add.at(shares[user], items, recency[: len(items)])
     return shares
 
 
@@ -36,9 +38,9 @@ def recent_shares(histories: Iterable[Sequence[int] | np.ndarray], num_items: in
 class Transitions:
     """Counted transitions between M items: P as a sparse matrix, row by row.
 
-    P(i, j) = n(i, j) / (out(i) ** OUT_POWER * in(j) ** IN_POWER), where n(i, j) is the number of times that j stands
-    one or two steps behind i in a history, weighed by `STEPS`, and as far before it, weighed by `BACKWARDS` too;
-    out and in are the sums of its rows and columns, at least 1. No item follows itself.
+    P(i, j) = n(i, j) / (out(i) ** a * in(j) ** b), where n(i, j) is the number of times that j stands one, two, ...
+    steps behind i in a history, weighed by the steps' weights, and as far before it, weighed by `backwards` too; out
+    and in are the sums of its rows and columns, at least 1. No item follows itself.
 
     Source: after "An Embarrassingly Simple Graph Heuristic Reveals Shortcut-Solvable Benchmarks" (arXiv 2605.07125).
 
@@ -57,28 +59,38 @@ class Transitions:
     values: np.ndarray
 
     @classmethod
-    def fit(cls, sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> "Transitions":
+    def fit(
+        cls,
+        sequences: Iterable[Sequence[int] | np.ndarray],
+        num_items: int,
+        steps: Sequence[float] = STEPS,
+        backwards: float = BACKWARDS,
+        powers: tuple[float, float] = (OUT_POWER, IN_POWER),
+    ) -> "Transitions":
         """Count the transitions in histories.
 
         Args:
             sequences: Items of each history, in order, as rows of the catalogue.
             num_items: M.
+            steps: Weights of pairs that stand one, two, ... steps apart.
+            backwards: Weight of a pair against the order of time.
+            powers: a and b, how much of an item's own frequency is divided out, as the first and the second of a pair.
         """
         parts = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         items = np.concatenate([np.empty(0, dtype=np.int64), *parts])
         owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         pairs, counts = [np.empty(0, dtype=np.int64)], [np.empty(0)]
-        for step, weight in enumerate(STEPS, 1):
+        for step, weight in enumerate(steps, 1):
             first, second = items[:-step], items[step:]
             stays = (owner[:-step] == owner[step:]) & (first != second)
             first, second = first[stays], second[stays]
             pairs += [first * num_items + second, second * num_items + first]
-            counts += [np.full(len(first), weight), np.full(len(first), weight * BACKWARDS)]
+            counts += [np.full(len(first), weight), np.full(len(first), weight * backwards)]
         found, place = np.unique(np.concatenate(pairs), return_inverse=True)
         weights = np.bincount(place, np.concatenate(counts), minlength=len(found))
         rows, columns = np.divmod(found, num_items)
         out, into = (np.maximum(np.bincount(side, weights, num_items), 1) for side in (rows, columns))
-        values = weights / (out[rows] ** OUT_POWER * into[columns] ** IN_POWER)
+        values = weights / (out[rows] ** powers[0] * into[columns] ** powers[1])
         return cls(np.searchsorted(rows, np.arange(num_items + 1)), columns, values)
 
     def holds(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -103,10 +115,10 @@ class Transitions:
         """Score all items for users with these histories: U x M."""
         return self.scores_of(recent_shares(histories, self.num_items))
 
-    def scores_of(self, shares: np.ndarray) -> np.ndarray:
+    def scores_of(self, shares: np.ndarray, second: float = SECOND) -> np.ndarray:
         """Score all items for weighted items, U x M: those that follow, and those that follow these."""
         following = self.follow(shares)
-        return following + SECOND * self.follow(following)
+        return following + second * self.follow(following) if second else following
 
     def follow(self, shares: np.ndarray) -> np.ndarray:
         """Multiply U x M weights of items with P."""

@@ -1,0 +1,127 @@
+"""Evidence against a loop over pairs and items, and the choice of its settings."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m6rec.train.evaluation import evidence
+from m6rec.train.evaluation.baselines import NeighboursAndWords, RareWords
+from m6rec.train.evaluation.evidence import WIDE, Evidence, EvidenceSettings, choose_evidence, popularity
+from m6rec.train.metrics import ndcg_at_k, target_ranks
+
+TEXTS = ["red shoes", "blue shoes", "green tea", "tea pot", "a pot", "red pot"]
+sequences = st.lists(st.lists(st.integers(0, 5), max_size=7), max_size=6)
+SETTINGS = [
+    EvidenceSettings(),
+    EvidenceSettings(**WIDE, recency=(1.0,) * 50, words=1.0, popularity=0.3),
+    EvidenceSettings(recency=(1.0,), words=0.0, second=0.0, again=2.0),
+]
+
+
+def slow_scores(own, learnt, history):
+    """Score item by item, pair by pair."""
+    count = np.zeros((6, 6))
+    for known in learnt:
+        for first, item in enumerate(known):
+            for second in range(first + 1, min(first + len(own.steps), len(known) - 1) + 1):
+                if known[second] != item:
+                    weight = own.steps[second - first - 1]
+                    count[item, known[second]] += weight
+                    count[known[second], item] += weight * own.backwards
+    out, into = np.maximum(count.sum(1), 1), np.maximum(count.sum(0), 1)
+    follows = count / out[:, None] ** own.powers[0] / into ** own.powers[1]
+    vectors = RareWords(TEXTS).matrix.to_dense().numpy()
+    met = np.log1p(np.bincount([item for known in learnt for item in known], minlength=6))
+    scores = (own.popularity + 1e-6) * met / max(met.max(), 1e-12)
+    for age, item in enumerate(reversed(history)):
+        if age < len(own.recency):
+            added = follows[item] + own.second * follows[item] @ follows + own.words * vectors @ vectors[item]
+            added[item] += own.again
+            scores = scores + own.recency[age] * added
+    return scores
+
+
+@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again"])
+@settings(max_examples=30, deadline=None)
+@given(learnt=sequences, asked=sequences)
+def test_scores_are_those_of_a_loop(own, learnt, asked):
+    found = Evidence(TEXTS, learnt, own).scores(asked)
+    assert found.shape == (len(asked), 6)
+    np.testing.assert_allclose(found, np.array([slow_scores(own, learnt, each) for each in asked]).reshape(-1, 6))
+
+
+def test_the_defaults_are_the_rule_of_the_tables_but_for_ties():
+    learnt, asked = [[0, 1, 2], [3, 1], [0, 2, 2, 4]], [[0], [1, 3], []]
+    rule = NeighboursAndWords(TEXTS, learnt).scores(asked)
+    ties = 1e-6 * popularity(learnt, 6)
+    np.testing.assert_allclose(Evidence(TEXTS, learnt).scores(asked), rule + ties)
+    assert Evidence(TEXTS, learnt).scores([[]])[0].argmax() == 2, "the most popular, where nothing is known"
+
+
+def test_settings_survive_json():
+    own = SETTINGS[1]
+    kept = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(own).items()}
+    assert EvidenceSettings.of(kept) == own
+
+
+def sessions(rng, users=60, items=40, noise=0.0):
+    """Histories in which item i is followed by i + 1, but for some noise."""
+    found = []
+    for _ in range(users):
+        start = int(rng.integers(items))
+        walk = [(start + step) % items for step in range(6)]
+        found.append(np.array([int(rng.integers(items)) if rng.random() < noise else item for item in walk]))
+    return found
+
+
+def test_what_is_clearly_better_is_chosen():
+    """Every second item is of the user's series, the others are noise: a longer memory is better."""
+    rng = np.random.default_rng(0)
+    texts = [f"series{item // 8}" for item in range(40)]
+    likes = [rng.permutation(np.arange(8) + 8 * rng.integers(5))[:5] for _ in range(40)]
+    histories = [np.insert(own, range(5), rng.integers(0, 40, 5)) for own in likes]
+    found = choose_evidence(texts, histories, exclude_seen=False)
+    assert found.settings.words > 0 and len(found.settings.recency) > 5 and found.value > found.default_value + 0.05
+    assert found.events == 40 * 4 and found.tried > 10
+
+
+def test_the_defaults_stay_where_nothing_is_better():
+    rng = np.random.default_rng(0)
+    texts = [f"w{rng.integers(9)} v{rng.integers(9)}" for _ in range(200)]
+    histories = [rng.integers(0, 200, 4) for _ in range(20)]
+    found = choose_evidence(texts, histories, exclude_seen=False)
+    assert found.settings == EvidenceSettings() and found.value == found.default_value
+    assert choose_evidence(texts, [np.array([3])] * 5, exclude_seen=True).settings == EvidenceSettings()
+
+
+def test_re_visits_are_found():
+    rng = np.random.default_rng(1)
+    histories = [np.tile(rng.integers(0, 30, 2), 4) for _ in range(30)]
+    texts = ["thing"] * 30
+    assert choose_evidence(texts, histories, exclude_seen=False).settings.again > 0
+    assert choose_evidence(texts, histories, exclude_seen=True).events == 0, "no first visit is left to be asked about"
+
+
+def test_a_trial_ranks_as_a_table_does():
+    """What the choice is made by is the NDCG of `Evidence` on the same events, counted from the other users."""
+    histories = sessions(np.random.default_rng(2), users=20, noise=0.3)
+    texts = [f"w{item % 7}" for item in range(40)]
+    own = dataclasses.replace(EvidenceSettings(), words=1.0, popularity=0.1)
+    for counted, users, asked, targets in evidence._folds(histories, 1000, True, 0):
+        trial = evidence._Trial(RareWords(texts), 40, counted, users, asked, targets, True)
+        ranks = target_ranks(Evidence(texts, counted, own).scores(asked), targets, asked)
+        assert trial.gains(own).mean() == pytest.approx(ndcg_at_k(ranks, 10), abs=1e-3)
+        own_users = set(users)
+        assert not any(any(each is histories[user] for user in own_users) for each in counted)
+
+
+def test_folds_ask_as_many_events_as_are_wanted():
+    histories = sessions(np.random.default_rng(2), users=20)
+    few = evidence._folds(histories, 10, True, 0)
+    assert len(few) == 1 and len(few[0][1]) == 10
+    everything = evidence._folds(histories, 1000, True, 0)
+    assert len(everything) == 5 and sum(len(fold[1]) for fold in everything) == 20 * 4
+    assert sorted({user for fold in everything for user in fold[1]}) == list(range(20))

@@ -1,0 +1,276 @@
+"""The untrained recommender that fits a log: transitions, words, popularity and re-visits, weighed on validation."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..metrics import ndcg_gains
+from .baselines import WORDS, RareWords
+from .reports import COMPARED_AT
+from .transitions import BACKWARDS, IN_POWER, OUT_POWER, RECENCY, SECOND, STEPS, Transitions, recent_shares
+
+TIE_BREAK = 1e-6
+"""Weight of popularity where nothing else tells items apart: more than rounding, less than any evidence."""
+CELLS = 8_000_000
+"""Scores, users times items, by which settings are chosen: seconds of a core."""
+MOST_PAIRS = 10_000_000
+"""Pairs of events from which on wide neighbourhoods are not tried: they take 40 bytes a pair."""
+WORD_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
+REFINEMENTS = {"popularity": (0.03, 0.1, 0.3, 1.0), "again": (0.1, 0.3, 1.0, 3.0)}
+SURELY = 2.0
+"""Standard errors that a difference must be above zero by."""
+FOLDS = 5
+"""Parts of the users, of which one is ranked while the others are counted."""
+LAST_EVENTS = 4
+"""Events of a user that are ranked, at most: the last ones."""
+LEAST_EVENTS = 500
+"""Events that are ranked, however many items there are."""
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """How much each kind of evidence counts. The defaults are those of the row `neighbours_and_words`."""
+
+    steps: tuple[float, ...] = STEPS
+    """Weights of pairs that stand one, two, ... steps apart in a history."""
+    backwards: float = BACKWARDS
+    """Weight of a pair against the order of time."""
+    powers: tuple[float, float] = (OUT_POWER, IN_POWER)
+    """How much of an item's own frequency is divided out, as the first and as the second of a pair."""
+    recency: tuple[float, ...] = RECENCY
+    """Weights of the user's last items, the last one first."""
+    second: float = SECOND
+    """Weight of what follows an item that follows."""
+    words: float = WORDS
+    """Weight of rare words in common with the user's last items."""
+    popularity: float = 0.0
+    """Weight of popularity: log(1 + count), of the most popular item 1."""
+    again: float = 0.0
+    """Weight of the user's own last items, where seen items are recommended."""
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
+        """Read settings as JSON holds them."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+
+
+WIDE = {"steps": (1.0,) * 30, "backwards": 1.0, "powers": (0.5, 0.5), "second": 0.0}
+"""Neighbourhoods: who met the one item met the other, in whatever order."""
+STRUCTURES: tuple[dict[str, Any], ...] = (
+    {},
+    {"recency": tuple(round(0.8**age, 3) for age in range(12))},
+    {**WIDE, "recency": tuple(round(0.9**age, 3) for age in range(30))},
+    {**WIDE, "recency": (1.0,) * 50},
+)
+"""How events are paired and how fast they age: tried one by one, beside each weight of words."""
+
+
+class Evidence:
+    """Scores items by what histories and texts say, without learning.
+
+    Args:
+        texts: Text of each of the M items.
+        sequences: Items of each counted history, in order, as rows of the catalogue.
+        settings: How much each kind counts.
+
+    >>> rule = Evidence(["red shoes", "blue shoes", "green tea", "tea pot"], [[0, 2], [0, 2], [3, 0]])
+    >>> rule.scores([[0]])[0].argsort()[::-1].tolist()      # green tea was bought after red shoes
+    [2, 0, 3, 1]
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        sequences: Iterable[Sequence[int] | np.ndarray],
+        settings: EvidenceSettings | None = None,
+    ) -> None:
+        self.settings = settings or EvidenceSettings()
+        own, sequences = self.settings, list(sequences)
+        self.transitions = Transitions.fit(sequences, len(texts), own.steps, own.backwards, own.powers)
+        self.words = RareWords(texts)
+        self.popularity = popularity(sequences, len(texts))
+
+    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M."""
+        own = self.settings
+        shares = recent_shares(histories, self.transitions.num_items, own.recency)
+        found = self.transitions.scores_of(shares, own.second) + own.words * self.words.likeness(shares)
+        return found + own.again * shares + (own.popularity + TIE_BREAK) * self.popularity
+
+
+def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:
+    """Return log(1 + count) of the items of some histories, of the most frequent 1: M.
+
+    >>> popularity([[0, 1, 1], [1]], 3).round(2).tolist()
+    [0.5, 1.0, 0.0]
+    """
+    items = np.concatenate([np.empty(0, dtype=int), *(np.asarray(each, dtype=int) for each in sequences)])
+    counts = np.log1p(np.bincount(items, minlength=num_items))
+    return counts / max(counts.max(initial=0), 1e-12)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and by how much it is better than the defaults on the events it was chosen on."""
+
+    settings: EvidenceSettings
+    events: int
+    """Held-out events that settings were compared on."""
+    value: float
+    """Mean NDCG@10 of what was chosen."""
+    default_value: float
+    tried: int
+    """Settings that were compared."""
+
+
+def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclude_seen: bool, seed: int = 0) -> Choice:
+    """Choose settings for a log, those of the defaults where nothing is clearly better.
+
+    The last events of some users are ranked after those before, with the events of all other users counted: a fifth of
+    the users after the other, until there are as many events as can be ranked in seconds. Of all that is tried the
+    settings are taken whose NDCG@10 is most above that of the defaults, after `SURELY` standard errors of the
+    difference are taken off: noise of few users then changes nothing. First how events are paired and aged, with the
+    weight of words; then popularity, and re-visits where seen items are recommended.
+
+    Args:
+        texts: Text of each of the M items.
+        sequences: Items of each user's events that may be known, in order, as rows of the catalogue.
+        exclude_seen: Leave out what a user has met before.
+        seed: Of the draw.
+    """
+    folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
+    if not folds:
+        return Choice(EvidenceSettings(), 0, float("nan"), float("nan"), 0)
+    words = RareWords(texts)
+    trials = [_Trial(words, len(texts), *fold, exclude_seen) for fold in folds]
+    users = np.unique(np.concatenate([trial.users for trial in trials]), return_inverse=True)[1]
+    gains: dict[EvidenceSettings, np.ndarray] = {}
+
+    def measure(settings: EvidenceSettings) -> None:
+        gains[settings] = np.concatenate([trial.gains(settings) for trial in trials])
+
+    default = EvidenceSettings()
+    for settings in _structures(sequences):
+        measure(settings)
+    best = _clearly_best(gains, default, users)
+    for name, weights in REFINEMENTS.items():
+        if name != "again" or not exclude_seen:
+            for weight in weights:
+                measure(dataclasses.replace(best, **{name: weight}))
+            best = _clearly_best(gains, default, users)
+    return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains))
+
+
+def _folds(
+    sequences: Sequence[np.ndarray], count: int, exclude_seen: bool, seed: int
+) -> list[tuple[list[np.ndarray], list[int], list[np.ndarray], np.ndarray]]:
+    """Draw held-out events, some users after the others.
+
+    Returns:
+        For each fold the sequences that are counted, and of each held-out event the user, the history and the item.
+    """
+    order = np.random.default_rng(seed).permutation(len(sequences))
+    folds, found = [], 0
+    for fold in range(FOLDS):
+        own = order[fold::FOLDS]
+        users, histories, targets = [], [], []
+        for user in own.tolist():
+            sequence = sequences[user]
+            for place in range(max(len(sequence) - LAST_EVENTS, 1), len(sequence)):
+                if exclude_seen and sequence[place] in sequence[:place]:
+                    continue
+                users.append(user)
+                histories.append(sequence[:place])
+                targets.append(int(sequence[place]))
+        kept = slice(0, count - found)
+        found += len(users[kept])
+        if users:
+            held_out = set(own.tolist())
+            counted = [sequence for user, sequence in enumerate(sequences) if user not in held_out]
+            folds.append((counted, users[kept], histories[kept], np.array(targets[kept])))
+        if found >= count:
+            break
+    return folds
+
+
+def _structures(sequences: Sequence[np.ndarray]) -> Iterator[EvidenceSettings]:
+    lengths = np.array([len(sequence) for sequence in sequences])
+    for fields in STRUCTURES:
+        pairs = np.minimum(lengths, len(fields.get("steps", STEPS))).astype(float) @ lengths
+        if fields.get("steps") is None or pairs <= MOST_PAIRS:
+            yield from (EvidenceSettings(**fields, words=weight) for weight in WORD_WEIGHTS)
+
+
+def _clearly_best(
+    gains: Mapping[EvidenceSettings, np.ndarray], default: EvidenceSettings, users: np.ndarray
+) -> EvidenceSettings:
+    """Return the settings that are most above the default ones, less some standard errors over users."""
+    counts = np.bincount(users)
+
+    def surely(settings: EvidenceSettings) -> float:
+        difference = gains[settings] - gains[default]
+        mean = difference.mean()
+        # One event more, which is lost: of very few hits no spread can be seen.
+        spread = np.sqrt((np.bincount(users, difference - mean) ** 2).sum() + 1) / counts.sum()
+        return float(mean - SURELY * spread)
+
+    best = max(gains, key=surely)
+    return best if surely(best) > 0 else default
+
+
+class _Trial:
+    """Measures settings on held-out events; what settings in a row have in common is computed once."""
+
+    def __init__(
+        self,
+        words: RareWords,
+        num_items: int,
+        sequences: Sequence[np.ndarray],
+        users: Sequence[int],
+        histories: Sequence[np.ndarray],
+        targets: np.ndarray,
+        exclude_seen: bool,
+    ) -> None:
+        self.words, self.num_items, self.sequences = words, num_items, sequences
+        self.users, self.histories, self.targets = np.array(users), histories, targets
+        self.popularity = popularity(sequences, num_items).astype(np.float32)
+        self.seen = np.zeros((len(users), num_items), dtype=bool)
+        for row, history in enumerate(histories if exclude_seen else []):
+            self.seen[row, history] = True
+        self._structure: Any = None
+        self._parts: dict[str, np.ndarray] = {}
+
+    def gains(self, own: EvidenceSettings) -> np.ndarray:
+        """Return what each event adds to the NDCG."""
+        self._begin(own)
+        scores = self._part("follow", lambda: self._transitions.follow(self._shares)).copy()
+        if own.second:
+            scores += own.second * self._part("second", lambda: self._transitions.follow(self._parts["follow"]))
+        if own.words:
+            scores += own.words * self._part("words", lambda: self.words.likeness(self._shares))
+        if own.again:
+            scores += (own.again * self._shares).astype(np.float32)
+        scores += (own.popularity + TIE_BREAK) * self.popularity
+        targets = scores[np.arange(len(self.targets)), self.targets][:, None]
+        scores[self.seen] = -np.inf
+        ranks = 1 + (scores > targets).sum(1) + np.maximum((scores == targets).sum(1) - 1, 0) / 2
+        return ndcg_gains(ranks, COMPARED_AT)
+
+    def _begin(self, own: EvidenceSettings) -> None:
+        """Forget what other settings had in common, if these do not share it."""
+        structure = (own.steps, own.backwards, own.powers, own.recency)
+        if structure != self._structure:
+            self._transitions = Transitions.fit(self.sequences, self.num_items, own.steps, own.backwards, own.powers)
+            self._shares = recent_shares(self.histories, self.num_items, own.recency)
+            self._parts, self._structure = {}, structure
+
+    def _part(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        if name not in self._parts:
+            self._parts[name] = make().astype(np.float32)
+        return self._parts[name]
+
+
+__all__ = ["Choice", "Evidence", "EvidenceSettings", "choose_evidence", "popularity"]
