@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    _add_fit(add("fit", _fit, "make a recommender of two tables within seconds, without training"))
+    _add_fit(add("fit", _fit, "make the best recommender that two tables allow, within a time"))
     of_recipes = (
         add("prepare", _prepare, "check a recipe's tables and report what is in them"),
         add("pretrain", _pretrain, "learn texts: raw ones, items, whole histories"),
@@ -128,6 +128,7 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("items", nargs="?", help="the table of items; with a recipe its own")
     command.add_argument("output", nargs="?", help="the folder that is written; with a recipe its own")
     command.add_argument("--users", metavar="FILE", help="a table of users, if anything is known of them")
+    command.add_argument("--minutes", type=float, default=10.0, metavar="M", help="training ends after; 0: no training")
     command.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs, as in a recipe")
 
@@ -190,7 +191,7 @@ def _refuse_to_replace(options: argparse.Namespace, recipe: Any, *folders: str |
     if options.overwrite or recipe.training.get("resume_from_checkpoint"):
         return
     for folder in [Path(name) for name in folders if name]:
-        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "fit.json")):
             raise FileExistsError(
                 f"{str(folder)!r} holds a model, which this run would replace: name another folder "
                 "(training.output_dir=...), go on with it (--resume), or replace it (--overwrite)"
@@ -226,10 +227,10 @@ def _fit(options: argparse.Namespace) -> None:
     options.overrides = [*(name for name in given if "=" in name), *options.overrides]
     recipe = recipe_of_tables(places, options.users, options.overrides)
     _refuse_to_replace(options, recipe, recipe.output_dir)
-    report = fit_recommender(recipe, print)
+    report = fit_recommender(recipe, options.minutes, print)
     if report:
         print(tables(report))
-    print(f"written to {recipe.output_dir}")
+    print(f"written to {recipe.output_dir}; what was decided and why: {recipe.output_dir / 'fit.json'}")
 
 
 def _run(options: argparse.Namespace) -> None:

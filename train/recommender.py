@@ -1,11 +1,12 @@
 """Training and recommending from Python: tables in, tables out.
 
-`fit` writes the tables beside the model and then does what `m6rec finetune` does, so that every command of m6rec
-works on the folder afterwards.
+`fit` writes the tables beside the model and then does what `m6rec fit` does, so that every command of m6rec works on
+the folder afterwards.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pandas
 from datasets import Dataset
 
 from ..pipeline_m6rec import FOLDER
-from .answering.evidence import EvidenceAnswers, kept_settings
+from .answering.evidence import EvidenceAnswers, kept_evidence
 from .answering.loading import load_recommender
-from .commands.fit import Measured
+from .commands.fit import TABLES, Measured, fit_recommender
 from .config.recipe import Recipe, load_recipe, load_saved
 from .data.log import Log, build_log, read_log
 from .data.splits import Split, histories, order
@@ -27,8 +28,7 @@ Table = pandas.DataFrame | str | Path
 """A data frame, or what `data:` of a recipe takes: a file, a folder saved by `datasets`, a Hub id."""
 Report = dict[str, dict[str, dict[str, Any]]]
 """Task -> who (the model, each baseline) -> metric -> value."""
-TABLES = "tables"
-"""Folder, beside the model, of the tables that were given as data frames."""
+logger = logging.getLogger(__name__)
 
 
 class Recommender:
@@ -119,10 +119,12 @@ class Recommender:
             Task -> who -> metrics, as `metrics.json` holds them.
         """
         split = make_split(self.recipe, self.log) if events is None else self._before_and_after(events)
-        if isinstance(self.pipeline, EvidenceAnswers):
-            return Measured(self.recipe, self.log, split).report(kept_settings(self.directory))
+        kept = kept_evidence(self.directory)
         own = [f"model.checkpoint={json.dumps(str(self.directory))}", "model.backbone=null"]
-        run = prepare(load_saved(self.directory, own), log=self.log)
+        run = None if kept and not kept.share else prepare(load_saved(self.directory, own), log=self.log)
+        if kept:
+            return Measured(self.recipe, self.log, split).report(kept.settings, run, kept.share)
+        assert run is not None
         run.split = split
         run.catalogue = catalogue_rows(run.writer, run.split, run.processor)
         return full_report(run)
@@ -141,7 +143,9 @@ class Recommender:
         """Read a table of events by the rules of the log's own tables."""
         items = self.log.items.rename_axis("item_id").reset_index()
         users = None if self.log.users is None else self.log.users.rename_axis("user_id").reset_index()
-        columns = {role: name for role, name in self.recipe.data.columns.items() if role not in ("item_id", "user_id")}
+        named = {role: name for role, name in self.recipe.data.columns.items() if role not in ("item_id", "user_id")}
+        # Ratings and verbs may be left out of later events, times may not.
+        columns = {role: name for role, name in named.items() if role == "timestamp" or name in (None, *events.columns)}
         for role in ("item_id", "user_id"):
             own = self.recipe.data.columns.get(role, role)
             events = events.rename(columns={own: role})
@@ -157,21 +161,30 @@ def fit(
     users: Table | None = None,
     recipe: str | Path | Mapping[str, Any] = "own-data",
     output_dir: str | Path | None = None,
+    minutes: float = 10.0,
     overrides: Iterable[str] = (),
+    say: Callable[[str], object] | None = None,
 ) -> Recommender:
-    """Train a recommender on two tables.
+    """Make the best recommender that two tables allow, as `m6rec fit` does.
+
+    Evidence (transitions, words, popularity) recommends within seconds; then a network is trained, and kept if it is
+    better on validation.
 
     Args:
-        events: One row an event: user_id, item_id and, where known, timestamp, rating, label, event, text.
-        items: One row an item: item_id and the columns that describe it.
+        events: One row an event: who, what and, where known, when; columns are found by their usual names or by what
+            they hold, and `overrides` name others.
+        items: One row an item: its id and the columns that describe it.
         users: One row a user: user_id and the columns that describe the user.
-        recipe: A recipe file, the name of a recipe of the package, or a mapping of sections.
+        recipe: How a network is trained: a recipe file, the name of a recipe of the package, or a mapping of sections.
+            One that learns more than retrieval is run as `m6rec finetune` does, whatever the minutes.
         output_dir: The folder that is written; None: that of the recipe.
-        overrides: Entries such as `training.num_train_epochs=3`; they win over the recipe.
+        minutes: When training ends at the latest, counted from the start; 0: nothing is trained.
+        overrides: Entries such as `data.columns.user_id=customer`; they win over the recipe.
+        say: Is given lines of progress, such as `print`.
 
     Returns:
-        The trained recommender. Its folder holds model, catalogue, `metrics.json` and, under `tables/`, the data frames
-        that were given, so that every command of m6rec works on it.
+        The recommender. Its folder holds what was kept, `metrics.json`, `fit.json` with what was decided and why, and,
+        under `tables/`, the data frames that were given, so that every command of m6rec works on it.
 
     Raises:
         ValueError: A table or a setting cannot be used; the message names the table, the column and the row.
@@ -180,7 +193,11 @@ def fit(
     folder = load_recipe(recipe, given).output_dir
     tables = {"interactions": events, "items": items, "users": users}
     paths = [f"data.{name}={_path(table, name, folder)}" for name, table in tables.items() if table is not None]
-    finetune(load_recipe(recipe, [*given, *paths]))
+    chosen = load_recipe(recipe, [*given, *paths])
+    if chosen.task.learn == ["retrieval"]:
+        fit_recommender(chosen, minutes, say or logger.info)
+    else:
+        finetune(chosen)
     return Recommender(folder)
 
 
@@ -188,7 +205,7 @@ def _path(table: Table, name: str, folder: Path) -> str:
     """Return where a table is, after writing a data frame into the run's folder."""
     if not isinstance(table, pandas.DataFrame):
         return str(table)
-    path = folder / TABLES / f"{name}.parquet"
+    path = folder / TABLES / f"{'given_items' if name == 'items' else name}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path, index=False)
     return str(path)

@@ -20,8 +20,7 @@ def tables(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tables, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "own"
-    recipe = recipe_of({}, folder)
-    return m6rec.fit(tables["interactions"], tables["items"], tables["users"], recipe=recipe)
+    return m6rec.fit(tables["interactions"], tables["items"], tables["users"], recipe=recipe_of({}, folder), minutes=0)
 
 
 def test_users_of_the_log_get_a_table(trained, tables):

@@ -1,15 +1,18 @@
-"""Answers from evidence alone: requests in, ranked items out, without a network."""
+"""Answers from evidence, alone or with a network beside it: requests in, ranked items out."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...layers_m6rec import inference_mode
+from ...pipeline_m6rec import RecommendationPipeline
+from ...ranking_m6rec import Scorer
 from ...values_m6rec import normalize_id, short
-from ..config.recipe import Recipe, load_saved
-from ..data.log import Log, read_log
+from ..config.recipe import Recipe
+from ..data.log import Log
 from ..data.splits import histories, order
 from ..evaluation.evidence import Evidence, EvidenceSettings
 from ..rows.examples import RequestWriter
@@ -27,9 +30,19 @@ class EvidenceAnswers:
         log: Its events are counted, all of them; its items are recommended.
         settings: How much each kind of evidence counts.
         recipe: Says in which order events of one time stand, and whether what a history holds is left out.
+        network: A trained model with a catalogue of the same items, whose cosine is added.
+        share: Weight of the cosine.
     """
 
-    def __init__(self, log: Log, settings: EvidenceSettings, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        log: Log,
+        settings: EvidenceSettings,
+        recipe: Recipe,
+        network: RecommendationPipeline | None = None,
+        share: float = 0.0,
+    ) -> None:
+        self.network, self.share = network, share
         self.writer, self.exclude_seen = RequestWriter(log), recipe.evaluation.exclude_seen
         ordered = order(log.interactions, recipe.data.seed, recipe.evaluation.ties)
         rows = np.array([self.writer.rows[item_id] for item_id in ordered["item_id"]], dtype=int)
@@ -64,7 +77,7 @@ class EvidenceAnswers:
             ValueError: A task is none that evidence answers, or an item of a history is not in the catalogue.
         """
         if task not in (None, "retrieval"):
-            raise ValueError(f"task={task!r}: this recommender has learnt nothing, and answers 'retrieval' only")
+            raise ValueError(f"task={task!r}: this recommender answers 'retrieval' only")
         if isinstance(requests, Mapping):
             return self([requests], task, top_k, exclude_seen, filter, explain, batch_size)[0]
         met = [self._rows(request, f"request {number}") for number, request in enumerate(requests)]
@@ -73,13 +86,14 @@ class EvidenceAnswers:
         answers: list[Any] = []
         for start in range(0, len(met), batch_size):
             own = met[start : start + batch_size]
-            for history, scores in zip(own, self.evidence.scores(own)):
+            asked = requests[start : start + batch_size]
+            for request, history, scores in zip(asked, own, self._scores(asked, own)):
                 kept = np.where(allowed, scores, -np.inf)
                 kept[history if out else []] = -np.inf
                 best = np.argsort(-kept, kind="stable")[: top_k or FROM_CATALOGUE]
                 ranked = [int(row) for row in best if kept[row] > -np.inf]
                 answer = [self._row(rank, row, scores[row]) for rank, row in enumerate(ranked, 1)]
-                for row, reasons in zip(answer, self._reasons(history, ranked) if explain else ()):
+                for row, reasons in zip(answer, self._reasons(request, history, ranked) if explain else ()):
                     row["because"] = reasons
                 answers.append(answer)
         return answers
@@ -87,10 +101,37 @@ class EvidenceAnswers:
     def _row(self, rank: int, row: int, score: float) -> dict[str, Any]:
         return {"rank": rank, "item": self.texts[row], "item_id": self.writer.item_ids[row], "score": float(score)}
 
-    def _reasons(self, history: np.ndarray, ranked: list[int]) -> list[list[dict[str, Any]]]:
+    def _scores(self, requests: Sequence[Mapping[str, Any]], histories: Sequence[np.ndarray]) -> np.ndarray:
+        """Score all items for users: U x M."""
+        scores = self.evidence.scores(histories)
+        if self.network is None or self.network.catalogue is None:
+            return scores
+        own = self.network
+        described = [
+            {**request, "history": self._described(request, rows)} for request, rows in zip(requests, histories)
+        ]
+        with inference_mode(own.model):
+            scorer = Scorer(own.model, own.processor, own.segment_cache)
+            users = scorer.users(scorer.tell(described, "retrieval"))
+        cosines = users.float().cpu() @ self.network.catalogue.vectors(self.writer.item_ids).T
+        return scores + self.share * cosines.double().numpy()
+
+    def _described(self, request: Mapping[str, Any], rows: np.ndarray) -> list[Any]:
+        """Write a history with what the catalogue says of its items."""
+        items = [self.writer.items[row] for row in rows]
+        return [
+            {**event, "item": item} if isinstance(event, Mapping) and "item" in event else {"item": item}
+            for event, item in zip(request.get("history") or (), items)
+        ]
+
+    def _reasons(
+        self, request: Mapping[str, Any], history: np.ndarray, ranked: list[int]
+    ) -> list[list[dict[str, Any]]]:
         """Say for each ranked item what each event adds: its score minus that without the event."""
+        told = list(request.get("history") or ())
+        requests = [request, *({**request, "history": [*told[:at], *told[at + 1 :]]} for at in range(len(told)))]
         without = [np.delete(history, event) for event in range(len(history))]
-        scores = self.evidence.scores([history, *without])[:, ranked]
+        scores = self._scores(requests, [history, *without])[:, ranked]
         events = [{"event": self.texts[row], "item_id": self.writer.item_ids[row]} for row in history]
         reasons = []
         for added in (scores[0] - scores[1:]).T.tolist():
@@ -116,22 +157,24 @@ class EvidenceAnswers:
             yield row
 
 
-def keeps_evidence(folder: str | Path) -> bool:
-    """Say whether a fit has kept evidence and no network in a folder."""
+class KeptEvidence(NamedTuple):
+    """What a fit has kept of evidence."""
+
+    settings: EvidenceSettings
+    share: float
+    """Weight of the cosine of the network beside it; 0: there is no network."""
+
+
+def kept_evidence(folder: str | Path) -> KeptEvidence | None:
+    """Read what a fit has kept in a folder; None: no fit wrote it, or it kept a network without evidence."""
     path = Path(folder) / FIT_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["kept"] == "evidence"
+    if not path.is_file():
+        return None
+    decisions = json.loads(path.read_text(encoding="utf-8"))
+    if decisions["kept"] == "network":
+        return None
+    share = decisions["share"] if decisions["kept"] == "network and evidence" else 0.0
+    return KeptEvidence(EvidenceSettings.of(decisions["evidence"]["settings"]), share)
 
 
-def kept_settings(folder: str | Path) -> EvidenceSettings:
-    """Read the settings that a fit has chosen."""
-    decisions = json.loads((Path(folder) / FIT_FILE).read_text(encoding="utf-8"))
-    return EvidenceSettings.of(decisions["evidence"]["settings"])
-
-
-def load_evidence(folder: str | Path, overrides: Sequence[str] = ()) -> EvidenceAnswers:
-    """Load what a fit has kept: its settings, and the events of its log, which are counted anew."""
-    recipe = load_saved(folder, overrides)
-    return EvidenceAnswers(read_log(recipe.data), kept_settings(folder), recipe)
-
-
-__all__ = ["FIT_FILE", "EvidenceAnswers", "keeps_evidence", "kept_settings", "load_evidence"]
+__all__ = ["FIT_FILE", "EvidenceAnswers", "KeptEvidence", "kept_evidence"]

@@ -20,7 +20,7 @@ from ..config.recipe import load_saved
 from ..data.log import nearly, read_log
 from ..data.splits import histories, order
 from ..rows.examples import RequestWriter
-from .evidence import EvidenceAnswers, keeps_evidence, load_evidence
+from .evidence import EvidenceAnswers, kept_evidence
 
 ROWS_AT_ONCE = 1024
 """Rows of a table that are read together; bounds memory."""
@@ -44,7 +44,12 @@ def load_recommender(model: str, overrides: Sequence[str] = ()) -> Recommendatio
         model: The folder of a run or of a fit, or the Hub id of a model.
         overrides: What differs from the recipe of a fit, such as where its tables are.
     """
-    return load_evidence(model, overrides) if keeps_evidence(model) else load_pipeline(model)
+    kept = kept_evidence(model)
+    if kept is None:
+        return load_pipeline(model)
+    recipe = load_saved(model, overrides)
+    network = load_pipeline(model) if kept.share else None
+    return EvidenceAnswers(read_log(recipe.data), kept.settings, recipe, network, kept.share)
 
 
 def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> RecommendationPipeline:

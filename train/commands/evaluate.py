@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..answering.evidence import keeps_evidence, kept_settings
+from ..answering.evidence import kept_evidence
 from ..config.locations import log_digest
 from ..config.recipe import load_saved, write_json
-from ..data.log import Log, read_log
+from ..data.log import Log
 from ..evaluation.tables import tables, why_unwritable
-from ..runs.build import make_split, prepare
+from ..runs.build import prepare
 from ..runs.facts import CARD_FILE
 from ..runs.finetune import full_report
-from .fit import METRICS_FILE, Measured, Report
+from .fit import METRICS_FILE, Report, kept_report
 
 logger = logging.getLogger(__name__)
 OTHERWISE_FILE = "evaluation.json"
@@ -52,10 +52,8 @@ def evaluate(folder: str | Path, overrides: Sequence[str] = (), say: Callable[[s
 
 def _measured(folder: str | Path, overrides: Sequence[str]) -> tuple[Log, Report]:
     """Measure what a folder holds: a trained model, or the evidence that a fit has kept."""
-    if keeps_evidence(folder):
-        recipe = load_saved(folder, overrides)
-        log = read_log(recipe.data)
-        return log, Measured(recipe, log, make_split(recipe, log)).report(kept_settings(folder))
+    if kept_evidence(folder):
+        return kept_report(folder, overrides)
     saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
     run = prepare(load_saved(folder, [*overrides, *saved]))
     return run.log, full_report(run)

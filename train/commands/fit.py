@@ -1,10 +1,14 @@
-"""`m6rec fit`: from two tables to a recommender within seconds: transitions, words and popularity, without training.
+"""`m6rec fit`: from two tables to the best recommender that they allow, within a time.
+
+Evidence first, within seconds: transitions, words, popularity. Then a network, which is kept, alone or beside the
+evidence, only if it is better on validation.
 
 m6rec fit events.csv items.csv runs/shop
 """
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..answering.evidence import FIT_FILE
-from ..config.recipe import RECIPES, Recipe, load_recipe, write_json
+from ..answering.evidence import FIT_FILE, kept_evidence
+from ..answering.loading import build_catalogue
+from ..config.recipe import RECIPES, Recipe, load_recipe, load_saved, write_json
 from ..data.columns import Found, find_columns, write_items
 from ..data.log import Log, read_log
 from ..data.splits import Split, histories
@@ -24,14 +29,19 @@ from ..evaluation.reports import (
     Scores,
     count_repeats,
     learnt_sequences,
+    rank_catalogue,
     ranking_baselines,
     ranking_examples,
     ranking_rows,
+    ranking_scores_report,
 )
 from ..rows.examples import RequestWriter
 from ..rows.held_out import before_and_in
-from ..runs.build import make_split
-from ..runs.run import item_texts
+from ..runs.adapters import trainable_parameters
+from ..runs.beside_evidence import ALONE, Outcome, batch_size, beside, train_beside
+from ..runs.build import make_split, prepare, save
+from ..runs.facts import keep_facts
+from ..runs.run import Run, item_texts
 from .prepare import REVISITS
 
 METRICS_FILE = "metrics.json"
@@ -39,6 +49,10 @@ TABLES = "tables"
 """Folder, beside the model, of tables that were given as data frames, and of the items as they are read."""
 MOST_DROPPED = 0.5
 """Share of the events that may be unusable."""
+MANY_EVENTS = 100_000
+"""Events from which on more of them are not what is missing first (ours)."""
+STALE_FROM = 5
+"""Events of the usual user from which on validation is stale: a user's last but two is then not learnt."""
 Report = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -58,16 +72,35 @@ class Measured:
         self.sequences = learnt_sequences(self.writer, split, "test", recipe.evaluation)
         self.counts = np.bincount(np.concatenate([*self.sequences, np.empty(0, int)]), minlength=len(self.texts))
 
-    def report(self, settings: EvidenceSettings, part: str = "test") -> Report:
-        """Measure evidence beside the other rows that need no training: `retrieval` -> who -> metrics."""
+    def report(self, settings: EvidenceSettings, run: Run | None = None, share: float = 0.0) -> Report:
+        """Measure what a fit has kept on the test part, beside the rows that need no training.
+
+        Args:
+            settings: Of the evidence.
+            run: A trained network, if there is one; it has a row of its own.
+            share: Weight of the network's cosine in what was kept: 0, the evidence alone; `ALONE`, the network alone.
+
+        Returns:
+            `retrieval` -> who -> metrics; nothing where no event is held out.
+        """
         arguments, seed = self.recipe.evaluation, self.recipe.seed
-        examples = ranking_examples(self.writer, None, self.split, part, arguments, seed)
+        processor = None if run is None else run.processor
+        examples = ranking_examples(self.writer, processor, self.split, "test", arguments, seed)
         if not examples.users:
             return {}
         evidence = Evidence(self.texts, self.sequences, settings)
-        scores: dict[str, Any] = {OWN: Scores(lambda users: evidence.scores(examples.histories[users]))}
+        alone = Scores(lambda users: evidence.scores(examples.histories[users]))
+        scores: dict[str, Any] = {OWN: alone}
+        if run is not None:
+            cosines = rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
+            scores[OWN] = beside(cosines, alone, share)
         scores |= ranking_baselines(self.texts, self.sequences, examples, self.counts)
-        return {"retrieval": ranking_rows(scores, examples, self.counts, arguments, seed)}
+        if share:
+            scores["evidence"] = alone
+        rows = ranking_rows(scores, examples, self.counts, arguments, seed)
+        if run is not None and share != ALONE:
+            rows["network"] = ranking_scores_report(cosines, examples, self.counts, arguments)
+        return {"retrieval": rows}
 
 
 @dataclasses.dataclass
@@ -125,11 +158,14 @@ def _is_recipe(place: str) -> bool:
     return Path(place).suffix in (".yaml", ".yml") or (RECIPES / f"{place}.yaml").is_file()
 
 
-def fit_recommender(recipe: Recipe, say: Callable[[str], object]) -> Report:
+def fit_recommender(recipe: Recipe, minutes: float, say: Callable[[str], object]) -> Report:
     """Fit a recommender to the tables that a recipe names, and write it into the recipe's folder.
 
     Args:
-        recipe: Names the tables and the folder; what it says of columns wins over what is found.
+        recipe: Names the tables and the folder; what it says of columns wins over what is found; how a network is
+            trained.
+        minutes: When training ends at the latest, counted from the start; 0: nothing is trained. Measuring on the test
+            part comes after it.
         say: Is given lines for a reader.
 
     Returns:
@@ -138,11 +174,26 @@ def fit_recommender(recipe: Recipe, say: Callable[[str], object]) -> Report:
     Raises:
         ValueError: The tables cannot be used; the message says what was found and which setting helps.
     """
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}: expected a number of 0 (nothing is trained) or more")
+    if recipe.task.learn != ["retrieval"]:
+        raise ValueError(
+            f"task.learn is {recipe.task.learn}: a fit compares rankings, and learns retrieval alone; for other tasks "
+            "use m6rec finetune"
+        )
     started = time.monotonic()
     recipe, decisions = _read_columns(recipe, say)
     fitting = _read(recipe, decisions, say, started)
     choice = choose(fitting)
-    report = fitting.measured.report(choice.settings)
+    outcome, share = None, 0.0
+    if minutes and not fitting.measured.split.valid.empty:
+        outcome = train(fitting, choice, started + 60 * minutes)
+        share = decide(fitting, choice, outcome)
+    else:
+        why = "nothing was trained" if fitting.measured.split.valid.empty else "nothing was trained (--minutes 0)"
+        fitting.decisions["sentence"] = f"Kept: evidence; {why}. {_help(fitting, None)}"
+    fitting.note("measuring on the test events")
+    report = fitting.measured.report(choice.settings, outcome.run if outcome else None, share)
     _save(fitting, report)
     return report
 
@@ -199,6 +250,7 @@ def _read(recipe: Recipe, decisions: dict[str, Any], say: Callable[[str], object
             f"{lost} of {lost + len(log.interactions)} events cannot be used ({'; '.join(log.dropped)}): were columns "
             "taken for others? Name them: data.columns.user_id=COLUMN, data.columns.item_id=COLUMN"
         )
+    recipe = _stale(recipe, log)
     split = make_split(recipe, log)
     repeated, asked = count_repeats(split, "test", recipe.evaluation)
     revisits = bool(asked) and repeated / asked >= REVISITS
@@ -216,6 +268,16 @@ def _read(recipe: Recipe, decisions: dict[str, Any], say: Callable[[str], object
     return fitting
 
 
+def _stale(recipe: Recipe, log: Log) -> Recipe:
+    """Choose on a validation that lies as far from what is learnt as the test does, where users have enough events."""
+    own = recipe.evaluation
+    if own.validate or own.protocol or own.split != "leave-one-out":
+        return recipe
+    if log.interactions["user_id"].value_counts().median() < STALE_FROM:
+        return recipe
+    return dataclasses.replace(recipe, evaluation=dataclasses.replace(own, validate="stale"))
+
+
 def choose(fitting: Fitting) -> Choice:
     """Choose how much each kind of evidence counts, and keep it: from now on the folder recommends."""
     own = fitting.measured
@@ -229,16 +291,88 @@ def choose(fitting: Fitting) -> Choice:
         "seconds": {"first recommender": round(fitting.seconds, 1)},
     }
     own.recipe.save(fitting.folder)
+    (fitting.folder / "config.json").unlink(missing_ok=True)  # of a network that an earlier fit has kept
     fitting.keep()
     fitting.note(f"a first recommender is there: m6rec recommend {fitting.folder} --user ID")
     return choice
 
 
+def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
+    """Train a network until a deadline; batches are smaller where there are few users."""
+    recipe, log = fitting.measured.recipe, fitting.measured.log
+    users = fitting.measured.split.train["user_id"].nunique()
+    given = int(recipe.training.get("per_device_train_batch_size", 8))
+    training = {**recipe.training, "per_device_train_batch_size": batch_size(given, users)}
+    recipe = dataclasses.replace(recipe, training=training).for_finetuning()
+    outcome = train_beside(recipe, log, choice.settings, deadline, fitting.note)
+    fitting.decisions["network"] = {**outcome.told, "validation": outcome.found}
+    fitting.decisions["seconds"]["trained"] = round(fitting.seconds, 1)
+    return outcome
+
+
+def decide(fitting: Fitting, choice: Choice, outcome: Outcome) -> float:
+    """Keep the network if it is better than all that needs no training, else the evidence.
+
+    Returns:
+        The weight of the network's cosine in what is kept; 0: the evidence alone.
+    """
+    found, run = outcome.found, outcome.run
+    share = outcome.share if found["better"] else 0.0
+    kept = "evidence" if not share else "network" if share == ALONE else "network and evidence"
+    low, high = found["interval"]
+    compared = (
+        f"{found['metric']} on validation {found['value']:.4f} against {found['baseline_value']:.4f} of "
+        f"{found['baseline']}, {found['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    )
+    if share:
+        save(run)
+        build_catalogue(run.recipe.output_dir, run.writer.items)
+        trained = trainable_parameters(run.model)[0]
+        keep_facts(run, {"training": fitting.decisions["seconds"]["trained"]}, trained, "m6rec fit")
+        weight = "" if share == ALONE else f" (weight of the cosine {share:g})"
+        sentence = f"Kept: {kept}{weight}, which is better than all that needs no training: {compared}."
+        fitting.decisions |= {"share": share} if share != ALONE else {}
+    else:
+        sentence = f"Kept: evidence; a network beside it is not surely better: {compared}."
+    fitting.decisions |= {"kept": kept, "sentence": f"{sentence} {_help(fitting, outcome)}"}
+    fitting.keep()
+    return share
+
+
+def _help(fitting: Fitting, outcome: Outcome | None) -> str:
+    """Say what would help."""
+    own = fitting.measured
+    found = []
+    if len(own.log.interactions) < MANY_EVENTS:
+        found.append("more events")
+    if outcome is not None and outcome.told["out of time"]:
+        found.append("more minutes")
+    if outcome is None and not own.split.valid.empty:
+        found.append("training (--minutes 10)")
+    if not own.recipe.model.backbone:
+        found.append("a text backbone (model.backbone, see the guide)")
+    if "rating" not in own.log.interactions and "label" not in own.log.interactions:
+        found.append("ratings or labels, if clicks are to be predicted")
+    return f"What may help: {'; '.join(found)}." if found else ""
+
+
+def kept_report(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Log, Report]:
+    """Measure again what a fit has kept in a folder, and return the log as well."""
+    kept = kept_evidence(folder)
+    assert kept is not None, folder
+    own = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"] if kept.share else []
+    recipe = load_saved(folder, [*overrides, *own])
+    log = read_log(recipe.data)
+    run = prepare(recipe, log=log) if kept.share else None
+    return log, Measured(recipe, log, make_split(recipe, log)).report(kept.settings, run, kept.share)
+
+
 def _save(fitting: Fitting, report: Report) -> None:
-    """Write the figures."""
+    """Write the figures, and say what was kept."""
     fitting.decisions["seconds"]["all"] = round(fitting.seconds, 1)
     write_json(fitting.folder / METRICS_FILE, report)
     fitting.keep()
+    fitting.note(fitting.decisions["sentence"])
 
 
-__all__ = ["Fitting", "Measured", "fit_recommender", "recipe_of_tables"]
+__all__ = ["Fitting", "Measured", "fit_recommender", "kept_report", "recipe_of_tables"]

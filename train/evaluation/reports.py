@@ -369,6 +369,11 @@ def _ranked(
     return np.concatenate(ranks) if ranks else np.empty(0), top
 
 
+def ranks_of(scores: Scores | np.ndarray, examples: RankingExamples, exclude_seen: bool) -> np.ndarray:
+    """Rank each target: U."""
+    return _ranked(scores, examples, exclude_seen, 1)[0]
+
+
 def ranking_rows(
     scores: Mapping[str, Scores | np.ndarray],
     examples: RankingExamples,
@@ -609,6 +614,7 @@ __all__ = [
     "ranking_intervals",
     "ranking_rows",
     "ranking_scores_report",
+    "ranks_of",
     "scoring_baselines",
     "scoring_examples",
     "scoring_report",

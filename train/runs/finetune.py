@@ -5,10 +5,11 @@ m6rec finetune quickstart training.output_dir=runs/films
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import TrainerCallback
 
 from ...segment_cache_m6rec import SegmentCache
 from ..answering.loading import build_catalogue
@@ -160,8 +161,20 @@ def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str
     return evaluation.scoring_rows(predicted, examples, task, recipe.seed)
 
 
-def fit(run: Run) -> M6RecTrainer:
-    """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept."""
+def fit(
+    run: Run,
+    figures: Callable[[], dict[str, float]] | None = None,
+    more: Sequence[TrainerCallback] = (),
+    without: Sequence[type[TrainerCallback]] = (),
+) -> M6RecTrainer:
+    """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept.
+
+    Args:
+        run: The run.
+        figures: Measures the model during training; None: `Figures` does.
+        more: Callbacks of the Trainer that are added.
+        without: Callbacks of the library that are left out.
+    """
     if run.recipe.model.freeze_segments:
         run.base_model.model.freeze_segments()
     attach(run)
@@ -171,14 +184,16 @@ def fit(run: Run) -> M6RecTrainer:
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
     trainer = M6RecTrainer(
         run,
-        figures=Figures(run, earlier, arguments.bf16),
+        figures=figures or Figures(run, earlier, arguments.bf16),
         logged=LOGGED,
         model=run.model,
         args=arguments,
         train_dataset=training_set(run, earlier),
         data_collator=run.collator,
-        callbacks=callbacks(run),
+        callbacks=[*callbacks(run), *more],
     )
+    for callback in without:
+        trainer.remove_callback(callback)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     plain_forward(run.model)
     run.model.eval()

@@ -7,9 +7,12 @@ import pandas
 import pytest
 
 from m6rec.train import Recommender
-from m6rec.train.answering.evidence import load_evidence
+from m6rec.train.answering.loading import load_pipeline, load_recommender
 from m6rec.train.cli import main
-from tests.train.world import figures, write_tables
+from m6rec.train.commands.fit import fit_recommender
+from m6rec.train.config.recipe import load_recipe
+from m6rec.train.runs import beside_evidence
+from tests.train.world import figures, recipe_of, write_tables
 
 
 def tables(folder, users=40, seed=0, **changed):
@@ -34,7 +37,7 @@ def fitted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr("builtins.print", lambda *texts, **how: said.append(" ".join(map(str, texts))))
-        assert main(["fit", paths["events"], paths["items"], str(folder / "shop")]) == 0
+        assert main(["fit", paths["events"], paths["items"], str(folder / "shop"), "--minutes", "0"]) == 0
     return folder / "shop", "\n".join(said)
 
 
@@ -76,7 +79,7 @@ def test_the_command_and_the_recommender_answer_alike(fitted, capsys):
 
 
 def test_an_explanation_is_the_score_without_the_event(fitted):
-    answers = load_evidence(fitted[0])
+    answers = load_recommender(fitted[0])
     history = [{"item": {"item_id": name}} for name in ("p3", "p4", "p9")]
     for row in answers({"history": history}, top_k=4, explain=True):
         for place, event in enumerate(history):
@@ -112,7 +115,7 @@ def test_it_is_measured_again_and_on_later_events(fitted, capsys):
 
 def test_a_log_of_re_visits_recommends_seen_items(tmp_path, capsys):
     paths = tables(tmp_path, period=2)
-    assert main(["fit", paths["events"], paths["items"], str(tmp_path / "shop")]) == 0
+    assert main(["fit", paths["events"], paths["items"], str(tmp_path / "shop"), "--minutes=0"]) == 0
     assert "last events are of items that their users know" in capsys.readouterr().out
     shop = Recommender(tmp_path / "shop")
     assert not shop.recipe.evaluation.exclude_seen
@@ -131,6 +134,61 @@ def test_tiny_logs_work(tmp_path, capsys):
     assert Recommender(tmp_path / "out").recommend(["u4"], k=2)["item_id"].tolist() == ["i1", "i2"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Fit with a network of two steps that is kept, or is not, whatever its figures."""
+    folder = tmp_path_factory.mktemp("trained")
+    paths = tables(folder)
+    data = {"interactions": paths["events"], "items": paths["items"]}
+    found, said = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside_evidence, "best_share", lambda gains, where=slice(None): 0.5)
+        for kept in (True, False):
+            compared = {**dict.fromkeys(("value", "baseline_value", "difference"), 0.0), "interval": [0.0, 0.0]}
+            told = {"metric": "ndcg@10", "baseline": "evidence", "better": kept, **compared}
+            patch.setattr(beside_evidence, "compare", lambda *given, told=told, **more: told)
+            recipe = load_recipe(recipe_of(data, folder / str(kept)))
+            fit_recommender(recipe, 30, said.append)
+            found[kept] = folder / str(kept)
+    return found, said
+
+
+def test_a_better_network_is_kept_beside_evidence(trained):
+    """Answers are those of evidence, plus the weight times the cosine."""
+    folder = trained[0][True]
+    decisions = json.loads((folder / "fit.json").read_text())
+    assert (decisions["kept"], decisions["share"]) == ("network and evidence", 0.5)
+    shop = Recommender(folder)
+    items = shop.log.items.index.tolist()
+    seen = shop.log.interactions.query("user_id == 'c3'")["item_id"]
+    history = [{"item": {"item_id": name}} for name in seen]
+    evidence = load_recommender(str(trained[0][False]))
+    alone, cosines, both = (
+        {row["item_id"]: row["score"] for row in ask({"history": history}, top_k=30, exclude_seen=False)}
+        for ask in (evidence, load_pipeline(str(folder)), shop.pipeline)
+    )
+    assert both == pytest.approx({name: alone[name] + 0.5 * cosines[name] for name in items}, abs=1e-5)
+    best = max((name for name in items if name not in set(seen)), key=both.get)
+    assert shop.recommend(["c3"], k=1)["item_id"][0] == best
+    written = json.loads((folder / "metrics.json").read_text())["retrieval"]
+    assert set(written) == {"m6rec", "popularity", "similar_text", "neighbours_and_words", "evidence", "network"}
+    again = shop.evaluate()["retrieval"]["m6rec"]
+    assert figures(again) == pytest.approx(figures(written["m6rec"]), abs=1e-4)
+
+
+def test_another_network_is_not_kept(trained):
+    folders, said = trained
+    decisions = json.loads((folders[False] / "fit.json").read_text())
+    assert decisions["kept"] == "evidence" and decisions["network"]["steps"] == 2
+    assert (
+        "a network beside it is not surely better" in decisions["sentence"] and "more events" in decisions["sentence"]
+    )
+    assert {path.name for path in folders[False].iterdir()} >= {"metrics.json", "recipe.yaml", "fit.json", "tables"}
+    assert not [*folders[False].glob("checkpoint-*"), *folders[False].glob("*.safetensors")]
+    assert "network" in json.loads((folders[False] / "metrics.json").read_text())["retrieval"]
+    assert sum("Kept: " in line for line in said) == 2
+
+
 def test_what_cannot_be_used_is_refused(tmp_path, fitted, capsys):
     paths = tables(tmp_path)
 
@@ -138,6 +196,12 @@ def test_what_cannot_be_used_is_refused(tmp_path, fitted, capsys):
         assert main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err
 
+    assert "config.json" not in [path.name for path in fitted[0].iterdir()]
+    assert "holds a model, which this run would replace" in refused("fit", paths["events"], paths["items"], fitted[0])
+    assert "minutes is -1.0" in refused("fit", paths["events"], paths["items"], tmp_path / "out", "--minutes=-1")
+    assert "use m6rec finetune" in refused(
+        "fit", paths["events"], paths["items"], tmp_path / "out", "task.learn=[retrieval,click]"
+    )
     assert "expected EVENTS ITEMS OUT" in refused("fit", paths["events"], paths["items"])
     assert "data.columns.user_id=who" in refused(
         "fit", paths["events"], paths["items"], tmp_path / "out", "data.columns.user_id=who"
@@ -150,7 +214,7 @@ def test_what_cannot_be_used_is_refused(tmp_path, fitted, capsys):
         in refused("fit", tmp_path / "gone.csv", paths["items"], tmp_path / "out", "data.columns.item_id=product")
         or "none shares half" in capsys.readouterr().err
     )
-    answers = load_evidence(fitted[0])
+    answers = load_recommender(fitted[0])
     with pytest.raises(ValueError, match=r"history\[0\] is 'p3': expected an item of the catalogue"):
         answers({"history": ["p3"]})
     with pytest.raises(ValueError, match="answers 'retrieval' only"):
@@ -166,6 +230,6 @@ def test_a_recipe_names_tables_and_folder(tmp_path, capsys):
         f"data: {{interactions: {paths['events']}, items: {paths['items']}}}\n"
         f"training: {{output_dir: {tmp_path / 'shop'}}}\n"
     )
-    assert main(["fit", str(recipe), "data.item_columns=[link]"]) == 0
+    assert main(["fit", str(recipe), "data.item_columns=[link]", "--minutes=0"]) == 0
     assert "read as text: link" in capsys.readouterr().out
     assert Recommender(tmp_path / "shop").recommend(["c1"], k=1).shape == (1, 4)

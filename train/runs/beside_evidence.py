@@ -1,0 +1,183 @@
+"""A network beside evidence: trained within a time, and measured by whether it adds to what needs no training."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+from ..config.recipe import Recipe
+from ..data.log import Log
+from ..evaluation import reports as evaluation
+from ..evaluation.evidence import Evidence, EvidenceSettings
+from ..evaluation.reports import OWN, RankingExamples, Scores
+from ..evaluation.verdicts import compare
+from ..metrics import ndcg_gains
+from . import finetune
+from .best import check_best_metric
+from .budget import TimeBudget
+from .build import plain_forward, prepare
+from .run import Run
+
+SHARES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Weights of the network's cosine that are tried beside evidence, whose transitions weigh 1."""
+ALONE = float("inf")
+"""The weight of a network without evidence."""
+VALIDATION_USERS = 2_000
+"""Users by whom epochs and shares are chosen, at most."""
+PATIENCE = 3
+"""Epochs without a better figure after which training stops."""
+STEPS_OF_AN_EPOCH = 16
+"""Batches are made smaller where an epoch would have fewer steps, down to `LEAST_BATCH` rows."""
+LEAST_BATCH = 16
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of a training."""
+
+    run: Run
+    share: float
+    """Weight of the cosine beside evidence that is the best on validation; `ALONE`: without evidence."""
+    found: dict[str, Any]
+    """How it compares on validation with the best row that needs no training, as `compare` says it."""
+    told: dict[str, Any]
+    """Epochs, steps, and the figure of each share."""
+
+
+class Figures:
+    """Measures a network on held-out events, alone and beside evidence: the best of these is `ndcg@10`.
+
+    Args:
+        run: The run that is trained.
+        examples: The held-out events.
+        evidence: Scores of evidence for them.
+    """
+
+    def __init__(self, run: Run, examples: RankingExamples, evidence: Scores) -> None:
+        self.run, self.examples, self.evidence = run, examples, evidence
+
+    def __call__(self) -> dict[str, float]:
+        """Measure; figures by name."""
+        gains = self.gains()
+        found = {share: float(own.mean()) for share, own in gains.items()}
+        return {"ndcg@10": max(found.values()), "network_ndcg@10": found[ALONE]}
+
+    def gains(self) -> dict[float, np.ndarray]:
+        """Return for each share what each event adds to the NDCG@10."""
+        run, examples = self.run, self.examples
+        cosines = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
+        return gains_of(
+            {ALONE: cosines, **{share: beside(cosines, self.evidence, share) for share in SHARES}}, run, examples
+        )
+
+
+def beside(cosines: Scores, evidence: Scores, share: float) -> Scores:
+    """Add cosines, weighed by a share, to the scores of evidence; `ALONE`: the cosines, 0: the evidence."""
+    if share == ALONE:
+        return cosines
+    return Scores(lambda part: evidence[part] + share * cosines[part]) if share else evidence
+
+
+def gains_of(scores: Mapping[Any, Any], run: Run, examples: RankingExamples) -> dict[Any, np.ndarray]:
+    """Return what each event adds to the NDCG@10, by the name of the scores."""
+    exclude = run.recipe.evaluation.exclude_seen
+    return {
+        name: ndcg_gains(evaluation.ranks_of(own, examples, exclude), evaluation.COMPARED_AT)
+        for name, own in scores.items()
+    }
+
+
+def evidence_scores(run: Run, examples: RankingExamples, settings: EvidenceSettings, part: str) -> Scores:
+    """Score the catalogue by evidence, as far as it may be counted before a part is predicted."""
+    sequences = evaluation.learnt_sequences(run.writer, run.split, part, run.recipe.evaluation)
+    counted = Evidence(run.texts, sequences, settings)
+    return Scores(lambda users: counted.scores(examples.histories[users]))
+
+
+def train_beside(
+    recipe: Recipe, log: Log, settings: EvidenceSettings, deadline: float, say: Callable[[str], object]
+) -> Outcome:
+    """Train a network until a deadline, and compare it on validation with what needs no training.
+
+    Args:
+        recipe: How it is trained; the best epoch is taken where the recipe measures each.
+        log: The data.
+        settings: Of the evidence.
+        deadline: By `time.monotonic`.
+        say: Is given lines of progress.
+    """
+    check_best_metric(recipe)
+    run = prepare(recipe, log=log)
+    arguments = dataclasses.replace(recipe.evaluation, max_users=recipe.evaluation.max_users or VALIDATION_USERS)
+    examples = evaluation.ranking_examples(run.writer, run.processor, run.split, "valid", arguments, recipe.seed)
+    own = evidence_scores(run, examples, settings, "valid")
+    figures, budget = Figures(run, examples, own), TimeBudget(deadline, say)
+    more = [budget]
+    if recipe.training.get("load_best_model_at_end"):
+        more.append(EarlyStoppingCallback(PATIENCE))
+    trainer = finetune.fit(run, figures, more, without=(PrinterCallback, ProgressCallback))
+    plain_forward(run.model)
+    for checkpoint in recipe.output_dir.glob("checkpoint-*"):  # the best one is in memory
+        shutil.rmtree(checkpoint)
+    gains = figures.gains()
+    share = best_share(gains)
+    sequences = evaluation.learnt_sequences(run.writer, run.split, "valid", recipe.evaluation)
+    counts = np.bincount(np.concatenate([*sequences, np.empty(0, int)]), minlength=len(run.texts))
+    untrained = {"evidence": own, **evaluation.ranking_baselines(run.texts, sequences, examples, counts)}
+    own_gains = {OWN: chosen_elsewhere(gains, recipe.seed), **gains_of(untrained, run, examples)}
+    found = compare("ndcg@10", own_gains, seed=recipe.seed)
+    told = {
+        "epochs": round(float(trainer.state.epoch or 0), 2),
+        "steps": trainer.state.global_step,
+        "out of time": budget.out_of_time or budget.planned is not None,
+        "ndcg@10 by weight of the cosine": {str(each): float(value.mean()) for each, value in gains.items()},
+    }
+    return Outcome(run, share, found, told)
+
+
+def best_share(gains: Mapping[float, np.ndarray], where: np.ndarray | slice = slice(None)) -> float:
+    """Return the share with the highest mean of the events that are looked at."""
+    return max(gains, key=lambda share: gains[share][where].mean())
+
+
+def chosen_elsewhere(gains: Mapping[float, np.ndarray], seed: int) -> np.ndarray:
+    """Return what each event adds by the share that is the best on the other half of the events, drawn by the seed.
+
+    To choose the best of several shares on some events and to measure it on the same ones would flatter it.
+
+    >>> gains = {0.5: np.array([1.0, 1.0, 0.0, 0.0]), 1.0: np.array([0.0, 0.0, 1.0, 1.0])}
+    >>> float(chosen_elsewhere(gains, 0).mean()) <= 0.5
+    True
+    """
+    count = len(next(iter(gains.values())))
+    half = np.random.default_rng(seed).permutation(count) < count // 2
+    found = np.empty(count)
+    for own in (half, ~half):
+        other = ~own if (~own).any() else own
+        found[own] = gains[best_share(gains, other)][own]
+    return found
+
+
+def batch_size(given: int, rows: int) -> int:
+    """Make batches smaller where there are few rows.
+
+    >>> batch_size(128, 20_000), batch_size(128, 800), batch_size(128, 40)
+    (128, 50, 16)
+    """
+    return min(given, max(rows // STEPS_OF_AN_EPOCH, LEAST_BATCH))
+
+
+__all__ = [
+    "ALONE",
+    "Outcome",
+    "batch_size",
+    "beside",
+    "best_share",
+    "chosen_elsewhere",
+    "evidence_scores",
+    "gains_of",
+    "train_beside",
+]

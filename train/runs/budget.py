@@ -1,0 +1,120 @@
+"""Training that ends in time: steps are measured, epochs are cut to what the time allows, with a line of progress."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.optimization import get_scheduler
+
+MEASURED = 5
+"""Steps after the first, which warms up, by which the time of a step is measured."""
+
+
+class TimeBudget(TrainerCallback):
+    """Cuts a training to the time that is left, so that the learning rate falls to its end within it.
+
+    After some steps, and after each evaluation, the number of steps is cut to what fits: a step takes as long as the
+    median of those so far, an epoch is followed by an evaluation. At the deadline training stops in any case.
+
+    Args:
+        deadline: When to stop, by `clock`.
+        say: Is given lines of progress.
+        metric: The figure of evaluations that is shown.
+        clock: Seconds.
+
+    Attributes:
+        planned: Steps that were planned last; None: all of them.
+        out_of_time: Whether the deadline ended the training.
+    """
+
+    def __init__(
+        self,
+        deadline: float,
+        say: Callable[[str], object],
+        metric: str = "ndcg@10",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.deadline, self.say, self.metric, self.clock = deadline, say, metric, clock
+        self.planned: int | None = None
+        self.out_of_time = False
+        self._steps: list[float] = []
+        self._evaluations: list[float] = []
+        self._started = self._epoch_ended = 0.0
+        self._per_epoch = 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note how many steps an epoch has."""
+        self._per_epoch = max(round(state.max_steps / max(state.num_train_epochs, 1)), 1)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start measuring."""
+        self._started = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the step, plan once enough are measured, and stop at the deadline."""
+        now = self.clock()
+        if state.global_step > 1:
+            self._steps.append(now - self._started)
+        if len(self._steps) == MEASURED:
+            self._plan(args, state, kwargs["lr_scheduler"])
+            epochs = state.max_steps / self._per_epoch
+            left = self._seconds(state.max_steps - state.global_step)
+            self.say(f"training: a step takes {median(self._steps):.2g} s; {epochs:.1f} epochs, about {clock(left)}")
+        if now >= self.deadline:
+            self.out_of_time = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start measuring the evaluation."""
+        self._epoch_ended = self.clock()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Measure the evaluation, say how far training is, and plan again."""
+        if self._epoch_ended:
+            self._evaluations.append(self.clock() - self._epoch_ended)
+        if len(self._steps) >= MEASURED and "lr_scheduler" in kwargs:
+            self._plan(args, state, kwargs["lr_scheduler"])
+        value, left = metrics.get(f"eval_{self.metric}"), self._seconds(max(state.max_steps - state.global_step, 0))
+        figure = "" if value is None else f": {self.metric} {value:.4f} on validation"
+        self.say(f"epoch {state.epoch:.1f} of {state.max_steps / self._per_epoch:.1f}{figure}; {clock(left)} left")
+
+    def _seconds(self, steps: int) -> float:
+        """Estimate how long steps take, and the evaluations between them."""
+        each = median(self._steps) if self._steps else 0.0
+        evaluation = median(self._evaluations) if self._evaluations else 0.0
+        return steps * each + -(-steps // self._per_epoch) * evaluation
+
+    def _plan(self, args: Any, state: Any, lr_scheduler: Any) -> None:
+        """Cut the number of steps to what fits, and let the learning rate end with them."""
+        left = self.deadline - self.clock()
+        evaluation = median(self._evaluations) if self._evaluations else 0.0
+        fitting = int(left / (median(self._steps) + evaluation / self._per_epoch))
+        planned = min(state.max_steps, state.global_step + max(fitting, 0))
+        if planned >= state.max_steps:
+            return
+        self.planned = state.max_steps = planned
+        plain = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        if hasattr(plain, "lr_lambdas"):
+            plain.lr_lambdas = [_schedule(args, max(planned, 1))] * len(plain.lr_lambdas)
+
+
+def _schedule(args: Any, steps: int) -> Callable[[int], float]:
+    """Return what the learning rate is multiplied by at each step of a training of so many."""
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(args.lr_scheduler_type, unused, args.get_warmup_steps(steps), steps)
+    return scheduler.lr_lambdas[0]
+
+
+def clock(seconds: float) -> str:
+    """Write a stretch of time.
+
+    >>> clock(7.4), clock(125)
+    ('7 s', '2:05 min')
+    """
+    whole = round(max(seconds, 0))
+    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min"
+
+
+__all__ = ["TimeBudget", "clock"]
