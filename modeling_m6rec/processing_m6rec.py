@@ -340,6 +340,7 @@ class Fitter:
         decode: Turns ids into a text.
         max_length: Most tokens of a source with its longest target.
         forget_events: Events are dropped so many at a time.
+        max_segment: Most tokens of a segment, whose text is cut to them first; None = as many as the row.
     """
 
     def __init__(
@@ -350,9 +351,10 @@ class Fitter:
         decode: Callable[[Sequence[int]], str],
         max_length: int,
         forget_events: int = 1,
+        max_segment: int | None = None,
     ) -> None:
         self.ids, self.encode, self.decode, self.max_length = ids, encode, decode, max_length
-        self.forget_events = forget_events
+        self.forget_events, self.max_segment = forget_events, max_segment
         self._heads = {kind: (index,) for kind, index in kinds.items()}
         self._segment_end = (ids["segment_token_id"],)
 
@@ -363,7 +365,7 @@ class Fitter:
             ValueError: It does not fit whatever is dropped.
         """
         for slot in draft.slots():
-            self._fill(slot)
+            self._fill(slot, draft.dropped)
         if self._excess(draft) > 0:
             start, given, before = draft.start, [(slot, slot.segment) for slot in draft.slots()], draft.dropped.events
             events = len(draft.events)
@@ -372,7 +374,7 @@ class Fitter:
                 draft.start, draft.events, draft.dropped = start, [], Dropped(before + events)
                 for slot, slot.segment in given:
                     slot.cut = slot.fixed = False
-                    self._fill(slot)
+                    self._fill(slot, draft.dropped)
                 self._fit(draft)
         if (excess := self._excess(draft)) > 0:
             raise ValueError(
@@ -386,7 +388,7 @@ class Fitter:
         self._drop_fields(draft)
         self._cut_texts(draft)
 
-    def _fill(self, slot: Slot) -> None:
+    def _fill(self, slot: Slot, dropped: Dropped) -> None:
         segment = slot.segment
         slot.head = self._heads[segment.kind]
         slot.body = self.encode([segment.text])[0] if segment.text else ()
@@ -397,6 +399,8 @@ class Fitter:
             first = self.ids["first_option_token_id"]
             slot.head = (*slot.head, *range(first, first + len(segment.parts)))
             slot.body = ()
+        if self.max_segment is not None:
+            self._shorten(slot, self.max_segment - len(slot.head) - len(slot.tail), dropped)
 
     # How much is too much
 
@@ -470,7 +474,8 @@ class Fitter:
                 kept = [index for index in range(len(segment.parts)) if (place, index) not in gone]
                 if len(kept) != len(slot.segment.parts):
                     slot.segment = segment.only(kept) if len(kept) < len(segment.parts) else segment
-                    self._fill(slot)
+                    slot.cut = False
+                    self._fill(slot, Dropped())  # that its text was cut has been noted
             return _length(items)
 
         few = bisect_left(range(len(order)), True, key=lambda count: length(count) <= room)
@@ -608,9 +613,11 @@ class M6RecProcessor(ProcessorMixin):
         options: How many option tokens scoring tasks see in the source; True = all that the tokenizer has.
         forget_events: Where a history is too long, its oldest events are left out so many at a time: what is kept of a
             user (`UserStates`) then serves until the next are left out. 1 = no more than must be.
+        max_segment: Most tokens of a segment, such as an item: a longer text is read by its beginning. A model that has
+            learnt a vector for each position in a segment reads no more than it has positions. None = no such limit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  its fields are named as they are kept
         self,
         tokenizer: M6RecTokenizer,
         template: dict[str, Any] | None = None,
@@ -620,6 +627,7 @@ class M6RecProcessor(ProcessorMixin):
         item_rows: dict[str, int] | None = None,
         options: int | bool = False,
         forget_events: int = 1,
+        max_segment: int | None = None,
     ) -> None:
         # Parameters are positional and named as they are kept: ProcessorMixin saves and restores them by these names.
         self.template = _default_template() if template is None else template
@@ -627,6 +635,7 @@ class M6RecProcessor(ProcessorMixin):
         self.max_events = max_events
         self.time = time
         self.forget_events = forget_events
+        self.max_segment = max_segment
         self.item_rows = None if item_rows is None else _rows_by_id(item_rows)
         super().__init__(tokenizer)
         self._ids = tokenizer.structural_ids
@@ -684,6 +693,8 @@ class M6RecProcessor(ProcessorMixin):
             raise ValueError(f"max_events={self.max_events}: give 1 or more")
         if not 1 <= self.forget_events <= self.max_events:
             raise ValueError(f"forget_events={self.forget_events} is not in 1..{self.max_events} (max_events)")
+        if self.max_segment is not None and self.max_segment < 8:
+            raise ValueError(f"max_segment={self.max_segment} is too small for any text: give 8 or more, or None")
         if self.time not in ("gap", "ago"):
             raise ValueError(f"time={self.time!r}: expected 'gap' or 'ago'")
         if not 0 <= self.options <= self._ids["num_options"]:
@@ -814,7 +825,8 @@ class M6RecProcessor(ProcessorMixin):
             found.update(zip(new, self._encode(new) if new else []))
             return [found[text] for text in texts]
 
-        fitter = Fitter(self._ids, self._kinds, encode, self._decode, self.max_length, self.forget_events)
+        limits = (self.max_length, self.forget_events, self.max_segment)
+        fitter = Fitter(self._ids, self._kinds, encode, self._decode, *limits)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -257,3 +257,21 @@ def test_any_length_is_kept_and_nothing_needed_is_lost(tokenizer, data):
     longest = max(sum(map(len, tokenizer.encode_texts([*each.values()]))) for each in request["candidates"]) + 12
     if reading.dropped.fields and longest < room / 2:
         assert row.count("[EVENT]") <= 1, "events go first"
+
+
+def test_a_segment_longer_than_a_model_reads_is_cut_to_its_beginning(tokenizer):
+    """Wherever an item stands it has the same ids, no more than may be."""
+    processor = M6RecProcessor(tokenizer, max_length=400, max_segment=20)
+    whole = M6RecProcessor(tokenizer, max_length=400)
+    item = {"title": "a long story " * 20, "brand": "North"}
+    (ids,), (uncut,) = processor.encode_items([item]), whole.encode_items([item])
+    assert len(ids) <= 20 < len(uncut) and ids[:-1] == uncut[: len(ids) - 1] and ids[-1] == uncut[-1]
+    reading = processor.read({"history": [{"item": item}, "socks"], "candidates": [item]})
+    text = " ".join(map(str, reading.input_ids))
+    assert text.count(" ".join(map(str, ids))) == 2, "in the history and as a candidate"
+    assert ("history[0]", "text") in reading.dropped.fields and ("candidates[0]", "text") in reading.dropped.fields
+    assert reading.segments[1][0] == "item" and item["title"].startswith(reading.segments[1][1])
+    short = {"history": ["socks"], "candidates": ["shoes"]}
+    assert processor.read(short) == whole.read(short)
+    with pytest.raises(ValueError, match="max_segment=4 is too small"):
+        M6RecProcessor(tokenizer, max_segment=4)

@@ -26,7 +26,7 @@ REQUEST = {
 def special(tokenizer):
     """A processor none of whose settings is the default."""
     settings = {"max_length": 500, "max_events": 7, "time": "ago", "item_rows": {"7": 2, "b": 1}, "options": 3}
-    settings["forget_events"] = 2
+    settings |= {"forget_events": 2, "max_segment": 60}
     return M6RecProcessor.from_template(tokenizer, "video", "zh", **settings)
 
 
@@ -35,7 +35,16 @@ def test_save_and_load_is_exact(tmp_path, special):
     saved = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
     assert saved["template"] == load_template("video", "zh") and saved["item_rows"] == {"7": 2, "b": 1}
     again = M6RecProcessor.from_pretrained(tmp_path)
-    for name in ("template", "max_length", "max_events", "time", "item_rows", "options", "forget_events"):
+    for name in (
+        "template",
+        "max_length",
+        "max_events",
+        "time",
+        "item_rows",
+        "options",
+        "forget_events",
+        "max_segment",
+    ):
         assert getattr(again, name) == getattr(special, name)
     assert again.read(REQUEST) == special.read(REQUEST)
     assert any(again.read(REQUEST).item_ids)

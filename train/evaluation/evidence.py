@@ -14,7 +14,7 @@ from .transitions import BACKWARDS, IN_POWER, OUT_POWER, RECENCY, SECOND, STEPS,
 
 TIE_BREAK = 1e-6
 """Weight of popularity where nothing else tells items apart: more than rounding, less than any evidence."""
-CELLS = 8_000_000
+CELLS = 12_000_000
 """Scores, users times items, by which settings are chosen: seconds of a core."""
 MOST_PAIRS = 10_000_000
 """Pairs of events from which on wide neighbourhoods are not tried: they take 40 bytes a pair."""
@@ -25,8 +25,8 @@ SURELY = 2.0
 FOLDS = 5
 """Parts of the users, of which one is ranked while the others are counted."""
 LAST_EVENTS = 4
-"""Events of a user that are ranked, at most: the last ones."""
-LEAST_EVENTS = 500
+"""Events of a user that are ranked, at most: the last ones. Where there are many users, the last one."""
+LEAST_EVENTS = 1000
 """Events that are ranked, however many items there are."""
 
 
@@ -129,11 +129,11 @@ class Choice:
 def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclude_seen: bool, seed: int = 0) -> Choice:
     """Choose settings for a log, those of the defaults where nothing is clearly better.
 
-    The last events of some users are ranked after those before, with the events of all other users counted: a fifth of
-    the users after the other, until there are as many events as can be ranked in seconds. Of all that is tried the
-    settings are taken whose NDCG@10 is most above that of the defaults, after `SURELY` standard errors of the
-    difference are taken off: noise of few users then changes nothing. First how events are paired and aged, with the
-    weight of words; then popularity, and re-visits where seen items are recommended.
+    The last event, or events, of some users are ranked after those before, with the events of all other users counted:
+    a fifth of the users after the other, until there are as many events as can be ranked in seconds. Of all that is
+    tried the settings are taken whose NDCG@10 is most above that of the defaults, after `SURELY` standard errors of
+    the difference are taken off: noise of few users then changes nothing. First how events are paired and aged, with
+    the weight of words; then popularity, and re-visits where seen items are recommended.
 
     Args:
         texts: Text of each of the M items.
@@ -173,13 +173,15 @@ def _folds(
         For each fold the sequences that are counted, and of each held-out event the user, the history and the item.
     """
     order = np.random.default_rng(seed).permutation(len(sequences))
+    askable = sum(len(sequence) > 1 for sequence in sequences)
+    last = min(-(-count // max(askable, 1)), LAST_EVENTS)
     folds, found = [], 0
     for fold in range(FOLDS):
         own = order[fold::FOLDS]
         users, histories, targets = [], [], []
         for user in own.tolist():
             sequence = sequences[user]
-            for place in range(max(len(sequence) - LAST_EVENTS, 1), len(sequence)):
+            for place in range(max(len(sequence) - last, 1), len(sequence)):
                 if exclude_seen and sequence[place] in sequence[:place]:
                     continue
                 users.append(user)

@@ -180,6 +180,12 @@ def check_length(config: M6RecConfig, max_length: int) -> None:
         raise ValueError(f"text.max_length={max_length}, but the backbone knows {learnt} positions: set it to {learnt}")
 
 
+def segment_limit(config: M6RecConfig, max_length: int) -> int | None:
+    """Return how many tokens of a segment a model can read, where it has learnt too few positions for a whole row."""
+    learnt = config.max_position_embeddings if config.position_embedding_type == "learned" else max_length
+    return learnt if learnt < max_length else None
+
+
 def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
     """Refuse fields that contradict a checkpoint's weights: the library would draw new ones, or leave some out."""
     given = [name for name in SHAPE_FIELDS if name in fields]
@@ -228,6 +234,7 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     writer = make_writer(recipe, log, split)
     processor = make_processor(recipe, log, writer, texts)
     model = make_model(recipe, processor)
+    processor.max_segment = segment_limit(model.config, processor.max_length)
     catalogue = catalogue_rows(writer, split, processor)
     collator = M6RecDataCollator(processor, model.config, catalogue, recipe.task, recipe.seed)
     collator.all_labels = False
@@ -273,5 +280,6 @@ __all__ = [
     "prepare",
     "save",
     "seed_everything",
+    "segment_limit",
     "use_bf16",
 ]

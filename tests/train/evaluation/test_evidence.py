@@ -121,7 +121,8 @@ def test_a_trial_ranks_as_a_table_does():
 def test_folds_ask_as_many_events_as_are_wanted():
     histories = sessions(np.random.default_rng(2), users=20)
     few = evidence._folds(histories, 10, True, 0)
-    assert len(few) == 1 and len(few[0][1]) == 10
+    assert [len(fold[1]) for fold in few] == [4, 4, 2], "the last event of each user, while that is enough"
+    assert all(len(history) == 5 for fold in few for history in fold[2])
     everything = evidence._folds(histories, 1000, True, 0)
     assert len(everything) == 5 and sum(len(fold[1]) for fold in everything) == 20 * 4
     assert sorted({user for fold in everything for user in fold[1]}) == list(range(20))

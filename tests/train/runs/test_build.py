@@ -13,9 +13,10 @@ from m6rec.tokenization import M6RecProcessor
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.data.log import Log
 from m6rec.train.data.splits import hold_out
-from m6rec.train.evaluation.reports import protocol_name
+from m6rec.train.evaluation.reports import catalogue_vectors, protocol_name, ranking_examples, user_vectors
 from m6rec.train.runs import build
 from m6rec.train.runs.build import item_texts, make_processor, prepare, save, use_bf16
+from tests.modeling_m6rec.conversion.backbones import publish, tiny
 from tests.train.world import recipe_of, write_tables
 
 
@@ -303,3 +304,23 @@ def test_bf16_is_asked_of_the_processor(monkeypatch):
     for capabilities, expected in (({"amx_bf16": True}, True), ({"avx512_bf16": False}, False), ({}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert use_bf16() is expected
+
+
+def test_an_item_longer_than_the_positions_of_a_backbone_is_read_by_its_beginning(make_recipe, tmp_path):
+    """The row has room for it, and the model has learnt 32 positions of a segment."""
+    folder = publish(tmp_path / "bert", "bert", tiny("bert", "BertModel", max_position_embeddings=32))
+    items = [{"item_id": f"i{row}", "title": "the cat shoes " * (30 if row == 3 else 1)} for row in range(6)]
+    events = [{"user_id": f"u{user}", "item_id": f"i{(user + step) % 6}"} for user in range(4) for step in range(4)]
+    config = {"num_hidden_layers": 5, "num_joint_layers": 2, "segment_pooling": "mean"}
+    run = prepare(
+        make_recipe(
+            data=write_tables(tmp_path / "tables", interactions=events, items=items),
+            model={"backbone": str(folder), "preset": "tiny", "config": config},
+            text={"domain": None, "max_length": 400, "max_events": 20},
+        )
+    )
+    assert run.processor.max_segment == 32 and max(map(len, run.catalogue.input_ids)) == 32
+    assert catalogue_vectors(run.model, run.catalogue, run.collator).isfinite().all()
+    examples = ranking_examples(run.writer, run.processor, run.split, "test", run.recipe.evaluation, 0)
+    assert user_vectors(run.model, examples.rows, run.collator).isfinite().all()
+    assert prepare(make_recipe()).processor.max_segment is None
