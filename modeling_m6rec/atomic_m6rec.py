@@ -7,9 +7,12 @@ locks, and is left alone. Files get the mode that the umask gives, whatever the 
 
 A folder cannot replace another in one renaming: for a moment, or after a kill in that moment, it has no folder at its
 name. `standing` finds the old one then.
+
+A `Journal` is appended to instead, a record at a time: each is there whole, or not at all.
 """
 
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -175,6 +178,103 @@ def standing(place: str | os.PathLike[str]) -> Path:
 def shared_partial(place: Path) -> Path:
     """Return the hidden folder that several processes write into."""
     return place.with_name(PARTIAL + place.name)
+
+
+class Journal:
+    """Appends records to a file that one process at a time writes to.
+
+    A record is a line of a checksum and JSON. `append` returns once it is on the disk. A last line without its end is
+    what a killed process has left of a record before `append` returned: it is not read, and the next writer removes it.
+
+    Args:
+        path: The file.
+        known: Bytes of the records that are known already; those behind are `unread`.
+
+    Raises:
+        BlockingIOError: Another process, or another object of this one, writes to it.
+        ValueError: It is damaged.
+        OSError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, known: int = 0) -> None:
+        self.path, self._process = path, os.getpid()
+        self._file = path.open("ab", buffering=0)
+        try:
+            self._claim()
+            records, size = read_journal(path.read_bytes(), path, known)
+            self._file.truncate(size)
+            _sync_names(path.parent)
+        except BaseException:
+            self.close()
+            raise
+        self.unread: list[Any] = records
+        self.size = size
+
+    def _claim(self) -> None:
+        if _fcntl is None:
+            return
+        try:
+            _fcntl.flock(self._file.fileno(), _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, "another process, or another object of this one, writes to it", str(self.path)
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process writes to it; a fork of the process that opened it does not."""
+        return not self._file.closed and self._process == os.getpid()
+
+    def append(self, record: Any) -> None:
+        """Append a record; on an error the file is as it was."""
+        data = _journal_line(record)
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+            os.fsync(self._file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                self._file.truncate(self.size)
+            raise
+        self.size += len(data)
+
+    def close(self) -> None:
+        """Let others write to it."""
+        self._file.close()
+
+
+def read_journal(data: bytes, path: Path, known: int = 0) -> tuple[list[Any], int]:
+    """Read the records of a journal.
+
+    Args:
+        data: What the file holds.
+        path: The file, for the error.
+        known: Bytes at its beginning that are not read.
+
+    Returns:
+        The records, and how many bytes whole records take, `known` included.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    size = data.rfind(b"\n") + 1
+    if size < known:
+        raise ValueError(f"{path} is damaged: {size} bytes, expected at least the {known} that were there before")
+    records = []
+    for number, line in enumerate(data[known:size].splitlines(), 1):
+        digest, _, text = line.partition(b" ")
+        if digest != hashlib.sha256(text).hexdigest()[:16].encode():
+            raise ValueError(f"{path} is damaged: the checksum of line {number} is wrong")
+        records.append(json.loads(text))
+    return records, size
+
+
+def _journal_line(record: Any) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
@@ -365,9 +465,11 @@ __all__ = [
     "COMPLETE",
     "PARTIAL",
     "REPLACED",
+    "Journal",
     "atomic_file",
     "atomic_files",
     "atomic_folder",
+    "read_journal",
     "recover",
     "shared_partial",
     "standing",

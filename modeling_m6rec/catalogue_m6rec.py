@@ -17,28 +17,32 @@ A catalogue: items with their vectors, searched exactly or by an index, and chan
 Shapes: M items of a call, D = vector_width.
 """
 
+import copy
 import hashlib
 import importlib
 import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from transformers.utils import logging
 
-from .atomic_m6rec import atomic_folder, standing
+from .atomic_m6rec import Journal, atomic_folder, read_journal, recover, standing
 from .configuration_m6rec import check_format
+from .item_features_m6rec import WIDTH, Counts, EventLog, Evidence, Histories, Sparse, Transitions, Words
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
-from .values_m6rec import normalize_id
+from .values_m6rec import normalize_id, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
 
@@ -119,9 +123,13 @@ def table_rows(table: Any) -> Iterable[Any]:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-FORMAT = 1
+FORMAT = 2
+"""2 = with evidence, which older code would leave out; a catalogue without is still written as 1."""
 
 MANIFEST, ITEMS, VECTORS = "catalogue.json", "items.parquet", "vectors.safetensors"
+
+EVIDENCE, EVENTS, JOURNAL = "evidence.safetensors", "events.parquet", "events.journal"
+"""Of a catalogue with evidence: what was counted; the events, which may be left out; events since it was saved."""
 
 TEXT_COLUMN = "__text__"
 
@@ -136,6 +144,18 @@ LONGEST_HEADER = 100_000_000
 """Bytes of the header of a safetensors file, as the format allows."""
 
 
+@dataclass(frozen=True)
+class KeptEvidence:
+    """Evidence as the files of a catalogue hold it."""
+
+    words: Words
+    """One row for each item, in the order of the items."""
+    transitions: Transitions
+    names: Sequence[str]
+    """Id of each item that transitions number."""
+    log: EventLog
+
+
 def write_catalogue(
     directory: str | Path,
     items: Mapping[str, Item],
@@ -143,6 +163,7 @@ def write_catalogue(
     fingerprint: str,
     index: Mapping[str, Any] | None = None,
     next_number: int = 0,
+    evidence: KeptEvidence | None = None,
 ) -> None:
     """Write a catalogue into a folder of its own, all or nothing: on failure, what was there before stays.
 
@@ -154,19 +175,20 @@ def write_catalogue(
         index: Kind and settings of the index that is built whenever the catalogue is read; None = none. An index itself
             is never kept: its files are not safe to read from others.
         next_number: Id of the next item that is a text; it is written where the ids do not give it.
+        evidence: What is counted beside; None = nothing.
 
     Raises:
         ValueError: The folder holds other files, or a field has values that cannot be kept.
     """
     target = Path(directory).resolve()
-    strange = sorted({path.name for path in target.glob("*")} - {MANIFEST, ITEMS, VECTORS})
+    strange = sorted({path.name for path in target.glob("*")} - {MANIFEST, ITEMS, VECTORS, EVIDENCE, EVENTS, JOURNAL})
     if strange:
         raise ValueError(f"{target} holds other files, such as {strange[0]!r}: give the catalogue a folder of its own")
     with atomic_folder(target) as fresh:
         encoded = _write_items(items, fresh / ITEMS)
         save_file({"vectors": vectors.contiguous()}, fresh / VECTORS)
-        manifest = {
-            "format": FORMAT,
+        manifest: dict[str, Any] = {
+            "format": 1 if evidence is None else FORMAT,
             "fingerprint": fingerprint,
             "dimension": vectors.shape[1],
             "count": len(items),
@@ -176,6 +198,11 @@ def write_catalogue(
         }
         if next_number > after_ids(items):
             manifest["next_number"] = next_number
+        if evidence is not None:
+            _write_evidence(evidence, fresh)
+            manifest["evidence"] = evidence.transitions.rule.to_dict()
+            manifest["events"] = len(evidence.log)
+            manifest["sha256"] |= {name: _digest(fresh / name) for name in (EVIDENCE, EVENTS)}
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -191,6 +218,13 @@ class Kept:
     """Kind and settings; older manifests have none."""
     next_number: int
     """Id of the next item that is a text."""
+    evidence: KeptEvidence | None = None
+    """Without what the journal holds."""
+    journal: Sequence[Any] = ()
+    """Records of changes of the evidence since then."""
+    journal_size: int = 0
+    version: tuple[int, ...] = ()
+    """Differs whenever another catalogue stands in the folder."""
 
 
 def after_ids(item_ids: Iterable[str], least: int = 0) -> int:
@@ -214,15 +248,15 @@ def read_catalogue(directory: str | Path) -> Kept:
     """
     folder = Path(directory)
     while True:
-        version = _version(folder)
+        version = folder_version(folder)
         try:
-            return _read_part(standing(folder), folder)
+            return replace(_read_part(standing(folder), folder), version=version)
         except (FileNotFoundError, ValueError):
-            if _version(folder) == version:
+            if folder_version(folder) == version:
                 raise
 
 
-def _version(folder: Path) -> tuple[int, ...]:
+def folder_version(folder: Path) -> tuple[int, ...]:
     """Return what differs whenever another catalogue stands in a folder."""
     try:
         facts = (standing(folder) / MANIFEST).stat()
@@ -244,15 +278,23 @@ def _read_part(standing: Path, folder: Path) -> Kept:
                         f"there is no catalogue in {folder}: {MANIFEST} is missing; Catalogue.save writes it"
                     ) from error
                 raise ValueError(f"{folder / name} is missing: save the catalogue again") from error
+        for name in (EVIDENCE, EVENTS, JOURNAL):
+            with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                files[name] = stack.enter_context((standing / name).open("rb"))
         manifest = _read_manifest(files[MANIFEST], folder / MANIFEST)
-        for name in (ITEMS, VECTORS):
+        own = {ITEMS, VECTORS} | ({EVIDENCE, EVENTS} & {*files} if manifest.get("evidence") else set())
+        for name in sorted(own):
             if hashlib.file_digest(files[name], "sha256").hexdigest() != manifest["sha256"].get(name):
                 raise ValueError(f"{folder / name} is damaged or of another catalogue: save the catalogue again")
             files[name].seek(0)
         vectors = _read_vectors(files[VECTORS], folder / VECTORS, manifest["count"], manifest["dimension"])
         items = _read_items(files[ITEMS], folder / ITEMS, manifest["count"], manifest["json_columns"])
+        evidence, journal = None, ([], 0)
+        if manifest.get("evidence"):
+            evidence = _read_evidence(files, folder, manifest)
+            journal = read_journal(files[JOURNAL].read() if JOURNAL in files else b"", folder / JOURNAL)
     number = after_ids(items, manifest.get("next_number", 0))
-    return Kept(items, vectors, manifest["fingerprint"], manifest.get("index"), number)
+    return Kept(items, vectors, manifest["fingerprint"], manifest.get("index"), number, evidence, *journal)
 
 
 def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
@@ -338,6 +380,113 @@ def _read_vectors(file: BufferedReader, path: Path, count: int, dimension: int) 
     return torch.from_numpy(vectors)
 
 
+def _write_evidence(evidence: KeptEvidence, fresh: Path) -> None:
+    """Write what was counted, and the events; the words are those of rows without gaps."""
+    words, log, names = evidence.words, evidence.log, list(evidence.names)
+    keys, totals = evidence.transitions.counts()
+    tensors = {
+        "keys": keys,
+        "totals": totals,
+        "met": evidence.transitions.met,
+        "latest": np.array([log.latest]),
+        "names": _packed(names),
+        "word_starts": words.starts,
+        "word_columns": words.columns,
+        "vocabulary": _packed(list(words.vocabulary)),
+    }
+    save_file({name: torch.from_numpy(np.ascontiguousarray(own)) for name, own in tensors.items()}, fresh / EVIDENCE)
+    pyarrow, events = _arrow(), log.events
+    ids = {number: user for user, number in log.numbers.items()}
+    numbers, users = np.unique(events.users, return_inverse=True)
+    told = pyarrow.array([ids[number] for number in numbers.tolist()], "string")
+    columns = {
+        "user_id": pyarrow.DictionaryArray.from_arrays(pyarrow.array(users.astype(np.int32)), told),
+        "item_number": pyarrow.array(events.items),
+        "timestamp": pyarrow.array(events.times),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), fresh / EVENTS)
+
+
+def _packed(texts: list[str]) -> np.ndarray:
+    return np.array(bytearray(json.dumps(texts).encode()), np.uint8)
+
+
+def _read_evidence(files: Mapping[str, BufferedReader], folder: Path, manifest: Mapping[str, Any]) -> KeptEvidence:
+    """Read what was counted, and make sure that it fits together."""
+    if EVIDENCE not in files:
+        raise ValueError(f"{folder / EVIDENCE} is missing: save the catalogue again")
+    path = folder / EVIDENCE
+    try:
+        rule = Evidence.from_dict(manifest["evidence"])
+    except ValueError as error:
+        raise _damaged(folder / MANIFEST, error) from error
+    try:
+        found = {name: own.numpy() for name, own in load(files[EVIDENCE].read()).items()}
+        names, vocabulary = (_unpacked(found[name]) for name in ("names", "vocabulary"))
+        kinds = {"keys": "i8", "totals": "i8", "met": "i8", "latest": "f8", "word_starts": "i8", "word_columns": "i8"}
+        numbers = {name: _column_of(found[name], kind) for name, kind in kinds.items()}
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    keys, totals, met, latest, starts, columns = numbers.values()
+    first, second = np.divmod(keys, WIDTH)
+    rules = {
+        "keys": bool((np.diff(keys) > 0).all() and ((first >= 0) & (first < len(names)) & (second < len(names))).all()),
+        "totals": len(totals) == len(keys) and bool((totals > 0).all()),
+        "met": len(met) == len(names) and bool((met >= 0).all()),
+        "latest": len(latest) == 1 and bool(np.isfinite(latest).all()),
+        "names": len({*names}) == len(names),
+        "word_starts": len(starts) == manifest["count"] + 1 and starts[0] == 0 and starts[-1] == len(columns),
+        "word_columns": bool((np.diff(starts) >= 0).all() and ((columns >= 0) & (columns < len(vocabulary))).all()),
+        "vocabulary": len({*vocabulary}) == len(vocabulary),
+    }
+    for name, holds in rules.items():
+        if not holds:
+            raise _damaged(path, f"its {name} do not fit the rest")
+    log = EventLog(rule)
+    if EVENTS in files:
+        log = _read_events(files[EVENTS], folder / EVENTS, rule, (manifest["events"], len(names)))
+    elif len(keys):
+        log = EventLog(rule, float(latest[0]))  # it is not known whose the counted events are
+    end = float(latest[0])
+    counted = replace(Transitions.empty(rule), origin=rule.origin(end))
+    transitions = replace(counted.adding(Counts(keys, totals), len(names), end), met=met)
+    known = {word: number for number, word in enumerate(vocabulary)}
+    return KeptEvidence(Words(known, starts, columns, np.ones(manifest["count"], bool)), transitions, names, log)
+
+
+def _unpacked(data: np.ndarray) -> list[str]:
+    texts = json.loads(data.tobytes())
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("expected a list of texts")
+    return texts
+
+
+def _column_of(numbers: np.ndarray, kind: str) -> np.ndarray:
+    if numbers.ndim != 1 or numbers.dtype != np.dtype(kind):
+        raise TypeError(f"expected one row of {np.dtype(kind)}, found {numbers.dtype} of shape {numbers.shape}")
+    return numbers
+
+
+def _read_events(file: BufferedReader, path: Path, rule: Evidence, counts: tuple[int, int]) -> EventLog:
+    """Read events, of which there are so many, and which name so many items."""
+    pyarrow, log = _arrow(), EventLog(rule)
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        if parquet.metadata.num_rows != counts[0]:
+            raise _damaged(path, f"expected {counts[0]} rows by {MANIFEST}, found {parquet.metadata.num_rows}")
+        table = parquet.read()
+        users = table["user_id"].combine_chunks().dictionary_encode()
+        items, times = (table[name].to_numpy() for name in ("item_number", "timestamp"))
+        numbers = log.numbered([normalize_id(user, "user_id") for user in users.dictionary.to_pylist()])
+        events = Histories(numbers[users.indices.to_numpy()], _column_of(items, "i8"), _column_of(times, "f8"))
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise error if isinstance(error, DamagedError) else _damaged(path, error) from error
+    if ((events.items < 0) | (events.items >= counts[1]) | ~np.isfinite(events.times)).any():
+        raise _damaged(path, "an event names an item that is not there, or no time")
+    log.fill(events)
+    return log
+
+
 class DamagedError(ValueError):
     """A file of a catalogue does not hold what it should."""
 
@@ -373,6 +522,8 @@ def _read_manifest(file: BufferedReader, path: Path) -> dict[str, Any]:
         "json_columns": isinstance(columns, list) and all(isinstance(name, str) for name in columns),
         "sha256": isinstance(manifest.get("sha256"), dict),
         "index": index is None or isinstance(index, dict) and index.keys() == {"kind", "settings"},
+        "evidence": manifest.get("evidence") is None or isinstance(manifest["evidence"], dict),
+        "events": _is_count(manifest.get("events", 0)) and ("events" in manifest or not manifest.get("evidence")),
     }
     for name, holds in rules.items():
         if not holds:
@@ -617,6 +768,166 @@ class Texts:
             return [row for text in texts for row in self._rows.get(text, ())]
 
 
+class Past(NamedTuple):
+    """An item of a user's history, as evidence reads it."""
+
+    item_id: str | None = None
+    text: str | None = None
+    """Is read for words where the catalogue has no item of that id."""
+
+
+class Support(NamedTuple):
+    """The rows that evidence speaks of for one user, ascending, and what it adds to their scores."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return what is added to the scores of rows, 0 for those of which nothing is known."""
+        if not len(self.rows):
+            return np.zeros(len(rows))
+        places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        return np.where(self.rows[places] == rows, self.scores[places], 0.0)
+
+
+NO_SUPPORT = Support(np.empty(0, np.int64), np.empty(0))
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Evidence at one moment.
+
+    `names`, `numbers` and the vocabulary of the words are shared with later moments, which append to them.
+    """
+
+    words: Words
+    """One row for each row of the catalogue."""
+    transitions: Transitions
+    names: list[str]
+    """Ids of at least M items, which the catalogue need not have."""
+    numbers: dict[str, int]
+    rows: np.ndarray
+    """M, row of each of these items, -1 = the catalogue does not have it."""
+
+    @classmethod
+    def of(cls, rule: Evidence, ids: Sequence[str], texts: Sequence[str]) -> "Counted":
+        """Make evidence without events for the rows of a catalogue."""
+        names = [*ids]
+        numbers = {name: number for number, name in enumerate(names)}
+        words, rows = Words.of(texts), np.arange(len(names))
+        return cls(words, Transitions.empty(rule), names, numbers, rows).numbering([])[0]
+
+    @classmethod
+    def read(cls, kept: KeptEvidence, ids: Sequence[str]) -> "Counted":
+        """Return what the files of a catalogue hold, for its rows."""
+        places = {item_id: row for row, item_id in enumerate(ids)}
+        names = list(kept.names)
+        rows = np.array([places.get(name, -1) for name in names], np.int64)
+        own = cls(kept.words, kept.transitions, names, {name: number for number, name in enumerate(names)}, rows)
+        new, numbers = own.numbering(ids)  # those that files of another hand may lack
+        new.rows[numbers] = np.arange(len(ids))
+        return new
+
+    def copy(self) -> "Counted":
+        """Return evidence that appends to lists of its own."""
+        words = replace(self.words, vocabulary={**self.words.vocabulary})
+        return replace(self, words=words, names=[*self.names], numbers={**self.numbers})
+
+    @property
+    def rule(self) -> Evidence:
+        """How it ranks."""
+        return self.transitions.rule
+
+    def numbering(self, ids: Iterable[str]) -> tuple["Counted", np.ndarray]:
+        """Return the numbers of items, and evidence that knows them."""
+        found = []
+        for item_id in ids:
+            number = self.numbers.get(item_id)
+            if number is None:
+                number = self.numbers[item_id] = len(self.names)
+                self.names.append(item_id)
+            found.append(number)
+        numbers = np.array(found, np.int64)
+        size = max(int(numbers.max(initial=-1)) + 1, len(self.rows))
+        rows = np.concatenate((self.rows, np.full(size - len(self.rows), -1)))
+        return replace(self, rows=rows, transitions=self.transitions.sized(size)), numbers
+
+    def changed(self, found: Sequence[str], texts: Sequence[str], gone: Mapping[int, str]) -> "Counted":
+        """Return evidence with more rows, and without some, whose ids are given."""
+        start = len(self.words.live)
+        new, numbers = self.numbering(found)
+        new.rows[[self.numbers[item_id] for item_id in gone.values()]] = -1
+        new.rows[numbers] = np.arange(start, start + len(numbers))
+        return replace(new, words=self.words.adding(texts, [*gone]))
+
+    def kept(self, rows: Sequence[int]) -> "Counted":
+        """Return evidence for some of the rows, which get new numbers."""
+        place = np.full(len(self.words.live) + 1, -1)
+        place[rows] = np.arange(len(rows))
+        return replace(self, words=self.words.kept(rows), rows=place[self.rows])
+
+    def parts(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse]:
+        """Score rows by words and by transitions, for users with these weighted items in their histories."""
+        vectors, known = self.read_histories(histories)
+        alike = self.words.likeness(vectors)
+        alike = alike._replace(values=self.rule.words * alike.values)
+        after = self.transitions.after(known)
+        several = after._replace(values=self.rule.transitions * after.values), known
+        if self.rule.again:
+            several = several[0], known._replace(values=self.rule.again * known.values)
+        else:
+            several = several[:1]
+        users, numbers, values = (np.concatenate(parts) for parts in zip(*several))
+        here = self.rows[numbers] >= 0
+        return alike, Sparse.of(users[here], self.rows[numbers[here]], values[here], max(len(self.words.live), 1))
+
+    def read_histories(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse]:
+        """Return the users' words, and their items by number."""
+        places: list[tuple[int, int, float]] = []
+        known: list[tuple[int, int, float]] = []
+        texts = []
+        for user, history in enumerate(histories):
+            for past, weight in history:
+                number = self.numbers.get(past.item_id, len(self.rows)) if past.item_id else len(self.rows)
+                row = -1
+                if number < len(self.rows):
+                    known.append((user, number, weight))
+                    row = int(self.rows[number])
+                if row >= 0:
+                    places.append((user, row, weight))
+                elif past.text:
+                    vector = self.words.vector_of(past.text, weight)
+                    texts.append(vector._replace(users=np.full(len(vector.items), user)))
+        several = zip(self.words.vectors(_sparse(places, len(self.words.live))), *texts)
+        vectors = Sparse.of(*(np.concatenate(parts) for parts in several), len(self.words.rarity))
+        return vectors, _sparse(known, len(self.rows))
+
+    @cached_property
+    def popular(self) -> np.ndarray:
+        """What each row's score has of popularity: N."""
+        found = np.zeros(len(self.words.live))
+        here = np.flatnonzero(self.rows >= 0)
+        found[self.rows[here]] = self.rule.popularity * self.transitions.popularity[here]
+        return found
+
+    def weighed(self, history: Sequence[Past]) -> list[tuple[Past, float]]:
+        """Weigh the last items of a history by their age; the last one comes last."""
+        recency = self.rule.recency
+        last = history[-len(recency) :]
+        return list(zip(last, recency[: len(last)][::-1]))
+
+    def supports(self, histories: Sequence[Sequence[Past]]) -> list[Support]:
+        """Score rows by evidence, for users with these histories."""
+        several = zip(*self.parts([self.weighed(history) for history in histories]))
+        together = Sparse.of(*(np.concatenate(parts) for parts in several), max(len(self.words.live), 1))
+        return [Support(*together.of_user(user)) for user in range(len(histories))]
+
+
+def _sparse(entries: Sequence[tuple[int, int, float]], width: int) -> Sparse:
+    users, items, weights = zip(*entries) if entries else ((), (), ())
+    return Sparse.of(np.array(users, np.int64), np.array(items, np.int64), np.array(weights, float), max(width, 1))
+
+
 @dataclass(frozen=True)
 class State:
     """All of a catalogue at one moment.
@@ -646,6 +957,8 @@ class State:
     texts: Texts = field(default_factory=Texts)
     next_number: int = 0
     """Id of the next item that is a text: past every whole number that was ever an id."""
+    counted: Counted | None = None
+    """Evidence; None = the catalogue ranks by the cosine alone."""
 
     @classmethod
     def of(cls, items: dict[str, Item], vectors: torch.Tensor, fingerprint: str, **more: Any) -> "State":
@@ -679,6 +992,16 @@ class State:
         item = self.items[row]
         return {"item_id": self.ids[row], "item": item} if isinstance(item, str) else dict(item)
 
+    @property
+    def popularity(self) -> float:
+        """What popularity counts."""
+        return 0.0 if self.counted is None else self.counted.rule.popularity
+
+    @property
+    def share(self) -> float:
+        """What the cosine counts."""
+        return 1.0 if self.counted is None else self.counted.rule.learnt
+
     def gather(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Return the vectors of rows, from the base and the side buffer."""
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -708,6 +1031,11 @@ class CatalogueView:
     def index(self) -> VectorIndex | None:
         """The index that searches go by; None = they are exact."""
         return self._state.index
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """How evidence counts; None = the catalogue ranks by the cosine alone."""
+        return None if self._state.counted is None else self._state.counted.rule
 
     def __len__(self) -> int:
         return self._state.count
@@ -756,14 +1084,19 @@ class CatalogueView:
         top_k: int = 10,
         exclude: Sequence[Collection[Any] | None] | None = None,
         filter: Predicate | None = None,
+        histories: Sequence[Sequence[Any]] | None = None,
     ) -> list[Ranking]:
-        """Find the items nearest to each user.
+        """Find the items with the highest scores for each user.
+
+        Without evidence a score is the cosine of the user's and the item's vector; with it, it is what `Evidence` says.
 
         Args:
-            user_vectors: B x D.
+            user_vectors: B x D; they are not read if the cosine counts 0.
             top_k: Items for each user; fewer where fewer are left.
             exclude: For each user the ids that are left out, of which the catalogue need not know all.
             filter: Which items may be found at all, by their `fields`.
+            histories: For each user the items of the history, the last one last, which evidence reads: ids, or `Past`,
+                which may say a text. None = evidence says nothing.
 
         Returns:
             For each user (item_id, score) by falling score, equal ones in the order of insertion.
@@ -784,13 +1117,77 @@ class CatalogueView:
             raise ValueError(f"exclude has {len(exclude)} entries for {len(users)} users: give one for each")
         names = [{normalize_id(item_id, "exclude") for item_id in own or ()} for own in exclude]
         left_out = [[row for name in own if (row := state.row(name)) is not None] for own in names]
-        found = _ask_index(state, users, top_k, left_out, filter)
+        supports = self._supports(histories, len(users))
+        asked = [_Asked(*parts) for parts in zip(users, left_out, supports)]
+        found = _ask_index(state, asked, top_k, filter)
         missing = [number for number, own in enumerate(found) if own is None]
         if missing:
-            exact = _search_all(state, users[missing], top_k, [left_out[number] for number in missing], filter)
+            exact = _search_all(state, [asked[number] for number in missing], top_k, filter)
             for number, own in zip(missing, exact):
                 found[number] = own
         return [own for own in found if own is not None]
+
+    def _supports(self, histories: Sequence[Sequence[Any]] | None, count: int) -> list[Support]:
+        counted = self._state.counted
+        if histories is None:
+            return [NO_SUPPORT] * count
+        if counted is None:
+            raise ValueError("the catalogue has no evidence to read histories by: call set_evidence, or leave them out")
+        if len(histories) != count:
+            raise ValueError(f"histories has {len(histories)} entries for {count} users: give one for each")
+        return counted.supports([[_past(item, "histories") for item in own] for own in histories])
+
+    def evidence_scores(self, history: Sequence[Any], items: Sequence[Any]) -> "EvidenceScores":
+        """Say what evidence adds to the scores of items, event by event.
+
+        Args:
+            history: Items of a user's history, the last one last, as of `search`.
+            items: The M items, as of `search`; one that the catalogue does not have is scored by its text.
+
+        Raises:
+            ValueError: The catalogue has no evidence.
+        """
+        state, counted = self._state, self._state.counted
+        if counted is None:
+            raise ValueError("the catalogue has no evidence: call set_evidence")
+        past, asked = ([_past(item, name) for item in own] for own, name in ((history, "history"), (items, "items")))
+        rows = [None if item.item_id is None else state.row(item.item_id) for item in asked]
+        known = np.array([-1 if row is None else row for row in rows], np.int64)
+        recent = [[entry] for entry in counted.weighed(past)]
+        events = [*([[]] * (len(past) - len(recent))), *recent]
+        each = (
+            [Support(*part.of_user(event)).of(known) for event in range(len(past))] for part in counted.parts(events)
+        )
+        words, transitions = (np.array(own).reshape(len(past), len(asked)) for own in each)
+        others = [place for place, row in enumerate(rows) if row is None and asked[place].text]
+        if others:
+            vectors = counted.read_histories(events)[0].dense(len(past), len(counted.words.rarity))
+            for place in others:
+                own = counted.words.vector_of(asked[place].text or "")
+                words[:, place] = counted.rule.words * (vectors[:, own.items] @ own.values)
+        popular = np.where(known >= 0, counted.popular[known], 0.0) if len(counted.popular) else np.zeros(len(asked))
+        return EvidenceScores(words, transitions, popular)
+
+
+class EvidenceScores(NamedTuple):
+    """What evidence adds to the scores of M items."""
+
+    words: np.ndarray
+    """E x M, by each of E events."""
+    transitions: np.ndarray
+    """E x M, by each of E events; `again` is among them."""
+    popularity: np.ndarray
+    """M."""
+
+    def sum(self) -> np.ndarray:
+        """Return all that is added: M."""
+        return self.words.sum(0) + self.transitions.sum(0) + self.popularity
+
+
+def _past(item: Any, place: str) -> Past:
+    if isinstance(item, Past):
+        return item
+    return Past(normalize_id(item, place))
 
 
 def check_fingerprint(fingerprint: str, model: Model) -> None:
@@ -809,20 +1206,45 @@ def cosines(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
     return (users.double()[:, None] * items.double()).sum(-1).float()
 
 
-def _search_all(
-    state: State, users: torch.Tensor, top_k: int, left_out: list[list[int]], predicate: Predicate | None
-) -> list[Ranking]:
+class _Asked(NamedTuple):
+    """What is asked for one user."""
+
+    user: torch.Tensor
+    left_out: list[int]
+    support: Support
+
+    def margin(self, state: State) -> float:
+        """Return more than scores are off by before they are computed exactly."""
+        return ROUNDING * max(1.0, state.share, state.popularity, float(self.support.scores.max(initial=0.0)))
+
+    def added(self, state: State, rows: torch.Tensor) -> torch.Tensor:
+        """Return what evidence adds to the scores of rows, exactly."""
+        found = self.support.of(rows.numpy())
+        if state.counted is not None and state.popularity:
+            found = found + state.counted.popular[rows.numpy()]
+        return torch.from_numpy(found)
+
+
+def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Predicate | None) -> list[Ranking]:
     """Search all N rows."""
     allowed = _allowed(state, predicate)
-    scores = torch.cat((users @ state.base.T, users @ state.side.T), 1)
+    if state.share:
+        users = torch.stack([each.user for each in asked])
+        scores = torch.cat((users @ state.base.T, users @ state.side.T), 1)
+        scores = scores if state.share == 1 else scores * state.share
+    else:
+        scores = torch.zeros(len(asked), len(state.live))
+    if state.popularity:
+        scores += torch.from_numpy(state.counted.popular).float()
     found = []
-    for user, own, rows in zip(users, scores, left_out):
+    for each, own in zip(asked, scores):
         kept = allowed.clone()
-        kept[rows] = False
+        kept[each.left_out] = False
         count = min(top_k, int(kept.sum()))
+        own[torch.from_numpy(each.support.rows)] += torch.from_numpy(each.support.scores).float()
         own = own.masked_fill(~kept, -torch.inf)
-        cut = own.topk(count).values[-1] - ROUNDING if count else torch.inf
-        found.append(_ranked(state, user, (own >= cut).nonzero()[:, 0], count))
+        cut = own.topk(count).values[-1] - each.margin(state) if count else torch.inf
+        found.append(_ranked(state, each, (own >= cut).nonzero()[:, 0], count))
     return found
 
 
@@ -835,15 +1257,13 @@ def _allowed(state: State, predicate: Predicate | None) -> torch.Tensor:
     return allowed
 
 
-def _ask_index(
-    state: State, users: torch.Tensor, top_k: int, left_out: list[list[int]], predicate: Predicate | None
-) -> list[Ranking | None]:
+def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Predicate | None) -> list[Ranking | None]:
     """Search by the index, ever more widely; None for a user whom it did not answer.
 
     What is removed, left out or filtered is dropped from what the index finds, so that the filter sees few items.
     """
-    answers: list[Ranking | None] = [None] * len(users)
-    if state.index is None:
+    answers: list[Ranking | None] = [None] * len(asked)
+    if state.index is None or not state.share:
         return answers
     verdicts: dict[int, bool] = {}
 
@@ -852,43 +1272,72 @@ def _ask_index(
             verdicts[row] = predicate is None or predicate(state.fields(row))
         return verdicts[row]
 
-    waiting = list(range(len(users)))
-    count, breadth = top_k + EXTRA + max(map(len, left_out), default=0), 1
+    waiting = list(range(len(asked)))
+    count, breadth = top_k + EXTRA + max((len(each.left_out) for each in asked), default=0), 1
     while waiting and count <= EXACT_SHARE * len(state.live):
-        asked = users[waiting]
+        users = torch.stack([asked[number].user for number in waiting])
         for number, base, side in zip(
-            waiting, state.index.search(asked, count, breadth), nearest(asked, state.side, count)
+            waiting, state.index.search(users, count, breadth), nearest(users, state.side, count)
         ):
-            scores = torch.cat((base.scores, side.scores))
-            rows = torch.cat((base.rows, side.rows + len(state.base)))
-            own = {*left_out[number]}
-            live = state.live[rows].tolist()
-            kept = [place for place, row in enumerate(rows.tolist()) if live[place] and row not in own and allowed(row)]
-            floor = max(base.floor, side.floor)
-            answers[number] = _certain(state, users[number], scores[kept], rows[kept], floor, top_k)
+            reached = Found(
+                torch.cat((base.scores, side.scores)),
+                torch.cat((base.rows, side.rows + len(state.base))),
+                max(base.floor, side.floor),
+            )
+            answers[number] = _certain(state, asked[number], reached, top_k, allowed)
         waiting = [number for number in waiting if answers[number] is None]
         count, breadth = WIDER * count, WIDER * breadth
     return answers
 
 
-def _certain(
-    state: State, user: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, floor: float, top_k: int
-) -> Ranking | None:
-    """Rank what was found, if there is enough of it and no other row can tie with the last."""
+def _certain(state: State, asked: _Asked, reached: Found, top_k: int, allowed: Callable[[int], bool]) -> Ranking | None:
+    """Rank what was found, if there is enough of it and no other row can tie with the last.
+
+    The rows that evidence speaks of join those that the index has reached, as far as their cosine, which is no higher
+    than the floor of the index, may bring them among the first. All others have the cosine alone.
+    """
+    own, share = {*asked.left_out}, state.share
+
+    def chosen(rows: list[int]) -> list[int]:
+        live = state.live[rows].tolist()
+        return [place for place, row in enumerate(rows) if live[place] and row not in own and allowed(row)]
+
+    kept = chosen(reached.rows.tolist())
+    rows, floor = reached.rows[kept], share * reached.floor + state.popularity
+    scores = share * reached.scores[kept].double() + asked.added(state, rows)
+    others = ~np.isin(asked.support.rows, reached.rows.numpy())
+    more, added = asked.support.rows[others], asked.support.scores[others]
+    order = np.argsort(-added, kind="stable")
+    start, size = 0, top_k + EXTRA
+    while start < len(order):
+        cut = scores.topk(top_k).values[-1].item() - asked.margin(state) if len(rows) >= top_k else -np.inf
+        stop = min(start + size, int(np.searchsorted(-added[order], floor - cut, side="right")))
+        if stop <= start:
+            break
+        part = more[order[start:stop]]
+        part = torch.from_numpy(part[chosen(part.tolist())])
+        cosine = (state.gather(part) @ asked.user).double()
+        rows, scores = torch.cat((rows, part)), torch.cat((scores, share * cosine + asked.added(state, part)))
+        start, size = stop, WIDER * size
     if len(rows) < top_k:
         return None
-    cut = scores.topk(top_k).values[-1] - ROUNDING
-    return _ranked(state, user, rows[scores >= cut].sort().values, top_k) if cut > floor else None
+    cut = scores.topk(top_k).values[-1] - asked.margin(state)
+    return _ranked(state, asked, rows[scores >= cut].sort().values, top_k) if cut > floor else None
 
 
-def _ranked(state: State, user: torch.Tensor, rows: torch.Tensor, count: int) -> Ranking:
+def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Ranking:
     """Rank the finalists, whose rows ascend.
 
     A matrix product rounds by the shape of the matrix and the place in it, and FAISS in its own way. The finalists'
     scores are therefore computed anew, so that equal items tie, and neither batch size nor other items nor the
     index change a score.
     """
-    exact = cosines(user[None], state.gather(rows))[0]
+    if state.share:
+        exact = cosines(asked.user[None], state.gather(rows))[0]
+    else:
+        exact = torch.zeros(len(rows))
+    if state.counted is not None:
+        exact = state.share * exact.double() + asked.added(state, rows)
     order = exact.argsort(descending=True, stable=True)[:count]
     return [(state.ids[row], score) for row, score in zip(rows[order].tolist(), exact[order].tolist())]
 
@@ -923,19 +1372,31 @@ class Catalogue(CatalogueView):
     def __init__(self, fingerprint: str, dimension: int) -> None:
         super().__init__(State.of({}, torch.empty(0, dimension), fingerprint))
         self._lock = threading.RLock()  # of changes; who reads takes `_state` once
+        self._log: EventLog | None = None
+        self._home: _Home | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_state": self._state}
+        with self._lock:
+            return {"_state": self._state, "_log": copy.deepcopy(self._log)}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         state: State = kept["_state"]
-        # A copy appends to lists of its own.
+        # A copy appends to lists of its own, and has no folder.
         own: dict[str, Any] = {"ids": [*state.ids], "items": [*state.items], "rows": {**state.rows}, "texts": Texts()}
+        if state.counted is not None:
+            own["counted"] = state.counted.copy()
         self._state, self._lock = replace(state, **own), threading.RLock()
+        self._log, self._home = kept.get("_log"), None
 
     @classmethod
     def from_dataset(
-        cls, items: Any, model: Model, processor: Any, batch_size: int = 256, progress: bool = True
+        cls,
+        items: Any,
+        model: Model,
+        processor: Any,
+        batch_size: int = 256,
+        progress: bool = True,
+        evidence: Evidence | None = None,
     ) -> "Catalogue":
         """Embed items.
 
@@ -947,14 +1408,17 @@ class Catalogue(CatalogueView):
             processor: What words them.
             batch_size: Items embedded at once.
             progress: Show a bar, if it takes more than two seconds.
+            evidence: How evidence counts, as of `set_evidence`; None = the catalogue ranks by the cosine alone.
 
         Raises:
             ValueError: An id is missing or there twice, or an item has no text.
         """
         catalogue = cls(model.fingerprint(), model.config.vector_width)
         found = _read(items, catalogue._state)
-        vectors = embed(list(found.values()), model, processor, batch_size, progress)
+        vectors = _embedded(list(found.values()), model, processor, (batch_size, progress), evidence)
         catalogue._state = State.of(found, vectors, catalogue.fingerprint, next_number=after_ids(found))
+        if evidence is not None:
+            catalogue.set_evidence(evidence, processor)
         return catalogue
 
     # --------------------------------------------------------------------------------------------------- changing it
@@ -981,8 +1445,9 @@ class Catalogue(CatalogueView):
             if known and not replace:
                 name = next(iter(known))
                 raise ValueError(f"item_id {name!r} is in the catalogue already: pass replace=True to replace it")
-            vectors = embed(list(found.values()), model, processor, batch_size, progress)
-            self._state = _changed(state, found, vectors, list(known.values()))
+            vectors = _embedded(list(found.values()), model, processor, (batch_size, progress), self.evidence)
+            texts = [] if state.counted is None else item_texts(processor, found.values())
+            self._state = _changed(state, found, vectors, list(known.values()), texts)
 
     def remove(self, item_ids: Sequence[Any]) -> None:
         """Remove items; if one is unknown, nothing is changed."""
@@ -991,20 +1456,204 @@ class Catalogue(CatalogueView):
         with self._lock:
             state = self._state
             rows = [*dict.fromkeys([state.known(each) for each in item_ids])]
-            self._state = _changed(state, {}, state.side[:0], rows)
+            self._state = _changed(state, {}, state.side[:0], rows, [])
 
-    def encode(self, model: Model, processor: Any, batch_size: int = 256, progress: bool = True) -> None:
-        """Embed all items again, after the model has changed. Arguments as of `from_dataset`."""
+    def encode(
+        self,
+        model: Model,
+        processor: Any,
+        batch_size: int = 256,
+        progress: bool = True,
+        learnt: float | None = None,
+    ) -> None:
+        """Embed all items again, after the model has changed.
+
+        Args:
+            model: What embeds them.
+            processor: What words them.
+            batch_size: Items embedded at once.
+            progress: Show a bar, if it takes more than two seconds.
+            learnt: What the cosine counts beside evidence from now on; None = as before.
+        """
         with self._lock:
             state = self._state
+            if learnt is not None:
+                state = replace(state, counted=self._ruled(replace(self._evidence_log().rule, learnt=learnt)))
+            rule = None if state.counted is None else state.counted.rule
             rows = state.live_rows()
             items = {state.ids[row]: state.items[row] for row in rows}
-            vectors = embed(list(items.values()), model, processor, batch_size, progress)
-            self._state = _replaced(state, rows, items, vectors, model.fingerprint())
+            vectors = _embedded(list(items.values()), model, processor, (batch_size, progress), rule)
+            new = _replaced(state, rows, items, vectors, model.fingerprint())
+            if new.counted is not None:
+                new = replace(new, counted=replace(new.counted, words=Words.of(item_texts(processor, items.values()))))
+                self._evidence_log().rule = new.counted.rule
+            self._state = new
 
     def snapshot(self) -> CatalogueView:
         """Return the catalogue as it is now, for several calls that have to agree; later changes do not reach it."""
         return CatalogueView(self._state)
+
+    # ------------------------------------------------------------------------------------------------------- evidence
+
+    def set_evidence(self, evidence: Evidence | None, processor: Any = None) -> None:
+        """Let evidence count from now on, otherwise than so far, or no longer.
+
+        Weights can change at any time; what decides the counts (`steps`, `backwards`, `half_life`) only where all
+        events are here, which are then counted anew. Where `learnt` was 0 there are no vectors: `encode` makes them.
+
+        Args:
+            evidence: How it counts; None = the catalogue ranks by the cosine alone, and events are forgotten.
+            processor: What words the items, where nothing is counted yet.
+
+        Raises:
+            ValueError: There are no vectors, but `learnt` is above 0; or the processor is missing, or the events that
+                would have to be counted anew.
+        """
+        with self._lock:
+            state = self._state
+            if state.counted is None and evidence is not None and processor is None:
+                raise ValueError("evidence reads the items' words: give set_evidence the processor that words them")
+            if evidence is None:
+                if self._home is not None and self._home.journal is not None:
+                    self._home.journal.close()
+                    self._home.journal = None
+                self._state, self._log = replace(state, counted=None), None
+                return
+            if evidence.learnt and not state.share and state.count:
+                raise ValueError(
+                    f"learnt={evidence.learnt}, but the catalogue has no vectors, since learnt was 0: call "
+                    f"encode(model, processor, learnt={evidence.learnt}), which makes them"
+                )
+            if state.counted is None:
+                state = _compacted(state)
+                texts = item_texts(processor, state.items[: state.count])
+                counted = Counted.of(evidence, state.ids[: state.count], texts)
+                self._log, self._state = EventLog(evidence), replace(state, counted=counted)
+                return
+            counted, log = self._ruled(evidence), self._evidence_log()
+            if evidence.counting != state.counted.rule.counting:
+                if not log.is_complete:
+                    raise ValueError(
+                        f"{EVENTS} was left out of the catalogue's folder, without which nothing can be counted anew: "
+                        "keep steps, backwards and half_life, or observe all events with a new catalogue"
+                    )
+                log = log.under(evidence)
+                counted = replace(counted, transitions=log.counted(len(counted.rows)))
+            log.rule = evidence
+            self._log, self._state = log, replace(state, counted=counted)
+
+    def observe(self, events: Any) -> int:
+        """Count events: who met which item. Searches that begin after it contain them; nothing is trained.
+
+        Events count in the order of their times, whenever they come; those of one moment as they come. A catalogue that
+        was loaded from a folder or saved to one writes them to a journal there before this returns, so that a process
+        that is killed loses none, and `save` takes them into the files. Items that the catalogue does not have are
+        counted as well: they may come later. 20,000 events of a call cost about a second or less; a call costs some
+        milliseconds.
+
+        Args:
+            events: A list, a data frame or a dataset of rows with `user_id`, `item_id` and, as in requests,
+                `timestamp`. Events without times stand behind their user's earlier ones, in the order given.
+
+        Returns:
+            How many events there were.
+
+        Raises:
+            ValueError: The catalogue has no evidence, or an event cannot be read; then none is counted.
+            OSError: The journal cannot be written; then none is counted.
+        """
+        with self._lock:
+            log = self._evidence_log()
+            columns = _event_columns(events, log.rule)
+            if columns[0]:
+                self._open_journal()
+                self._observe(columns, journal=True)
+            return len(columns[0])
+
+    def forget(self, user_ids: Any) -> int:
+        """Remove all that users have added to the evidence, as if they had never been there.
+
+        Their events and ids leave the folder's files with the next `save`.
+
+        Args:
+            user_ids: The id of a user, or several.
+
+        Returns:
+            How many events are gone.
+
+        Raises:
+            ValueError: The catalogue has no evidence, or may have events of a user that it cannot remove, because they
+                were left out of its folder.
+        """
+        given = [user_ids] if isinstance(user_ids, str | int) else list(user_ids)
+        users = [*dict.fromkeys(normalize_id(user, "user_ids") for user in given)]
+        with self._lock:
+            log = self._evidence_log()
+            if not log.is_complete:
+                raise ValueError(
+                    f"{EVENTS} was left out of the catalogue's folder, so it is not known what was counted of whom: "
+                    "put the file back, and load the catalogue again"
+                )
+            self._open_journal()
+            return self._forget(users, journal=True)
+
+    def _ruled(self, rule: Evidence) -> Counted:
+        """Return the evidence, with other weights."""
+        counted = self._state.counted
+        assert counted is not None
+        return replace(counted, transitions=replace(counted.transitions, rule=rule))
+
+    def _evidence_log(self) -> EventLog:
+        if self._log is None or self._state.counted is None:
+            raise ValueError("the catalogue has no evidence: call set_evidence(Evidence(), processor) first")
+        return self._log
+
+    def _observe(self, columns: "_Columns", journal: bool) -> None:
+        log, state = self._evidence_log(), self._state
+        assert state.counted is not None
+        users = log.numbered(columns[0])
+        counted, items = state.counted.numbering(columns[1])
+        times = log.without_times(users) if columns[2] is None else np.array(columns[2], float)
+        new = Histories(users, items, times)
+        transitions, whole = log.observe(new, counted.transitions, len(counted.rows))
+        if journal and self._home is not None and self._home.journal is not None:
+            self._home.journal.append({"observe": [columns[0], columns[1], times.tolist()]})
+        log.append(new, whole)
+        self._state = replace(state, counted=replace(counted, transitions=transitions))
+
+    def _forget(self, users: Sequence[str], journal: bool) -> int:
+        log, state = self._evidence_log(), self._state
+        assert state.counted is not None
+        if journal and self._home is not None and self._home.journal is not None:
+            self._home.journal.append({"forget": users})
+        transitions, count = log.forget(users, state.counted.transitions)
+        self._state = replace(state, counted=replace(state.counted, transitions=transitions))
+        return count
+
+    def _replay(self, records: Sequence[Any], path: Path) -> None:
+        """Count what a journal holds."""
+        for number, record in enumerate(records, 1):
+            try:
+                if "forget" in record:
+                    self._forget(record["forget"], journal=False)
+                else:
+                    self._observe(_Columns(*record["observe"]), journal=False)
+            except (KeyError, TypeError, ValueError) as error:
+                raise _damaged(path, f"record {number} is none of a catalogue: {error}") from error
+
+    def _open_journal(self) -> None:
+        """Make sure that this process writes the journal of the catalogue's folder, and knows all of it."""
+        home = self._home
+        if home is None or home.journal is not None and home.journal.is_open:
+            return
+        if home.journal is not None:
+            raise ValueError(
+                f"{home.folder / JOURNAL} is written by the process that this one was forked from: load the catalogue"
+            )
+        home.check()
+        journal = Journal(home.folder / JOURNAL, home.known)
+        self._replay(journal.unread, journal.path)
+        home.journal = journal
 
     # ------------------------------------------------------------------------------------------------------ the index
 
@@ -1037,14 +1686,48 @@ class Catalogue(CatalogueView):
     # ------------------------------------------------------------------------------------------------------- keeping
 
     def save(self, directory: str | Path) -> None:
-        """Write the catalogue into a folder of its own, all or nothing: on failure, what was there before stays."""
+        """Write the catalogue into a folder of its own, all or nothing: on failure, what was there before stays.
+
+        With evidence the events are written as well, and new ones go to a journal in this folder from now on.
+
+        Raises:
+            BlockingIOError: Another process observes events in this folder.
+            ValueError: The folder holds other files, or observed events that this catalogue does not have.
+        """
         with self._lock:
             state = self._state = _compacted(self._state)
-        items = dict(zip(state.ids[: state.count], state.items[: state.count]))
-        write_catalogue(directory, items, state.base, state.fingerprint, state.wanted, state.next_number)
+            items = dict(zip(state.ids[: state.count], state.items[: state.count]))
+            rest = items, state.base, state.fingerprint, state.wanted, state.next_number
+            if state.counted is not None:
+                self._save_with_evidence(Path(directory).resolve(), rest)
+                return
+            if self._home is None or self._home.folder != Path(directory).resolve():
+                _refuse_journal(Path(directory).resolve())
+        write_catalogue(directory, *rest)
+
+    def _save_with_evidence(self, folder: Path, rest: tuple) -> None:
+        """Write everything while nothing changes, and go on from there."""
+        home = self._home
+        if home is not None and home.folder == folder:
+            home.check()
+            if (folder / JOURNAL).exists():
+                self._open_journal()
+        else:
+            _refuse_journal(folder)
+        counted = self._state.counted
+        assert counted is not None
+        kept = KeptEvidence(
+            counted.words, counted.transitions, counted.names[: len(counted.rows)], self._evidence_log()
+        )
+        write_catalogue(folder, *rest, kept)
+        if home is not None and home.journal is not None:
+            home.journal.close()
+        self._home = _Home(folder, folder_version(folder))
 
     @classmethod
-    def load(cls, directory: str | Path, model: Model | None = None, index: str | None = "saved") -> "Catalogue":
+    def load(
+        cls, directory: str | Path, model: Model | None = None, index: str | None = "saved", journal: bool = True
+    ) -> "Catalogue":
         """Read a catalogue, and make sure that it is whole.
 
         Args:
@@ -1052,6 +1735,7 @@ class Catalogue(CatalogueView):
             model: If given, it must be the one that made the vectors.
             index: Kind of the index that is built, as of `build_index`; "saved" = the one that was saved, with its
                 settings, if there is FAISS.
+            journal: Write observed events to the folder; else they are in memory alone until `save`.
 
         Raises:
             FileNotFoundError: There is no catalogue.
@@ -1062,6 +1746,11 @@ class Catalogue(CatalogueView):
         kept = read_catalogue(directory)
         wanted, catalogue = kept.index, cls(kept.fingerprint, kept.vectors.shape[1])
         catalogue._state = State.of(kept.items, kept.vectors, kept.fingerprint, next_number=kept.next_number)
+        if kept.evidence is not None:
+            counted = Counted.read(kept.evidence, list(kept.items))
+            catalogue._state, catalogue._log = replace(catalogue._state, counted=counted), kept.evidence.log
+            catalogue._replay(kept.journal, Path(directory) / JOURNAL)
+            catalogue._home = _Home(Path(directory).resolve(), kept.version, kept.journal_size) if journal else None
         if model is not None:
             catalogue.check(model)
         if index != "saved":
@@ -1076,8 +1765,84 @@ class Catalogue(CatalogueView):
         return catalogue
 
 
-def _changed(state: State, found: dict[str, Item], vectors: torch.Tensor, gone: Sequence[int]) -> State:
-    """Return a state with more items and without some rows."""
+@dataclass
+class _Home:
+    """The folder that a catalogue's evidence is kept in."""
+
+    folder: Path
+    version: tuple[int, ...]
+    """Of the files that the catalogue was read from, or saved as."""
+    known: int = 0
+    """Bytes of the journal that are counted already."""
+    journal: Journal | None = None
+
+    def check(self) -> None:
+        """Raise if another catalogue was saved there since."""
+        recover(self.folder.parent, self.folder.name)
+        if folder_version(self.folder) != self.version:
+            raise ValueError(
+                f"{self.folder} was saved anew, or removed, since this catalogue was read from it or saved to it: load "
+                "it again, or save this one to another folder"
+            )
+
+
+def _refuse_journal(folder: Path) -> None:
+    """Raise if saving into a folder would lose events that were observed there."""
+    path = folder / JOURNAL
+    if not path.exists():
+        return
+    journal = Journal(path)
+    journal.close()
+    if journal.unread:
+        raise ValueError(
+            f"{path} holds events that were observed and not saved: load the catalogue in that folder and save it, or "
+            "remove the file if the events are not needed"
+        )
+
+
+class _Columns(NamedTuple):
+    """Events by column."""
+
+    users: list[str]
+    items: list[str]
+    times: list[float] | None
+
+
+def _event_columns(events: Any, rule: Evidence) -> _Columns:
+    """Read events, and make sure of each of them before any is counted."""
+    rows = list(table_rows(events))
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                f"events[{number}]: expected a mapping with user_id, item_id, timestamp, got {type(row).__name__}"
+            )
+    users, items = (
+        [normalize_id(row.get(name), f"events[{number}].{name}") for number, row in enumerate(rows)]
+        for name in ("user_id", "item_id")
+    )
+    given = [row.get("timestamp") for row in rows]
+    missing = [number for number, time in enumerate(given) if time is None or time != time]  # NaN != NaN
+    if missing and (len(missing) < len(given) or rule.half_life is not None):
+        why = "others have one" if len(missing) < len(given) else "half_life lets events decay by their age"
+        raise ValueError(f"events[{missing[0]}]: no timestamp, but {why}")
+    if missing:
+        return _Columns(users, items, None)
+    return _Columns(users, items, [time_seconds(time, f"events[{n}].timestamp", True) for n, time in enumerate(given)])
+
+
+def _embedded(
+    items: Sequence[Item], model: Model, processor: Any, options: tuple[int, bool], evidence: Evidence | None
+) -> torch.Tensor:
+    """Embed items; where the cosine counts 0 the vectors are zeros."""
+    if evidence is not None and not evidence.learnt:
+        return torch.zeros(len(items), model.config.vector_width)
+    return embed(items, model, processor, *options)
+
+
+def _changed(
+    state: State, found: dict[str, Item], vectors: torch.Tensor, gone: Sequence[int], texts: Sequence[str]
+) -> State:
+    """Return a state with more items, whose texts evidence reads, and without some rows."""
     start = len(state.live)
     live = torch.cat((state.live, torch.ones(len(found), dtype=torch.bool)))
     live[list(gone)] = False
@@ -1088,6 +1853,8 @@ def _changed(state: State, found: dict[str, Item], vectors: torch.Tensor, gone: 
         state.rows[item_id] = (*state.rows.get(item_id, ()), row)
     number = after_ids(found, state.next_number)
     new = replace(state, live=live, side=side, count=state.count + len(found) - len(gone), next_number=number)
+    if state.counted is not None:
+        new = replace(new, counted=state.counted.changed(list(found), texts, {row: state.ids[row] for row in gone}))
     changed = len(side) + len(live) - new.count
     return _compacted(new) if changed > max(REBUILD_ROWS, REBUILD_SHARE * len(state.base)) else new
 
@@ -1108,6 +1875,7 @@ def _replaced(
     """Return a state of one base matrix for the items of some rows, with an index of the same kind."""
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
     more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
+    more["counted"] = None if state.counted is None else state.counted.kept(rows)
     return State.of(items, vectors, fingerprint, **more)
 
 
@@ -1180,18 +1948,25 @@ def embed(
 
 
 __all__ = [
+    "EVENTS",
+    "EVIDENCE",
     "ITEMS",
+    "JOURNAL",
     "MANIFEST",
     "SETTINGS",
     "TEXT_COLUMN",
     "VECTORS",
     "Catalogue",
     "CatalogueView",
+    "Evidence",
+    "EvidenceScores",
     "Found",
     "Item",
     "Kept",
+    "KeptEvidence",
     "Model",
     "NamedText",
+    "Past",
     "Predicate",
     "State",
     "VectorIndex",

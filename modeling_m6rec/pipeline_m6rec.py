@@ -14,7 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .atomic_m6rec import standing
-from .catalogue_m6rec import ITEMS, MANIFEST, VECTORS, Catalogue, CatalogueView, plain, table_rows
+from .catalogue_m6rec import EVIDENCE, ITEMS, MANIFEST, VECTORS, Catalogue, CatalogueView, plain, table_rows
 from .layers_m6rec import inference_mode
 from .ranking_m6rec import Ranker, Scorer, check_confidence
 from .segment_cache_m6rec import SegmentCache, UserStates
@@ -45,6 +45,10 @@ class RecommendationPipeline(Pipeline):
     `because` if `explain` is set. A score is a probability for "click" and "interaction" (the mean of several, which
     stand beside it as `interactions`), the expected rating for "rating", a cosine for "retrieval", and the mean
     log-likelihood of a token for "plausibility".
+
+    Where the catalogue has evidence (`Catalogue.set_evidence`), the items of a request's history count for "retrieval"
+    by what followed them in other histories and by their words, beside the cosine; an item without an `item_id` counts
+    by its words. With `explain`, `parts` then says what is learnt and what words and transitions add.
 
     Args:
         *args: As of every pipeline.
@@ -167,11 +171,16 @@ class RecommendationPipeline(Pipeline):
         answers: list[Any] = [None] * len(requests)
         exit_layer = options.pop("exit_layer", None)
         catalogue = cache(self._fitting_catalogue)  # the same for all that these requests need of it
+
+        def evident() -> CatalogueView | None:
+            own = self.catalogue
+            return None if own is None or own.evidence is None else catalogue()
+
         scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
         with inference_mode(self.model):
             for name in dict.fromkeys(tasks):
                 places = [place for place, own in enumerate(tasks) if own == name]
-                ranker = Ranker(scorer, name, catalogue, notice=self._notice, **options)
+                ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, **options)
                 for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
                     answers[place] = answer
         return {"answers": answers if isinstance(given, list) else answers[0]}
@@ -202,7 +211,8 @@ class RecommendationPipeline(Pipeline):
             with LOADING:
                 if self._catalogue is None:  # else another thread has loaded it meanwhile
                     folder = self._own_catalogue()
-                    self._catalogue = None if folder is None else Catalogue.load(folder)
+                    local = Path(getattr(self.model, "name_or_path", "")).is_dir()  # else a cache of downloads
+                    self._catalogue = None if folder is None else Catalogue.load(folder, journal=local)
         return self._catalogue
 
     @catalogue.setter
@@ -227,7 +237,7 @@ class RecommendationPipeline(Pipeline):
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-            for file in (ITEMS, VECTORS, MANIFEST)
+            for file in (EVIDENCE, ITEMS, VECTORS, MANIFEST)
             if name
         ]
         return Path(paths[-1]).parent if paths and paths[-1] is not None else None

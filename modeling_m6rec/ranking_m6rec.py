@@ -16,6 +16,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from .catalogue_m6rec import (
     Item,
     Model,
     NamedText,
+    Past,
     Predicate,
     cosines,
     embed,
@@ -358,6 +360,8 @@ class Query:
     """I values of each of the best."""
     vectors: torch.Tensor | None = None
     """N x D vectors of the best, for retrieval."""
+    past: list[Past | None] | None = None
+    """Item of each event that the model reads, the last one last, where evidence reads them too; None = it has none."""
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out."""
 
@@ -375,6 +379,8 @@ class Ranker:
     predicate: Predicate | None = None
     explain: bool = False
     exit_confidence: float | None = None
+    evidence: Callable[[], CatalogueView | None] = lambda: None
+    """Returns the catalogue if it has evidence, for candidates that are given; None if there is none."""
     notice: Callable[[str, str], None] = lambda text, place: None
     """Is shown each bare text that stands for an item, and its place."""
 
@@ -504,24 +510,67 @@ class Ranker:
             query.details = [values[number].tolist() for number, _ in query.best]
 
     def _retrieve(self, queries: list[Query]) -> None:
-        users = self.scorer.users([query.told for query in queries])
+        scored = [query for query in queries if query.seen is None]
+        searching = [query for query in queries if query.seen is not None]
+        if scored:
+            self._score_given(scored)
+        if searching:
+            self._search(searching)
+
+    def _score_given(self, queries: list[Query]) -> None:
+        """Rank candidates that requests give."""
+        catalogue, scorer = self.evidence(), self.scorer
+        users = self._users(queries, catalogue)
         for query, user in zip(queries, users):
-            if query.seen is None:
-                items = [without_stats(item) for item, _ in query.candidates]
-                scorer = self.scorer
+            items = [without_stats(item) for item, _ in query.candidates]
+            if user is None:
+                scores, vectors = torch.zeros(len(items)).double(), None
+            else:
                 vectors = embed(items, scorer.model, scorer.processor, segment_cache=scorer.segment_cache)
-                query.best = _best(cosines(user[None], vectors)[0], self.top_k)
-                query.vectors = vectors[[number for number, _ in query.best]]
-        searching = [number for number, query in enumerate(queries) if query.seen is not None]
-        if not searching:
-            return
-        catalogue, seen = self.catalogue(), [queries[number].seen for number in searching]
-        found = catalogue.search(users[searching], self.top_k or FROM_CATALOGUE, seen, self.predicate)
-        for number, pairs in zip(searching, found):
+                scores = cosines(user[None], vectors)[0]
+            if catalogue is not None and catalogue.evidence is not None:
+                query.past = self._past(query)
+                added = catalogue.evidence_scores(_items_of(query), self._as_past(items))
+                scores = catalogue.evidence.learnt * scores.double() + torch.from_numpy(added.sum())
+            query.best = _best(scores, self.top_k)
+            query.vectors = None if vectors is None else vectors[[number for number, _ in query.best]]
+
+    def _search(self, queries: list[Query]) -> None:
+        """Find items in the catalogue."""
+        catalogue, histories = self.catalogue(), None
+        if catalogue.evidence is not None:
+            for query in queries:
+                query.past = self._past(query)
+            histories = [_items_of(query) for query in queries]
+        users = [torch.zeros(catalogue.dimension) if user is None else user for user in self._users(queries, catalogue)]
+        seen = [query.seen for query in queries]
+        top_k = self.top_k or FROM_CATALOGUE
+        found = catalogue.search(torch.stack(users), top_k, seen, self.predicate, histories)
+        for query, pairs in zip(queries, found):
             names = [name for name, _ in pairs]
-            queries[number].candidates = [Candidate(catalogue.item(name), name) for name in names]
-            queries[number].best = [(place, score) for place, (_, score) in enumerate(pairs)]
-            queries[number].vectors = catalogue.vectors(names)
+            query.candidates = [Candidate(catalogue.item(name), name) for name in names]
+            query.best = [(place, score) for place, (_, score) in enumerate(pairs)]
+            query.vectors = catalogue.vectors(names)
+
+    def _users(
+        self, queries: Sequence[Query], catalogue: CatalogueView | None
+    ) -> Sequence[torch.Tensor] | list[torch.Tensor | None]:
+        """Return the vector of each user; None where the cosine counts nothing, and no model is read."""
+        if catalogue is not None and catalogue.evidence is not None and not catalogue.evidence.learnt:
+            return [None] * len(queries)
+        return list(self.scorer.users([query.told for query in queries]))
+
+    def _past(self, query: Query) -> list[Past | None]:
+        history = query.request.get("history") or []
+        items = [event.get("item") if isinstance(event, Mapping) else event for event in history]
+        read = items[len(items) - len(query.told.events) :]
+        found = iter(self._as_past([item for item in read if item is not None]))
+        return [None if item is None else next(found) for item in read]
+
+    def _as_past(self, items: Sequence[Item]) -> list[Past]:
+        """Return items as evidence reads them."""
+        texts = item_texts(self.scorer.processor, items)
+        return [Past(item_identity(item), text) for item, text in zip(items, texts)]
 
     # -------------------------------------------------------------------------------------------------------- answering
 
@@ -541,30 +590,80 @@ class Ranker:
                 row["interactions"] = dict(zip(self.scorer.config.interactions, values))
         if self.explain and rows:
             for row, reasons in zip(rows, self._reasons(query)):
-                row["because"] = reasons
+                row |= reasons
         return rows
 
-    def _reasons(self, query: Query) -> list[list[dict[str, Any]]]:
-        """Say for each of the best what each event adds: the score minus the score with the event unseen."""
+    def _reasons(self, query: Query) -> list[dict[str, Any]]:
+        """Say for each of the best, as `because`, what each event adds.
+
+        That is the score minus the score with the event unseen. With evidence it is so of the learnt part, and what
+        words and transitions add is theirs alone: the parts of a score, as `parts`, sum to it.
+        """
+        if query.past is not None:
+            return self._evident_reasons(query, query.past)
+        scores = [score for _, score in query.best]
+        added = self._learnt_reasons(query, scores)
+        events = self._events(query)
+        return [
+            {"because": _sorted([{**event, "contribution": own} for event, own in zip(events, row)])} for row in added
+        ]
+
+    def _evident_reasons(self, query: Query, past: Sequence[Past | None]) -> list[dict[str, Any]]:
+        catalogue = self.catalogue()
+        chosen = [query.candidates[number].item for number, _ in query.best]
+        found = catalogue.evidence_scores(_items_of(query), self._as_past([without_stats(item) for item in chosen]))
+        share = 0.0 if catalogue.evidence is None else catalogue.evidence.learnt
+        places = [place for place, item in enumerate(past) if item is not None]
+        table = np.zeros((2, len(past), len(query.best)))
+        table[:, places] = found[:2]
+        words, transitions = table.sum(1)
+        learnt = [score - added for (_, score), added in zip(query.best, found.sum().tolist())]
+        added = self._learnt_reasons(query, learnt, share)
+        events, reasons = self._events(query), []
+        for number, own in enumerate(learnt):
+            because = []
+            for event, alone, w, t in zip(events, added[number], *table[:, :, number].tolist()):
+                parts = {"learnt": alone, "words": w, "transitions": t}
+                because.append({**event, "contribution": sum(parts.values()), **parts})
+            parts = {"learnt": own, "words": float(words[number]), "transitions": float(transitions[number])}
+            parts["popularity"] = float(found.popularity[number])
+            parts["together"] = own - sum(added[number])
+            reasons.append({"parts": parts, "because": _sorted(because)})
+        return reasons
+
+    def _learnt_reasons(self, query: Query, scores: Sequence[float], share: float = 1.0) -> list[list[float]]:
+        """Return for each of the best what each event adds to what is learnt."""
         told = query.told
         if not told.events:
-            return [[] for _ in query.best]
+            return [[] for _ in scores]
+        if not share:
+            return [[0.0] * len(told.events) for _ in scores]
         if query.vectors is not None:
             without = cosines(self.scorer.users_without(told), query.vectors)
         else:
             without = self.scorer.scores_without(told, [number for number, _ in query.best], self.task).mean(-1)
-        events = [{"event": text} for text in told.events]
+        return [[score - share * other for other in others] for score, others in zip(scores, without.T.tolist())]
+
+    def _events(self, query: Query) -> list[dict[str, Any]]:
+        """Describe the events that the model reads."""
+        events: list[dict[str, Any]] = [{"event": text} for text in query.told.events]
+        if not events:
+            return []
         for event, entry in zip(events, query.request["history"][-len(events) :]):
             item = entry.get("item") if isinstance(entry, Mapping) else None
             if isinstance(item, NamedText):
                 event["item_id"] = item.item_id
             if isinstance(item, Mapping) and item.get("item_id") is not None:
                 event["item_id"] = item["item_id"]
-        reasons = []
-        for (_, score), others in zip(query.best, without.T.tolist()):
-            added = [{**event, "contribution": score - other} for event, other in zip(events, others)]
-            reasons.append(sorted(added, key=lambda reason: -reason["contribution"]))
-        return reasons
+        return events
+
+
+def _sorted(reasons: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(reasons, key=lambda reason: -reason["contribution"])
+
+
+def _items_of(query: Query) -> list[Past]:
+    return [item for item in query.past or () if item is not None]
 
 
 def _checked(given: Any) -> list[Candidate]:

@@ -15,6 +15,12 @@ IGNORE_INDEX = -100
 
 """A label that no loss counts."""
 
+UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Characters of Chinese and Japanese, which are written without spaces."""
+
+WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
+"""A word of a script with spaces, or a single character of one without."""
+
 EXACT_FLOAT = 2**53
 
 """From here on a float no longer tells neighbouring whole numbers apart."""

@@ -6,11 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from ..metrics import WORD
-from .transitions import Transitions, recent_shares
-
-WORDS = 0.3
-"""What likeness of words counts beside transitions."""
+from ...item_features_m6rec import Evidence, Transitions, Words, recent
+from ...values_m6rec import WORD
 
 
 def popularity_scores(counts: np.ndarray, num_users: int) -> np.ndarray:
@@ -49,9 +46,8 @@ class SimilarText:
 class NeighboursAndWords:
     """Scores items by what followed the last items in other histories, and by the rare words they share with them.
 
-    The sum, over the last items by `RECENCY`, of the transitions to an item and of `WORDS` times the cosine of TF-IDF
-    vectors, whose term weight is log((1 + M) / (1 + df)) + 1 for each word of a text. Nothing is learnt; the settings
-    were chosen once, on validation purchases of Amazon Beauty, and are the same for every log.
+    It is what a catalogue with `Evidence`, where the formula is, ranks by beside the model. Nothing is learnt; the
+    settings were chosen once, on validation purchases of Amazon Beauty, and are the same for every log.
 
     Args:
         texts: Text of each of the M items.
@@ -63,30 +59,16 @@ class NeighboursAndWords:
     """
 
     def __init__(self, texts: Sequence[str], sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
-        self.transitions = Transitions.fit(sequences, len(texts))
-        self.words = RareWords(texts)
+        self.rule = Evidence()
+        self.transitions = Transitions.fit(sequences, len(texts), self.rule)
+        self.words = Words.of(texts)
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
-        shares = recent_shares(histories, self.transitions.num_items)
-        return self.transitions.scores_of(shares) + WORDS * self.words.likeness(shares)
-
-
-class RareWords:
-    """Vectors of which words texts hold, rare ones counting more: log((1 + M) / (1 + df)) + 1 for each word of a text.
-
-    Args:
-        texts: Text of each of the M items.
-    """
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        words = _Words(texts)
-        rarity = torch.log((1 + words.shape[0]) / (1 + words.frequency)) + 1
-        self.matrix = words.matrix(rarity[words.columns])
-
-    def likeness(self, shares: np.ndarray) -> np.ndarray:
-        """Compare all items with weighted items, U x M: the sum of the weighted cosines, U x M."""
-        return _likeness(self.matrix, shares)
+        several = list(histories)
+        shares, shape = recent(several, self.rule), (len(several), self.transitions.num_items)
+        found = self.rule.transitions * self.transitions.after(shares).dense(*shape)
+        return found + self.rule.words * self.words.likeness(self.words.vectors(shares)).dense(*shape)
 
 
 class _Words:
@@ -129,9 +111,7 @@ def _likeness(vectors: torch.Tensor, shares: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
-    "WORDS",
     "NeighboursAndWords",
-    "RareWords",
     "SimilarText",
     "popularity_scores",
 ]

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from ...item_features_m6rec import Evidence as Rule
+from ...item_features_m6rec import Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
-from .baselines import WORDS, RareWords
 from .reports import COMPARED_AT
-from .transitions import BACKWARDS, IN_POWER, OUT_POWER, RECENCY, SECOND, STEPS, Transitions, recent_shares
+
+RULE = Rule()
 
 TIE_BREAK = 1e-6
 """Weight of popularity where nothing else tells items apart: more than rounding, less than any evidence."""
@@ -34,22 +36,36 @@ LEAST_EVENTS = 1000
 class EvidenceSettings:
     """How much each kind of evidence counts. The defaults are those of the row `neighbours_and_words`."""
 
-    steps: tuple[float, ...] = STEPS
+    steps: tuple[float, ...] = RULE.steps
     """Weights of pairs that stand one, two, ... steps apart in a history."""
-    backwards: float = BACKWARDS
+    backwards: float = RULE.backwards
     """Weight of a pair against the order of time."""
-    powers: tuple[float, float] = (OUT_POWER, IN_POWER)
+    powers: tuple[float, float] = (RULE.out_power, RULE.in_power)
     """How much of an item's own frequency is divided out, as the first and as the second of a pair."""
-    recency: tuple[float, ...] = RECENCY
+    recency: tuple[float, ...] = RULE.recency
     """Weights of the user's last items, the last one first."""
-    second: float = SECOND
+    second: float = RULE.second
     """Weight of what follows an item that follows."""
-    words: float = WORDS
+    words: float = RULE.words
     """Weight of rare words in common with the user's last items."""
     popularity: float = 0.0
     """Weight of popularity: log(1 + count), of the most popular item 1."""
     again: float = 0.0
     """Weight of the user's own last items, where seen items are recommended."""
+
+    @property
+    def rule(self) -> Rule:
+        """What of it a catalogue counts by."""
+        out_power, in_power = self.powers
+        return Rule(
+            words=self.words,
+            recency=self.recency,
+            second=self.second,
+            steps=self.steps,
+            backwards=self.backwards,
+            out_power=out_power,
+            in_power=in_power,
+        )
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
@@ -88,17 +104,18 @@ class Evidence:
         settings: EvidenceSettings | None = None,
     ) -> None:
         self.settings = settings or EvidenceSettings()
-        own, sequences = self.settings, list(sequences)
-        self.transitions = Transitions.fit(sequences, len(texts), own.steps, own.backwards, own.powers)
-        self.words = RareWords(texts)
+        sequences = list(sequences)
+        self.transitions = Transitions.fit(sequences, len(texts), self.settings.rule)
+        self.words = Words.of(texts)
         self.popularity = popularity(sequences, len(texts))
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
-        own = self.settings
-        shares = recent_shares(histories, self.transitions.num_items, own.recency)
-        found = self.transitions.scores_of(shares, own.second) + own.words * self.words.likeness(shares)
-        return found + own.again * shares + (own.popularity + TIE_BREAK) * self.popularity
+        own, several = self.settings, list(histories)
+        shares, shape = recent(several, own.rule), (len(several), self.transitions.num_items)
+        found = self.transitions.after(shares).dense(*shape) + own.again * shares.dense(*shape)
+        found += own.words * self.words.likeness(self.words.vectors(shares)).dense(*shape)
+        return found + (own.popularity + TIE_BREAK) * self.popularity
 
 
 def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:
@@ -144,7 +161,7 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
     folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
     if not folds:
         return Choice(EvidenceSettings(), 0, float("nan"), float("nan"), 0)
-    words = RareWords(texts)
+    words = Words.of(texts)
     trials = [_Trial(words, len(texts), *fold, exclude_seen) for fold in folds]
     users = np.unique(np.concatenate([trial.users for trial in trials]), return_inverse=True)[1]
     gains: dict[EvidenceSettings, np.ndarray] = {}
@@ -201,7 +218,7 @@ def _folds(
 def _structures(sequences: Sequence[np.ndarray]) -> Iterator[EvidenceSettings]:
     lengths = np.array([len(sequence) for sequence in sequences])
     for fields in STRUCTURES:
-        pairs = np.minimum(lengths, len(fields.get("steps", STEPS))).astype(float) @ lengths
+        pairs = np.minimum(lengths, len(fields.get("steps", RULE.steps))).astype(float) @ lengths
         if fields.get("steps") is None or pairs <= MOST_PAIRS:
             yield from (EvidenceSettings(**fields, words=weight) for weight in WORD_WEIGHTS)
 
@@ -228,7 +245,7 @@ class _Trial:
 
     def __init__(
         self,
-        words: RareWords,
+        words: Words,
         num_items: int,
         sequences: Sequence[np.ndarray],
         users: Sequence[int],
@@ -248,13 +265,13 @@ class _Trial:
     def gains(self, own: EvidenceSettings) -> np.ndarray:
         """Return what each event adds to the NDCG."""
         self._begin(own)
-        scores = self._part("follow", lambda: self._transitions.follow(self._shares)).copy()
+        scores = self._part("follow", lambda: self._following).copy()
         if own.second:
-            scores += own.second * self._part("second", lambda: self._transitions.follow(self._parts["follow"]))
+            scores += own.second * self._part("second", lambda: self._transitions.follow(self._following))
         if own.words:
-            scores += own.words * self._part("words", lambda: self.words.likeness(self._shares))
+            scores += own.words * self._part("words", lambda: self.words.likeness(self.words.vectors(self._shares)))
         if own.again:
-            scores += (own.again * self._shares).astype(np.float32)
+            scores += own.again * self._part("again", lambda: self._shares)
         scores += (own.popularity + TIE_BREAK) * self.popularity
         targets = scores[np.arange(len(self.targets)), self.targets][:, None]
         scores[self.seen] = -np.inf
@@ -265,13 +282,14 @@ class _Trial:
         """Forget what other settings had in common, if these do not share it."""
         structure = (own.steps, own.backwards, own.powers, own.recency)
         if structure != self._structure:
-            self._transitions = Transitions.fit(self.sequences, self.num_items, own.steps, own.backwards, own.powers)
-            self._shares = recent_shares(self.histories, self.num_items, own.recency)
+            self._transitions = Transitions.fit(self.sequences, self.num_items, own.rule)
+            self._shares = recent(self.histories, own.rule)
+            self._following = self._transitions.follow(self._shares)
             self._parts, self._structure = {}, structure
 
-    def _part(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    def _part(self, name: str, make: Callable[[], Sparse]) -> np.ndarray:
         if name not in self._parts:
-            self._parts[name] = make().astype(np.float32)
+            self._parts[name] = make().dense(len(self.targets), self.num_items).astype(np.float32)
         return self._parts[name]
 
 

@@ -11,6 +11,7 @@ import pandas
 import torch
 from tqdm.auto import tqdm
 
+from ...item_features_m6rec import Transitions
 from ...modeling_m6rec import M6RecForRecommendation
 from ...segment_cache_m6rec import SegmentCache
 from ...tokenization import M6RecProcessor
@@ -39,7 +40,6 @@ from ..rows.examples import Candidates, Negatives, RequestWriter, read_requests,
 from ..rows.held_out import all_events, before_and_in, drawn_users, learnt_before, questions, rankings
 from ..rows.item_likes import like_rates
 from .baselines import NeighboursAndWords, SimilarText, popularity_scores
-from .transitions import Transitions
 from .verdicts import OWN, VERDICT, compare
 
 logger = logging.getLogger(__name__)

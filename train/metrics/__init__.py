@@ -32,10 +32,9 @@ from .ranking import (
     target_ranks,
     top_items,
 )
-from .writing import WORD, bleu, distinct, rouge_l, tokens_of, writing_report
+from .writing import bleu, distinct, rouge_l, tokens_of, writing_report
 
 __all__ = [
-    "WORD",
     "accuracy",
     "auc",
     "bleu",

@@ -9,13 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from ...values_m6rec import UNSPACED
 from .checks import positive, same_length
 
-UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Characters of Chinese and Japanese, which are written without spaces."""
 TOKEN = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
-WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
-"""A word of a script with spaces, or a single character of one without."""
 
 
 def tokens_of(text: str) -> list[str]:
@@ -127,4 +124,4 @@ def _common(one: list[str], other: list[str]) -> int:
     return best[-1]
 
 
-__all__ = ["WORD", "bleu", "distinct", "rouge_l", "tokens_of", "writing_report"]
+__all__ = ["bleu", "distinct", "rouge_l", "tokens_of", "writing_report"]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas
 
+from ...values_m6rec import WORD
 from ..config.arguments import TaskArguments
-from ..metrics import WORD
 from .corpus import item_keys
 from .examples import RequestWriter, target_labels
 from .item_likes import ITEM_LIKES, percent

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec.train.evaluation.baselines import SimilarText, popularity_scores
-from m6rec.train.metrics import WORD
 from m6rec.train.rows.item_likes import like_rates
+from m6rec.values_m6rec import WORD
 
 words = st.lists(st.sampled_from(["red", "Shoe", "tea", "1999", "靴", "子", "é"]), max_size=6).map(" ".join)
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m6rec.item_features_m6rec import Sparse, Words
 from m6rec.train.evaluation import evidence
-from m6rec.train.evaluation.baselines import NeighboursAndWords, RareWords
+from m6rec.train.evaluation.baselines import NeighboursAndWords
 from m6rec.train.evaluation.evidence import WIDE, Evidence, EvidenceSettings, choose_evidence, popularity
 from m6rec.train.metrics import ndcg_at_k, target_ranks
 
@@ -33,7 +34,9 @@ def slow_scores(own, learnt, history):
                     count[known[second], item] += weight * own.backwards
     out, into = np.maximum(count.sum(1), 1), np.maximum(count.sum(0), 1)
     follows = count / out[:, None] ** own.powers[0] / into ** own.powers[1]
-    vectors = RareWords(TEXTS).matrix.to_dense().numpy()
+    words = Words.of(TEXTS)
+    every = np.arange(len(TEXTS))
+    vectors = words.vectors(Sparse(every, every, np.ones(len(TEXTS)))).dense(len(TEXTS), len(words.rarity))
     met = np.log1p(np.bincount([item for known in learnt for item in known], minlength=6))
     scores = (own.popularity + 1e-6) * met / max(met.max(), 1e-12)
     for age, item in enumerate(reversed(history)):
@@ -50,7 +53,9 @@ def slow_scores(own, learnt, history):
 def test_scores_are_those_of_a_loop(own, learnt, asked):
     found = Evidence(TEXTS, learnt, own).scores(asked)
     assert found.shape == (len(asked), 6)
-    np.testing.assert_allclose(found, np.array([slow_scores(own, learnt, each) for each in asked]).reshape(-1, 6))
+    np.testing.assert_allclose(
+        found, np.array([slow_scores(own, learnt, each) for each in asked]).reshape(-1, 6), atol=1e-7
+    )
 
 
 def test_the_defaults_are_the_rule_of_the_tables_but_for_ties():
@@ -111,7 +116,7 @@ def test_a_trial_ranks_as_a_table_does():
     texts = [f"w{item % 7}" for item in range(40)]
     own = dataclasses.replace(EvidenceSettings(), words=1.0, popularity=0.1)
     for counted, users, asked, targets in evidence._folds(histories, 1000, True, 0):
-        trial = evidence._Trial(RareWords(texts), 40, counted, users, asked, targets, True)
+        trial = evidence._Trial(Words.of(texts), 40, counted, users, asked, targets, True)
         ranks = target_ranks(Evidence(texts, counted, own).scores(asked), targets, asked)
         assert trial.gains(own).mean() == pytest.approx(ndcg_at_k(ranks, 10), abs=1e-3)
         own_users = set(users)
