@@ -19,6 +19,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .catalogue_m6rec import Catalogue
+    from .item_features_m6rec import Evidence
     from .pipeline_m6rec import RecommendationPipeline
     from .processing_m6rec import M6RecProcessor
     from .segment_cache_m6rec import UserStates
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
+    "Evidence": "m6rec.item_features_m6rec",
     "M6RecDataCollator": "m6rec.train.rows.collator",
     "M6RecProcessor": "m6rec.processing_m6rec",
     "M6RecTokenizer": "m6rec.tokenization_m6rec",
@@ -88,6 +90,7 @@ __all__ = [
     "PRESETS",
     "TASKS",
     "Catalogue",
+    "Evidence",
     "M6RecConfig",
     "M6RecDataCollator",
     "M6RecForRecommendation",

@@ -28,6 +28,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BufferedReader
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from .configuration_m6rec import check_format
 from .item_features_m6rec import WIDTH, Counts, EventLog, Evidence, Histories, Sparse, Transitions, Words
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
-from .values_m6rec import normalize_id, time_seconds
+from .values_m6rec import TIME_UNITS, normalize_id, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
 
@@ -201,7 +202,7 @@ def write_catalogue(
         if evidence is not None:
             _write_evidence(evidence, fresh)
             manifest["evidence"] = evidence.transitions.rule.to_dict()
-            manifest["events"] = len(evidence.log)
+            manifest |= {"events": len(evidence.log), "all_events": evidence.log.is_complete}
             manifest["sha256"] |= {name: _digest(fresh / name) for name in (EVIDENCE, EVENTS)}
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -442,11 +443,10 @@ def _read_evidence(files: Mapping[str, BufferedReader], folder: Path, manifest: 
     for name, holds in rules.items():
         if not holds:
             raise _damaged(path, f"its {name} do not fit the rest")
-    log = EventLog(rule)
+    everything = manifest.get("all_events", True) and (EVENTS in files or not manifest["events"])
+    log = EventLog(rule, None if everything else float(latest[0]))
     if EVENTS in files:
-        log = _read_events(files[EVENTS], folder / EVENTS, rule, (manifest["events"], len(names)))
-    elif len(keys):
-        log = EventLog(rule, float(latest[0]))  # it is not known whose the counted events are
+        log.fill(_read_events(files[EVENTS], folder / EVENTS, log, (manifest["events"], len(names))))
     end = float(latest[0])
     counted = replace(Transitions.empty(rule), origin=rule.origin(end))
     transitions = replace(counted.adding(Counts(keys, totals), len(names), end), met=met)
@@ -467,9 +467,9 @@ def _column_of(numbers: np.ndarray, kind: str) -> np.ndarray:
     return numbers
 
 
-def _read_events(file: BufferedReader, path: Path, rule: Evidence, counts: tuple[int, int]) -> EventLog:
-    """Read events, of which there are so many, and which name so many items."""
-    pyarrow, log = _arrow(), EventLog(rule)
+def _read_events(file: BufferedReader, path: Path, log: EventLog, counts: tuple[int, int]) -> Histories:
+    """Read events, of which there are so many, and which name so many items; the log numbers their users."""
+    pyarrow = _arrow()
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         if parquet.metadata.num_rows != counts[0]:
@@ -483,8 +483,7 @@ def _read_events(file: BufferedReader, path: Path, rule: Evidence, counts: tuple
         raise error if isinstance(error, DamagedError) else _damaged(path, error) from error
     if ((events.items < 0) | (events.items >= counts[1]) | ~np.isfinite(events.times)).any():
         raise _damaged(path, "an event names an item that is not there, or no time")
-    log.fill(events)
-    return log
+    return events
 
 
 class DamagedError(ValueError):
@@ -524,6 +523,7 @@ def _read_manifest(file: BufferedReader, path: Path) -> dict[str, Any]:
         "index": index is None or isinstance(index, dict) and index.keys() == {"kind", "settings"},
         "evidence": manifest.get("evidence") is None or isinstance(manifest["evidence"], dict),
         "events": _is_count(manifest.get("events", 0)) and ("events" in manifest or not manifest.get("evidence")),
+        "all_events": isinstance(manifest.get("all_events", True), bool),
     }
     for name, holds in rules.items():
         if not holds:
@@ -871,7 +871,7 @@ class Counted:
         vectors, known = self.read_histories(histories)
         alike = self.words.likeness(vectors)
         alike = alike._replace(values=self.rule.words * alike.values)
-        after = self.transitions.after(known)
+        after = self.transitions.after(known if self.rule.transitions else known.known(0))
         several = after._replace(values=self.rule.transitions * after.values), known
         if self.rule.again:
             several = several[0], known._replace(values=self.rule.again * known.values)
@@ -893,6 +893,8 @@ class Counted:
                 if number < len(self.rows):
                     known.append((user, number, weight))
                     row = int(self.rows[number])
+                if not self.rule.words:
+                    continue
                 if row >= 0:
                     places.append((user, row, weight))
                 elif past.text:
@@ -1585,7 +1587,7 @@ class Catalogue(CatalogueView):
             ValueError: The catalogue has no evidence, or may have events of a user that it cannot remove, because they
                 were left out of its folder.
         """
-        given = [user_ids] if isinstance(user_ids, str | int) else list(user_ids)
+        given = [user_ids] if isinstance(user_ids, str | Real) else list(user_ids)
         users = [*dict.fromkeys(normalize_id(user, "user_ids") for user in given)]
         with self._lock:
             log = self._evidence_log()
@@ -1816,10 +1818,7 @@ def _event_columns(events: Any, rule: Evidence) -> _Columns:
             raise TypeError(
                 f"events[{number}]: expected a mapping with user_id, item_id, timestamp, got {type(row).__name__}"
             )
-    users, items = (
-        [normalize_id(row.get(name), f"events[{number}].{name}") for number, row in enumerate(rows)]
-        for name in ("user_id", "item_id")
-    )
+    users, items = (_ids([row.get(name) for row in rows], name) for name in ("user_id", "item_id"))
     given = [row.get("timestamp") for row in rows]
     missing = [number for number, time in enumerate(given) if time is None or time != time]  # NaN != NaN
     if missing and (len(missing) < len(given) or rule.half_life is not None):
@@ -1827,7 +1826,27 @@ def _event_columns(events: Any, rule: Evidence) -> _Columns:
         raise ValueError(f"events[{missing[0]}]: no timestamp, but {why}")
     if missing:
         return _Columns(users, items, None)
-    return _Columns(users, items, [time_seconds(time, f"events[{n}].timestamp", True) for n, time in enumerate(given)])
+    return _Columns(users, items, _seconds(given))
+
+
+def _ids(given: Sequence[Any], name: str) -> list[str]:
+    """Return ids as texts; each that is there several times is read once."""
+    known: dict[tuple[type, Any], str] = {}
+    found = []
+    for number, value in enumerate(given):
+        key = type(value), value
+        if key not in known:
+            known[key] = normalize_id(value, f"events[{number}].{name}")
+        found.append(known[key])
+    return found
+
+
+def _seconds(given: Sequence[Any]) -> list[float]:
+    """Return times in seconds since 1970; numbers that plainly are such seconds all at once."""
+    least, most, _ = TIME_UNITS["seconds"]
+    if given and {*map(type, given)} <= {int, float} and min(given) >= least and max(given) < most:
+        return list(map(float, given))
+    return [time_seconds(time, f"events[{number}].timestamp", True) for number, time in enumerate(given)]
 
 
 def _embedded(

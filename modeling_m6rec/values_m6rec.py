@@ -80,7 +80,7 @@ def normalize_id(value: Any, place: str) -> str:
         text = value.strip()
         if text and _is_unicode(text):
             return text
-    elif isinstance(value, Integral) and not isinstance(value, bool):
+    elif isinstance(value, int | Integral) and not isinstance(value, bool):
         if abs(int(value)) < 10**1000:
             return str(int(value))
     elif isinstance(value, Real | Decimal) and not isinstance(value, bool) and math.isfinite(value):
