@@ -41,7 +41,7 @@ from ..runs.adapters import trainable_parameters
 from ..runs.beside_evidence import ALONE, Outcome, batch_size, beside, train_beside
 from ..runs.build import make_split, prepare, save
 from ..runs.facts import keep_facts
-from ..runs.run import Run, item_texts
+from ..runs.run import Run
 from .prepare import REVISITS
 
 METRICS_FILE = "metrics.json"
@@ -68,7 +68,8 @@ class Measured:
     def __init__(self, recipe: Recipe, log: Log, split: Split) -> None:
         self.recipe, self.log, self.split = recipe, log, split
         self.writer = RequestWriter(log)
-        self.texts = item_texts(log)
+        fields = [[text for name, text in item.items() if name != "item_id"] for item in self.writer.items]
+        self.texts = [" ".join(own) for own in fields]
         self.sequences = learnt_sequences(self.writer, split, "test", recipe.evaluation)
         self.counts = np.bincount(np.concatenate([*self.sequences, np.empty(0, int)]), minlength=len(self.texts))
 

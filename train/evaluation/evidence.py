@@ -16,7 +16,7 @@ RULE = Rule()
 
 TIE_BREAK = 1e-6
 """Weight of popularity where nothing else tells items apart: more than rounding, less than any evidence."""
-CELLS = 12_000_000
+CELLS = 8_000_000
 """Scores, users times items, by which settings are chosen: seconds of a core."""
 MOST_PAIRS = 10_000_000
 """Pairs of events from which on wide neighbourhoods are not tried: they take 40 bytes a pair."""
@@ -28,7 +28,7 @@ FOLDS = 5
 """Parts of the users, of which one is ranked while the others are counted."""
 LAST_EVENTS = 4
 """Events of a user that are ranked, at most: the last ones. Where there are many users, the last one."""
-LEAST_EVENTS = 1000
+LEAST_EVENTS = 700
 """Events that are ranked, however many items there are."""
 
 

@@ -38,7 +38,12 @@ class RequestWriter:
         self.statistics: ItemLikes | None = None
         self.item_ids = list(log.items.index)
         self.rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        self.items = [{**log.item_fields(item_id), "item_id": item_id} for item_id in self.item_ids]
+        columns = list(log.items.columns)
+        texts = zip(*(log.items[column].tolist() for column in columns)) if columns else ((),) * len(self.item_ids)
+        self.items = [
+            {**{column: str(text) for column, text in zip(columns, own) if text}, "item_id": item_id}
+            for item_id, own in zip(self.item_ids, texts)
+        ]
         self._users: dict[str, dict[str, str]] = {}
 
     def item(self, item_id: str) -> dict[str, str]:

@@ -329,3 +329,10 @@ def test_rows_of_retrieval_may_tell_ties_in_another_order_in_each_epoch(make_rec
     ]
     run.recipe.task.shuffle_ties = False
     assert training_parts(run)[0] == retrieval_rows(run.writer, run.split.train, run.processor, False)
+
+
+def test_the_items_of_a_writer_are_those_of_the_log(run):
+    for item_id, item in zip(run.writer.item_ids, run.writer.items):
+        assert item == {**run.log.item_fields(item_id), "item_id": item_id}
+    empty = dataclasses.replace(run.log, items=run.log.items[[]])
+    assert RequestWriter(empty).items == [{"item_id": item_id} for item_id in run.log.items.index]
