@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..atomic_m6rec import write_atomic
+from ..values_m6rec import SCORING_TASKS
 from .facts import CardFacts, DataFacts
 from .privacy import is_private, is_secret
 
@@ -97,7 +98,8 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
         command=f"`{facts.command}`" if facts.command and not is_private(facts.command) else None,
         versions=", ".join(f"{package} {version}" for package, version in facts.versions.items()) or None,
-        scored=next((task for task in ("click", "rating", "interaction") if task in facts.tasks), None),
+        scored=next((task for task in SCORING_TASKS if task in facts.tasks), None),
+        task_answers={name: task.about[language] for name, task in SCORING_TASKS.items() if language in task.about},
     )
     return str(card).rstrip() + "\n"
 

@@ -6,11 +6,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .values_m6rec import SCORING_TASKS, ScoringTask
+
 KINDS = ("user", "event", "age", "item", "now", "stat", "fact", "text", "option")
 """Kinds of segment, in the order of their tokens' ids. A kind's number is its place here + 1; 0 means none."""
 
-TASKS = ("click", "rating", "interaction", "retrieval", "plausibility", "writing")
-"""What a model can be asked for. The first four have trained heads."""
+OTHER_TASKS = ("retrieval", "plausibility", "writing")
+
+TASKS = (*SCORING_TASKS, *OTHER_TASKS)
+"""What a model can be asked for. All but plausibility have trained heads."""
 
 FORMAT_VERSION = 1
 """Of the configuration and the weights that belong to it, written as `format_version`; absent = 1.
@@ -43,8 +47,8 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("gated_mlp", "embedding_size", "num_hidden_groups", "position_embedding_type", "max_position_embeddings"),
         *("norm_type", "final_norm", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias"),
         *("qk_norm", "lm_head_transform", "lm_head_bias", "tie_word_embeddings", "entry_norm", "max_events"),
-        *("embedding_dim", "num_item_memory", "word_memory", "word_similarity", "score_head", "rating_values"),
-        *("rating_loss", "interactions"),
+        *("embedding_dim", "num_item_memory", "word_memory", "word_similarity", "score_head", "score_tasks"),
+        *("rating_values", "rating_loss", "interactions"),
     ),
     # Decide what the joint layers and the writing head make of segment states: nothing of it outlives the process.
     "joint": (
@@ -53,7 +57,7 @@ ROLES: dict[str, tuple[str, ...]] = {
         "use_cache",
     ),
     # Decide the outputs of the score head, and what they mean.
-    "scores": ("score_head", "rating_values", "rating_loss", "interactions"),
+    "scores": ("score_head", "score_tasks", "rating_values", "rating_loss", "interactions"),
     # Act while a model is trained, or say how it was.
     "training": (
         *("hidden_dropout", "attention_dropout", "entry_dropout", "item_memory_dropout", "initializer_range"),
@@ -233,16 +237,19 @@ class M6RecConfig(PreTrainedConfig):
 
     score_head: Literal["linear", "option"] = "linear"
     """Read scores by a linear layer, or by the embeddings of the option tokens (option tuning)."""
+    score_tasks: list[str] | None = None
+    """Scoring tasks that the score head has outputs for, in their order; None = click, rating, interaction."""
     rating_values: list[float] | None = None
     """The ratings there are, ascending; None = 1 to 5."""
     rating_loss: Literal["classes", "regression"] = "classes"
     interactions: list[str] | None = None
     """Names of the interactions that are predicted side by side; None = like, follow, comment."""
     class_weights: dict[str, list[float]] | None = None
-    """Weights of the classes of "click" (2), "rating" (one a value) or positives of "interaction" (one a name)."""
+    """Weights of the classes of a scoring task: of "click" (2), "rating" (one a value), or of the positives of
+    "interaction" (one a name)."""
     label_smoothing: float = 0.0
     loss_weights: dict[str, float] | None = None
-    """Weights of the losses named "text", "click", "rating", "interaction", "retrieval"; absent = 1."""
+    """Weights of the losses named "text", "retrieval", or as a scoring task; absent = 1."""
     trained_tasks: list[str] | None = None
     """Tasks whose heads have been trained; None = not recorded."""
 
@@ -259,10 +266,7 @@ class M6RecConfig(PreTrainedConfig):
             self.num_joint_layers = self.num_hidden_layers
         if self.num_hidden_groups is None:
             self.num_hidden_groups = self.num_hidden_layers
-        if self.rating_values is None:
-            self.rating_values = [1.0, 2.0, 3.0, 4.0, 5.0]
-        if self.interactions is None:
-            self.interactions = ["like", "follow", "comment"]
+        self._complete_scores()
         self._refuse_other_labels(kwargs.pop("num_labels", None))
         self.id2label = dict(enumerate(self.score_names))
         self.label2id = {name: index for index, name in self.id2label.items()}
@@ -271,6 +275,15 @@ class M6RecConfig(PreTrainedConfig):
             # The installed package registers its pipeline itself: a checkpoint need not ask for trust in its own code.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    def _complete_scores(self) -> None:
+        """Give the fields that decide the score head's outputs their values where they are None."""
+        if self.rating_values is None:
+            self.rating_values = [1.0, 2.0, 3.0, 4.0, 5.0]
+        if self.interactions is None:
+            self.interactions = ["like", "follow", "comment"]
+        if self.score_tasks is None:
+            self.score_tasks = [name for name, task in SCORING_TASKS.items() if task.by_default]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -324,19 +337,29 @@ class M6RecConfig(PreTrainedConfig):
         return {name: value for name, value in fields.items() if value != VECTORS_SINCE.get(name, absent)}
 
     @property
+    def scored(self) -> dict[str, ScoringTask]:
+        """The scoring tasks that the score head has outputs for, by name, in the order of their outputs.
+
+        Raises:
+            ValueError: If `score_tasks` does not name such tasks, each once.
+        """
+        names = list(self.score_tasks or ())
+        if not names or len({*names}) < len(names) or not {*names} <= SCORING_TASKS.keys():
+            raise ValueError(f"score_tasks={names} must name some of {', '.join(SCORING_TASKS)}, each once")
+        return {name: SCORING_TASKS[name] for name in names}
+
+    @property
     def score_slices(self) -> dict[str, slice]:
         """Where each task's outputs stand among those of the score head."""
-        ratings = 1 if self.rating_loss == "regression" else len(self.rating_values)
-        ends = [2, 2 + ratings, 2 + ratings + len(self.interactions)]
-        return {"click": slice(0, 2), "rating": slice(*ends[:2]), "interaction": slice(*ends[1:])}
+        found, start = {}, 0
+        for name, task in self.scored.items():
+            found[name] = slice(start, start := start + len(task.outputs(self)))
+        return found
 
     @property
     def score_names(self) -> list[str]:
         """Name of each output of the score head, which is also what its option token stands for."""
-        ratings = (
-            ["rating"] if self.rating_loss == "regression" else [f"rating {value:g}" for value in self.rating_values]
-        )
-        return ["no click", "click", *ratings, *self.interactions]
+        return [name for task in self.scored.values() for name in task.outputs(self)]
 
     @property
     def num_labels(self) -> int:
@@ -347,9 +370,9 @@ class M6RecConfig(PreTrainedConfig):
     def num_labels(self, value: int) -> None:
         if value != self.num_labels:
             raise ValueError(
-                f"num_labels={value!r}: the score head has {self.num_labels} outputs here, 2 for clicks, one for each "
-                f"of rating_values={self.rating_values} (one in all with rating_loss='regression'), and one for each "
-                f"of interactions={self.interactions}: change these fields, and leave num_labels out"
+                f"num_labels={value!r}: the score head has {self.num_labels} outputs here, {self.score_names}, which "
+                "follow from score_tasks, rating_values, rating_loss and interactions: change these fields, and leave "
+                "num_labels out"
             )
 
     def _refuse_other_labels(self, number: int | None) -> None:
@@ -361,7 +384,7 @@ class M6RecConfig(PreTrainedConfig):
         if any(name != dict(enumerate(self.score_names)).get(int(index)) for index, name in names.items()):
             raise ValueError(
                 f"id2label={self.id2label}, label2id={self.label2id}: names of the score head's outputs follow from "
-                f"rating_values and interactions, here {self.score_names}: leave both out"
+                f"score_tasks, rating_values and interactions, here {self.score_names}: leave both out"
             )
 
     @property
@@ -451,7 +474,7 @@ class M6RecConfig(PreTrainedConfig):
 
     def _problems_of_the_heads(self) -> list[str]:
         values, weights, losses = self.rating_values or [], self.class_weights or {}, self.loss_weights or {}
-        names = ("text", "click", "rating", "interaction", "retrieval")
+        names, tasks = ("text", *SCORING_TASKS, "retrieval"), (*SCORING_TASKS, *OTHER_TASKS)
         rules = [
             (list(values) != sorted(set(values)), f"rating_values must ascend without repeats, got {values}"),
             (
@@ -459,11 +482,9 @@ class M6RecConfig(PreTrainedConfig):
                 "score_head='option' chooses among classes: set rating_loss='classes'",
             ),
             (
-                self.score_head == "option" and len(self.score_names) > self.num_options
-                if self.interactions is not None and values
-                else False,
-                f"score_head='option' needs one option token for each of {len(values)} ratings, the interactions and 2 "
-                f"click classes, but num_options={self.num_options}",
+                self.score_head == "option" and len(self.score_names) > self.num_options,
+                f"score_head='option' needs one option token for each of {self.score_names}, but "
+                f"num_options={self.num_options}",
             ),
             (
                 self.new_item_bonus != 0 and self.num_item_memory == 0,
@@ -478,16 +499,14 @@ class M6RecConfig(PreTrainedConfig):
                 f"loss_weights={sorted(losses)} names an unknown loss: choose from {list(names)}",
             ),
             (
-                any(task not in TASKS for task in self.trained_tasks or []),
-                f"trained_tasks={self.trained_tasks} names an unknown task: choose from {list(TASKS)}",
+                any(task not in tasks for task in self.trained_tasks or []),
+                f"trained_tasks={self.trained_tasks} names an unknown task: choose from {list(tasks)}",
             ),
         ]
         return [text for broken, text in rules if broken] + self._problems_of_class_weights(weights)
 
     def _problems_of_class_weights(self, weights: dict[str, list[float]]) -> list[str]:
-        if self.interactions is None or self.rating_values is None:
-            return []
-        sizes = {"click": 2, "rating": len(self.rating_values), "interaction": len(self.interactions)}
+        sizes = {name: len((task.values or task.outputs)(self)) for name, task in self.scored.items()}
         problems = [
             f"class_weights: unknown task {name!r}, choose from {list(sizes)}" for name in weights if name not in sizes
         ]

@@ -23,6 +23,7 @@ import numpy as np
 
 from .values_m6rec import (
     MAX_VALUES,
+    SCORING_TASKS,
     SIMPLE,
     check_characters,
     check_count,
@@ -36,11 +37,12 @@ from .values_m6rec import (
 # ----------------------------------------------------------------------------------------------------------- requests
 
 
-SCORING_TASKS = ("click", "rating", "interaction")
-
 WRITING_TASKS = ("explanation", "query", "conversation", "item_text")
 
-TASKS = (*SCORING_TASKS, "retrieval", "plausibility", *WRITING_TASKS)
+OTHER_TASKS = ("retrieval", "plausibility", *WRITING_TASKS)
+
+TASKS = (*SCORING_TASKS, *OTHER_TASKS)
+"""What requests are read for."""
 
 REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text"})
 
@@ -750,9 +752,9 @@ class ItemNames:
 
 __all__ = [
     "EVENT_KEYS",
+    "OTHER_TASKS",
     "REQUEST_KEYS",
     "SCHEMA",
-    "SCORING_TASKS",
     "TASKS",
     "WRITING_TASKS",
     "Event",

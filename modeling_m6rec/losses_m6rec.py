@@ -1,12 +1,15 @@
-"""Losses of the four heads. A label of -100 is unknown and takes no part; an empty batch gives a loss of zero.
+"""Losses of the four heads, and answers of the score head.
+
+A label of -100 is unknown and takes no part; an empty batch gives a loss of zero.
 
 Each loss is the sum over its known labels divided by their weight: by that of the labels at hand, or by a given one,
 that of all labels of an optimizer step, so that the step does not depend on how it is split into batches.
 
-Shapes: B rows, T tokens, N targets of a row, I interactions, U user vectors, M items, D = embedding_dim,
+Shapes: B rows, T tokens, N targets of a row, K outputs of a scoring task, U user vectors, M items, D = embedding_dim,
 V = vocab_size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +18,19 @@ from torch.nn import functional
 
 from .configuration_m6rec import M6RecConfig
 from .layout_m6rec import Layout, layout
-from .values_m6rec import IGNORE_INDEX
+from .values_m6rec import IGNORE_INDEX, SCORING_TASKS, label_field
 
-LOSSES = ("text", "click", "rating", "interaction", "retrieval")
-"""The losses by name."""
 PRODUCTS_AT_ONCE = {"cpu": 1 << 22}
 """Products of users and items that are held together, by kind of device: on a CPU what its cache takes,"""
 PRODUCTS_AT_ONCE_ELSEWHERE = 1 << 26
 """elsewhere what bounds memory."""
 Weight = torch.Tensor | float | None
 """Of the labels of a whole optimizer step; None = of those at hand."""
+
+
+def loss_names(config: M6RecConfig) -> list[str]:
+    """Name the losses that a model of a configuration may have."""
+    return ["text", *config.scored, "retrieval"]
 
 
 def given_labels(labels: torch.Tensor | None, name: str = "labels") -> torch.Tensor | None:
@@ -59,15 +65,11 @@ def label_weights(batch: Mapping[str, torch.Tensor], config: M6RecConfig) -> dic
         ids = batch["layout_ids"] if "layout_ids" in batch else batch["input_ids"]
         targets = text_targets(batch["labels"], layout(ids, batch.get("attention_mask"), config), config)
         found["text"] = (targets != IGNORE_INDEX).sum()
-    for task in ("click", "rating"):
-        if (labels := batch.get(f"{task}_labels")) is not None:
-            labels = labels[labels != IGNORE_INDEX]
-            weights = _class_weights(task, config, labels.device)
-            classes = _rating_classes(labels, config)[0] if task == "rating" else labels.long()
-            found[task] = torch.tensor(len(labels)) if weights is None else weights[classes].sum()
-    for name, field in (("interaction", "interaction_labels"), ("retrieval", "retrieval_labels")):
-        if field in batch:
-            found[name] = (batch[field] != IGNORE_INDEX).sum()
+    for task in config.scored:
+        if (labels := batch.get(label_field(task))) is not None:
+            found[task] = form_of(task, config).weight(labels, task, config)
+    if "retrieval_labels" in batch:
+        found["retrieval"] = (batch["retrieval_labels"] != IGNORE_INDEX).sum()
     return found
 
 
@@ -97,46 +99,148 @@ def text_loss(logits: torch.Tensor, targets: torch.Tensor, weight: Weight = None
     return _mean(total, len(targets) if weight is None else weight)
 
 
-def click_loss(logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None) -> torch.Tensor:
-    """Binary cross-entropy over the two classes of B x N x 2 logits for B x N labels 0 or 1 (paper, scoring)."""
-    known = labels != IGNORE_INDEX
-    _check_classes(labels[known], 2, "click_labels")
-    return _cross_entropy(logits[known], labels[known].long(), "click", config, weight)
+class Form(ABC):
+    """How the K outputs of a scoring task become its answer, and how they are learnt.
 
-
-def rating_loss(logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None) -> torch.Tensor:
-    """Loss of B x N ratings: cross-entropy over `rating_values`, or squared error with `rating_loss="regression"`."""
-    known = labels != IGNORE_INDEX
-    ratings = labels[known].float()
-    if config.rating_loss == "regression":
-        predicted = rating_from_logits(logits[known], config)
-        return _mean((predicted - ratings).square().sum(), len(ratings) if weight is None else weight)
-    classes, distance = _rating_classes(ratings, config)
-    if known.any() and distance.max() > 1e-4:
-        strange = ratings[distance.argmax()].item()
-        raise ValueError(
-            f"rating_labels holds {strange:g}, which is none of rating_values={config.rating_values}: "
-            "set rating_values, or rating_loss='regression'"
-        )
-    return _cross_entropy(logits[known], classes, "rating", config, weight)
-
-
-def interaction_loss(
-    logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None
-) -> torch.Tensor:
-    """Binary cross-entropy of each interaction by itself: B x N x I logits, B x N x I labels 0 or 1.
-
-    A class weight makes an interaction's positives count so many times; the mean is over labels.
+    A task names its form in SCORING_TASKS; several tasks may share one.
     """
-    known = labels != IGNORE_INDEX
-    _check_classes(labels[known], 2, "interaction_labels")
-    weights = _class_weights("interaction", config, logits.device)
-    positive = None if weights is None else weights.expand_as(logits)[known]
-    smooth = labels[known].float() * (1 - config.label_smoothing) + config.label_smoothing / 2
-    loss = functional.binary_cross_entropy_with_logits(
-        logits[known].float(), smooth, pos_weight=positive, reduction="sum"
-    )
-    return _mean(loss, known.sum() if weight is None else weight)
+
+    is_probability = True
+    """Whether answers are probabilities, so that it is known how sure they are."""
+
+    @abstractmethod
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Sum the losses of known labels: B x N x K logits, B x N labels or as many as logits.
+
+        Raises:
+            ValueError: A label has no meaning.
+        """
+
+    def weight(self, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Return what `loss` is divided by to be a mean: the number of known labels."""
+        return (labels != IGNORE_INDEX).sum()
+
+    @abstractmethod
+    def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Turn ... x K logits into ... answers, or ... x K."""
+
+    def confidence(self, logits: torch.Tensor) -> torch.Tensor:
+        """Say how sure each answer is: ... x K logits -> ... probabilities of the answer."""
+        raise TypeError(f"answers of {type(self).__name__} are no probabilities")
+
+
+class Classes(Form):
+    """One class for each of the task's values: cross-entropy; the answer is the expected value (paper, scoring).
+
+    Class weights weigh the labels, also in the mean.
+    """
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Sum the cross-entropies of B x N labels, which are among the task's values."""
+        known = labels != IGNORE_INDEX
+        classes, distance = self._classes(labels[known], task, config)
+        if known.any() and distance.max() > 1e-4:
+            _refuse_label(labels[known][distance.argmax()].item(), task, self._values(task, config))
+        weights = _class_weights(task, config, logits.device)
+        return functional.cross_entropy(
+            logits[known].float(), classes, weight=weights, label_smoothing=config.label_smoothing, reduction="sum"
+        )
+
+    def weight(self, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Sum the class weights of the known labels."""
+        known, weights = labels != IGNORE_INDEX, _class_weights(task, config, labels.device)
+        return known.sum() if weights is None else weights[self._classes(labels[known], task, config)[0]].sum()
+
+    def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Return the expected value, clear of any class boundary: ... x K logits -> ..."""
+        return logits.float().softmax(-1) @ torch.tensor(self._values(task, config), device=logits.device)
+
+    def confidence(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the probability of the likeliest class: ... x K logits -> ..."""
+        return logits.softmax(-1).amax(-1)
+
+    def _classes(self, labels: torch.Tensor, task: str, config: M6RecConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the nearest of the task's values to each of n labels, and how far it is."""
+        values = torch.tensor(self._values(task, config), device=labels.device)
+        distance, classes = (labels.float()[:, None] - values).abs().min(1)
+        return classes, distance
+
+    @staticmethod
+    def _values(task: str, config: M6RecConfig) -> list[float]:
+        values = SCORING_TASKS[task].values
+        assert values is not None, f"{task} has classes and no values"
+        return values(config)
+
+
+class Chance(Classes):
+    """Two classes, no and yes: the answer is the probability of yes (paper, scoring)."""
+
+    def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Return the probability of the second class: ... x 2 logits -> ..."""
+        return logits.float().softmax(-1)[..., 1]
+
+
+class Chances(Form):
+    """One yes or no for each output by itself: binary cross-entropy; the mean is over labels.
+
+    A class weight makes an output's positives count so many times.
+    """
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Sum the binary cross-entropies of B x N x K labels 0 or 1."""
+        known = labels != IGNORE_INDEX
+        strange = labels[known][(labels[known] != 0) & (labels[known] != 1)]
+        if len(strange):
+            _refuse_label(strange[0].item(), task, [0, 1])
+        weights = _class_weights(task, config, logits.device)
+        positive = None if weights is None else weights.expand_as(logits)[known]
+        smooth = labels[known].float() * (1 - config.label_smoothing) + config.label_smoothing / 2
+        return functional.binary_cross_entropy_with_logits(
+            logits[known].float(), smooth, pos_weight=positive, reduction="sum"
+        )
+
+    def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Return the probability of each output: ... x K."""
+        return logits.float().sigmoid()
+
+    def confidence(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the probability of the likelier of yes and no, of the least sure output: ... x K logits -> ..."""
+        return logits.abs().sigmoid().amin(-1)
+
+
+class Number(Form):
+    """One output, a number: squared error. It is the distance from the middle of the task's values, if it has some."""
+
+    is_probability = False
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Sum the squared errors of B x N labels."""
+        known = labels != IGNORE_INDEX
+        return (self.answer(logits[known], task, config) - labels[known].float()).square().sum()
+
+    def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
+        """Return the number: ... x 1 logits -> ..."""
+        values = SCORING_TASKS[task].values
+        ends = values(config) if values else [0.0]
+        return logits[..., 0].float() + (ends[0] + ends[-1]) / 2
+
+
+FORMS: dict[str, Form] = {"chance": Chance(), "classes": Classes(), "chances": Chances(), "number": Number()}
+"""The forms of answers by the names that SCORING_TASKS has of them."""
+
+
+def form_of(task: str, config: M6RecConfig) -> Form:
+    """Return the form of the answer to a scoring task."""
+    return FORMS[SCORING_TASKS[task].form(config)]
+
+
+def score_loss(
+    task: str, logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None
+) -> torch.Tensor:
+    """Compute the loss of a scoring task of B x N x K logits and B x N (x K) labels."""
+    form = form_of(task, config)
+    total = form.loss(logits, labels, task, config)
+    return _mean(total, form.weight(labels, task, config) if weight is None else weight)
 
 
 def score_losses(
@@ -151,23 +255,23 @@ def score_losses(
 
     Args:
         exit_scores: B x N x S score logits of each exit, the last layer's last.
-        labels: Task -> B x N (x I) labels.
+        labels: Task -> B x N (x K) labels.
         config: Which outputs belong to which task.
         step_weights: Loss by name -> weight of the labels of the whole optimizer step.
     """
     found: dict[str, torch.Tensor] = {}
-    compute = {"click": click_loss, "rating": rating_loss, "interaction": interaction_loss}
     layers = sorted({*(config.exit_layers or []), config.num_joint_layers})
     shares = [layer / sum(layers) for layer in layers] if len(exit_scores) == len(layers) else [1.0]
     for task, given in labels.items():
         if given.shape[:2] != exit_scores[-1].shape[:2]:
             raise ValueError(
-                f"{task}_labels has shape {tuple(given.shape)}, but rows and most targets of a row are "
+                f"{label_field(task)} has shape {tuple(given.shape)}, but rows and most targets of a row are "
                 f"{tuple(exit_scores[-1].shape[:2])}: pad with -100"
             )
         own = [scores[..., config.score_slices[task]] for scores in exit_scores]
         found[task] = sum(
-            share * compute[task](logits, given, config, step_weights.get(task)) for share, logits in zip(shares, own)
+            share * score_loss(task, logits, given, config, step_weights.get(task))
+            for share, logits in zip(shares, own)
         )
     return found
 
@@ -257,27 +361,6 @@ class _ChunkedInfoNCE(torch.autograd.Function):
         return slope * of_users, slope * of_items, None, None, None
 
 
-def rating_from_logits(logits: torch.Tensor, config: M6RecConfig) -> torch.Tensor:
-    """Turn ... x (1 or number of ratings) logits into expected ratings, clear of any class boundary."""
-    if config.rating_loss == "regression":
-        middle = (config.rating_values[0] + config.rating_values[-1]) / 2
-        return logits[..., 0].float() + middle
-    return logits.float().softmax(-1) @ torch.tensor(config.rating_values, device=logits.device)
-
-
-def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig, weight: Weight
-) -> torch.Tensor:
-    """Weighted mean of the cross-entropy, with the task's class weights and label smoothing."""
-    classes = _class_weights(task, config, logits.device)
-    total = functional.cross_entropy(
-        logits.float(), labels, weight=classes, label_smoothing=config.label_smoothing, reduction="sum"
-    )
-    if weight is None:
-        weight = len(labels) if classes is None else classes[labels].sum()
-    return _mean(total, weight)
-
-
 def _mean(total: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
     """Divide a sum by the weight of what it sums over; the sum over nothing is zero, and so is its mean."""
     return total / (weight + (weight == 0))
@@ -288,34 +371,33 @@ def _class_weights(task: str, config: M6RecConfig, device: torch.device) -> torc
     return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
 
 
-def _rating_classes(ratings: torch.Tensor, config: M6RecConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest of the `rating_values` to each of n ratings, and how far it is."""
-    values = torch.tensor(config.rating_values, device=ratings.device)
-    distance, classes = (ratings.float()[:, None] - values).abs().min(1)
-    return classes, distance
-
-
 def _check_rows(labels: torch.Tensor, items: torch.Tensor) -> None:
     if len(labels) and int(labels.max()) >= len(items):
         raise ValueError(f"retrieval_labels holds row {int(labels.max())}, but only {len(items)} items were given")
 
 
-def _check_classes(labels: torch.Tensor, classes: int, name: str) -> None:
-    strange = (labels != labels.long()) | (labels < 0) | (labels >= classes)
-    if strange.any():
-        raise ValueError(f"{name} holds {labels[strange][0].item():g}: use 0, 1, or {IGNORE_INDEX} where it is unknown")
+def _refuse_label(label: float, task: str, values: Sequence[float]) -> None:
+    known, advice = ", ".join(f"{value:g}" for value in values), SCORING_TASKS[task].advice
+    raise ValueError(
+        f"{label_field(task)} holds {label:g}: use {known}, or {IGNORE_INDEX} where it is unknown"
+        f"{f'; else {advice}' if advice else ''}"
+    )
 
 
 __all__ = [
-    "LOSSES",
-    "click_loss",
+    "FORMS",
+    "Chance",
+    "Chances",
+    "Classes",
+    "Form",
+    "Number",
+    "form_of",
     "given_labels",
-    "interaction_loss",
     "label_weights",
-    "rating_from_logits",
-    "rating_loss",
+    "loss_names",
     "retrieval_loss",
     "retrieval_losses",
+    "score_loss",
     "score_losses",
     "text_loss",
     "text_targets",

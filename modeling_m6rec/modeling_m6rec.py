@@ -66,7 +66,7 @@ from .layout_m6rec import (
     user_places,
     value_at,
 )
-from .losses_m6rec import given_labels, rating_from_logits, retrieval_loss, score_losses, text_loss, text_targets
+from .losses_m6rec import form_of, given_labels, retrieval_loss, score_losses, text_loss, text_targets
 from .network_m6rec import (
     CACHE_NAMES,
     CachedOutput,
@@ -78,7 +78,7 @@ from .network_m6rec import (
     one_cache,
 )
 from .segment_cache_m6rec import SegmentCache, active_adapters, digest_weights
-from .values_m6rec import IGNORE_INDEX
+from .values_m6rec import IGNORE_INDEX, label_field
 
 # -------------------------------------------------------------------------------------------- checkpoints of adapters
 
@@ -551,14 +551,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             cache: A cache to fill or to go on from.
             **kwargs: Handed on, such as `user_states` and `decide`; `num_items_in_batch` to the losses: a number of
                 tokens to be written, or for each loss by name the weight of its labels (`label_weights`) in the whole
-                optimizer step.
+                optimizer step. Labels of further scoring tasks are called NAME_labels.
         """
         labels, retrieval_labels = given_labels(labels), given_labels(retrieval_labels, "retrieval_labels")
         step = kwargs.pop("num_items_in_batch", None)
         step = step if isinstance(step, Mapping) else {"text": step}
-        score_labels = {"click": click_labels, "rating": rating_labels, "interaction": interaction_labels}
-        score_labels = {task: given_labels(given, f"{task}_labels") for task, given in score_labels.items()}
-        score_labels = {task: given for task, given in score_labels.items() if given is not None}
+        named = {"click": click_labels, "rating": rating_labels, "interaction": interaction_labels}
+        score_labels = self._score_labels(named, kwargs)
         others = bool(score_labels) or retrieval_labels is not None
         if return_logits is None or only_losses:
             return_logits = not only_losses and (labels is not None or not others)
@@ -627,7 +626,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
         Args:
             task: "click" gives B x N probabilities, "rating" B x N expected ratings, "interaction" B x N x I
-                probabilities.
+                probabilities; others what their row of SCORING_TASKS says.
             **batch: What `forward` takes: `input_ids`, `attention_mask`, `plan`, `segment_cache`, ...
         """
         return self.read_scores(self(**batch, return_logits=False, return_vectors=False).scores, task)
@@ -636,10 +635,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         """Turn B x N x S score logits into the answers of `score`."""
         if task not in self.config.score_slices:
             raise ValueError(f"task={task!r} has no score: choose one of {list(self.config.score_slices)}")
-        own = scores[..., self.config.score_slices[task]].float()
-        if task == "click":
-            return own.softmax(-1)[..., 1]
-        return own.sigmoid() if task == "interaction" else rating_from_logits(own, self.config)
+        return form_of(task, self.config).answer(scores[..., self.config.score_slices[task]], task, self.config)
 
     def embed(self, **batch: Any) -> M6RecOutput:
         """Return `user_vectors` (B x E x D) and `item_vectors` (B x M x D) of rows; arguments as of `forward`."""
@@ -788,6 +784,19 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             )
 
     # ------------------------------------------------------------------------------------------------------- losses
+
+    def _score_labels(self, named: dict[str, torch.Tensor | None], others: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Collect the labels of scoring tasks that were given, and take those of further tasks out of `others`."""
+        further = [name for name in others if name.endswith("_labels")]
+        given = named | {name.removesuffix("_labels"): others.pop(name) for name in further}
+        found = {task: given_labels(labels, label_field(task)) for task, labels in given.items()}
+        known = {task: labels for task, labels in found.items() if labels is not None}
+        if unknown := known.keys() - self.config.scored.keys():
+            raise ValueError(
+                f"{label_field(min(unknown))}: the score head has no outputs for it, only for "
+                f"{', '.join(self.config.scored)}: name the task in score_tasks of the configuration"
+            )
+        return known
 
     def _text_loss(
         self, states: torch.Tensor, labels: torch.Tensor, lay: Layout, count: torch.Tensor | int | None

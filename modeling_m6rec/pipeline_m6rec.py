@@ -22,8 +22,8 @@ from .values_m6rec import MAX_REQUEST_VALUES, check_size, short
 
 logger = logging.get_logger(__name__)
 
-RANKING_TASKS = ("click", "rating", "interaction", "retrieval", "plausibility")
-"""Tasks that rank, the preferred ones first."""
+RANKING_TASKS = ("retrieval", "plausibility")
+"""Tasks that rank beside the scoring tasks, the preferred ones first."""
 PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence")
 FOLDER = "catalogue"
 """Where a checkpoint keeps its catalogue."""
@@ -139,8 +139,8 @@ class RecommendationPipeline(Pipeline):
         if unknown:
             raise TypeError(f"unknown parameter {unknown[0]!r}: a call takes {', '.join(PARAMETERS)}")
         task, top_k, predicate = given.get("task"), given.get("top_k"), given.get("filter")
-        if task is not None and task not in RANKING_TASKS:
-            raise ValueError(f"task={task!r} ranks nothing: choose one of {list(RANKING_TASKS)}")
+        if task is not None and task not in self._ranking_tasks:
+            raise ValueError(f"task={task!r} ranks nothing: choose one of {self._ranking_tasks}")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
             raise ValueError(f"top_k={top_k!r}: give a whole number from 1 up, or None")
         if predicate is not None and not callable(predicate):
@@ -189,13 +189,18 @@ class RecommendationPipeline(Pipeline):
         """Hand on the answer to one request."""
         return model_outputs["answers"]
 
+    @property
+    def _ranking_tasks(self) -> list[str]:
+        """Tasks that rank, the preferred ones first."""
+        return [*self.model.config.scored, *RANKING_TASKS]
+
     def _task(self, request: str | Mapping[str, Any], task: str | None) -> str:
         """Settle what a request is ranked by."""
         trained = self.model.config.trained_tasks
         if task is None and (isinstance(request, str) or request.get("candidates") is None):
             task = "retrieval"
         elif task is None:
-            preferred = [name for name in RANKING_TASKS if trained is None or name in trained]
+            preferred = [name for name in self._ranking_tasks if trained is None or name in trained]
             task = preferred[0] if preferred else "plausibility"
         enough = {task, "writing"} if task == "plausibility" else {task}
         if trained is not None and enough.isdisjoint(trained):

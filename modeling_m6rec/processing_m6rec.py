@@ -19,9 +19,8 @@ from transformers.utils import logging
 
 from .atomic_m6rec import atomic_files
 from .formatting_m6rec import (
+    OTHER_TASKS,
     REQUEST_KEYS,
-    SCORING_TASKS,
-    TASKS,
     WRITING_TASKS,
     Event,
     ItemNames,
@@ -37,12 +36,18 @@ from .formatting_m6rec import (
     wrong_type,
 )
 from .tokenization_m6rec import KINDS, M6RecTokenizer
-from .values_m6rec import IGNORE_INDEX, MAX_CANDIDATES, MAX_EVENTS, MAX_FACTS, normalize_id
+from .values_m6rec import (
+    IGNORE_INDEX,
+    MAX_CANDIDATES,
+    MAX_EVENTS,
+    MAX_FACTS,
+    SCORING_TASKS,
+    labelled_task,
+    normalize_id,
+)
 
 # ------------------------------------------------------------------------------------------------------------ batches
 
-
-PER_TARGET = frozenset({"click_labels", "rating_labels", "interaction_labels"})
 
 MASKED_SHARE, MEAN_SPAN = 0.15, 3  # not given in the paper; ours (as in T5)
 
@@ -186,7 +191,7 @@ def _is_label(name: str) -> bool:
 
 def _aligned(name: str, values: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether labels stand beside tokens; a target has two tokens at least, so that lengths cannot be mistaken."""
-    if name in PER_TARGET:
+    if labelled_task(name):
         return False
     pairs = [(value, row["input_ids"]) for value, row in zip(values, rows) if value is not None]
     return all(isinstance(value, list) and len(value) == len(tokens) for value, tokens in pairs)
@@ -198,7 +203,7 @@ def _per_target(name: str, row: Mapping[str, Any], ids: Mapping[str, int]) -> li
         return []
     labels = value if isinstance(value, list) else [value]
     targets = list(row["input_ids"]).count(ids["bos_token_id"])
-    if name in PER_TARGET and len(labels) != targets:
+    if labelled_task(name) and len(labels) != targets:
         raise ValueError(f"{name} has {len(labels)} labels, but its row has {targets} targets: give one for each")
     return labels
 
@@ -714,7 +719,7 @@ class M6RecProcessor(ProcessorMixin):
 
         Args:
             requests: One request or several.
-            task: One of TASKS; decides what the targets are.
+            task: A scoring task, retrieval, plausibility, or what is written; decides what the targets are.
             return_tensors: "pt" = padded tensors, None = lists of unpadded rows.
             padding_side: Which side is padded; generation needs "left".
         """
@@ -743,8 +748,8 @@ class M6RecProcessor(ProcessorMixin):
 
     def read_many(self, requests: Sequence[str | Mapping[str, Any]], task: str = "click") -> list[Reading]:
         """Read several requests at once, which is faster than one by one."""
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
+        if task not in (*SCORING_TASKS, *OTHER_TASKS):
+            raise ValueError(f"unknown task {task!r}; known tasks: {', '.join((*SCORING_TASKS, *OTHER_TASKS))}")
         drafts = [self._draft(request, task) for request in requests]
         return self._read_drafts(drafts)
 

@@ -35,6 +35,7 @@ from .catalogue_m6rec import (
 )
 from .configuration_m6rec import M6RecConfig
 from .layout_m6rec import Layout, Picked, layout
+from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
 from .values_m6rec import normalize_id
 
@@ -129,7 +130,7 @@ class Scorer:
         trained = self.config.exit_layers or []
         if confidence is None:
             early = self.exit_layer not in (None, self.config.num_joint_layers)
-            if early and (task not in self.config.score_slices or self.exit_layer not in trained):
+            if early and (task not in self.config.scored or self.exit_layer not in trained):
                 logger.warning_once(
                     f"exit_layer={self.exit_layer} was not trained for task {task!r}: exit_layers={trained} of the "
                     "configuration says after which joint layers scores were trained as well"
@@ -138,7 +139,7 @@ class Scorer:
         check_confidence(confidence)
         if self.exit_layer is not None:
             raise ValueError(f"exit_layer={self.exit_layer} and exit_confidence={confidence} both say where to stop")
-        if task not in self.config.score_slices or task == "rating" and self.config.rating_loss == "regression":
+        if task not in self.config.scored or not form_of(task, self.config).is_probability:
             raise ValueError(
                 f"exit_confidence={confidence}: the answers to task {task!r} are no probabilities of this model, so "
                 "none is sure: leave it out, or give exit_layer"
@@ -298,11 +299,7 @@ def confidence(logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Te
 
     Of a click or an interaction it is the probability of the likelier of yes and no, of a rating that of the likeliest.
     """
-    own = logits[..., config.score_slices[task]].float()
-    if task == "interaction":
-        sure = own.abs().sigmoid().amin(-1)
-    else:
-        sure = own.softmax(-1).amax(-1)
+    sure = form_of(task, config).confidence(logits[..., config.score_slices[task]].float())
     return sure.nan_to_num(math.inf).amin(1)
 
 
@@ -585,9 +582,10 @@ class Ranker:
         if query.confidence is not None:
             for row in rows:
                 row["exit_layer"] = query.told.exit_layer
-        if self.task == "interaction":
+        scored = self.scorer.config.scored.get(self.task)
+        if scored is not None and scored.details:
             for row, values in zip(rows, query.details):
-                row["interactions"] = dict(zip(self.scorer.config.interactions, values))
+                row[scored.details] = dict(zip(scored.outputs(self.scorer.config), values))
         if self.explain and rows:
             for row, reasons in zip(rows, self._reasons(query)):
                 row |= reasons

@@ -1,9 +1,13 @@
-"""Ids, times and numbers as users give them, and the limits of a request: one rule each."""
+"""What text and model must agree on, one rule each.
+
+Ids, times and numbers as users give them, the limits of a request, and the table of scoring tasks.
+"""
 
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from numbers import Integral, Real
@@ -239,6 +243,89 @@ def short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+# ------------------------------------------------------------------------------------------------------ scoring tasks
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """A task whose answer the score head gives for each target. Its labels are called NAME_labels everywhere.
+
+    Attributes:
+        outputs: Configuration -> names of its outputs in the score head.
+        form: Configuration -> how the outputs become an answer and are learnt: a name in FORMS of `losses_m6rec`.
+        values: Configuration -> what a label may be, ascending. With classes, each is the meaning of one output.
+            None: labels are 0 or 1 for each output, or any number.
+        advice: What the error about a label that is none of `values` advises.
+        details: Key under which a ranked answer also gives the value of each output by its name; the score is then
+            their mean, and labels have an axis more. None: there is one value.
+        about: Language -> what a model card says of the answer.
+        by_default: Whether a score head has these outputs where the configuration names no `score_tasks`.
+    """
+
+    outputs: Callable[[Any], list[str]]
+    form: Callable[[Any], str]
+    values: Callable[[Any], list[float]] | None = None
+    advice: str = ""
+    details: str | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+    by_default: bool = False
+
+
+def _rating_outputs(config: Any) -> list[str]:
+    return ["rating"] if config.rating_loss == "regression" else [f"rating {value:g}" for value in config.rating_values]
+
+
+SCORING_TASKS: dict[str, ScoringTask] = {
+    "click": ScoringTask(
+        outputs=lambda config: ["no click", "click"],
+        form=lambda config: "chance",
+        values=lambda config: [0.0, 1.0],
+        about={
+            "en": "the probability that a user clicks or likes an item",
+            "zh": "用户点击或喜欢某物品的概率",
+        },
+        by_default=True,
+    ),
+    "rating": ScoringTask(
+        outputs=_rating_outputs,
+        form=lambda config: "number" if config.rating_loss == "regression" else "classes",
+        values=lambda config: config.rating_values,
+        advice="set rating_values, or rating_loss='regression'",
+        about={"en": "the rating that a user is expected to give an item", "zh": "用户对某物品的预期评分"},
+        by_default=True,
+    ),
+    "interaction": ScoringTask(
+        outputs=lambda config: config.interactions,
+        form=lambda config: "chances",
+        details="interactions",
+        about={
+            "en": "the probability of each kind of interaction with an item",
+            "zh": "用户与某物品发生各类互动的概率",
+        },
+        by_default=True,
+    ),
+}
+"""The table of scoring tasks, by name, in the order of their outputs and of preference.
+
+Further rows stand at the end, with `by_default` off, so that checkpoints from before load. How a task is learnt from a
+log and measured is its row in `m6rec.train.data.tasks`."""
+
+
+def label_field(task: str) -> str:
+    """Return the name of the labels of a scoring task in batches and in `forward`."""
+    return f"{task}_labels"
+
+
+def labelled_task(name: str) -> str | None:
+    """Return the scoring task whose labels have this name; None if it is no such name.
+
+    >>> labelled_task("click_labels"), labelled_task("retrieval_labels")
+    ('click', None)
+    """
+    task = name.removesuffix("_labels")
+    return task if task != name and task in SCORING_TASKS else None
+
+
 # ------------------------------------------------------------------------------------------------ limits of a request
 
 
@@ -335,13 +422,17 @@ __all__ = [
     "MAX_REQUEST_VALUES",
     "MAX_VALUES",
     "MOMENT",
+    "SCORING_TASKS",
     "SIMPLE",
     "TIME_EXPECTED",
     "TIME_UNITS",
     "WORDS",
+    "ScoringTask",
     "check_characters",
     "check_count",
     "check_size",
+    "label_field",
+    "labelled_task",
     "near_id",
     "normalize_id",
     "read_time",

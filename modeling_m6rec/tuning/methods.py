@@ -22,6 +22,7 @@ from torch import nn
 
 from ..configuration_m6rec import KINDS, M6RecConfig
 from ..modeling_m6rec import M6RecForRecommendation, keep_trainable
+from ..values_m6rec import SCORING_TASKS
 from .adapter import NO_ADAPTERS, M6RecAdapterConfig
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 SCALED = ("k_proj", "v_proj", "down_proj")
 """By (IA)3: keys, values, and the inner states of the feed-forward blocks, which go into down_proj."""
-SCORES = ("click", "rating", "interaction")
 BOTTLENECK = 64
 """Of adapters, about 1% of the weights of M6-base (not given in the paper; ours)."""
 
@@ -52,7 +52,7 @@ BOTTLENECK = 64
 def heads(config: M6RecConfig, tasks: Collection[str]) -> list[str]:
     """Name the heads that tasks are learnt with, which begin at random and so are trained whole beside any adapter."""
     found = []
-    if config.score_head == "linear" and not set(SCORES).isdisjoint(tasks):
+    if config.score_head == "linear" and not SCORING_TASKS.keys().isdisjoint(tasks):
         found.append("score_head")
     if "retrieval" in tasks:
         found += ["user_projection", "item_projection", "item_norm"]

@@ -22,6 +22,7 @@ def test_configuration_round_trips_and_refuses():
         "vocab_size": ("many", "many"),
         "exit_layers": ([3], r"exit_layers=\[3\]"),
         "rating_values": ([2.0, 1.0], r"\[2.0, 1.0\]"),
+        "score_tasks": (["rating", "clicks"], r"'clicks'\] must name some of click, rating, interaction, each once"),
         "loss_weights": ({"clicks": 1.0}, "clicks"),
         "class_weights": ({"click": [1.0]}, "1 weights for 2"),
         "trained_tasks": (["clicking"], "clicking"),
@@ -98,6 +99,24 @@ def test_the_number_of_outputs_is_that_of_their_names():
     same = M6RecConfig.preset("tiny", id2label=M6RecConfig.preset("tiny").id2label)
     assert same.to_dict() == M6RecConfig.preset("tiny").to_dict()
     assert "num_labels" not in same.to_dict()
+
+
+def test_the_score_head_has_the_outputs_of_its_tasks_in_their_order(tmp_path):
+    assert M6RecConfig.preset("tiny").score_slices == {
+        "click": slice(0, 2),
+        "rating": slice(2, 7),
+        "interaction": slice(7, 10),
+    }
+    config = M6RecConfig.preset("tiny", score_tasks=["interaction", "click"], interactions=["like"])
+    assert config.score_names == ["like", "no click", "click"]
+    assert config.score_slices == {"interaction": slice(0, 1), "click": slice(1, 3)}
+    config.save_pretrained(tmp_path)
+    assert M6RecConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    for wrong in ([], ["click", "click"], ["retrieval"]):
+        with pytest.raises(ValueError, match="must name some of click, rating, interaction, each once"):
+            M6RecConfig.preset("tiny", score_tasks=wrong)
+    with pytest.raises(Exception, match=r"unknown task 'rating', choose from \['click'\]"):
+        M6RecConfig.preset("tiny", score_tasks=["click"], class_weights={"rating": [1.0] * 5})
 
 
 def test_the_number_of_outputs_is_refused_when_loading_too(tmp_path):

@@ -6,13 +6,11 @@ import torch
 from m6rec import losses_m6rec
 from m6rec.layout_m6rec import layout
 from m6rec.losses_m6rec import (
-    LOSSES,
-    click_loss,
-    interaction_loss,
     label_weights,
-    rating_loss,
+    loss_names,
     retrieval_loss,
     retrieval_losses,
+    score_loss,
     text_targets,
 )
 from tests.modeling_m6rec.test_training import training_batch
@@ -21,7 +19,13 @@ from tests.modeling_m6rec.tiny import SMALL, build, close, config_of_ids, name, 
 WEIGHTS = {"click": [0.25, 3.0], "rating": [1.0, 2.0, 3.0, 4.0, 5.0], "interaction": [2.0, 1.0, 0.5]}
 SETTINGS = [
     {"num_joint_layers": 2, "class_weights": WEIGHTS, "interactions": ["like", "share", "skip"]},
-    {"num_joint_layers": 2, "rating_loss": "regression", "label_smoothing": 0.2, "exit_layers": [1]},
+    {
+        "num_joint_layers": 2,
+        "rating_loss": "regression",
+        "class_weights": {"rating": WEIGHTS["rating"]},
+        "label_smoothing": 0.2,
+        "exit_layers": [1],
+    },
 ]
 
 
@@ -30,7 +34,7 @@ SETTINGS = [
 def test_weights_of_a_batch_give_its_mean_and_those_of_two_the_mean_of_both(settings, plan):
     model, batch = build(settings, item_memory_dropout=0.0), training_batch(retrieval=True)
     weights = label_weights(batch, model.config)
-    assert set(weights) == set(LOSSES)
+    assert set(weights) == set(loss_names(model.config))
     mean = model(**batch, plan=plan, only_losses=True).losses
     for loss, value in model(**batch, plan=plan, only_losses=True, num_items_in_batch=weights).losses.items():
         close(value, mean[loss], msg=loss)
@@ -47,14 +51,14 @@ def test_means_are_weighted_by_class():
     logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [9.0, 9.0]]])
     own = [torch.tensor(1.0).exp().add(1).log() - 1.0, torch.tensor(2.0).exp().add(1).log()]  # -log p of class 1
     expected = (3 * own[0] + 3 * own[1]) / 6
-    close(click_loss(logits, torch.tensor([[1, 1, -100]]), config), expected)
+    close(score_loss("click", logits, torch.tensor([[1, 1, -100]]), config), expected)
     against = torch.tensor(2.0).exp().add(1).log() - 2.0  # -log p of class 0
-    close(click_loss(logits, torch.tensor([[1, 0, -100]]), config), (3 * own[0] + against) / 4)
-    close(click_loss(logits, torch.tensor([[1, 0, -100]]), config, 8.0), (3 * own[0] + against) / 8)
+    close(score_loss("click", logits, torch.tensor([[1, 0, -100]]), config), (3 * own[0] + against) / 4)
+    close(score_loss("click", logits, torch.tensor([[1, 0, -100]]), config, 8.0), (3 * own[0] + against) / 8)
     ratings = torch.tensor([[2.0, 5.0]])
     by_hand = torch.full((1, 2, 5), 0.2).log()  # all alike: -log p is log 5, whatever the weights
-    close(rating_loss(by_hand, ratings, config), torch.tensor(5.0).log())
-    close(rating_loss(by_hand, ratings, config, 14.0), torch.tensor(5.0).log() / 2)
+    close(score_loss("rating", by_hand, ratings, config), torch.tensor(5.0).log())
+    close(score_loss("rating", by_hand, ratings, config, 14.0), torch.tensor(5.0).log() / 2)
     assert label_weights({"click_labels": torch.tensor([[1, 0, -100]]), "rating_labels": ratings}, config) == {
         "click": torch.tensor(4.0),
         "rating": torch.tensor(7.0),
@@ -64,19 +68,19 @@ def test_means_are_weighted_by_class():
 def test_positives_of_an_interaction_count_more_and_the_mean_is_over_labels():
     config = config_of_ids(class_weights={"interaction": [4.0]}, interactions=["like"], num_joint_layers=2)
     logits, labels = torch.zeros(1, 3, 1), torch.tensor([[[1], [0], [-100]]])
-    close(interaction_loss(logits, labels, config), torch.tensor(2.0).log() * (4 + 1) / 2)
+    close(score_loss("interaction", logits, labels, config), torch.tensor(2.0).log() * (4 + 1) / 2)
 
 
 def test_nothing_known_is_a_loss_of_zero_that_can_be_learnt():
     config = config_of_ids(num_joint_layers=2, interactions=["like"], class_weights={"click": [1.0, 2.0]})
-    for loss, classes, labels in (
-        (click_loss, 2, torch.full((2, 3), -100)),
-        (rating_loss, 5, torch.full((2, 3), -100.0)),
-        (interaction_loss, 1, torch.full((2, 3, 1), -100)),
+    for task, classes, labels in (
+        ("click", 2, torch.full((2, 3), -100)),
+        ("rating", 5, torch.full((2, 3), -100.0)),
+        ("interaction", 1, torch.full((2, 3, 1), -100)),
     ):
         for weight in (None, 0.0, 7.0):
             logits = torch.randn(2, 3, classes, requires_grad=True)
-            value = loss(logits, labels, config, weight)
+            value = score_loss(task, logits, labels, config, weight)
             value.backward()
             assert value == 0
             assert not logits.grad.any()

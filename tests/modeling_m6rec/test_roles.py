@@ -72,6 +72,7 @@ OTHER = {
     "word_similarity_dim": 32,
     "exit_layers": [1],
     "score_head": "option",
+    "score_tasks": ["rating"],
     "rating_values": [1.0, 2.0],
     "rating_loss": "regression",
     "interactions": ["like"],

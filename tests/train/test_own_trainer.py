@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from m6rec import M6RecDataCollator
 from m6rec.losses_m6rec import given_labels, label_weights
-from m6rec.train.rows.collator import LABELS
+from m6rec.train.rows.collator import label_names
 from m6rec.train.runs.build import prepare
 from tests.modeling_m6rec.tiny import Writer, build
 
@@ -66,7 +66,8 @@ def test_eval_loss_of_a_single_task_is_the_models(prepared, task, tmp_path):
     trainer = trainer_of(prepared, task, tmp_path)
     found = trainer.evaluate()["eval_loss"]
     batch = trainer.data_collator(rows_of(prepared, task))
-    batch = {name: value for name, value in batch.items() if name not in LABELS or value.dim() > 1}
+    labels = label_names(trainer.model.config)
+    batch = {name: value for name, value in batch.items() if name not in labels or value.dim() > 1}
     with torch.no_grad():
         out = trainer.model.eval()(**batch)
     assert math.isclose(found, out.loss.item(), rel_tol=1e-5) and found > 0
@@ -94,7 +95,7 @@ def test_a_step_is_the_mean_of_its_micro_batches(prepared, tmp_path):
 def test_rows_without_labels_are_predicted_without_a_loss(prepared, tmp_path):
     trainer = trainer_of(prepared, "click", tmp_path)
     rows = [{"input_ids": row["input_ids"]} for row in rows_of(prepared, "click")]
-    assert not set(trainer.data_collator(rows)) & set(LABELS)
+    assert not set(trainer.data_collator(rows)) & set(label_names(trainer.model.config))
     assert "eval_loss" not in trainer.evaluate(rows)
 
 
@@ -107,5 +108,5 @@ def test_labels_of_one_dimension_say_that_there_are_none():
     assert model(ids, click_labels=none).loss is None
     with pytest.raises(ValueError, match="click_labels has one dimension"):
         model(ids, click_labels=known)
-    batch = {"input_ids": ids, **dict.fromkeys(LABELS, none), "click_labels": known[None]}
+    batch = {"input_ids": ids, **dict.fromkeys(label_names(model.config), none), "click_labels": known[None]}
     assert list(label_weights(batch, model.config)) == ["click"]

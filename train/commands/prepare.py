@@ -22,10 +22,11 @@ from ...values_m6rec import near_id
 from ..config.recipe import Recipe
 from ..data.log import DataArguments, Log, read_log, repeated_rows
 from ..data.splits import PARTS, Split, cold_items, histories
+from ..data.tasks import SCORED, further_columns
 from ..data.times import ORDER
 from ..evaluation.reports import count_repeats
 from ..rows.corpus import AnySource, StreamedSource, vocabulary_texts
-from ..rows.examples import SCORED, Candidates, Negatives, RequestWriter, refuse_equal_labels, windows
+from ..rows.examples import Candidates, Negatives, RequestWriter, refuse_equal_labels, windows
 from ..rows.writing import TextSource, dialogue_examples
 from ..runs.build import item_texts, make_processor, make_split, make_writer
 from ..runs.pretrain import raw_sources
@@ -129,9 +130,9 @@ def _events(log: Log, recipe: Recipe) -> dict[str, Any]:
             "users with two events": int((counts == 2).sum()),
         },
     }
-    for name, column in (("by event", "event"), ("by rating", "rating"), ("by label", "label")):
+    for column in ("event", "rating", "label", *further_columns()):
         if column in frame:
-            found[name] = _distribution(frame[column])
+            found[f"by {column}"] = _distribution(frame[column])
     if "text" in frame:
         found["without text"] = int((frame["text"] == "").sum())
     return found
@@ -298,9 +299,8 @@ def _lengths(readings: list[Reading], processor: M6RecProcessor) -> dict[str, An
 def _makers(recipe: Recipe, split: Split, writer: RequestWriter, processor: M6RecProcessor) -> dict[str, Any]:
     """Task -> a function that makes its requests; tasks that are scored share theirs, as in training."""
     sampler = _Sampler(recipe, split, writer, processor)
-    scored = [name for name in recipe.task.learn if name in SCORED]
     makers: dict[str, Any] = {"retrieval": sampler.retrieval} if "retrieval" in recipe.task.learn else {}
-    makers |= {name: lambda name=name: sampler.scored(name) for name in scored}
+    makers |= {name: lambda name=name: sampler.scored(name) for name in recipe.task.scored}
     return makers | {name: lambda name=name: sampler.written(name) for name in recipe.task.writing}
 
 
@@ -331,7 +331,7 @@ class _Sampler:
             ValueError: If the labels are missing or all equal.
         """
         task, writer = self.recipe.task, self.writer
-        per_event = 0 if name == "rating" else task.negatives_per_event
+        per_event = task.negatives_per_event if SCORED[name].negatives else 0
         negatives = Negatives(writer, self.train, per_event, self.recipe.seed) if per_event else None
         candidates = Candidates(writer, self.train, [name], task, negatives)
         refuse_equal_labels(candidates.labels[name], name, task)

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 from ...configuration_m6rec import M6RecConfig
 from ...tokenization import load_template
 from ..data.splits import Protocol, Ties, Validate
+from ..data.tasks import SCORED
 
-LEARNT = ("retrieval", "click", "rating", "interaction", "writing")
 OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour", "likes")
 WRITTEN = ("explanation", "query", "conversation", "item_text")
 STATISTICS = ("item_likes",)
@@ -119,7 +119,7 @@ class TaskArguments:
     """The `task:` section: what is learnt."""
 
     learn: list[str] = field(default_factory=lambda: ["retrieval"])
-    """Tasks, of retrieval, click, rating, interaction, writing."""
+    """Tasks, of retrieval, writing, and the scoring tasks: click, rating, interaction."""
     weights: dict[str, float] = field(default_factory=dict)
     """Task -> weight of its loss; 1 where none is given."""
     targets: int = 8
@@ -160,9 +160,9 @@ class TaskArguments:
     """Share of the rows that is replayed."""
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.learn if task not in LEARNT]
-        if unknown or not self.learn:
-            raise ValueError(f"task.learn is {self.learn}; expected some of {', '.join(LEARNT)}")
+        known = ("retrieval", *SCORED, "writing")
+        if not self.learn or not {*self.learn} <= {*known}:
+            raise ValueError(f"task.learn is {self.learn}; expected some of {', '.join(known)}")
         if self.negatives not in get_args(Negatives):
             raise ValueError(f"task.negatives is {self.negatives!r}; expected one of {', '.join(get_args(Negatives))}")
         if min(self.targets, self.num_sampled, self.rows_together) < 1:
@@ -170,17 +170,27 @@ class TaskArguments:
                 f"task.targets={self.targets}, task.num_sampled={self.num_sampled} and task.rows_together="
                 f"{self.rows_together} must be positive"
             )
-        if ("interaction" in self.learn) != bool(self.interactions):
-            raise ValueError("task.interactions names what task.learn 'interaction' learns: give both or none")
-        if self.negatives_per_event < 0 or (self.negatives_per_event and not {"click", "interaction"} & {*self.learn}):
-            raise ValueError(
-                f"task.negatives_per_event is {self.negatives_per_event}; expected 0 or more, and for click and "
-                f"interaction only (task.learn is {self.learn})"
-            )
+        self._check_scored()
         self._check_weights()
         self._check_writing()
         if not 0 < self.replay_share < 1:
             raise ValueError(f"task.replay_share={self.replay_share} is not between 0 and 1")
+
+    @property
+    def scored(self) -> list[str]:
+        """The scoring tasks among those that are learnt."""
+        return [task for task in self.learn if task in SCORED]
+
+    def _check_scored(self) -> None:
+        for task, row in SCORED.items():
+            if row.names_in and (task in self.learn) != bool(row.names(self)):
+                raise ValueError(f"task.{row.names_in} names what task.learn {task!r} learns: give both or none")
+        refusable = [task for task, row in SCORED.items() if row.negatives]
+        if self.negatives_per_event < 0 or (self.negatives_per_event and not {*refusable} & {*self.learn}):
+            raise ValueError(
+                f"task.negatives_per_event is {self.negatives_per_event}; expected 0 or more, and for "
+                f"{' and '.join(refusable)} only (task.learn is {self.learn})"
+            )
 
     def _check_weights(self) -> None:
         refuse_unknown(self.weights, set(self.learn), "task.weights")
@@ -351,7 +361,6 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> Non
 
 
 __all__ = [
-    "LEARNT",
     "OBJECTIVES",
     "EvaluationArguments",
     "Method",

@@ -19,11 +19,13 @@ from .movielens import find_movielens, movielens_tables
 from .splits import PARTS, tie_keys
 from .tables import Table, find_folder, load_table
 from .tallrec import tallrec_tables
+from .tasks import further_columns
 from .times import ORDER, check_form
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("user_id", "item_id", "timestamp", "rating", "event", "label", "text", "part")
+"""What columns of tables may mean; further scoring tasks add theirs."""
 Frames = tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame | None]
 
 
@@ -90,9 +92,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.source != "tables" and self.source not in SOURCES:
             raise ValueError(f"data.source is {self.source!r}; expected one of tables, {', '.join(SOURCES)}")
-        unknown = [role for role in self.columns if role not in ROLES]
+        roles = (*ROLES, *further_columns())
+        unknown = [role for role in self.columns if role not in roles]
         if unknown:
-            raise ValueError(f"data.columns: unknown role {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
+            raise ValueError(f"data.columns: unknown role {', '.join(unknown)}; the roles are {', '.join(roles)}")
         required = [role for role in ("user_id", "item_id") if self.columns.get(role, role) is None]
         if required:
             raise ValueError(f"data.columns.{required[0]} is null, and no event is without it: name its column")
@@ -112,9 +115,9 @@ class Log:
 
     interactions: pandas.DataFrame
     """user_id, item_id, timestamp (seconds since 1970, UTC; NaN everywhere where the table has no times); where given
-    also rating (NaN where unknown), event, label (0 or 1, NaN where unknown), text (empty where missing) and part. Rows
-    keep the table's order, or stand in that of `data.time_format: order`. Ids, events and parts are categories: some 30
-    bytes a row, and what its text takes."""
+    also rating (NaN where unknown), event, label (0 or 1, NaN where unknown), text (empty where missing), part, and
+    numbers of further scoring tasks (NaN where unknown). Rows keep the table's order, or stand in that of
+    `data.time_format: order`. Ids, events and parts are categories: some 30 bytes a row, and what its text takes."""
     items: pandas.DataFrame
     """Text columns by item_id; what is missing is empty, and no row is empty altogether."""
     users: pandas.DataFrame | None = None
@@ -272,7 +275,7 @@ def _events(table: Table, item_ids: pandas.Index, arguments: DataArguments) -> p
     else:
         logger.warning("%s: no column 'timestamp': each user's events keep the order of the table", table.name)
         events["timestamp"] = math.nan
-    for role in ("rating", "label"):
+    for role in ("rating", "label", *further_columns()):
         if table.has(role):
             events[role] = table.numbers(role)
     if "label" in events:

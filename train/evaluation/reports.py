@@ -18,20 +18,16 @@ from ...tokenization import M6RecProcessor
 from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import EvaluationArguments, TaskArguments
 from ..data.splits import Split, has_times, histories
+from ..data.tasks import SCORED
 from ..metrics import (
     bootstrap_interval,
-    classification_report,
     coverage,
-    log_losses,
-    mae,
-    mixed_groups,
     mrr,
     ndcg_at_k,
     ndcg_gains,
     popularity_bias,
     ranking_report,
     recall_at_k,
-    rmse,
     target_ranks,
     top_items,
 )
@@ -40,6 +36,7 @@ from ..rows.examples import Candidates, Negatives, RequestWriter, read_requests,
 from ..rows.held_out import all_events, before_and_in, drawn_users, learnt_before, questions, rankings
 from ..rows.item_likes import like_rates
 from .baselines import NeighboursAndWords, SimilarText, popularity_scores
+from .measures import MEASURES
 from .verdicts import OWN, VERDICT, compare
 
 logger = logging.getLogger(__name__)
@@ -109,7 +106,7 @@ class ScoringExamples:
         user_ids: Of the N candidates.
         item_ids: Of the N candidates.
         labels: N labels or ratings, or N x interactions, -100 where nothing is known.
-        interactions: Names of the interactions.
+        interactions: Names of what is predicted side by side, such as interactions.
         history_means: What the candidates' own histories say, in the shape of the labels: the share of likes, or the
             mean rating, drawn towards that of all as in `like_rates`; None where negatives are drawn, since a history
             then holds positives only.
@@ -232,7 +229,7 @@ def scoring_examples(
     evaluation: EvaluationArguments,
     seed: int,
 ) -> ScoringExamples:
-    """Prepare the prediction of what "click", "rating" or "interaction" says of the users' events in the part.
+    """Prepare the prediction of what a scoring task says of the users' events in the part.
 
     Negatives are drawn from the items that the user meets in no part, the same for every model.
     """
@@ -255,14 +252,14 @@ def scoring_examples(
         np.array(users, dtype=object),
         np.array(rows, dtype=object),
         np.concatenate(labels) if labels else values[:0],
-        list(arguments.interactions) if task == "interaction" else [],
+        list(SCORED[task].names(arguments)),
         None if per_event else np.array(means),
         per_event,
     )
 
 
 def _negatives_per_event(task: str, arguments: TaskArguments) -> int:
-    return 0 if task == "rating" else arguments.negatives_per_event
+    return arguments.negatives_per_event if SCORED[task].negatives else 0
 
 
 def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.ndarray:
@@ -490,44 +487,11 @@ def predictions(
 
 
 def scoring_report(predicted: np.ndarray, examples: ScoringExamples, task: str) -> dict[str, Any]:
-    """Measure predictions: RMSE and MAE of ratings; AUC, GAUC, log-loss and calibration of clicks and interactions.
-
-    Interactions are measured one by one (`like/auc`), and `auc`, `log_loss` and `calibration_error` are their means.
-    What cannot be measured is left out, and a warning says why.
-    """
-    if task == "rating":
-        return {
-            "rmse": rmse(predicted, examples.labels),
-            "mae": mae(predicted, examples.labels),
-            "examples": len(predicted),
-        }
+    """Measure predictions by the measure of the task: RMSE and MAE of numbers, AUC and others of probabilities."""
+    measure, names = MEASURES[SCORED[task].measure], examples.interactions or [task]
+    report = measure.report(predicted, examples.labels, examples.user_ids, names)
     drawn = {"negatives_per_event": examples.negatives_per_event, "negatives": "uniform"}
-    report: dict[str, Any] = drawn if examples.negatives_per_event else {}
-    if task == "click":
-        return {**_chances_report("click", predicted, examples.labels, examples.user_ids), **report}
-    reports = {
-        name: _chances_report(name, predicted[:, place], examples.labels[:, place], examples.user_ids)
-        for place, name in enumerate(examples.interactions)
-    }
-    found: dict[str, Any] = {}
-    for metric in ("auc", "log_loss", "calibration_error"):
-        values = [own[metric] for own in reports.values() if metric in own]
-        found |= {metric: float(np.mean(values))} if values else {}
-    for name, own in reports.items():
-        found |= {f"{name}/{metric}": value for metric, value in own.items()}
-    return {**found, "examples": len(predicted), **report}
-
-
-def _chances_report(name: str, chances: np.ndarray, labels: np.ndarray, users: np.ndarray) -> dict[str, Any]:
-    known = labels != IGNORE_INDEX
-    if not known.any():
-        logger.warning("%s is not measured: no held-out event says anything of it", name)
-        return {"examples": 0}
-    chances, labels, users = chances[known], labels[known], users[known]
-    if labels.min() == labels.max():
-        logger.warning("%s has no AUC: all held-out labels are %g, and an AUC compares two classes", name, labels[0])
-    # With one held-out event a user nothing can be compared within a user: the report then has no GAUC.
-    return dict(classification_report(chances, labels, users if mixed_groups(labels, users).any() else None))
+    return {**report, **(drawn if examples.negatives_per_event else {})}
 
 
 def scoring_rows(
@@ -538,20 +502,11 @@ def scoring_rows(
     known = examples.labels != IGNORE_INDEX
     if not known.any():
         return rows
-    errors = {who: _errors(own, examples.labels, task) for who, own in predicted.items()}
+    measure = MEASURES[SCORED[task].measure]
+    errors = {who: measure.errors(own, examples.labels) for who, own in predicted.items()}
     users = np.broadcast_to(examples.user_ids.reshape(-1, *[1] * (known.ndim - 1)), known.shape)[known]
-    rows[OWN][VERDICT] = compare("rmse" if task == "rating" else "log_loss", errors, users, seed)
+    rows[OWN][VERDICT] = compare(measure.compared_by, errors, users, seed)
     return rows
-
-
-def _errors(predicted: np.ndarray, labels: np.ndarray, task: str) -> np.ndarray:
-    """Say what each known label adds to the mean squared error or log-loss, or to the mean of several log-losses."""
-    known = labels != IGNORE_INDEX
-    if task == "rating":
-        return (predicted[known] - labels[known]) ** 2
-    losses = log_losses(predicted[known], labels[known])
-    counts = np.broadcast_to(known.sum(0), known.shape)[known]
-    return losses * (len(losses) / np.count_nonzero(known.sum(0)) / counts)
 
 
 def scoring_baselines(

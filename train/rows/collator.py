@@ -10,11 +10,13 @@ import torch
 from ...configuration_m6rec import M6RecConfig
 from ...layout_m6rec import layout, user_places
 from ...tokenization import M6RecProcessor
-from ...values_m6rec import IGNORE_INDEX
+from ...values_m6rec import IGNORE_INDEX, label_field
 from ..config.arguments import TaskArguments
 
-LABELS = ("labels", "click_labels", "rating_labels", "interaction_labels", "retrieval_labels")
-"""All that `M6RecForRecommendation.forward` takes."""
+
+def label_names(config: M6RecConfig) -> list[str]:
+    """Name all labels that `M6RecForRecommendation.forward` takes."""
+    return ["labels", *map(label_field, config.scored), "retrieval_labels"]
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ class M6RecDataCollator:
             if self.catalogue is None:
                 raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
             batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
-        if self.all_labels and any(name in batch for name in LABELS):
+        names = label_names(self.config)
+        if self.all_labels and any(name in batch for name in names):
             unknown = torch.full((len(rows),), IGNORE_INDEX)
-            batch = {**dict.fromkeys(LABELS, unknown), **batch}
+            batch = {**dict.fromkeys(names, unknown), **batch}
         return batch
 
     def _retrieval(
@@ -159,4 +162,4 @@ class M6RecDataCollator:
         return np.array([first.setdefault((memory, *ids), row) for row, (ids, memory) in enumerate(pairs)])
 
 
-__all__ = ["CatalogueRows", "M6RecDataCollator"]
+__all__ = ["CatalogueRows", "M6RecDataCollator", "label_names"]

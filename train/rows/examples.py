@@ -10,13 +10,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ...tokenization import M6RecProcessor
-from ...values_m6rec import IGNORE_INDEX
+from ...values_m6rec import IGNORE_INDEX, label_field
 from ..config.arguments import TaskArguments
 from ..data.log import Log
 from ..data.splits import histories, shuffled_ties
+from ..data.tasks import SCORED
 from .item_likes import ITEM_LIKES, ItemLikes
 
-SCORED = ("click", "rating", "interaction")
 READ_AT_ONCE = 256
 """Requests that the processor reads together."""
 
@@ -175,7 +175,7 @@ class Candidates:
     Args:
         writer: Knows the catalogue's rows.
         frame: The events.
-        names: Tasks: click, rating, interaction.
+        names: Scoring tasks.
         task: How events are read as labels.
         negatives: Draws them; None: there are none.
     """
@@ -222,7 +222,7 @@ class Candidates:
 
 def _against(name: str, own: Any) -> np.ndarray:
     """What a negative says, beside an event that says `own`: a rating of what was never met is unknown."""
-    return np.where((np.asarray(own) == 1) & (name != "rating"), 0, IGNORE_INDEX)
+    return np.where((np.asarray(own) == 1) & SCORED[name].negatives, 0, IGNORE_INDEX)
 
 
 def _verbs(frame: pandas.DataFrame) -> np.ndarray:
@@ -246,7 +246,7 @@ class ScoringRows(Dataset):
         self, writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, task: TaskArguments, seed: int
     ) -> None:
         self.writer, self.processor, self.epoch = writer, processor, 0
-        self.names = [name for name in task.learn if name in SCORED]
+        self.names = task.scored
         negatives = Negatives(writer, frame, task.negatives_per_event, seed) if task.negatives_per_event else None
         self.candidates = Candidates(writer, frame, self.names, task, negatives)
         for name, values in self.candidates.labels.items():
@@ -278,7 +278,7 @@ class ScoringRows(Dataset):
             rows, own = self.candidates.of(asked, self.epoch)
             history = self._events[user_id][window.start : window.cut]
             requests.append(self.writer.request(user_id, history, self.writer.candidates(rows, user_id)))
-            labels.append({f"{name}_labels": values.tolist() for name, values in own.items()})
+            labels.append({label_field(name): values.tolist() for name, values in own.items()})
         readings = read_requests(self.processor, requests, self.names[0], "Reading training rows of candidates")
         return [{**row, **own} for row, own in zip(readings, labels)]
 
@@ -306,7 +306,7 @@ def training_rows(
         rows that came next after the head of the source and after each event, -100 where it is not learnt here.
     """
     rows = retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
-    if any(name in SCORED for name in task.learn):
+    if task.scored:
         scoring = ScoringRows(writer, frame, processor, task, seed)
         rows += scoring.read(range(len(scoring)))
     return rows
@@ -382,7 +382,7 @@ def read_requests(
 
 
 def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) -> np.ndarray:
-    """Return what each event says about a task: N labels, or N x interactions; -100 where it says nothing.
+    """Return what each event says about a task: N labels, or N x I side by side; -100 where it says nothing.
 
     With negatives drawn (`negatives_per_event`) the log holds no refusals: an event without a label is a click, and an
     event says something of its own interactions only.
@@ -390,19 +390,15 @@ def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) 
     Raises:
         ValueError: If the log has no column for the task.
     """
-    column = {"click": "label", "rating": "rating", "interaction": "event"}[task]
-    if column not in frame and task == "click" and arguments.negatives_per_event:
+    row, drawn = SCORED[task], bool(arguments.negatives_per_event)
+    if row.column not in frame and row.implied and drawn:
         return np.ones(len(frame))
-    if column not in frame:
-        hint = ", unless task.negatives_per_event draws what was not clicked" if task == "click" else ""
-        raise ValueError(f"task {task!r} is learnt from column {column!r}, which the interactions do not have{hint}")
-    if task == "interaction":
-        events = frame[column].to_numpy()
-        labels = np.stack([np.isin(events, names).astype(int) for names in arguments.interactions.values()], 1)
-        unknown = labels == 0 if arguments.negatives_per_event else (events == "")[:, None]
-        return np.where(unknown, IGNORE_INDEX, labels)
-    values = frame[column].to_numpy(dtype=float)
-    return np.where(np.isnan(values), IGNORE_INDEX, values)
+    if row.column not in frame:
+        hint = ", unless task.negatives_per_event draws what was not clicked" if row.implied else ""
+        raise ValueError(
+            f"task {task!r} is learnt from column {row.column!r}, which the interactions do not have{hint}"
+        )
+    return row.labels(frame[row.column].to_numpy(), row.names(arguments), drawn)
 
 
 def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArguments, seed: int) -> ItemLikes:
@@ -424,15 +420,17 @@ def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArgumen
 
 
 def refuse_equal_labels(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
-    """Raise if all known labels of a task, or of one of its interactions, are equal: there is nothing to learn."""
-    named = zip(arguments.interactions, labels.T) if task == "interaction" else [(task, labels)]
+    """Raise if all known labels of a task, or of one of its names, are equal: there is nothing to learn."""
+    row = SCORED[task]
+    named = zip(row.names(arguments), labels.T) if row.names_in else [(task, labels)]
     for name, values in named:
         known = np.unique(values[values != IGNORE_INDEX])
-        if arguments.negatives_per_event and task != "rating" and 1 in known:
+        completed = row.negatives and 1 in known
+        if arguments.negatives_per_event and completed:
             continue
         if len(known) < 2:
             found = f"are {known[0]:g}" if len(known) else "are missing"
-            hint = "; task.negatives_per_event draws what was not met" if task != "rating" and 1 in known else ""
+            hint = "; task.negatives_per_event draws what was not met" if completed else ""
             raise ValueError(
                 f"all labels of {name!r} {found} in the training part: there is nothing to learn from them{hint}"
             )
@@ -443,7 +441,6 @@ def _absent(value: Any) -> bool:
 
 
 __all__ = [
-    "SCORED",
     "Candidates",
     "Negatives",
     "RequestWriter",

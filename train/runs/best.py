@@ -3,8 +3,8 @@
 import re
 
 from ..config.recipe import Recipe
-
-CLICK = "auc|gauc|gauc_groups|gauc_examples|log_loss|calibration_error|accuracy|examples"
+from ..data.tasks import SCORED
+from ..evaluation.measures import MEASURES
 
 
 def check_best_metric(recipe: Recipe) -> None:
@@ -30,9 +30,7 @@ def examples(recipe: Recipe) -> list[str]:
     """List the most usual figures that are measured while a recipe is learnt."""
     usual = {
         "retrieval": [f"{name}@{k}" for k in recipe.evaluation.ks for name in ("ndcg", "recall")] + ["mrr"],
-        "click": ["click_auc", "click_log_loss"],
-        "rating": ["rating_rmse", "rating_mae"],
-        "interaction": ["interaction_auc", "interaction_log_loss"],
+        **{task: [f"{task}_{name}" for name in MEASURES[row.measure].usual] for task, row in SCORED.items()},
         "writing": ["writing_perplexity"],
     }
     return [name for task in recipe.task.learn for name in usual[task]]
@@ -41,12 +39,10 @@ def examples(recipe: Recipe) -> list[str]:
 def _patterns(recipe: Recipe) -> list[str]:
     """Write the names of all figures as patterns; what a subset of the users is called is left open."""
     ks, most = "|".join(map(str, recipe.evaluation.ks)), max(recipe.evaluation.ks)
-    each = "|".join(map(re.escape, recipe.task.interactions))
+    scored = {task: MEASURES[row.measure].pattern(row.names(recipe.task)) for task, row in SCORED.items()}
     known = {
         "retrieval": rf"(\w+/)?((ndcg|recall)@({ks})|mrr|examples)|(coverage|popularity_bias)@{most}",
-        "click": f"click_({CLICK})",
-        "rating": "rating_(rmse|mae|examples)",
-        "interaction": f"interaction_((({each})/)?({CLICK}))",
+        **{task: f"{re.escape(task)}_({pattern})" for task, pattern in scored.items()},
         "writing": r"writing_((\w+/)?perplexity|examples)",
     }
     # Those of a replayed run depend on its recipe: whether they are there shows when they are measured.

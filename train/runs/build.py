@@ -1,7 +1,7 @@
 """From a recipe to what a run needs: log, split, tokenizer, processor, model."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, TokenizersBackend, set_seed
 
 from ...atomic_m6rec import atomic_files
-from ...configuration_m6rec import M6RecConfig
+from ...configuration_m6rec import ROLES, M6RecConfig
 from ...conversion import load_tokenizer
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor, M6RecTokenizer
@@ -20,6 +20,7 @@ from ..config.arguments import ModelArguments
 from ..config.recipe import Recipe
 from ..data.log import Log, read_log
 from ..data.splits import Split, by_time, given, has_times, hold_items_out, hold_out
+from ..data.tasks import SCORED
 from ..rows.collator import CatalogueRows, M6RecDataCollator
 from ..rows.examples import RequestWriter, item_likes
 from .adapters import save_model
@@ -27,7 +28,7 @@ from .checkpoints import WEIGHTS
 from .run import Run, item_texts
 
 logger = logging.getLogger(__name__)
-SCORE_FIELDS: tuple[str, ...] = ("interactions", "rating_values", "rating_loss")
+SCORE_FIELDS: tuple[str, ...] = tuple(name for name in ROLES["scores"] if name != "score_head")
 """Fields of the configuration that decide the outputs of the score head."""
 SHAPE_FIELDS: tuple[str, ...] = (
     *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -138,9 +139,8 @@ def _words(template: Any) -> list[str]:
 def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendation:
     """Load the checkpoint, or make a new model that fits the processor."""
     arguments, rows = recipe.model, processor.item_rows
-    fields = dict(arguments.config)
-    if recipe.task.interactions:
-        fields["interactions"] = list(recipe.task.interactions)
+    fields = {**arguments.config, **_names_of_outputs(recipe)}
+    scored: dict[str, Any] = {}
     fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
     bonus = fields.pop("new_item_bonus", None)
     if arguments.checkpoint:
@@ -149,7 +149,6 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         fields = {"dtype": "float32", **fields, **quantized(recipe.tuning.quantization)}
         _refuse_other_shape(arguments.checkpoint, fields)
         model = load_model(arguments.checkpoint, **fields)
-        _change_scores(model, scored)
     elif arguments.backbone:
         model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
         if "writing" in recipe.task.learn and "writing" not in (model.config.trained_tasks or []):
@@ -162,6 +161,7 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         lengths = {"max_position_embeddings": max(processor.max_length, fields.pop("max_position_embeddings", 0))}
         ids = processor.tokenizer.structural_ids
         model = M6RecForRecommendation(M6RecConfig.preset(arguments.preset, **{**ids, **lengths, **fields}))
+    _change_scores(model, scored, recipe.task.scored)
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
     if rows and max(rows.values()) != model.config.num_item_memory:
@@ -199,9 +199,17 @@ def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
         )
 
 
-def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any]) -> None:
-    """Let a loaded model score what the recipe names; outputs that keep their name keep their weights."""
+def _names_of_outputs(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the fields of the configuration that name outputs side by side, as the recipe's tasks name them."""
+    rows = [SCORED[task] for task in recipe.task.scored]
+    return {row.names_in: list(row.names(recipe.task)) for row in rows if row.names_in}
+
+
+def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any], learnt: Sequence[str]) -> None:
+    """Let a model score what the recipe names and what is learnt; outputs that keep their name keep their weights."""
     config, before = model.config, model.config.score_names
+    own = fields.get("score_tasks") or config.score_tasks or []
+    fields = {**fields, "score_tasks": [*own, *(task for task in learnt if task not in own)]}
     for name, value in fields.items():
         setattr(config, name, value)
     config.validate()

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ...atomic_m6rec import atomic_folder, recover, shared_partial
-from ...losses_m6rec import LOSSES, label_weights
+from ...losses_m6rec import label_weights, loss_names
 from ..evaluation.curves import save_curves
 from ..rows.sampler import EpochRows, SeededOrder
 from . import checkpoints
@@ -88,7 +88,8 @@ class M6RecTrainer(Trainer):
         self._saving_into: Path | None = None
         self._step_batches: list[dict[str, Any]] = []
         self._contrasts: Iterator[Replay | None] | None = None
-        self._sums = torch.zeros(2, len(LOSSES), device=self.args.device)
+        self.losses = loss_names(run.model.config)
+        self._sums = torch.zeros(2, len(self.losses), device=self.args.device)
         self._steps = 0
         self.add_callback(EachEpochAnew(self))
         self.add_callback(LogWhatIsSaved())
@@ -189,11 +190,11 @@ class M6RecTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Weigh the labels of an optimizer step, on all processes: what each loss is divided by."""
-        totals = torch.zeros(len(LOSSES), device=device)
+        totals = torch.zeros(len(self.losses), device=device)
         for batch in batch_samples:
             for name, weight in label_weights(batch, self.run.model.config).items():
-                totals[LOSSES.index(name)] += weight.to(device)
-        return dict(zip(LOSSES, self.accelerator.reduce(totals, "sum").tolist()))
+                totals[self.losses.index(name)] += weight.to(device)
+        return dict(zip(self.losses, self.accelerator.reduce(totals, "sum").tolist()))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -204,8 +205,8 @@ class M6RecTrainer(Trainer):
             inputs |= self._frozen_catalogue()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name, part in (outputs.losses or {}).items():
-            self._sums[0, LOSSES.index(name)] += part.detach().sum()
-            self._sums[1, LOSSES.index(name)] += 1
+            self._sums[0, self.losses.index(name)] += part.detach().sum()
+            self._sums[1, self.losses.index(name)] += 1
         return (loss, outputs) if return_outputs else loss
 
     def _how(self, weights: dict[str, float] | None) -> dict[str, Any]:
@@ -242,7 +243,7 @@ class M6RecTrainer(Trainer):
         """Log; each loss by name beside the whole one."""
         if "loss" in logs and "learning_rate" in logs:
             sums, met = self.accelerator.reduce(self._sums.clone(), "sum").tolist()
-            logs |= {f"loss_{name}": sums[i] / self._steps for i, name in enumerate(LOSSES) if met[i]}
+            logs |= {f"loss_{name}": sums[i] / self._steps for i, name in enumerate(self.losses) if met[i]}
             self._sums.zero_()
             self._steps = 0
         super().log(logs, start_time)

@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from ..config.recipe import load_saved
 from ..data.log import read_log
 from ..rows.collator import M6RecDataCollator
-from ..rows.examples import SCORED, RetrievalRows, ScoringRows, retrieval_rows
+from ..rows.examples import RetrievalRows, ScoringRows, retrieval_rows
 from ..rows.writing import writing_examples
 from .build import Run, catalogue_rows, make_split, make_writer
 
@@ -84,7 +84,7 @@ def training_parts(run: Run, retrieval: bool = True) -> list[Part]:
             parts.append(RetrievalRows(*source, bidirectional, recipe.seed))
         else:
             parts.append(retrieval_rows(*source, bidirectional))
-    if any(name in SCORED for name in recipe.task.learn):
+    if recipe.task.scored:
         rows = ScoringRows(*source, recipe.task, recipe.seed)
         # Negatives are drawn in each epoch; what stays the same is read once.
         parts.append(rows if recipe.task.negatives_per_event else rows.read(range(len(rows))))
@@ -146,6 +146,8 @@ def _problems(run: Run, task: Any, processor: Any) -> Iterator[str]:
             "learnt retrieval only, against a catalogue that this run does not have: what can be replayed are clicks, "
             "ratings, interactions and writing"
         )
+    if lacking := [name for name in task.scored if name not in run.model.config.scored]:
+        yield f"learnt {', '.join(lacking)}, for which this model has no outputs: go on from its checkpoint"
     names = list(task.interactions)
     if names and names != run.model.config.interactions:
         yield f"learnt the interactions {names}, but this model has {run.model.config.interactions}"
