@@ -1129,6 +1129,18 @@ class CatalogueView:
                 found[number] = own
         return [own for own in found if own is not None]
 
+    def evidence_digest(self) -> str:
+        """Return a digest of how evidence counts and of what was counted; that of no evidence is empty."""
+        counted = self._state.counted
+        if counted is None:
+            return ""
+        digest = hashlib.sha256(json.dumps(counted.rule.to_dict()).encode())
+        transitions = counted.transitions
+        digest.update(json.dumps([counted.names[: len(counted.rows)], transitions.unit]).encode())
+        for numbers in (*transitions.counts(), transitions.met):
+            digest.update(numbers.astype("<i8").tobytes())
+        return digest.hexdigest()
+
     def _supports(self, histories: Sequence[Sequence[Any]] | None, count: int) -> list[Support]:
         counted = self._state.counted
         if histories is None:

@@ -32,16 +32,18 @@ from .loading import Failed, RequestReader
 
 logger = logging.getLogger(__name__)
 JOB_FILE = "job.json"
-FORMAT = 2
+FORMAT = 3
 """Of the parts; rises when answers are written otherwise."""
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
-REASON = {"event": pyarrow.string(), "item_id": pyarrow.string(), "contribution": pyarrow.float64()}
+REASON = {"event": pyarrow.string(), "item_id": pyarrow.string()}
+REASON |= {name: pyarrow.float64() for name in ("contribution", "learnt", "words", "transitions")}
 ITEM = {
     "rank": pyarrow.int32(),
     "item": pyarrow.string(),
     "item_id": pyarrow.string(),
     "score": pyarrow.float64(),
     "interactions": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
+    "parts": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
     "because": pyarrow.list_(pyarrow.struct(REASON)),
     "exit_layer": pyarrow.int32(),
 }
@@ -278,10 +280,9 @@ def _encodable(value: Any) -> Any:
 
 
 def _cell(item: dict[str, Any]) -> dict[str, Any]:
-    """Write an item as SCHEMA has it: ids as texts, interactions as pairs."""
+    """Write an item as SCHEMA has it: ids as texts, interactions and parts as pairs."""
     told = _with_text_id(item)
-    if "interactions" in item:
-        told["interactions"] = list(item["interactions"].items())
+    told |= {name: list(item[name].items()) for name in ("interactions", "parts") if name in item}
     if "because" in item:
         told["because"] = list(map(_with_text_id, item["because"]))
     return told
@@ -307,6 +308,7 @@ def fingerprint(recommend: RecommendationPipeline) -> str:
         for name in catalogue:
             digest.update(json.dumps([name, catalogue.item(name)], default=str).encode())
         digest_weight(digest, "vectors", catalogue.vectors(list(catalogue)))
+        digest.update(catalogue.evidence_digest().encode())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from m6rec import Evidence
 from m6rec.segment_cache_m6rec import SegmentCache
 from m6rec.train.answering import offline
 from m6rec.train.answering.loading import load_pipeline
@@ -446,7 +447,13 @@ def test_a_fingerprint_knows_all_that_answers(folder, recommend, tmp_path):
     other = load_pipeline(str(folder))
     other.catalogue.remove(["i3"])
     assert fingerprint(other) != told
-    other = load_pipeline(str(folder))
+    for evidence in (Evidence(), Evidence(words=0.2)):
+        other.catalogue.set_evidence(evidence, other.processor)
+        assert fingerprint(other) != told
+        told = fingerprint(other)
+    other.catalogue.observe([{"user_id": "a", "item_id": "i1"}, {"user_id": "a", "item_id": "i2"}])
+    assert fingerprint(other) != told
+    other, told = load_pipeline(str(folder)), fingerprint(recommend)
     other.model.config.max_events += 1
     assert fingerprint(other) != told
     (tmp_path / "moved" / "metrics.json").write_text("{}")

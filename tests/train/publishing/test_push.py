@@ -20,7 +20,8 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from m6rec import M6RecForRecommendation, RecommendationPipeline
+from m6rec import Evidence, M6RecForRecommendation, RecommendationPipeline
+from m6rec.catalogue_m6rec import EVIDENCE
 from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.cli import main
 from m6rec.train.config.recipe import load_recipe
@@ -122,6 +123,27 @@ def test_pushed_and_pulled_without_the_package(films, hub, tmp_path):
     model = "M6RecForRecommendation"
     assert names == ["M6RecConfig", model, model, "M6RecTokenizer", "M6RecProcessor"]
     assert module.startswith("transformers_modules.") and tuple(answers) == expected(films)
+
+
+def test_evidence_is_published_without_events_and_users(films, hub, tmp_path):
+    recommend = load_pipeline(str(films))
+    recommend.catalogue.set_evidence(Evidence(learnt=0.5), recommend.processor)
+    events = [{"user_id": f"secret-{user}", "item_id": f"i{item}"} for user in range(3) for item in (1, 3, 2)]
+    recommend.catalogue.observe(events)
+    recommend.catalogue.save(films / "catalogue")
+    recommend.catalogue.observe([{"user_id": "secret-late", "item_id": "i1"}])
+    push(films, "org/films", quiet)
+    files = hub.files("org/films")
+    sent = {name for name in files if name.startswith("catalogue/")}
+    assert sent == {
+        f"catalogue/{name}" for name in (EVIDENCE, "catalogue.json", "items.parquet", "vectors.safetensors")
+    }
+    assert not any(b"secret-" in content for content in files.values())
+    answers = json.loads(json.dumps(recommend(SOURCE, explain=True, top_k=3)))
+    assert answers[0]["parts"]["transitions"] > 0
+    assert (
+        run(PULL.replace("ask(recommend)]", "recommend(SOURCE, explain=True, top_k=3)]"), hub, tmp_path)[-1] == answers
+    )
 
 
 def test_pushed_and_pulled_with_the_package(films, hub):
