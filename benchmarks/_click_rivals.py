@@ -24,7 +24,7 @@ from m6rec.train.data.splits import Split, by_time, histories
 from m6rec.train.evaluation.reports import (
     ScoringExamples,
     all_events,
-    questions,
+    eval_queries,
     scoring_baselines,
     scoring_examples,
     scoring_report,
@@ -120,9 +120,9 @@ def recbole(data: Path, folder: Path, kind: str, seed: int, python: str | None =
     if not (python := python or os.environ.get("M6REC_RECBOLE_PYTHON")):
         raise ValueError("RecBole has no environment: set M6REC_RECBOLE_PYTHON to the python of one that has it")
     settings = {**SHARED, **RECBOLE[kind]}
-    told = {name: settings.pop(name) for name in ("history", "features")}
+    reported = {name: settings.pop(name) for name in ("history", "features")}
     with tempfile.TemporaryDirectory(dir=folder.absolute()) as place:
-        examples = write_likes(recipe(data, folder, seed), Path(place), seed, **told)
+        examples = write_likes(recipe(data, folder, seed), Path(place), seed, **reported)
         facts = run_recbole(python, Path(place), kind, settings, seed)
         return [measure_recbole(Path(place), examples, facts)]
 
@@ -153,7 +153,7 @@ def write_likes(
 def asked_places(split: Split, part: str, asked: Recipe, seed: int) -> np.ndarray:
     """Return where the events that `scoring_examples` asks about stand among all events, in its order."""
     heard: np.ndarray = np.ones(len(all_events(split)), dtype=bool)  # each event has a label
-    return np.concatenate([one.asked for one in questions(split, part, heard, 1, asked.evaluation, seed)])
+    return np.concatenate([one.asked for one in eval_queries(split, part, heard, 1, asked.evaluation, seed)])
 
 
 def items_before(events: pandas.DataFrame, history: str) -> list[str]:
@@ -194,11 +194,11 @@ def run_recbole(python: str, folder: Path, kind: str, settings: dict[str, Any], 
     command = [python, str(Path(__file__).with_name("_recbole_rivals.py").absolute()), json.dumps(asked)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
-    told: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-    return told
+    reported: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return reported
 
 
-def measure_recbole(folder: Path, examples: dict[str, ScoringExamples], told: dict[str, Any]) -> dict[str, Any]:
+def measure_recbole(folder: Path, examples: dict[str, ScoringExamples], reported: dict[str, Any]) -> dict[str, Any]:
     """Measure what RecBole has predicted of the test part after the epoch with the best validation AUC."""
     predicted = np.load(folder / "predictions.npz")
     for part, own in examples.items():
@@ -209,9 +209,9 @@ def measure_recbole(folder: Path, examples: dict[str, ScoringExamples], told: di
     report = scoring_report(predicted["test"][epochs - 1], examples["test"], "click")
     return {
         **{name: report[name] for name in ("auc", "gauc", "examples")},
-        "seconds": told["seconds"][epochs - 1],
-        "peak_memory_gib": told["peak_memory_gib"],
-        "parameters": told["parameters"],
+        "seconds": reported["seconds"][epochs - 1],
+        "peak_memory_gib": reported["peak_memory_gib"],
+        "parameters": reported["parameters"],
         "setting": epochs,
         "searched": {str(epoch): value for epoch, value in enumerate(searched, 1)},
     }

@@ -110,16 +110,16 @@ def history_likes(writer: Any, rows: list[dict[str, Any]], drawn: list[dict[str,
     """Count the likes of each film in the histories of rows, each of a user once, and none that drawn rows ask for."""
     from m6rec.train.rows.item_likes import ItemLikes
 
-    told = {
+    reported = {
         (row["user_id"], film): int(like)
         for row in rows
         for film, like in zip(row["history_movie_id"], row["history_rating"])
     }
     for row in drawn:
-        told.pop((row["user_id"], row["movie_id"]), None)
-    users, films = zip(*told)
+        reported.pop((row["user_id"], row["movie_id"]), None)
+    users, films = zip(*reported)
     places = np.array([writer.rows[film] for film in films])
-    return ItemLikes(np.array(users), places, np.array(list(told.values())), len(writer.items))
+    return ItemLikes(np.array(users), places, np.array(list(reported.values())), len(writer.items))
 
 
 def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool = False) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool 
     else:
         write_tables(data, drawn, folder)
     tree["model"]["checkpoint"] = str(base)
-    tree["task"] |= {"targets": 1, "rows_together": 8 if shots == len(rows) else 1}
+    tree["task"] |= {"targets": 1, "group_user_rows": 8 if shots == len(rows) else 1}
     tree["text"]["statistics"] = ["item_likes"] if shots else []
     run = prepare(load_recipe(tree))
     if 0 < shots < len(rows):  # all rows make a log, whose own statistic counts every label once
@@ -184,13 +184,13 @@ def rule(data: Path, folder: Path, seed: int, *, films: bool) -> list[dict[str, 
     The rate is counted in the histories of all training rows, each user's film once, and drawn towards the mean as if
     PRIOR more had been asked.
     """
-    told: dict[tuple[str, str], int] = {}
+    reported: dict[tuple[str, str], int] = {}
     for row in read_rows(data, "train") if films else ():
-        told |= {
+        reported |= {
             (row["user_id"], film): int(like) for film, like in zip(row["history_movie_id"], row["history_rating"])
         }
     likes, asked = Counter[str](), Counter[str]()
-    for (_, film), like in told.items():
+    for (_, film), like in reported.items():
         likes[film] += like
         asked[film] += 1
     mean = sum(likes.values()) / max(sum(asked.values()), 1)

@@ -114,7 +114,7 @@ def cut(examples: Any, candidates: int, bos: int) -> Any:
         kept.append(row)
         total += sizes[row]
     places = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in kept])
-    arrays = ("user_ids", "item_ids", "labels", "history_means")
+    arrays = ("user_ids", "item_embedding_ids", "labels", "history_means")
     fields = {name: value[places] for name in arrays if (value := getattr(examples, name)) is not None}
     return dataclasses.replace(examples, rows=[examples.rows[row] for row in kept], **fields)
 

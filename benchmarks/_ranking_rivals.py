@@ -242,19 +242,19 @@ def rectools(
         command = [python, str(Path(__file__).with_name("_rectools_rivals.py")), json.dumps(asked)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment)
-        told = json.loads(answer.stdout.splitlines()[-1])
-        return measure_rectools(given, Path(folder), kind, checks, told)
+        reported = json.loads(answer.stdout.splitlines()[-1])
+        return measure_rectools(given, Path(folder), kind, checks, reported)
 
 
 def measure_rectools(
-    given: Problem, folder: Path, kind: str, checks: Sequence[int], told: dict[str, Any]
+    given: Problem, folder: Path, kind: str, checks: Sequence[int], reported: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Measure what RecTools has written: the epochs are those with the best validation NDCG@10."""
     valid, test = given.examples("valid"), given.examples("test")
     epochs, _, searched = best(checks, lambda epochs: vectors_of(given, folder / f"{epochs}-valid.npz"), valid)
     score = vectors_of(given, folder / f"{epochs}-test.npz")
-    seconds = sum(told["seconds"][: list(checks).index(epochs) + 1])
-    facts = {"seconds": seconds, "peak_memory_gib": told["peak_memory_gib"], "parameters": told["parameters"]}
+    seconds = sum(reported["seconds"][: list(checks).index(epochs) + 1])
+    facts = {"seconds": seconds, "peak_memory_gib": reported["peak_memory_gib"], "parameters": reported["parameters"]}
     name = {"SASRecModel": "sasrec_rectools", "BERT4RecModel": "bert4rec_rectools"}[kind]
     return measure(name, score, test, **facts, setting=epochs, searched=searched)
 

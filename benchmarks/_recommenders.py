@@ -48,9 +48,9 @@ RECBOLE_PYTHON = "M6REC_RECBOLE_PYTHON"
 """Names the python of an environment with RecBole; without it its models are left out."""
 RECBOLE = {"din (RecBole)": "DIN", "deepfm (RecBole)": "DeepFM"}
 BONUS = 0.03
-"""Of new items: `model.config.new_item_bonus`."""
+"""Of new items: `model.config.cold_item_bias`."""
 WORDS_UNTRAINED = 4.0
-"""Of a model that has learnt nothing yet: `model.config.word_similarity`."""
+"""Of a model that has learnt nothing yet: `model.config.tfidf_weight`."""
 IDS: dict[str, Any] = {
     "gated_mlp": False,
     "hidden_act": "gelu",
@@ -59,8 +59,8 @@ IDS: dict[str, Any] = {
     "num_attention_heads": 2,
     "segment_summary": 1,
     "skipped_kinds": ["event"],
-    "word_similarity": 0.0,
-    "item_memory_dropout": 0.0,
+    "tfidf_weight": 0.0,
+    "item_embedding_dropout": 0.0,
     "entry_norm": True,
 }
 """SASRec: two layers that read item vectors, one position an event."""
@@ -107,7 +107,7 @@ def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: boo
         "training.output_dir": str(folder / "model"),
         "training.disable_tqdm": True,
         "model.backbone": str(minilm_folder()) if text and recipe == WITH_BACKBONE else None,
-        "model.item_memory": ids,
+        "model.item_embeddings": ids,
     }
     if recipe == WITH_BACKBONE:
         found |= ELSEWHERE.get(name, {})
@@ -139,7 +139,7 @@ def prepared(
     changed = changes(name, data, folder, seed, text, ids, recipe)
     changed["evaluation.cold_fraction"] = cold
     if cold and text and ids:
-        changed["model.config.new_item_bonus"] = BONUS
+        changed["model.config.cold_item_bias"] = BONUS
     asked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
     log = read_log(asked.data)
     if not text:
@@ -223,7 +223,7 @@ def untrained(name: str, data: Path, folder: Path, seed: int) -> Rows:
     from m6rec.segment_cache_m6rec import SegmentCache
 
     run = prepared(name, data, folder, seed, text=True, ids=False)
-    run.model.config.word_similarity = WORDS_UNTRAINED
+    run.model.config.tfidf_weight = WORDS_UNTRAINED
     run.segment_cache = SegmentCache()
     return [{**row, "trainable_parameters": 0} for row in measured(run)]
 

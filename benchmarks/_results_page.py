@@ -26,7 +26,7 @@ NOTES = {
         "parameters .0925 / .0501. `sasrec` is that of full cross-entropy, 128 wide, by RecTools with "
         "its epochs chosen on validation and as a configuration of this package. `bert4rec` (items masked "
         "as in its paper) was still rising when it was stopped after 15 epochs: a lower bound, though above what "
-        "TIGER's paper has of it (kept in .0347 / .0170). `m6rec text only` has no item memory. `word_similarity` of "
+        "TIGER's paper has of it (kept in .0347 / .0170). `m6rec text only` has no item memory. `tfidf_weight` of "
         "`m6rec` lifts what was bought as well, which costs where it is kept in: without it one seed had .0884 / "
         ".0479 there."
     ),
@@ -34,7 +34,7 @@ NOTES = {
         "A seeded tenth of the products loses every training purchase, as if they had just come in; each is ranked "
         "against the whole catalogue. `warm` are the other products' test events, on the same models. Models of ids "
         "alone cannot tell cold products from one another. Each seed holds other products out, which are easier or "
-        "harder to find: compare within a seed (in docs/experiments.md). `m6rec` has `new_item_bonus` .03, chosen on "
+        "harder to find: compare within a seed (in docs/experiments.md). `m6rec` has `cold_item_bias` .03, chosen on "
         "validation purchases of the products of seed 1; without it, here, it has .0999 / .0593 on warm and .0657 / "
         ".0388 on cold products."
     ),
@@ -54,9 +54,9 @@ NOTES = {
     ),
     "transfer": (
         "Nothing of Beauty is learnt. `m6rec untrained` is the model of texts alone as the recipe `beauty` makes it, "
-        "before its first step (`training.num_train_epochs=0`), with a `word_similarity` of 4 (chosen on validation "
+        "before its first step (`training.num_train_epochs=0`), with a `tfidf_weight` of 4 (chosen on validation "
         "purchases; with the recipe's .6 seed 0 had .0618 / .0379); `m6rec trained on films` has learnt MovieLens-100K "
-        "by the same recipe: that does not carry over to cosmetics, and what it finds it finds by `word_similarity` "
+        "by the same recipe: that does not carry over to cosmetics, and what it finds it finds by `tfidf_weight` "
         "(without that .0012, where chance is .0008; with 4, and words counted in Beauty, seed 1 has .0647 / .0358). "
         "The other rows rank by the similarity of texts, untrained."
     ),

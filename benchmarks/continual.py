@@ -100,7 +100,7 @@ def beauty_run(options: argparse.Namespace, arm: str, seed: int) -> Any:
     tree["data"] = beauty_data(options)
     tree["text"] = {"domain": "ecommerce", "max_events": 5, "max_length": 512}
     tree["model"] = {"checkpoint": str(films), "attention": "eager"}
-    tree["task"] = {"learn": ["click"], "targets": 2, "negatives_per_event": 1, "rows_together": 4}
+    tree["task"] = {"learn": ["click"], "targets": 2, "negatives_per_event": 1, "group_user_rows": 4}
     tree["task"] |= {"replay": [str(films)], "replay_share": REPLAY_SHARE} if ARMS[arm]["replay"] else {}
     tree["tuning"] = {"method": method, "settings": SETTINGS[method]}
     tree["evaluation"] = {"split": "leave-one-out", "max_users": 1000}
@@ -121,13 +121,13 @@ def film_auc(model: Any, films: Path) -> float:
 def without_learning(run: Any) -> dict[str, float]:
     """Measure what needs no model on Beauty's test clicks: AUC of title similarity, of popularity, and of both."""
     from m6rec.train.evaluation.baselines import SimilarText
-    from m6rec.train.evaluation.reports import all_events, questions
+    from m6rec.train.evaluation.reports import all_events, eval_queries
     from m6rec.train.metrics import auc
     from m6rec.train.runs.finetune import examples_of
 
     examples, events = examples_of(run, "test", "click"), all_events(run.split)
     arguments = (run.processor.max_events, run.recipe.evaluation, run.recipe.seed)
-    asked = questions(run.split, "test", np.ones(len(events), dtype=bool), *arguments)
+    asked = eval_queries(run.split, "test", np.ones(len(events), dtype=bool), *arguments)
     rows = np.array([run.writer.rows[item_id] for item_id in events["item_id"]])
     similar = SimilarText(run.texts).scores([rows[question.history] for question in asked])
     place = {question.user_id: number for number, question in enumerate(asked)}

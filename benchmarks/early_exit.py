@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from m6rec import SegmentCache
-from m6rec.ranking_m6rec import Scorer, Tokens, Told
+from m6rec.ranking_m6rec import EncodedRequest, Scorer, Tokens
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.metrics import auc
 from m6rec.train.runs.build import prepare
@@ -39,14 +39,14 @@ Way = tuple[dict[str, Any], Callable[[], tuple[np.ndarray, float]]]
 RESULTS = Path(__file__).parent / "results" / "early_exit.json"
 
 
-def requests(rows: list[dict[str, Any]], bos: int, confidence: float | None) -> list[Told]:
+def requests(rows: list[dict[str, Any]], bos: int, confidence: float | None) -> list[EncodedRequest]:
     """Rows of the evaluation as the scorer takes them."""
     found = []
     for row in rows:
-        ids, memory = row["input_ids"], row.get("item_ids") or [0] * len(row["input_ids"])
+        ids, memory = row["input_ids"], row.get("item_embedding_ids") or [0] * len(row["input_ids"])
         starts = [index for index, token in enumerate(ids) if token == bos]
         source, *targets = (Tokens(ids[a:b], memory[a:b]) for a, b in pairwise([0, *starts, len(ids)]))
-        found.append(Told(source, targets, [], confidence))
+        found.append(EncodedRequest(source, targets, [], confidence))
     return found
 
 
@@ -84,11 +84,11 @@ def main() -> None:
     model, cache = run.base_model.eval(), SegmentCache()
     labels = np.asarray(examples.labels)
 
-    def scorer(told: list[Told], exit_layer: int | None) -> tuple[np.ndarray, float]:
+    def scorer(encoded: list[EncodedRequest], exit_layer: int | None) -> tuple[np.ndarray, float]:
         with torch.inference_mode():
-            found = Scorer(model, run.processor, cache, exit_layer=exit_layer).scores(told, "click")
-        weights = [len(each.targets) for each in told]
-        layers = [each.exit_layer or exit_layer or FIELDS["num_joint_layers"] for each in told]
+            found = Scorer(model, run.processor, cache, exit_layer=exit_layer).scores(encoded, "click")
+        weights = [len(each.targets) for each in encoded]
+        layers = [each.exit_layer or exit_layer or FIELDS["num_joint_layers"] for each in encoded]
         return torch.cat(found)[:, 0].double().numpy(), float(np.average(layers, weights=weights))
 
     plain = requests(examples.rows, bos, None)

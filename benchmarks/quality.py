@@ -28,7 +28,7 @@ from _results_page import write_page
 RESULTS = Path(__file__).parent / "results"
 BUDGET_MINUTES = 90
 METRICS = ("recall@10", "ndcg@10", "auc", "gauc", "rmse")
-SAME = ("model", "seen", "subset")
+GROUP_KEYS = ("model", "seen", "subset")
 """What rows of several seeds have in common."""
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """glibc keeps the large buffers of a training step, which it would else ask the system for again at each."""
@@ -68,7 +68,7 @@ def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sum rows of single seeds up: mean and standard deviation of each metric."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in cells:
-        groups.setdefault(tuple(row.get(name) for name in SAME), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in GROUP_KEYS), []).append(row)
     found = []
     for rows in groups.values():
         first = min(rows, key=lambda row: row["seed"])

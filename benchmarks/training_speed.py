@@ -9,8 +9,8 @@ default, so that others who share the machine do not count; a turn's first step 
 Llama: the same rows of TALLRec (ten films that a user liked or not, and one more), the same ids in the same batches,
 the same width, layers, heads and vocabulary, random weights, no drop-out, the same arguments of the Trainer; ours and
 theirs take turns in one process, and the ratio is the median of the turns' ratios. Ours reads a batch's distinct texts
-once and joins what is left of them in the last layers; Llama reads whole rows. With `rows_together` 8, eight rows of a
-user stay together in a batch, for both. A token is an id that is no padding, counted once for both: the ratio is also
+once and joins what is left of them in the last layers; Llama reads whole rows. With `group_user_rows` 8, eight rows of
+a user stay together in a batch, for both. A token is an id that is no padding, counted once for both: the ratio is also
 that of the rows per second.
 
 SASRec: `_rectools_epoch.py`, run by the python of an environment of its own (pip install "rectools[torch]"), reads the
@@ -111,7 +111,7 @@ def tallrec_run(data: Path, steps: int, output: str, together: int) -> Run:
             "attention": "eager",
             "config": {**SHAPE, "num_joint_layers": JOINT, "segment_summary": 1, "embedding_dim": 128},
         },
-        "task": {"learn": ["click"], "targets": 1, "rows_together": together},
+        "task": {"learn": ["click"], "targets": 1, "group_user_rows": together},
         "evaluation": {"split": "given", "rolling": True},
         "training": training(0, output, per_device_train_batch_size=BATCH, max_steps=steps),
     }
@@ -194,7 +194,7 @@ def row_of(taken: dict[tuple[str, int], list[float]], tokens: int, together: int
     speeds = {who: [tokens / seconds for seconds in taken[who, together]] for who in ("m6rec", "llama")}
     medians = {who: statistics.median(own) for who, own in speeds.items()}
     return {
-        "rows_together": together,
+        "group_user_rows": together,
         "m6rec_tokens_per_second": medians["m6rec"],
         "llama_tokens_per_second": medians["llama"],
         "ratio": statistics.median(ours / theirs for ours, theirs in zip(speeds["m6rec"], speeds["llama"])),
@@ -219,7 +219,7 @@ def beauty_run(data: Path, task: dict[str, Any], batches: int, output: str) -> R
         "data": {"source": "amazon-beauty", "directory": str(data / "amazon-beauty")},
         "text": {"max_events": EVENTS, "max_length": 2048, "vocab_size": 4000, "times": False},
         "evaluation": {"protocol": "published"},
-        "model": {"attention": "eager", "freeze_segments": True, "item_memory": True, "config": config},
+        "model": {"attention": "eager", "freeze_segments": True, "item_embeddings": True, "config": config},
         "task": {"learn": ["retrieval"], **task},
         "training": own | ({"max_steps": batches} if batches else {}),
     }
@@ -272,8 +272,8 @@ def rectools_epoch(options: argparse.Namespace, run: Run, task: dict[str, Any], 
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     command = [str(options.rectools_python), str(script), asked]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=output, env=environment)
-    told = json.loads(answer.stdout.splitlines()[-1])
-    return {**epoch(told["times"], told["batches"], told["rows"]), "version": told["version"]}
+    reported = json.loads(answer.stdout.splitlines()[-1])
+    return {**epoch(reported["times"], reported["batches"], reported["rows"]), "version": reported["version"]}
 
 
 def parse() -> argparse.Namespace:

@@ -47,7 +47,7 @@ def common(data: Path, seed: int, output: Path, **training: Any) -> dict[str, An
     return {
         "data": {"source": "tallrec", "directory": str(data / "tallrec-movie")},
         "text": {"domain": "video", "max_events": 10, "max_length": 512},
-        "task": {"learn": ["click"], "targets": 1, "rows_together": 8},
+        "task": {"learn": ["click"], "targets": 1, "group_user_rows": 8},
         "evaluation": {"split": "given", "rolling": True},
         "training": quiet_training(output, seed, **{**usual, **training}),
     }

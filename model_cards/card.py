@@ -37,9 +37,9 @@ INTERVALS = "intervals"
 """Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
 VERDICT = "verdict"
 """Where the model's row of a report keeps how it compares with the best baseline."""
-BESIDE = (INTERVALS, VERDICT)
+NOT_METRICS = (INTERVALS, VERDICT)
 """What stands in a report beside the figures."""
-LEANINGS = ("coverage", "popularity_bias")
+BIAS_METRICS = ("coverage", "popularity_bias")
 """Metrics that say how a model treats items, not how right it is."""
 COUNTS = ("examples", "groups", "texts", "repeats", "negatives_per_event", "observed")
 """How figures of a report end that count and do not measure."""
@@ -177,7 +177,7 @@ def _own_results(facts: CardFacts) -> list[EvalResult]:
 
 def _table(report: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Lay out who -> metrics with a column for each model; what the figures rest on comes first."""
-    names = list(dict.fromkeys(name for figures in report.values() for name in figures if name not in BESIDE))
+    names = list(dict.fromkeys(name for figures in report.values() for name in figures if name not in NOT_METRICS))
     names.sort(key=lambda name: CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS))
     return {
         "who": list(report),
@@ -191,7 +191,7 @@ def _table(report: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _leanings(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Pick, from laid out results of retrieval, the rows of what models do to items: metric, and who with what."""
     table = results.get("retrieval", {"who": [], "rows": []})
-    rows = [(name, cells) for name, cells in table["rows"] if name.partition("@")[0] in LEANINGS]
+    rows = [(name, cells) for name, cells in table["rows"] if name.partition("@")[0] in BIAS_METRICS]
     return [(name, list(zip(table["who"], cells))) for name, cells in rows]
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .beside import beside
 from .configuration_m6rec import KINDS, PRESETS, TASKS, M6RecConfig
+from .lazy_registration import register_on_import
 from .modeling_m6rec import M6RecForRecommendation, M6RecOutput
 from .network_m6rec import M6RecModel
 from .segment_cache_m6rec import SegmentCache
@@ -80,10 +80,10 @@ AutoModel.register(M6RecConfig, M6RecForRecommendation, exist_ok=True)
 AutoModelForCausalLM.register(M6RecConfig, M6RecForRecommendation, exist_ok=True)
 M6RecConfig.register_for_auto_class("AutoConfig")
 M6RecForRecommendation.register_for_auto_class("AutoModelForCausalLM")
-beside("transformers.models.auto.tokenization_auto", "m6rec.tokenization_m6rec", _register_tokenizer)
-beside("transformers.models.auto.processing_auto", "m6rec.processing_m6rec", _register_processor)
-beside("transformers.pipelines", "m6rec.pipeline_m6rec", _register_pipeline)
-beside("peft", "m6rec.tuning", partial(import_module, "m6rec.tuning"))
+register_on_import("transformers.models.auto.tokenization_auto", "m6rec.tokenization_m6rec", _register_tokenizer)
+register_on_import("transformers.models.auto.processing_auto", "m6rec.processing_m6rec", _register_processor)
+register_on_import("transformers.pipelines", "m6rec.pipeline_m6rec", _register_pipeline)
+register_on_import("peft", "m6rec.tuning", partial(import_module, "m6rec.tuning"))
 
 __all__ = [
     "KINDS",

@@ -49,11 +49,9 @@ from .values_m6rec import TIME_UNITS, normalize_id, time_seconds
 
 
 Item = str | dict[str, Any]
-
 """A text, or fields; `item_id` among them is never worded."""
 
 Model = Any
-
 """An M6RecForRecommendation, also within a PeftModel, which hands on what it lacks."""
 
 
@@ -133,15 +131,12 @@ EVIDENCE, EVENTS, JOURNAL = "evidence.safetensors", "events.parquet", "events.jo
 """Of a catalogue with evidence: what was counted; the events, which may be left out; events since it was saved."""
 
 TEXT_COLUMN = "__text__"
-
 """Column of `items.parquet` for items that are a text and no fields."""
 
 BATCH = 1024
-
 """Rows of `items.parquet` that are turned into items at once."""
 
 LONGEST_HEADER = 100_000_000
-
 """Bytes of the header of a safetensors file, as the format allows."""
 
 
@@ -546,15 +541,12 @@ def _digest(path: Path) -> str:
 logger = logging.get_logger(__name__)
 
 SETTINGS = {"flat": (), "hnsw": ("M", "efConstruction", "efSearch"), "ivf": ("nlist", "nprobe", "seed")}
-
 """Kinds of index, and the settings of each."""
 
 LARGEST = 1 << 16
-
 """More of any setting would only exhaust memory or time."""
 
 POINTS_A_LIST = 39
-
 """FAISS's own floor: centroids of fewer vectors are no centroids of anything."""
 
 TRAINING_POINTS_A_LIST = 64
@@ -719,19 +711,15 @@ def _import_faiss() -> Any:
 
 
 Predicate = Callable[[dict[str, Any]], bool]
-
 """Says of an item's fields whether the item may be recommended."""
 
 Ranking = list[tuple[str, float]]
-
 """Ids and scores, the best first."""
 
 ROUNDING = 1e-5
-
 """More than float32 products of normalised vectors are off by."""
 
 EXTRA, WIDER, EXACT_SHARE = 16, 4, 1 / 16
-
 """An index is asked for so many rows more than wanted, then for so many times as many, up to this share of all."""
 
 
@@ -1360,7 +1348,6 @@ def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Rank
 
 
 REBUILD_SHARE, REBUILD_ROWS = 0.1, 1024
-
 """All is put into one matrix once added and removed rows are more than this share of it, and than this number."""
 
 
@@ -1965,7 +1952,7 @@ def embed(
             padded = processor.pad([{"input_ids": encoded[index]} for index in batch])
             ids, mask = (padded[name].to(model.device) for name in ("input_ids", "attention_mask"))
             memory = None
-            if model.config.num_item_memory:
+            if model.config.num_item_embeddings:
                 memory = torch.tensor([processor.item_row(items[index]) for index in batch], device=model.device)
             embedded = model.embed_items(ids, mask, memory_ids=memory, segment_cache=segment_cache)
             vectors[batch] = embedded.float().cpu()

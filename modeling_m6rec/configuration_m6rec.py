@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .values_m6rec import SCORING_TASKS, ScoringTask
+from .values_m6rec import RENAMED_KEYS, SCORING_TASKS, ScoringTask, rename_keys
 
 KINDS = ("user", "event", "age", "item", "now", "stat", "fact", "text", "option")
 """Kinds of segment, in the order of their tokens' ids. A kind's number is its place here + 1; 0 means none."""
@@ -39,7 +39,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "vectors": (
         *("num_hidden_layers", "num_attention_heads", "hidden_act", "num_hidden_groups", "rope_parameters"),
         *("norm_type", "norm_position", "norm_eps", "num_joint_layers", "segment_attention", "segment_pooling"),
-        *("max_position_embeddings", "new_item_bonus", "word_similarity", "word_similarity_dim"),
+        *("max_position_embeddings", "cold_item_bias", "tfidf_weight", "tfidf_dim"),
     ),
     # Decide which weights there are, or their shapes: a fingerprint sees them by the weights.
     "shapes": (
@@ -47,7 +47,7 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("gated_mlp", "embedding_size", "num_hidden_groups", "position_embedding_type", "max_position_embeddings"),
         *("norm_type", "final_norm", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias"),
         *("qk_norm", "lm_head_transform", "lm_head_bias", "tie_word_embeddings", "entry_norm", "max_events"),
-        *("embedding_dim", "num_item_memory", "word_memory", "word_similarity", "score_head", "score_tasks"),
+        *("embedding_dim", "num_item_embeddings", "bow_embeddings", "tfidf_weight", "score_head", "score_tasks"),
         *("rating_values", "rating_loss", "interactions"),
     ),
     # Decide what the joint layers and the writing head make of segment states: nothing of it outlives the process.
@@ -60,7 +60,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "scores": ("score_head", "score_tasks", "rating_values", "rating_loss", "interactions"),
     # Act while a model is trained, or say how it was.
     "training": (
-        *("hidden_dropout", "attention_dropout", "entry_dropout", "item_memory_dropout", "initializer_range"),
+        *("hidden_dropout", "attention_dropout", "entry_dropout", "item_embedding_dropout", "initializer_range"),
         *("embedding_temperature", "class_weights", "label_smoothing", "loss_weights", "trained_tasks"),
     ),
 }
@@ -69,9 +69,9 @@ states follow from this table, so that a new field that changes vectors or state
 
 VECTORS_SINCE = {
     "segment_pooling": "last",
-    "new_item_bonus": 0.0,
-    "word_similarity": 0.0,
-    "word_similarity_dim": 1024,
+    "cold_item_bias": 0.0,
+    "tfidf_weight": 0.0,
+    "tfidf_dim": 1024,
     "max_position_embeddings": None,
 }
 """Fields with the role "vectors" that version 0.1 was without, and their values then: catalogues made with these stay
@@ -215,22 +215,22 @@ class M6RecConfig(PreTrainedConfig):
     """Width of user and item vectors (the paper's 128)."""
     embedding_temperature: float = 0.07
     """Of the retrieval softmax (the paper's 0.07)."""
-    num_item_memory: int = 0
+    num_item_embeddings: int = 0
     """Rows of the optional item memory; 0 = off."""
-    item_memory_dropout: float = 0.3
+    item_embedding_dropout: float = 0.3
     """Share of occurrences of an item whose memory is left out in training, so that its text alone still works."""
-    word_memory: bool = False
+    bow_embeddings: bool = False
     """Learn something of each word of an item's text by itself, beside what the segment layers make of the whole: where
     these are frozen, this is what learns of brands and series, also for items that come later (ours)."""
-    new_item_bonus: float = 0.0
+    cold_item_bias: float = 0.0
     """Added to the product of a user's and an item's vector where the item's memory has learnt nothing: an item that
     never was anybody's next scores too low. No loss knows of it: to be chosen on validation events of items held out
     of training (ours)."""
-    word_similarity: float = 0.0
+    tfidf_weight: float = 0.0
     """So many times the likeness of an item's words to those of the user's last items, rare words above all, is added
     to the product of a user's and an item's vector: it needs no learning and holds for items that come later. No loss
     knows of it: to be chosen on validation (ours)."""
-    word_similarity_dim: int = 1024
+    tfidf_dim: int = 1024
     """Places in user and item vectors that this takes; the more, the closer it is to exact words."""
     exit_layers: list[int] | None = None
     """Joint layers (counted from 1) after which scores are trained as well, for early exit; None = the last only."""
@@ -254,6 +254,7 @@ class M6RecConfig(PreTrainedConfig):
     """Tasks whose heads have been trained; None = not recorded."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._set_renamed(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -285,6 +286,11 @@ class M6RecConfig(PreTrainedConfig):
         if self.score_tasks is None:
             self.score_tasks = [name for name, task in SCORING_TASKS.items() if task.by_default]
 
+    def _set_renamed(self, fields: dict[str, Any]) -> None:
+        """Set the fields that are given by their names of version 0.1, and take these out."""
+        for name in RENAMED_KEYS.keys() & fields.keys():
+            setattr(self, RENAMED_KEYS[name], fields.pop(name))
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a configuration of what a checkpoint says, unless a newer version wrote it.
@@ -298,7 +304,7 @@ class M6RecConfig(PreTrainedConfig):
         """
         # Before anything is read: what a newer format says need not even be of the known types.
         check_format(config_dict.get("format_version", 1), FORMAT_VERSION, "the checkpoint's config.json")
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(rename_keys(config_dict), **rename_keys(kwargs))
 
     @classmethod
     def preset(cls, name: str, **kwargs: Any) -> "M6RecConfig":
@@ -322,19 +328,25 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def vector_width(self) -> int:
-        """Width of user and item vectors: `embedding_dim`, and what `word_similarity` and `new_item_bonus` need."""
-        return self.embedding_dim + self.word_similarity_dim * bool(self.word_similarity) + bool(self.new_item_bonus)
+        """Width of user and item vectors: `embedding_dim`, and what `tfidf_weight` and `cold_item_bias` need."""
+        return self.embedding_dim + self.tfidf_dim * bool(self.tfidf_weight) + bool(self.cold_item_bias)
 
     @property
     def vector_settings(self) -> dict[str, Any]:
-        """Settings that change item vectors without changing a weight."""
+        """Settings that change item vectors without changing a weight, by their names in version 0.1.
+
+        A fingerprint holds these names: catalogues of 0.1 stay valid.
+        """
+        names = {new: old for old, new in RENAMED_KEYS.items()}
         fields = {name: getattr(self, name) for name in ROLES["vectors"]}
-        if not self.word_similarity:
-            fields["word_similarity_dim"] = VECTORS_SINCE["word_similarity_dim"]
+        if not self.tfidf_weight:
+            fields["tfidf_dim"] = VECTORS_SINCE["tfidf_dim"]
         if (self.rope_parameters or {}).get("rope_type") not in ROPE_BY_LENGTH:
             fields["max_position_embeddings"] = None
         absent = object()
-        return {name: value for name, value in fields.items() if value != VECTORS_SINCE.get(name, absent)}
+        return {
+            names.get(name, name): value for name, value in fields.items() if value != VECTORS_SINCE.get(name, absent)
+        }
 
     @property
     def scored(self) -> dict[str, ScoringTask]:
@@ -487,11 +499,11 @@ class M6RecConfig(PreTrainedConfig):
                 f"num_options={self.num_options}",
             ),
             (
-                self.new_item_bonus != 0 and self.num_item_memory == 0,
-                f"new_item_bonus={self.new_item_bonus} needs item memory, which tells new items from others",
+                self.cold_item_bias != 0 and self.num_item_embeddings == 0,
+                f"cold_item_bias={self.cold_item_bias} needs item memory, which tells new items from others",
             ),
-            (self.word_similarity < 0, f"word_similarity={self.word_similarity} is negative: give 0 (off) or more"),
-            (self.word_similarity_dim < 1, f"word_similarity_dim={self.word_similarity_dim}: give 1 or more"),
+            (self.tfidf_weight < 0, f"tfidf_weight={self.tfidf_weight} is negative: give 0 (off) or more"),
+            (self.tfidf_dim < 1, f"tfidf_dim={self.tfidf_dim}: give 1 or more"),
             (not 0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} is not in [0, 1)"),
             (self.embedding_temperature <= 0, f"embedding_temperature={self.embedding_temperature} must be positive"),
             (

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from .layers_m6rec import inference_mode
-from .layout_m6rec import KIND_NUMBER, alone
-from .modeling_m6rec import M6RecForRecommendation, item_sketches, item_vectors
-from .network_m6rec import read_alone
+from .layout_m6rec import KIND_NUMBER, standalone_layout
+from .modeling_m6rec import M6RecForRecommendation, item_tfidf, item_vectors
+from .network_m6rec import read_standalone
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -36,11 +36,15 @@ class ScorePart(nn.Module):
         self.model, self.task = model, task
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, item_ids: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, item_embedding_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return B x N scores (B x N x I interactions) of B x T tokens; NaN where a row has fewer targets."""
         return self.model.score(
-            self.task, input_ids=input_ids, attention_mask=attention_mask, item_ids=item_ids, plan="flat"
+            self.task,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            item_embedding_ids=item_embedding_ids,
+            plan="flat",
         )
 
 
@@ -52,10 +56,10 @@ class UserPart(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, item_ids: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, item_embedding_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return B x D vectors of B x T tokens."""
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "item_ids": item_ids}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "item_embedding_ids": item_embedding_ids}
         vectors = self.model.embed(**batch, plan="flat").user_vectors
         assert vectors is not None  # `embed` makes them of whole rows
         places = (~vectors[..., :1].isnan()).sum(1, keepdim=True)
@@ -75,12 +79,12 @@ class ItemPart(nn.Module):
         """Return M x D vectors of M x L ids ([ITEM] ... [SEG], padded right)."""
         model, valid = self.model, attention_mask.bool()
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        lay = alone(valid, torch.zeros_like(input_ids))
+        lay = standalone_layout(valid, torch.zeros_like(input_ids))
         lay = lay._replace(kind=KIND_NUMBER["item"] * valid.long(), segment_position=index * valid)
-        states = model.model.add_words_in_rows(read_alone(model.model, input_ids, lay), input_ids, lay)
+        states = model.model.add_words_in_rows(read_standalone(model.model, input_ids, lay), input_ids, lay)
         last = (valid.sum(1) - 1).clamp_min(0)[:, None, None]
         texts = states.gather(1, last.expand(-1, -1, states.shape[-1]))[:, 0]
-        words = item_sketches(model, input_ids, valid) if model.config.word_similarity else None
+        words = item_tfidf(model, input_ids, valid) if model.config.tfidf_weight else None
         return item_vectors(model, texts, memory_ids, words)
 
 
@@ -94,8 +98,8 @@ def export_program(
 ) -> "ExportedProgram":
     """Export a part of a model with `torch.export`, for any number of rows and tokens.
 
-    Inputs are `input_ids` and `attention_mask`, and of a model with item memory also its rows: `item_ids` of "score"
-    and "user" (B x T), `memory_ids` of "item" (M), 0 = none.
+    Inputs are `input_ids` and `attention_mask`, and of a model with item embeddings also their rows:
+    `item_embedding_ids` of "score" and "user" (B x T), `memory_ids` of "item" (M), 0 = none.
 
     Args:
         model: The model; a PEFT model is merged first, by its `merge_and_unload`.
@@ -149,8 +153,8 @@ def _refuse(model: M6RecForRecommendation, part: str, task: str) -> None:
         raise ValueError(f"task={task!r} has no score: choose one of {list(model.config.score_slices)}")
     if part != "score" and not model.config.num_segment_layers:
         raise ValueError(f"part={part!r} needs segment layers: set num_joint_layers below num_hidden_layers")
-    if part != "score" and model.config.word_similarity and not model.model.word_sketch.is_counted:
-        raise ValueError("count the words of a catalogue before the export: model.model.word_sketch.count(...)")
+    if part != "score" and model.config.tfidf_weight and not model.model.word_sketch.is_fitted:
+        raise ValueError("count the words of a catalogue before the export: model.model.word_sketch.fit(...)")
 
 
 def _example(model: M6RecForRecommendation, part: str) -> dict[str, torch.Tensor]:
@@ -163,10 +167,10 @@ def _example(model: M6RecForRecommendation, part: str) -> dict[str, torch.Tensor
     row = item if part == "item" else source + [config.bos_token_id, *item, config.eos_token_id] * 2
     ids = torch.tensor([row] * 2, device=model.device)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.num_item_memory and part == "item":
+    if config.num_item_embeddings and part == "item":
         found["memory_ids"] = torch.zeros_like(ids[:, 0])
-    elif config.num_item_memory:
-        found["item_ids"] = torch.zeros_like(ids)
+    elif config.num_item_embeddings:
+        found["item_embedding_ids"] = torch.zeros_like(ids)
     return found
 
 

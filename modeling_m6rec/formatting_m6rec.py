@@ -49,7 +49,7 @@ REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text
 EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"})
 
 
-class Kept(OrderedDict):
+class LRUCache(OrderedDict):
     """A bounded memory that forgets what was used least recently. It is copied and pickled empty.
 
     Several threads may use one.
@@ -264,7 +264,6 @@ def _part(part: Any, place: str) -> str:
 
 
 KEPT_ITEMS = 100_000
-
 """Items and verbs whose wording is kept, since logs repeat them."""
 
 
@@ -311,7 +310,7 @@ class Event(NamedTuple):
     seconds: float | None
 
 
-class Wording:
+class RequestFormatter:
     """Turns the parts of a request into segments, as a template says.
 
     Args:
@@ -324,8 +323,8 @@ class Wording:
         self.template = template
         self.words = template["words"]
         self.item_rows = item_rows or {}
-        self._items = Kept(KEPT_ITEMS)
-        self._verbs = Kept(KEPT_ITEMS)
+        self._items = LRUCache(KEPT_ITEMS)
+        self._verbs = LRUCache(KEPT_ITEMS)
         self._gaps = {name: _Table(template[name]) for name in ("gaps", "ago")}
         self._tables = {name: _Table(table) for name, table in template["stats"]["tables"].items()}
         self._ages = _Table(template["user"]["ages"])
@@ -682,7 +681,6 @@ SCHEMA: dict[str, Any] = {
         "join": _any_text,
     },
 }
-
 """What a template holds: a mapping has exactly these keys, anything else passes the check that stands there."""
 
 
@@ -722,7 +720,7 @@ class ItemNames:
         wording: Words the items.
     """
 
-    def __init__(self, wording: Wording) -> None:
+    def __init__(self, wording: RequestFormatter) -> None:
         self._wording = wording
 
     def item_texts(self, items: Iterable[Any]) -> list[str]:
@@ -759,9 +757,9 @@ __all__ = [
     "WRITING_TASKS",
     "Event",
     "ItemNames",
-    "Kept",
+    "LRUCache",
+    "RequestFormatter",
     "Segment",
-    "Wording",
     "check_list",
     "check_mapping",
     "check_moment",

@@ -1,6 +1,6 @@
-"""Which words a text holds, in a vector of fixed width: what `word_similarity` compares.
+"""Which words a text holds, in a vector of fixed width: what `tfidf_weight` compares.
 
-Shapes: V = vocabulary, D = word_similarity_dim.
+Shapes: V = vocabulary, D = tfidf_dim.
 
 
 Evidence of which item a user wants next that is counted and not learnt: transitions in histories, words in common.
@@ -23,11 +23,10 @@ from torch.nn import functional
 from .values_m6rec import WORD
 
 FACTOR, RANGE = 2654435761, 1 << 32
-
 """Multiplicative hashing (Knuth): ids that follow each other land far apart."""
 
 
-class M6RecWordSketch(nn.Module):
+class HashedTfidf(nn.Module):
     """Writes the words of a text into D places, a rare word as a longer step than a common one.
 
     Each word has a place and a sign by the hash of its id, so that words that share a place cancel out in the mean, and
@@ -48,11 +47,11 @@ class M6RecWordSketch(nn.Module):
         self.register_buffer("rarity", torch.zeros(words))
 
     @property
-    def is_counted(self) -> bool:
+    def is_fitted(self) -> bool:
         """Whether it is known how rare words are."""
         return bool(self.rarity.any())
 
-    def count(self, texts: Iterable[Sequence[int]]) -> None:
+    def fit(self, texts: Iterable[Sequence[int]]) -> None:
         """Learn how rare each word is among the ids of some texts: log((1 + texts) / (1 + texts with the word))."""
         number, found = 0, torch.zeros_like(self.rarity)
         for text in texts:
@@ -81,10 +80,10 @@ class M6RecWordSketch(nn.Module):
         Raises:
             ValueError: If no words have been counted.
         """
-        if not torch.compiler.is_exporting() and not self.is_counted:  # `export_program` asks before it exports
+        if not torch.compiler.is_exporting() and not self.is_fitted:  # `export_program` asks before it exports
             raise ValueError(
-                "word_similarity does not know how rare words are: train with it or name it to `m6rec evaluate`, which "
-                "count the catalogue's words, or call model.model.word_sketch.count(processor.encode_items(items))"
+                "tfidf_weight does not know how rare words are: train with it or name it to `m6rec evaluate`, which "
+                "count the catalogue's words, or call model.model.word_sketch.fit(processor.encode_items(items))"
             )
         key = ids * FACTOR % RANGE
         steps = self.rarity[ids] * (1 - 2 * (key >> 31))
@@ -833,8 +832,8 @@ __all__ = [
     "Counts",
     "EventLog",
     "Evidence",
+    "HashedTfidf",
     "Histories",
-    "M6RecWordSketch",
     "Postings",
     "Sparse",
     "Transitions",

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_m6rec import M6RecConfig
-from .layout_m6rec import at
+from .layout_m6rec import gather_tokens
 
 SCORES_AT_ONCE = 1 << 19
 """Attention scores to shared keys that are held together: larger tables leave the processor's cache."""
@@ -208,21 +208,23 @@ class M6RecAttention(nn.Module):
         layer_idx: int = 0,
         key_cache: Cache | None = None,
         shared: SharedKeys | None = None,
-        asking: torch.Tensor | None = None,
+        output_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; `layer_idx` is given at the call, as shared weights serve several layers of the cache.
 
-        With `asking` (B x n places) these tokens attend to all Q, and the mask is theirs: B x 1 x n x K.
+        With `output_mask` (B x n places) these tokens attend to all Q, and the mask is theirs: B x 1 x n x K.
         """
-        own = hidden_states if asking is None else at(hidden_states, asking)
+        own = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
         query, key, value = (
             projection(states).unflatten(-1, (-1, self.config.head_dim))
             for projection, states in ((self.q_proj, own), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
         query, key, value = (states.transpose(1, 2) for states in (self.q_norm(query), self.k_norm(key), value))
         if rotary is not None:
-            cos, sin = rotary if asking is None else (at(part[:, 0], asking)[:, None] for part in rotary)
+            cos, sin = (
+                rotary if output_mask is None else (gather_tokens(part[:, 0], output_mask)[:, None] for part in rotary)
+            )
             query, key = rotate(query, cos, sin), rotate(key, *rotary)
         if key_cache is not None:
             key, value = key_cache.update(key, value, layer_idx)
@@ -283,13 +285,13 @@ class M6RecLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor,
-        asking: torch.Tensor | None = None,
+        output_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Map B x Q x hidden_size to itself, or to B x n x hidden_size: what becomes of the tokens at `asking`."""
+        """Map B x Q x hidden_size to itself, or to B x n x hidden_size: what becomes of the tokens at `output_mask`."""
         inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
-        attended, _ = self.self_attn(inner, rotary, attention_mask, asking=asking, **kwargs)
-        hidden_states = hidden_states if asking is None else at(hidden_states, asking)
+        attended, _ = self.self_attn(inner, rotary, attention_mask, output_mask=output_mask, **kwargs)
+        hidden_states = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
         hidden_states = _into(self.dropout(attended), hidden_states)
         hidden_states = self.attention_norm(hidden_states) if self.post_norm else hidden_states
         inner = hidden_states if self.post_norm else self.mlp_norm(hidden_states)
@@ -329,7 +331,7 @@ class M6RecEmbeddings(nn.Module):
         return self.projection(self.dropout(self.norm(embeds)))
 
 
-class M6RecWritingTransform(nn.Module):
+class LMHeadTransform(nn.Module):
     """What stands between the last state and the writing head: BERT's dense layer, a narrowing one, or nothing."""
 
     def __init__(self, config: M6RecConfig) -> None:
@@ -359,13 +361,13 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 
 
 __all__ = [
+    "LMHeadTransform",
     "M6RecAttention",
     "M6RecEmbeddings",
     "M6RecLayer",
     "M6RecMLP",
     "M6RecRMSNorm",
     "M6RecRotaryEmbedding",
-    "M6RecWritingTransform",
     "SharedKeys",
     "inference_mode",
     "make_norm",

@@ -74,7 +74,7 @@ class Picked(NamedTuple):
 
     def of(self, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
         """Gather the picked tokens: B x T (x H) -> B x n (x H); what is not present is `fill`, or repeats token 0."""
-        found = at(values, self.index)
+        found = gather_tokens(values, self.index)
         return found if fill is None else found.masked_fill(~self.present, fill)
 
     def chosen(self, rows: list[int] | torch.Tensor) -> "Picked":
@@ -98,7 +98,7 @@ class Picked(NamedTuple):
         return slot.new_zeros(len(slot), tokens + 1).scatter(1, slot, order)[:, :tokens]
 
 
-def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_tokens(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Pick B x n tokens out of B x T (x H) values; whole rows are copied, where `gather` goes number by number."""
     first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
     found = values.flatten(0, 1).index_select(0, (index + first).flatten())
@@ -181,7 +181,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
     return Layout(*(field * valid for field in fields))
 
 
-def alone(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
+def standalone_layout(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
     """Make the layout of rows that hold one segment each, as far as `segment_mask` reads it.
 
     Args:
@@ -316,14 +316,14 @@ def last_index(where: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Ten
     return found.scatter_reduce(1, slot.masked_fill(~where, slots), index, "amax")[:, :slots]
 
 
-def read(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_or_zero(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Pick B x N tokens (-1 = absent) out of B x T (x D) values: B x N (x D), zero where absent."""
     place = index.clamp_min(0)
     found = values.gather(1, place if values.dim() == 2 else place[..., None].expand(-1, -1, values.shape[-1]))
     return found.masked_fill((index < 0).view(index.shape + (1,) * (values.dim() - 2)), 0)
 
 
-def blank(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def nan_where_absent(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Put NaN into B x N x D values where the B x N index is -1.
 
     To be done last: a weight whose input holds NaN gets a gradient of NaN, even from outputs that no loss sees.
@@ -345,7 +345,6 @@ def _sees_whole_document(query: Layout, config: M6RecConfig) -> torch.Tensor:
 
 
 SegmentKey = tuple[int, tuple[int, ...]]
-
 """(mode, the whole segment's ids): the same ids are read differently as given text, written text or a document."""
 
 
@@ -356,7 +355,7 @@ class Rows(NamedTuple):
     """B x T."""
     lay: Layout
     """Of the B x T tokens."""
-    item_ids: torch.Tensor | None
+    item_embedding_ids: torch.Tensor | None
     """B x T rows of item memory."""
     keys: torch.Tensor
     """B x T bool: tokens that `summary_keys` keeps; the others are left out of the joint layers altogether."""
@@ -364,9 +363,9 @@ class Rows(NamedTuple):
     """B x T bool: tokens that stay, but are seen by no other."""
     exits: Sequence[int]
     """Joint layers after which states are wanted, ascending."""
-    alone: Sequence[SegmentKey] = ()
+    standalone: Sequence[SegmentKey] = ()
     """Segments that stand in no row (items to choose among), read together with those that do."""
-    asking: torch.Tensor | None = None
+    output_mask: torch.Tensor | None = None
     """B x T bool: tokens whose states after the last exit are wanted; None = all."""
 
 
@@ -421,7 +420,7 @@ def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch
 
 def item_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
     """Find the [SEG] of each given [ITEM] segment in the order of the row: B x M, -1 where absent."""
-    return in_order(closes_item(ids, lay, config))
+    return marked_places(closes_item(ids, lay, config))
 
 
 def closes_item(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
@@ -429,7 +428,7 @@ def closes_item(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
     return (ids == config.segment_token_id) & (lay.kind == KIND_NUMBER["item"]) & ~lay.written
 
 
-def in_order(marked: torch.Tensor) -> torch.Tensor:
+def marked_places(marked: torch.Tensor) -> torch.Tensor:
     """Return where the marked of B x T tokens stand, one after another: B x M, -1 where a row has fewer."""
     number = marked.cumsum(1)
     return last_index(marked, number - 1, largest(number))
@@ -487,26 +486,26 @@ __all__ = [
     "Picked",
     "Rows",
     "SegmentKey",
-    "alone",
-    "at",
     "attention_bias",
-    "blank",
     "closes_item",
+    "gather_or_zero",
+    "gather_tokens",
     "head_places",
-    "in_order",
     "item_places",
     "joint_mask",
     "largest",
     "last_index",
     "latest",
     "layout",
+    "marked_places",
     "mean_at_close",
     "mean_log_likelihood",
+    "nan_where_absent",
     "pick",
-    "read",
     "row_starts",
     "segment_mask",
     "skipped",
+    "standalone_layout",
     "summary_keys",
     "target_ends",
     "user_places",

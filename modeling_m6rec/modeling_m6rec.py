@@ -8,12 +8,12 @@ What a checkpoint's weights have to be: all there, and finite. A model that answ
 
 The vectors of users and items, whose product ranks a catalogue.
 
-They are made of up to three parts: what was learnt, l2-normalised; with `word_similarity` which words an item holds,
-and the mean of the user's last items; with `new_item_bonus` a place that says of an item whether it is new. Losses see
+They are made of up to three parts: what was learnt, l2-normalised; with `tfidf_weight` which words an item holds,
+and the mean of the user's last items; with `cold_item_bias` a place that says of an item whether it is new. Losses see
 the first alone. Source: the paper's retrieval for the first part; the others are ours.
 
 Shapes: B rows, T tokens, E places of a row where a user is read, M items of a row, H = hidden_size,
-W = word_similarity_dim, D = vector_width.
+W = tfidf_dim, D = vector_width.
 
 
 M6Rec for recommendation: one network, four heads (score, embed, plausibility, write).
@@ -48,19 +48,19 @@ from transformers.utils.hub import cached_file
 
 from .atomic_m6rec import atomic_files
 from .configuration_m6rec import M6RecConfig
-from .layers_m6rec import M6RecWritingTransform, make_norm
+from .layers_m6rec import LMHeadTransform, make_norm
 from .layout_m6rec import (
     KeptTokens,
     Layout,
     SegmentKey,
-    blank,
     closes_item,
+    gather_or_zero,
     item_places,
     largest,
     latest,
     layout,
     mean_log_likelihood,
-    read,
+    nan_where_absent,
     row_starts,
     target_ends,
     user_places,
@@ -84,19 +84,15 @@ from .values_m6rec import IGNORE_INDEX, label_field
 
 
 BASE = "base"
-
 """Folder of a base that has no other place, within the adapter's folder."""
 
-BROUGHT = ("score_head.", "model.item_memory.", "model.word_memory.")
-
+ADAPTER_WEIGHTS = ("score_head.", "model.item_memory.", "model.word_memory.")
 """Weights that may have another shape in the base: then the adapter has its own."""
 
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
-
 """Methods of PEFT that act outside of the model, with virtual tokens."""
 
 OWN = "M6REC_ADAPTER"
-
 """Our method of tuning, which only the package makes known to PEFT; all others PEFT knows by itself."""
 
 
@@ -148,7 +144,11 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
         )
     except OSError as error:
         raise OSError(f"the base {base!r} of the adapter {str(name)!r} cannot be loaded: {error}") from error
-    wrong = [entry for entry in sorted(map(str, info["mismatched_keys"])) if not any(part in entry for part in BROUGHT)]
+    wrong = [
+        entry
+        for entry in sorted(map(str, info["mismatched_keys"]))
+        if not any(part in entry for part in ADAPTER_WEIGHTS)
+    ]
     if wrong:
         raise ValueError(f"{base!r} is not the base of the adapter {str(name)!r}: its shapes differ in {wrong[0]}")
     if any("model.item_memory." in str(entry) for entry in (*info["missing_keys"], *info["mismatched_keys"])):
@@ -205,7 +205,6 @@ def keep_trainable(model: torch.nn.Module) -> None:
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 SHOWN = 3
-
 """Names of weights that an error gives."""
 
 
@@ -273,9 +272,8 @@ def _some(names: list[str]) -> str:
 # ----------------------------------------------------------------------------------------- vectors of users and items
 
 
-SIMILAR_ITEMS = 5
-
-"""The last items of a user whose words `word_similarity` compares with."""
+TFIDF_ITEMS = 5
+"""The last items of a user whose words `tfidf_weight` compares with."""
 
 
 class Given(NamedTuple):
@@ -285,7 +283,7 @@ class Given(NamedTuple):
     """B x T."""
     attention_mask: torch.Tensor | None
     """B x (P + T)."""
-    item_ids: torch.Tensor | None
+    item_embedding_ids: torch.Tensor | None
     """B x T rows of item memory."""
     hidden: torch.Tensor | None
     """B x T: tokens that no other sees."""
@@ -310,7 +308,7 @@ def user_vectors(
     """Make ... x D vectors of ... x H joint states, and ... x W of what words their last items hold."""
     parts = [learnt_user_vectors(model, states)]
     parts += [] if words is None else [words]
-    parts += [torch.ones_like(parts[0][..., :1])] if model.config.new_item_bonus else []
+    parts += [torch.ones_like(parts[0][..., :1])] if model.config.cold_item_bias else []
     return torch.cat(parts, -1)
 
 
@@ -321,8 +319,8 @@ def item_vectors(
     words: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make ... x D vectors of ... x H texts, ... rows of item memory, and ... x W of what words the items hold."""
-    parts, bonus = [learnt_item_vectors(model, texts, memory_ids)], model.config.new_item_bonus
-    parts += [] if words is None else [model.config.word_similarity * words]
+    parts, bonus = [learnt_item_vectors(model, texts, memory_ids)], model.config.cold_item_bias
+    parts += [] if words is None else [model.config.tfidf_weight * words]
     if bonus:
         new = parts[0].new_ones(texts.shape[:-1]) if memory_ids is None else model.model.is_new(memory_ids)
         parts.append(bonus * new[..., None])
@@ -347,24 +345,24 @@ def row_vectors(
     seen = None if given.hidden is None else ~kept.of(given.hidden.bool(), 0)
     users, items = user_places(ids, lay, config, seen), item_places(ids, lay, config)
     own = words = None
-    if config.word_similarity:
-        own, words = _row_sketches(model, given, kept, users, items)
-    memory = None if given.item_ids is None else read(kept.of(given.item_ids, 0), items)
+    if config.tfidf_weight:
+        own, words = _row_tfidf(model, given, kept, users, items)
+    memory = None if given.item_embedding_ids is None else gather_or_zero(kept.of(given.item_embedding_ids, 0), items)
     texts, states = (field[:, -kept.tokens :] for field in (out.segment_states, out.last_hidden_state))
     return (
-        blank(user_vectors(model, read(states, users), own), users),
-        blank(item_vectors(model, read(texts, items), memory, words), items),
+        nan_where_absent(user_vectors(model, gather_or_zero(states, users), own), users),
+        nan_where_absent(item_vectors(model, gather_or_zero(texts, items), memory, words), items),
     )
 
 
-def item_sketches(model: "M6RecForRecommendation", ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def item_tfidf(model: "M6RecForRecommendation", ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Say what words items hold that stand by themselves: M x L ids of [ITEM] ... [SEG] -> M x W."""
     words = valid & (ids != model.config.segment_token_id)
     words[:, 0] = False
     return model.model.word_sketch(ids, row_starts(ids, 1).expand_as(ids), ids.shape[0], words)
 
 
-def _row_sketches(
+def _row_tfidf(
     model: "M6RecForRecommendation", given: Given, kept: KeptTokens, users: torch.Tensor, items: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Say what words the last items before B x E places hold, B x E x W, and each of B x M items, B x M x W."""
@@ -375,7 +373,7 @@ def _row_sketches(
     # An item's number in its row is that of those before it, which stands beside its words and its [SEG].
     sketches = _sketches(model, ids, lay, closing)
     number = kept.of(closing.cumsum(1) - closing.long(), 0)
-    words = _pick(sketches, read(number, items))
+    words = _pick(sketches, gather_or_zero(number, items))
     if given.hidden is not None:
         closing &= ~given.hidden.bool()
         sketches = _sketches(model, ids, lay, closing)
@@ -384,7 +382,10 @@ def _row_sketches(
     earlier = value_at(met, latest(opens))  # of other requests in the row
     # The sum of all items so far, less that of all but the last few.
     total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
-    last, first = read(kept.of(met, 0), users), read(kept.of(torch.maximum(met - SIMILAR_ITEMS, earlier), 0), users)
+    last, first = (
+        gather_or_zero(kept.of(met, 0), users),
+        gather_or_zero(kept.of(torch.maximum(met - TFIDF_ITEMS, earlier), 0), users),
+    )
     return (_pick(total, last) - _pick(total, first)) / (last - first).clamp_min(1)[..., None], words
 
 
@@ -409,18 +410,15 @@ def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-
 """Arguments of `from_pretrained` that say where a configuration is."""
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-
 """Files of weights, which must not outlive the model that they belong to."""
 
 PUSH = (
     *("push_to_hub", "repo_id", "commit_message", "commit_description", "private", "create_pr", "token", "tags"),
     "revision",
 )
-
 """Arguments of `save_pretrained` that say where to the model is pushed after it was saved."""
 
 
@@ -475,7 +473,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         super().__init__(config)
         size = config.hidden_size
         self.model = M6RecModel(config)
-        self.lm_transform = M6RecWritingTransform(config)
+        self.lm_transform = LMHeadTransform(config)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias)
         self.score_head = nn.Linear(size, config.num_labels) if config.score_head == "linear" else None
         # Item vectors come from the raw residual of the last segment layer, which needs a norm (DESIGN, item vector).
@@ -491,7 +489,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         layout_ids: torch.LongTensor | None = None,
-        item_ids: torch.LongTensor | None = None,
+        item_embedding_ids: torch.LongTensor | None = None,
         hidden_events: torch.BoolTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -503,7 +501,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         item_input_ids: torch.LongTensor | None = None,
         item_attention_mask: torch.Tensor | None = None,
         item_states: torch.FloatTensor | None = None,
-        item_memory_ids: torch.LongTensor | None = None,
+        candidate_embedding_ids: torch.LongTensor | None = None,
         item_log_frequency: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -524,7 +522,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             input_ids: B x Q new ids.
             attention_mask: B x (P + T), nonzero = not padding; None = padding is where the pad id stands.
             layout_ids: B x T, all ids so far (P virtual tokens left out); see `M6RecModel.forward`.
-            item_ids: B x T rows of item memory, 0 = none.
+            item_embedding_ids: B x T rows of item memory, 0 = none.
             hidden_events: B x T bool, tokens that no other token sees in the joint layers.
             past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
@@ -536,7 +534,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             item_input_ids: M x L ids of items' segments ([ITEM] ... [SEG], padded right) for the retrieval loss.
             item_attention_mask: M x L, nonzero = not padding.
             item_states: M x H of `item_states`, in place of the ids (frozen text), or beside them (word memory).
-            item_memory_ids: M rows of item memory of these items.
+            candidate_embedding_ids: M rows of item memory of these items.
             item_log_frequency: M log probabilities for the logQ correction.
             use_cache: Return a cache.
             logits_to_keep: Only the last so many tokens get logits (0 = all), or the given indices.
@@ -568,7 +566,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             layout_ids,
-            item_ids,
+            item_embedding_ids,
             hidden_events,
             one_cache(cache, past_key_values),
             inputs_embeds,
@@ -576,10 +574,10 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             plan=plan,
             segment_cache=segment_cache,
             exits=self._exits(exit_layer, bool(score_labels), "decide" in kwargs),
-            alone=self._item_keys(item_input_ids, item_attention_mask) if item_states is None else (),
+            standalone=self._item_keys(item_input_ids, item_attention_mask) if item_states is None else (),
             compact_output=True,
             heads=heads,
-            asked=None if retrieval_labels is None else retrieval_labels != IGNORE_INDEX,
+            extra_output_mask=None if retrieval_labels is None else retrieval_labels != IGNORE_INDEX,
             **kwargs,
         )
         ids = input_ids if layout_ids is None else layout_ids
@@ -593,16 +591,16 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             found["text"] = self._text_loss(states, targets, lay, step.get("text"))
         found.update(score_losses(exit_scores, score_labels, self.config, step))
         if retrieval_labels is not None:
-            known = out.alone_states if item_states is None and item_input_ids is not None else item_states
+            known = out.standalone_states if item_states is None and item_input_ids is not None else item_states
             texts = self._texts(item_input_ids, item_attention_mask, known)
-            items = learnt_item_vectors(self, texts, item_memory_ids)
+            items = learnt_item_vectors(self, texts, candidate_embedding_ids)
             wanted = kept.of(retrieval_labels, IGNORE_INDEX)
             users = self._labelled_users(states, lay, wanted)
             against = (items, wanted[wanted != IGNORE_INDEX], self.config.embedding_temperature, item_log_frequency)
             found["retrieval"] = contrast(users, *against, step.get("retrieval"))
         if only_losses:
             return M6RecOutput(loss=self._total(found), losses=found)
-        given = Given(ids, attention_mask, item_ids, hidden_events)
+        given = Given(ids, attention_mask, item_embedding_ids, hidden_events)
         vectors = row_vectors(self, out, given, kept) if return_vectors else (None, None)
         return M6RecOutput(
             loss=self._total(found),
@@ -652,14 +650,12 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Embed items by themselves, M x D: of M x L ids ([ITEM] ... [SEG], padded right), or M x H `item_states`."""
         texts = self._texts(input_ids, attention_mask, states, segment_cache)
-        if not self.config.word_similarity:
+        if not self.config.tfidf_weight:
             return item_vectors(self, texts, memory_ids)
         if input_ids is None:
-            raise ValueError(
-                "items have no words to compare (config.word_similarity): give their ids beside the states"
-            )
+            raise ValueError("items have no words to compare (config.tfidf_weight): give their ids beside the states")
         return item_vectors(
-            self, texts, memory_ids, item_sketches(self, input_ids, self._valid(input_ids, attention_mask))
+            self, texts, memory_ids, item_tfidf(self, input_ids, self._valid(input_ids, attention_mask))
         )
 
     def _texts(
@@ -671,14 +667,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Read items as `embed_items` does, with what was learnt of their words: M x H."""
         self._require_segment_layers()
-        if input_ids is None and (states is None or self.config.word_memory):
+        if input_ids is None and (states is None or self.config.bow_embeddings):
             raise ValueError(
                 "items have no texts: give their ids, as M6RecDataCollator does (item_input_ids for retrieval_labels), "
-                "or without word_memory states"
+                "or without bow_embeddings"
             )
         if states is None:
             states = self.item_states(input_ids, attention_mask, segment_cache)
-        if self.config.word_memory:
+        if self.config.bow_embeddings:
             states = self.model.add_words(states, input_ids, self._valid(input_ids, attention_mask))
         return states
 
@@ -762,14 +758,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def score_logits(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
         """Read B x N x S logits off the B x T x H joint states, at the [EOS] of each target."""
         ends = target_ends(ids, lay, self.config)
-        states = read(states, ends)
+        states = gather_or_zero(states, ends)
         if self.score_head is not None:
-            return blank(self.score_head(states), ends)
+            return nan_where_absent(self.score_head(states), ends)
         first = self.config.first_option_token_id
         # The module is asked, not its weight: an adapter may have trained these tokens.
         options = torch.arange(first, first + self.config.num_labels, device=ids.device)
         embeds = self.model.embeddings.projection(self.model.embeddings.tokens(options))
-        return blank(states @ embeds.T, ends)
+        return nan_where_absent(states @ embeds.T, ends)
 
     def _logits(self, out: M6RecModelOutput, tokens: int, to_keep: int | torch.Tensor) -> torch.Tensor:
         """B x Q x V logits; of tokens that were left out they mean nothing."""
@@ -841,9 +837,9 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------------- keeping
 
-    def resize_item_memory(self, rows: int) -> None:
+    def resize_item_embeddings(self, rows: int) -> None:
         """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
-        self.model.resize_item_memory(rows)
+        self.model.resize_item_embeddings(rows)
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
@@ -938,13 +934,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 __all__ = [
     "BASE",
     "OWN",
-    "SIMILAR_ITEMS",
+    "TFIDF_ITEMS",
     "Given",
     "M6RecForRecommendation",
     "M6RecOutput",
     "adapter_settings",
     "is_finite",
-    "item_sketches",
+    "item_tfidf",
     "item_vectors",
     "keep_trainable",
     "learnt_item_vectors",

@@ -45,7 +45,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m6rec import KINDS, M6RecConfig
-from .item_features_m6rec import M6RecWordSketch
+from .item_features_m6rec import HashedTfidf
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
 from .layout_m6rec import (
     KIND_NUMBER,
@@ -53,9 +53,8 @@ from .layout_m6rec import (
     Picked,
     Rows,
     SegmentKey,
-    alone,
-    at,
     attention_bias,
+    gather_tokens,
     head_places,
     joint_mask,
     largest,
@@ -64,19 +63,18 @@ from .layout_m6rec import (
     pick,
     row_starts,
     segment_mask,
+    standalone_layout,
     summary_keys,
 )
-from .segment_cache_m6rec import Beginnings, SegmentCache, UserStates
+from .segment_cache_m6rec import PrefixMatches, SegmentCache, UserStates
 
 # -------------------------------------------------------------------------------------------- outputs and their cache
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-
 """The newer name, which our outputs have, and the older one."""
 
 LIBRARY_NAME = next((field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES), "cache")
-
 """The name that the installed Transformers gives to a cache, by which `generate` of the library takes it."""
 
 
@@ -151,37 +149,29 @@ def library_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 PLANS = ("flat", "compact", "reuse", "cached")
 
 TOKENS_AT_ONCE = {"cpu": 1024}
-
 """Tokens that go through the layers together, by kind of device: fewer read the weights again and again, more leave the
 processor's cache."""
 
 TOKENS_AT_ONCE_ELSEWHERE = 16384
-
 """On other devices; bounds memory."""
 
 PADDED = 1.25
-
 """Rows run through the joint layers together as long as padding makes them no more than so many times longer,"""
 
 PADDED_SEGMENTS = 1.1
-
 """The same of segments: these are many, and sorted by length, so that less is enough,"""
 
 SPARE_TOKENS = 64
-
 """or adds no more than so many tokens: a pass over the weights costs as much."""
 
 TOGETHER = 512
-
 """Up to so many tokens, targets stand behind their source in one row of the joint layers: a second pass over weights
 would cost more than the attention between targets that is computed in vain."""
 
 Stop = Callable[[torch.Tensor, list[int]], torch.Tensor]
-
 """b x n x H states of kept tokens and the b rows they are of -> b bool: go no deeper."""
 
 Decide = Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor]
-
 """The same, told which tokens these are and their layout as well."""
 
 
@@ -205,10 +195,10 @@ def segment_states(
     bank = model.segment_stage(embeds, positions, bias, input_ids, lay)
     bank = model.add_words_in_rows(bank, input_ids, lay).flatten(0, 1)
     place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
-    return bank, place, last_states(model, rows.alone, cache)
+    return bank, place, last_states(model, rows.standalone, cache)
 
 
-class Entered(NamedTuple):
+class JointInputs(NamedTuple):
     """Tokens as they enter the joint layers."""
 
     states: torch.Tensor
@@ -217,30 +207,30 @@ class Entered(NamedTuple):
     """Of these tokens."""
     keys: torch.Tensor
     """B x T bool: tokens that are seen."""
-    asking: torch.Tensor
+    output_mask: torch.Tensor
     """B x T bool: tokens whose states after the last exit are wanted."""
 
-    def of(self, rows: list[int]) -> "Entered":
+    def of(self, rows: list[int]) -> "JointInputs":
         """Return some rows."""
         lay = Layout(*(field[rows] for field in self.lay))
-        return Entered(self.states[rows], lay, self.keys[rows], self.asking[rows])
+        return JointInputs(self.states[rows], lay, self.keys[rows], self.output_mask[rows])
 
 
-def joint_rows(model: "M6RecModel", entered: Entered, exits: Sequence[int]) -> list[torch.Tensor]:
+def joint_rows(model: "M6RecModel", entered: JointInputs, exits: Sequence[int]) -> list[torch.Tensor]:
     """Run the joint layers over whole rows (B x T x H); one result for each exit."""
-    states, lay, keys, asking = entered
+    states, lay, keys, output_mask = entered
     size = lay.valid.shape[1]
     bias = attention_bias(joint_mask(lay, size, model.config, keys), size, size, states.dtype)
-    read = model.joint_stage(states, model.joint_positions(lay), bias, exits, asking=asking)
+    read = model.joint_stage(states, model.joint_positions(lay), bias, exits, output_mask=output_mask)
     return [model.norm(state) for state in read]
 
 
 @torch.compiler.disable(recursive=False)
 def joint_shared(
     model: "M6RecModel",
-    entered: Entered,
+    entered: JointInputs,
     exits: Sequence[int],
-    past: Beginnings | None = None,
+    past: PrefixMatches | None = None,
     stop: Stop | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Run the joint layers over each source once, then over its targets, which attend to it.
@@ -262,11 +252,11 @@ def joint_shared(
         raise ValueError("the plans 'reuse' and 'cached' take one request a row: unpack the rows, or use 'compact'")
     groups = _alike(lay)
     if len(groups) == 1:
-        return _Walk(model, entered, sorted(groups[0])).through(exits, past, stop)
+        return _JointRun(model, entered, sorted(groups[0])).through(exits, past, stop)
     results = [torch.zeros_like(entered.states) for _ in exits]
     left = torch.zeros_like(lay.request[:, 0])
     for rows in groups:
-        read, left[rows] = _Walk(model, entered.of(rows), rows).through(exits, past, stop)
+        read, left[rows] = _JointRun(model, entered.of(rows), rows).through(exits, past, stop)
         for result, state in zip(results, read):
             result[rows] = state
     return results, left
@@ -297,7 +287,7 @@ class _Part(NamedTuple):
     positions: torch.Tensor
     bias: torch.Tensor
     """B x 1 x S x S or B x N x 1 x C x C."""
-    asking: torch.Tensor
+    output_mask: torch.Tensor
     """Of the same shape as positions."""
 
     def chosen(self, rows: torch.Tensor) -> "_Part":
@@ -305,7 +295,7 @@ class _Part(NamedTuple):
         return _Part(*(field[rows] for field in self))
 
 
-class _Walk:
+class _JointRun:
     """Rows on their way through the joint layers: sources first, then targets, which attend to their row's source.
 
     The [BOS] that opens a target sees the source and itself, so that it is the same in all of them: the first is read
@@ -318,7 +308,7 @@ class _Walk:
     """
 
     @torch.compiler.disable
-    def __init__(self, model: "M6RecModel", entered: Entered, rows: list[int]) -> None:
+    def __init__(self, model: "M6RecModel", entered: JointInputs, rows: list[int]) -> None:
         lay, tokens = entered.lay, entered.states.shape[1]
         self.model, self.rows = model, rows
         opens = (lay.target > functional.pad(lay.target, (1, -1))) & entered.keys
@@ -357,23 +347,23 @@ class _Walk:
         def both(field: str) -> torch.Tensor:
             return torch.cat((getattr(near, field), getattr(far, field).flatten(1, 2)), 1)
 
-        return _Part(both("states"), both("positions"), bias, both("asking"))
+        return _Part(both("states"), both("positions"), bias, both("output_mask"))
 
-    def _part(self, entered: Entered, picked: Picked, slots: int = 1) -> tuple[_Part, torch.Tensor]:
+    def _part(self, entered: JointInputs, picked: Picked, slots: int = 1) -> tuple[_Part, torch.Tensor]:
         """Take the picked tokens, each slot as a row of its own; also say which are seen."""
 
         def own(field: torch.Tensor) -> torch.Tensor:
             return field.reshape(len(field) * slots, -1, *field.shape[2:])
 
         states, lay = own(picked.of(entered.states)), Layout(*map(own, entered.lay.take(*picked)))
-        seen, asking = (own(picked.of(field) & picked.present) for field in (entered.keys, entered.asking))
+        seen, output_mask = (own(picked.of(field) & picked.present) for field in (entered.keys, entered.output_mask))
         size = states.shape[1]
         bias = attention_bias(joint_mask(lay, size, self.model.config, seen), size, size, states.dtype)
-        return _Part(states, self.model.joint_positions(lay), bias, asking), seen
+        return _Part(states, self.model.joint_positions(lay), bias, output_mask), seen
 
     @torch.compiler.disable(recursive=False)
     def through(
-        self, exits: Sequence[int], past: Beginnings | None, stop: Stop | None
+        self, exits: Sequence[int], past: PrefixMatches | None, stop: Stop | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Go from exit to exit; see `joint_shared`."""
         going = torch.arange(len(self.rows), device=self.near.states.device)
@@ -390,7 +380,7 @@ class _Walk:
             if self.far is not None:
                 self.far = self._read_targets(self.far, first, last, exits[-1])
                 found = torch.cat((found, self.far.states.flatten(1, 2)), 1)
-            found = at(self.model.norm(found), self.place)
+            found = gather_tokens(self.model.norm(found), self.place)
             self.users = self.users[last - first :]
             results.append(found if len(going) == len(left) else results[-1].index_copy(0, going, found))
             if stop is None or last == exits[-1]:
@@ -415,7 +405,7 @@ class _Walk:
 
     @torch.compiler.disable(recursive=False)
     def _read_sources(
-        self, first: int, last: int, exits: Sequence[int], past: Beginnings | None
+        self, first: int, last: int, exits: Sequence[int], past: PrefixMatches | None
     ) -> Iterator[torch.Tensor]:
         """Joint layers from `first` to the next exit, or to all if they are kept, over the sources.
 
@@ -425,8 +415,8 @@ class _Walk:
         model, cache = self.model, None if self.far is None and past is None else DynamicCache()
         known = [] if past is None else past.shared(self.rows)
         ends = [last] if past is None else exits
-        asking = self.near.asking if ends[-1] == exits[-1] else None
-        read = model.joint_stage(*self.near[:3], ends, known or None, first, asking, key_cache=cache)
+        output_mask = self.near.output_mask if ends[-1] == exits[-1] else None
+        read = model.joint_stage(*self.near[:3], ends, known or None, first, output_mask, key_cache=cache)
         if cache is None:
             return iter(read)
         bias = None
@@ -447,8 +437,8 @@ class _Walk:
         parts, (users, slots, size) = [], far.positions.shape
         step = -(-slots // max(round(users * slots * size / _at_once(far.states.device)), 1))  # none is left over small
         for start in range(0, slots, step):
-            states, positions, bias, asking = (field[:, start : start + step].flatten(0, 1) for field in far)
-            asked = asking if last == end else None
+            states, positions, bias, output_mask = (field[:, start : start + step].flatten(0, 1) for field in far)
+            asked = output_mask if last == end else None
             (read,) = self.model.joint_stage(states, positions, bias, [last], self.users, first, asked)
             parts.append(read.unflatten(0, (users, -1)))
         return far._replace(states=torch.cat(parts, 1))
@@ -473,15 +463,15 @@ def _distinct_segments(
         key = (modes[start], tuple(ids[start : start + length]))
         order.append(numbers.setdefault(key, len(numbers)))
         start += length
-    alone = [numbers.setdefault(key, len(numbers)) for key in rows.alone]
+    alone = [numbers.setdefault(key, len(numbers)) for key in rows.standalone]
     bank, offsets = model.encode_segments(list(numbers), cache)
     offsets = offsets.to(input_ids.device)
     first = offsets[torch.tensor(order, device=input_ids.device)]
     place = torch.zeros_like(input_ids)
     place[lay.valid] = first.repeat_interleave(lengths) + lay.segment_position[lay.valid]
-    ends = [len(ids) - 1 for _, ids in rows.alone]
-    alone_states = bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
-    return model.add_words_in_bank(bank, list(numbers), offsets), place, alone_states
+    ends = [len(ids) - 1 for _, ids in rows.standalone]
+    standalone_states = bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
+    return model.add_words_in_bank(bank, list(numbers), offsets), place, standalone_states
 
 
 def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
@@ -518,7 +508,7 @@ def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Ite
 def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tensor, list[int]]:
     """One padded batch through the segment layers; returns states without padding, and lengths."""
     ids, lay = _padded(model, segments)
-    return read_alone(model, ids, lay)[lay.valid], [len(ids) for _, ids in segments]
+    return read_standalone(model, ids, lay)[lay.valid], [len(ids) for _, ids in segments]
 
 
 @torch.compiler.disable
@@ -531,10 +521,10 @@ def _padded(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
     index = torch.arange(width, device=device).expand_as(ids)
     valid = index < torch.tensor(lengths, device=device)[:, None]
     mode = torch.tensor([mode for mode, _ in segments], device=device)[:, None].expand_as(ids)
-    return ids, alone(valid, mode)
+    return ids, standalone_layout(valid, mode)
 
 
-def read_alone(model: "M6RecModel", ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout) -> torch.Tensor:
     """Read B x T ids of one segment a row, padded right, through the segment layers: B x T x H."""
     width = ids.shape[1]
     index = torch.arange(width, device=ids.device).expand_as(ids)
@@ -577,14 +567,16 @@ def run(
 @torch.compiler.disable
 def _entered(
     model: "M6RecModel", rows: Rows, bank: torch.Tensor, place: torch.Tensor
-) -> tuple[Entered, torch.Tensor, Picked]:
+) -> tuple[JointInputs, torch.Tensor, Picked]:
     """Pick the tokens that are keys; also return their segment states, B x n x H, and which they are."""
     kept = pick(torch.where(rows.keys, 0, -1), 1)
     states, here = bank[kept.of(place)], rows.lay.take(*kept)
-    entered = model.enter(states, here, None if rows.item_ids is None else kept.of(rows.item_ids) * kept.present)
-    asking = torch.ones_like(rows.keys) if rows.asking is None else rows.asking
-    seen, asking = (kept.of(field) & kept.present for field in (rows.keys & ~rows.hidden, asking))
-    return Entered(entered, here, seen, asking), states, kept
+    entered = model.enter(
+        states, here, None if rows.item_embedding_ids is None else kept.of(rows.item_embedding_ids) * kept.present
+    )
+    output_mask = torch.ones_like(rows.keys) if rows.output_mask is None else rows.output_mask
+    seen, output_mask = (kept.of(field) & kept.present for field in (rows.keys & ~rows.hidden, output_mask))
+    return JointInputs(entered, here, seen, output_mask), states, kept
 
 
 @torch.compiler.disable
@@ -605,7 +597,7 @@ class M6RecModelOutput(CachedOutput):
     Attributes:
         last_hidden_state: B x Q x H; plans other than "flat" leave zeros where the joint layers leave out a token.
         segment_states: B x Q x H, what the segment layers made of each token.
-        alone_states: M x H, the last states of the segments that were given to be read alone, without word memory.
+        standalone_states: M x H, the last states of the segments that were given to be read alone, without word memory.
         exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
         cache: The cache, if one was asked for; also found as `past_key_values`.
         layout: Layout of the Q tokens, virtual ones left out.
@@ -617,7 +609,7 @@ class M6RecModelOutput(CachedOutput):
 
     last_hidden_state: torch.FloatTensor | None = None
     segment_states: torch.FloatTensor | None = None
-    alone_states: torch.FloatTensor | None = None
+    standalone_states: torch.FloatTensor | None = None
     exit_states: tuple[torch.FloatTensor, ...] | None = None
     cache: Cache | None = None
     layout: Layout | None = None
@@ -645,13 +637,13 @@ class M6RecPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.EmbeddingBag):  # word memory: nothing has been learnt of any word
             init.zeros_(module.weight)
-        if isinstance(module, M6RecWordSketch):
+        if isinstance(module, HashedTfidf):
             init.zeros_(module.rarity)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as the library does, and word memory with it: of new words nothing has been learnt."""
         embeddings = cast(nn.Embedding, super().resize_token_embeddings(*args, **kwargs))
-        cast(M6RecModel, self.base_model).resize_word_memory(len(embeddings.weight))
+        cast(M6RecModel, self.base_model).resize_word_tables(len(embeddings.weight))
         return embeddings
 
 
@@ -664,11 +656,11 @@ class M6RecModel(M6RecPreTrainedModel):
         self.embeddings = M6RecEmbeddings(config)
         self.embed_kind = nn.Embedding(len(KINDS) + 1, size, padding_idx=0)
         self.embed_event = nn.Embedding(config.max_events + 1, size, padding_idx=0)
-        rows = config.num_item_memory
+        rows = config.num_item_embeddings
         self.item_memory = nn.Embedding(rows + 1, size, padding_idx=0) if rows else None
-        self.word_memory = nn.EmbeddingBag(config.vocab_size, size, mode="sum") if config.word_memory else None
-        width = config.word_similarity_dim
-        self.word_sketch = M6RecWordSketch(config.vocab_size, width) if config.word_similarity else None
+        self.word_memory = nn.EmbeddingBag(config.vocab_size, size, mode="sum") if config.bow_embeddings else None
+        width = config.tfidf_dim
+        self.word_sketch = HashedTfidf(config.vocab_size, width) if config.tfidf_weight else None
         self.entry_norm = make_norm(config, size) if config.entry_norm else nn.Identity()
         self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
@@ -783,14 +775,17 @@ class M6RecModel(M6RecPreTrainedModel):
             states = torch.cat((virtual, mean_at_close(own, lay, ids == self.config.segment_token_id)), 1)
         return states
 
-    def remember(self, states: torch.Tensor, item_ids: torch.Tensor | None) -> torch.Tensor:
-        """Add item memory to ... x H states (`item_ids`: its rows, 0 = none), dropped per occurrence in training."""
-        if self.item_memory is None or item_ids is None:
+    def remember(self, states: torch.Tensor, item_embedding_ids: torch.Tensor | None) -> torch.Tensor:
+        """Add item embeddings, of ... rows (0 = none), to ... x H states; in training some occurrences are dropped."""
+        if self.item_memory is None or item_embedding_ids is None:
             return states
-        if self.training and self.config.item_memory_dropout:
-            kept = torch.rand(item_ids.shape, device=item_ids.device) >= self.config.item_memory_dropout
-            item_ids = item_ids * kept
-        return states + self.item_memory(item_ids)
+        if self.training and self.config.item_embedding_dropout:
+            kept = (
+                torch.rand(item_embedding_ids.shape, device=item_embedding_ids.device)
+                >= self.config.item_embedding_dropout
+            )
+            item_embedding_ids = item_embedding_ids * kept
+        return states + self.item_memory(item_embedding_ids)
 
     def read_words(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Sum word memory over M texts, by the root of their lengths.
@@ -850,14 +845,14 @@ class M6RecModel(M6RecPreTrainedModel):
         ids = torch.tensor([token for ids in words for token in ids], dtype=torch.long, device=bank.device)
         return bank.index_add(0, offsets[own] + counts + 1, self.read_words(ids, counts).to(bank.dtype))
 
-    def is_new(self, item_ids: torch.Tensor) -> torch.Tensor:
+    def is_new(self, item_embedding_ids: torch.Tensor) -> torch.Tensor:
         """Say of ... rows of item memory whether nothing has been learnt there; row 0 is nobody's."""
         if self.item_memory is None:
-            return torch.ones_like(item_ids, dtype=torch.bool)
-        return (self.item_memory(item_ids) == 0).all(-1)
+            return torch.ones_like(item_embedding_ids, dtype=torch.bool)
+        return (self.item_memory(item_embedding_ids) == 0).all(-1)
 
     @torch.no_grad()
-    def resize_item_memory(self, rows: int) -> None:
+    def resize_item_embeddings(self, rows: int) -> None:
         """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
         if rows < 0:
             raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
@@ -869,10 +864,10 @@ class M6RecModel(M6RecPreTrainedModel):
             if old is not None:
                 kept = min(len(old.weight), rows + 1)
                 new.weight[:kept] = old.weight[:kept]
-        self.item_memory, self.config.num_item_memory = new, rows
+        self.item_memory, self.config.num_item_embeddings = new, rows
 
     @torch.no_grad()
-    def resize_word_memory(self, rows: int) -> None:
+    def resize_word_tables(self, rows: int) -> None:
         """Change the number of words that can be learnt of and compared, if any are."""
         if self.word_sketch is not None:
             self.word_sketch.resize(rows)
@@ -883,10 +878,10 @@ class M6RecModel(M6RecPreTrainedModel):
             init.zeros_(self.word_memory.weight)
             self.word_memory.weight[:kept] = old.weight[:kept]
 
-    def enter(self, states: torch.Tensor, lay: Layout, item_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def enter(self, states: torch.Tensor, lay: Layout, item_embedding_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
         event = lay.event.clamp_max(self.config.max_events)
-        states = self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_ids)
+        states = self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_embedding_ids)
         return functional.dropout(self.entry_norm(states), self.config.entry_dropout, self.training)
 
     def joint_positions(self, lay: Layout) -> torch.Tensor:
@@ -905,20 +900,20 @@ class M6RecModel(M6RecPreTrainedModel):
         exits: Sequence[int],
         shared: Sequence[SharedKeys] | None = None,
         first: int = 0,
-        asking: torch.Tensor | None = None,
+        output_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> list[torch.Tensor]:
         """Read all segments together: B x Q x H -> states, before `norm`, after each of the joint layers in `exits`.
 
         Runs from joint layer `first`, counted from 0, to the last exit. `shared` holds a user's keys in each of these.
-        With `asking` (B x Q bool) the last layer is computed for these tokens only; after it the others are zero.
+        With `output_mask` (B x Q bool) the last layer is computed for these tokens only; after it the others are zero.
         """
         rotary = None if self.rotary is None else self.rotary(states, positions)
         results, start, tokens, asked = [], self.config.num_segment_layers, states.shape[1], None
         for index in range(first, exits[-1]):
-            if asking is not None and index + 1 == exits[-1] and not asking.all():
-                asked = pick(torch.where(asking, 0, -1), 1)
-                bias, kwargs["asking"] = at(bias[:, 0], asked.index)[:, None], asked.index
+            if output_mask is not None and index + 1 == exits[-1] and not output_mask.all():
+                asked = pick(torch.where(output_mask, 0, -1), 1)
+                bias, kwargs["output_mask"] = gather_tokens(bias[:, 0], asked.index)[:, None], asked.index
             own = None if shared is None else shared[index - first]
             states = self.layer(start + index)(states, rotary, bias, layer_idx=start + index, shared=own, **kwargs)
             if index + 1 in exits:
@@ -931,7 +926,7 @@ class M6RecModel(M6RecPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         layout_ids: torch.LongTensor | None = None,
-        item_ids: torch.LongTensor | None = None,
+        item_embedding_ids: torch.LongTensor | None = None,
         hidden_events: torch.BoolTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -941,10 +936,10 @@ class M6RecModel(M6RecPreTrainedModel):
         user_states: UserStates | None = None,
         exits: Sequence[int] | None = None,
         decide: Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor] | None = None,
-        alone: Sequence[SegmentKey] = (),
+        standalone: Sequence[SegmentKey] = (),
         compact_output: bool = False,
         heads: Sequence[str] | None = None,
-        asked: torch.BoolTensor | None = None,
+        extra_output_mask: torch.BoolTensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> M6RecModelOutput:
@@ -954,7 +949,7 @@ class M6RecModel(M6RecPreTrainedModel):
             input_ids: B x Q new ids.
             attention_mask: B x (P + T), nonzero = not padding; None = padding is where the pad id stands.
             layout_ids: B x T, all ids so far; needed with `inputs_embeds` or a filled cache, else it is `input_ids`.
-            item_ids: B x T rows of item memory, 0 = none (DESIGN: non-zero at the [SEG] of an [ITEM] segment only).
+            item_embedding_ids: B x T rows of item embeddings at the [SEG] of [ITEM] segments, 0 = none.
             hidden_events: B x T bool, tokens that no other token sees in the joint layers.
             past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
@@ -966,12 +961,12 @@ class M6RecModel(M6RecPreTrainedModel):
                 what is returned, as those that a summary drops.
             exits: Joint layers, from 1, after which states are wanted; None = the last.
             decide: Says after each exit which rows go no deeper (see `network_m6rec.run`), for "reuse" and "cached".
-            alone: Segments that stand in no row, (mode, ids) each, to be read as well.
+            standalone: Segments that stand in no row, (mode, ids) each, to be read as well.
             compact_output: Return states and layout of the kept tokens only (Q = the most of a row), where a plan
                 leaves tokens out; `kept` says which.
             heads: What reads the last states: "score" does where targets are scored, "user" where users are read; of
                 other tokens they then mean nothing, and the last joint layer leaves these out. None = they all count.
-            asked: B x T bool, further tokens whose last states are read.
+            extra_output_mask: B x T bool, further tokens whose last states are read.
             cache: A cache to fill or to go on from.
             **kwargs: Handed to the attention function.
 
@@ -993,12 +988,12 @@ class M6RecModel(M6RecPreTrainedModel):
         lay = layout(layout_ids, None if attention_mask is None else attention_mask[:, -total:], self.config)
         keys = summary_keys(lay, layout_ids == self.config.segment_token_id, self.config)
         hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
-        item_ids = None if item_ids is None else _widen(item_ids, total)
+        item_embedding_ids = None if item_embedding_ids is None else _widen(item_embedding_ids, total)
         exits = sorted(set(exits or [self.config.num_joint_layers]))
-        asking = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
-        if asking is not None and asked is not None:
-            asking = asking | _widen(asked, total)
-        rows = Rows(layout_ids, lay, item_ids, keys, hidden, exits, alone, asking)
+        output_mask = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
+        if output_mask is not None and extra_output_mask is not None:
+            output_mask = output_mask | _widen(extra_output_mask, total)
+        rows = Rows(layout_ids, lay, item_embedding_ids, keys, hidden, exits, standalone, output_mask)
         whole = not (use_cache or cache is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
         if plan != "cached" and user_states is not None or plan not in ("reuse", "cached") and decide is not None:
@@ -1008,13 +1003,13 @@ class M6RecModel(M6RecPreTrainedModel):
             if use_cache and cache is None:
                 cache = self._usable(DynamicCache(config=self.config))
             return self._flat(embeds, rows, cache, past, **kwargs)
-        read, segment_states, alone_states, kept, left = run(self, plan, rows, segment_cache, user_states, decide)
+        read, segment_states, standalone_states, kept, left = run(self, plan, rows, segment_cache, user_states, decide)
         if not compact_output:
             read, segment_states = [kept.back(state, total) for state in read], kept.back(segment_states, total)
         return M6RecModelOutput(
             last_hidden_state=read[-1],
             segment_states=segment_states,
-            alone_states=alone_states,
+            standalone_states=standalone_states,
             exit_states=tuple(read),
             layout=lay.take(*kept) if compact_output else lay,
             kept=kept if compact_output else None,
@@ -1072,8 +1067,12 @@ class M6RecModel(M6RecPreTrainedModel):
         ids = rows.input_ids[:, total - new :]
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
         segment_states = self.add_words_in_rows(segment_states, ids, here)
-        item_ids = None if rows.item_ids is None else front(rows.item_ids[:, total - new :])
-        states = self.enter(segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_ids)
+        item_embedding_ids = (
+            None if rows.item_embedding_ids is None else front(rows.item_embedding_ids[:, total - new :])
+        )
+        states = self.enter(
+            segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_embedding_ids
+        )
         mask = joint_mask(lay, new, self.config, rows.keys & ~rows.hidden)
         bias = attention_bias(mask, queries, width, states.dtype, virtual)
         positions = torch.cat((order, self.joint_positions(here)), 1)
@@ -1081,7 +1080,7 @@ class M6RecModel(M6RecPreTrainedModel):
         return M6RecModelOutput(
             last_hidden_state=read[-1],
             segment_states=segment_states,
-            alone_states=last_states(self, rows.alone),
+            standalone_states=last_states(self, rows.standalone),
             exit_states=tuple(read),
             cache=cache,
             layout=here,
@@ -1122,6 +1121,6 @@ __all__ = [
     "last_states",
     "library_arguments",
     "one_cache",
-    "read_alone",
+    "read_standalone",
     "run",
 ]

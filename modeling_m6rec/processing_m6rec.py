@@ -24,9 +24,9 @@ from .formatting_m6rec import (
     WRITING_TASKS,
     Event,
     ItemNames,
-    Kept,
+    LRUCache,
+    RequestFormatter,
     Segment,
-    Wording,
     check_list,
     check_mapping,
     check_moment,
@@ -44,6 +44,7 @@ from .values_m6rec import (
     SCORING_TASKS,
     labelled_task,
     normalize_id,
+    rename_keys,
 )
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -52,7 +53,6 @@ from .values_m6rec import (
 MASKED_SHARE, MEAN_SPAN = 0.15, 3  # not given in the paper; ours (as in T5)
 
 HIDDEN, REPLACED = 0.8, 0.1
-
 """Shares of a masked text's chosen tokens that [MASK] or any other token stands for; the rest stay (as in BERT)."""
 
 
@@ -215,7 +215,7 @@ def _beside_tokens(name: str, rows: Sequence[Mapping[str, Any]], fill: int, padd
     for number, row in enumerate(rows):
         value, length = row.get(name), len(row["input_ids"])
         if value is None:
-            if name == "attention_mask" or not (_is_label(name) or name == "item_ids"):
+            if name == "attention_mask" or not (_is_label(name) or name == "item_embedding_ids"):
                 raise ValueError(f"row {number} lacks {name!r}, which other rows have")
             continue
         if not isinstance(value, list) or len(value) != length:
@@ -248,12 +248,11 @@ def _dtype(values: Iterable[Any]) -> type:
 
 
 NEAR = 8
-
 """Tokens before and after a cut that are looked at: a character has no more."""
 
 
 @dataclass(slots=True)
-class Dropped:
+class Truncation:
     """What a reading left out: how many events, and (place, field) of each text dropped or, as "text", cut short."""
 
     events: int = 0
@@ -264,20 +263,20 @@ class Dropped:
 
 
 @dataclass(slots=True)
-class Reading:
+class EncodedRow:
     """One request as a row of ids, and what they say.
 
     Attributes:
         input_ids: The row.
-        item_ids: Beside each id the row of the item memory, 0 where there is none.
+        item_embedding_ids: Beside each id the row of the item memory, 0 where there is none.
         segments: (kind, text) of each segment, in the row's order.
         dropped: What did not fit.
     """
 
     input_ids: list[int]
-    item_ids: list[int]
+    item_embedding_ids: list[int]
     segments: list[tuple[str, str]]
-    dropped: Dropped
+    dropped: Truncation
 
     @property
     def text(self) -> str:
@@ -286,7 +285,7 @@ class Reading:
 
 
 @dataclass(slots=True)
-class Slot:
+class EncodedSegment:
     """A segment at its place in the request; once encoded, its ids: `head` + `body` + `tail`.
 
     The body is the text that may be cut short; `cut` says it was, `fixed` that it cannot be cut further.
@@ -305,29 +304,29 @@ class Slot:
 
 
 @dataclass(slots=True)
-class Draft:
+class RequestParts:
     """The segments of a request before they are fitted: the source's start, events and end, then the targets.
 
     `gaps` says that [AGE] tells the time since the event before, so that the first event has none. `closed` says that
     targets end with [EOS].
     """
 
-    start: list[Slot]
-    events: list[list[Slot]]
-    end: list[Slot]
-    targets: list[list[Slot]]
+    start: list[EncodedSegment]
+    events: list[list[EncodedSegment]]
+    end: list[EncodedSegment]
+    targets: list[list[EncodedSegment]]
     gaps: bool = True
     closed: bool = True
-    dropped: Dropped = field(default_factory=Dropped)
+    dropped: Truncation = field(default_factory=Truncation)
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[EncodedSegment]:
         """Yield all slots, in the row's order."""
         yield from self.start
         for group in (*self.events, self.end, *self.targets):
             yield from group
 
 
-class Fitter:
+class Truncator:
     """Encodes a draft, shortens it to the allowed length and writes its row.
 
     What goes, as far as it must, so that the source fits beside a target of half of `max_length`, or of its own length
@@ -344,7 +343,7 @@ class Fitter:
         encode: Turns texts into ids.
         decode: Turns ids into a text.
         max_length: Most tokens of a source with its longest target.
-        forget_events: Events are dropped so many at a time.
+        truncation_stride: Events are dropped so many at a time.
         max_segment: Most tokens of a segment, whose text is cut to them first; None = as many as the row.
     """
 
@@ -355,15 +354,15 @@ class Fitter:
         encode: Callable[[Sequence[str]], Sequence[Sequence[int]]],
         decode: Callable[[Sequence[int]], str],
         max_length: int,
-        forget_events: int = 1,
+        truncation_stride: int = 1,
         max_segment: int | None = None,
     ) -> None:
         self.ids, self.encode, self.decode, self.max_length = ids, encode, decode, max_length
-        self.forget_events, self.max_segment = forget_events, max_segment
+        self.truncation_stride, self.max_segment = truncation_stride, max_segment
         self._heads = {kind: (index,) for kind, index in kinds.items()}
         self._segment_end = (ids["segment_token_id"],)
 
-    def read(self, draft: Draft) -> Reading:
+    def read(self, draft: RequestParts) -> EncodedRow:
         """Fit a draft, which is used up, and write it down.
 
         Raises:
@@ -376,7 +375,7 @@ class Fitter:
             events = len(draft.events)
             self._fit(draft)
             if self._excess(draft) > 0 and draft.events:  # there is no room for any event
-                draft.start, draft.events, draft.dropped = start, [], Dropped(before + events)
+                draft.start, draft.events, draft.dropped = start, [], Truncation(before + events)
                 for slot, slot.segment in given:
                     slot.cut = slot.fixed = False
                     self._fill(slot, draft.dropped)
@@ -388,12 +387,12 @@ class Fitter:
             )
         return self._write(draft)
 
-    def _fit(self, draft: Draft) -> None:
+    def _fit(self, draft: RequestParts) -> None:
         self._drop_events(draft)
         self._drop_fields(draft)
         self._cut_texts(draft)
 
-    def _fill(self, slot: Slot, dropped: Dropped) -> None:
+    def _fill(self, slot: EncodedSegment, dropped: Truncation) -> None:
         segment = slot.segment
         slot.head = self._heads[segment.kind]
         slot.body = self.encode([segment.text])[0] if segment.text else ()
@@ -409,27 +408,27 @@ class Fitter:
 
     # How much is too much
 
-    def _room(self, draft: Draft) -> int:
+    def _room(self, draft: RequestParts) -> int:
         """Count the tokens that a target may have."""
         source = 2 + _length(draft.start) + _length(draft.end) + sum(map(_length, draft.events))
         return self.max_length - source - (1 + draft.closed if draft.targets else 0)
 
-    def _excess(self, draft: Draft) -> int:
+    def _excess(self, draft: RequestParts) -> int:
         """Count the tokens by which the source is too long beside its longest target."""
         return max(map(_length, draft.targets), default=0) - self._room(draft)
 
-    def _half_excess(self, draft: Draft) -> int:
+    def _half_excess(self, draft: RequestParts) -> int:
         """Count the tokens by which the source is too long beside half a row, or its longest target if that is less."""
         return min(max(map(_length, draft.targets), default=0), self.max_length // 2) - self._room(draft)
 
     # What goes
 
-    def _drop_events(self, draft: Draft) -> None:
+    def _drop_events(self, draft: RequestParts) -> None:
         """Drop turns, facts and events for the sake of half a row of target."""
         excess = self._half_excess(draft)
         self._drop_spare(draft, min(excess, _length(draft.start) - self.max_length // 2))
         excess, gone = self._half_excess(draft), 0
-        while gone < len(draft.events) - 1 and (excess > 0 or gone < up_to_whole(gone, self.forget_events)):
+        while gone < len(draft.events) - 1 and (excess > 0 or gone < up_to_whole(gone, self.truncation_stride)):
             excess -= _length(draft.events[gone])
             gone += 1
             if draft.gaps:  # as if the events before had never been given
@@ -441,7 +440,7 @@ class Fitter:
         self._drop_spare(draft, excess)
 
     @staticmethod
-    def _drop_spare(draft: Draft, excess: int) -> None:
+    def _drop_spare(draft: RequestParts, excess: int) -> None:
         """Drop the oldest turns but the last, then the last facts but the first."""
         turns, facts = ([slot for slot in draft.start if slot.segment.kind == kind] for kind in ("text", "fact"))
         gone = set()
@@ -453,7 +452,7 @@ class Fitter:
             draft.dropped.fields.append((slot.place, "text"))
         draft.start = [slot for slot in draft.start if id(slot) not in gone]
 
-    def _drop_fields(self, draft: Draft) -> None:
+    def _drop_fields(self, draft: RequestParts) -> None:
         """Drop whole fields of items."""
         source = [*draft.start, *(slot for event in draft.events for slot in event), *draft.end]
         self._drop_longest(source, self._half_excess(draft), draft.dropped)
@@ -462,7 +461,7 @@ class Fitter:
             self._drop_longest(target, _length(target) - room, draft.dropped)
         self._drop_longest(source, self._excess(draft), draft.dropped)
 
-    def _drop_longest(self, slots: list[Slot], excess: int, dropped: Dropped) -> None:
+    def _drop_longest(self, slots: list[EncodedSegment], excess: int, dropped: Truncation) -> None:
         """Drop the longest fields of items, no more than must be; an item's first field, which names it, stays."""
         if excess <= 0:
             return
@@ -480,14 +479,14 @@ class Fitter:
                 if len(kept) != len(slot.segment.parts):
                     slot.segment = segment.only(kept) if len(kept) < len(segment.parts) else segment
                     slot.cut = False
-                    self._fill(slot, Dropped())  # that its text was cut has been noted
+                    self._fill(slot, Truncation())  # that its text was cut has been noted
             return _length(items)
 
         few = bisect_left(range(len(order)), True, key=lambda count: length(count) <= room)
         length(few)
         dropped.fields += [(items[place].place, whole[place].names[index]) for place, index in order[:few]]
 
-    def _cut_texts(self, draft: Draft) -> None:
+    def _cut_texts(self, draft: RequestParts) -> None:
         """Cut the longest texts of the source and its longest target to one length, then those of other targets."""
         source = [*draft.start, *(slot for event in draft.events for slot in event), *draft.end]
         while (excess := self._excess(draft)) > 0:
@@ -497,7 +496,7 @@ class Fitter:
             for target in draft.targets:
                 self._cut(target, _length(target) - room, draft.dropped)
 
-    def _cut(self, slots: list[Slot], excess: int, dropped: Dropped) -> bool:
+    def _cut(self, slots: list[EncodedSegment], excess: int, dropped: Truncation) -> bool:
         """Cut texts; return whether there was one that may be."""
         slots = [slot for slot in slots if len(slot.body) > 1 and not slot.fixed]
         if excess <= 0 or not slots:
@@ -511,7 +510,7 @@ class Fitter:
             self._shorten(slot, level + (place >= len(longest) - spared), dropped)
         return True
 
-    def _shorten(self, slot: Slot, count: int, dropped: Dropped) -> None:
+    def _shorten(self, slot: EncodedSegment, count: int, dropped: Truncation) -> None:
         """Cut a text to so many tokens, or fewer where it would end inside a character."""
         if count >= len(slot.body):
             return
@@ -531,8 +530,8 @@ class Fitter:
                 return kept
         return 0
 
-    def _write(self, draft: Draft) -> Reading:
-        reading = Reading([], [], [], draft.dropped)
+    def _write(self, draft: RequestParts) -> EncodedRow:
+        reading = EncodedRow([], [], [], draft.dropped)
         ids = self.ids
         reading.input_ids.append(ids["source_token_id"])
         rows = [self._put(slot, reading) for group in (draft.start, *draft.events, draft.end) for slot in group]
@@ -542,12 +541,12 @@ class Fitter:
             rows += [self._put(slot, reading) for slot in target]
             if draft.closed:
                 reading.input_ids.append(ids["eos_token_id"])
-        reading.item_ids = [0] * len(reading.input_ids)
+        reading.item_embedding_ids = [0] * len(reading.input_ids)
         for place, row in rows:
-            reading.item_ids[place] = row
+            reading.item_embedding_ids[place] = row
         return reading
 
-    def _put(self, slot: Slot, reading: Reading) -> tuple[int, int]:
+    def _put(self, slot: EncodedSegment, reading: EncodedRow) -> tuple[int, int]:
         """Write one slot; return where its last token stands, and the item memory's row that belongs there."""
         row, segment = reading.input_ids, slot.segment
         row += slot.head
@@ -567,7 +566,7 @@ def up_to_whole(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _length(slots: list[Slot]) -> int:
+def _length(slots: list[EncodedSegment]) -> int:
     return sum(map(len, slots))
 
 
@@ -582,12 +581,10 @@ def _above(lengths: list[int], level: int) -> int:
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-
 """Of processor_config.json, written as `format_version`; absent = 1. It is raised with each change that code which does
 not know it would misread; unknown fields are ignored."""
 
 KEPT_TEXTS = 200_000
-
 """Texts whose ids are kept, since logs repeat them."""
 
 
@@ -616,8 +613,8 @@ class M6RecProcessor(ProcessorMixin):
         time: What an event says of its time: "gap" since the event before (for causal history), or how long "ago".
         item_rows: Rows of the item memory by item id, 1 and up; fixed for the processor's life. None = no item memory.
         options: How many option tokens scoring tasks see in the source; True = all that the tokenizer has.
-        forget_events: Where a history is too long, its oldest events are left out so many at a time: what is kept of a
-            user (`UserStates`) then serves until the next are left out. 1 = no more than must be.
+        truncation_stride: Where a history is too long, its oldest events are left out so many at a time: cached states
+            of a user (`UserStates`) then serve until the next are left out. 1 = no more than must be.
         max_segment: Most tokens of a segment, such as an item: a longer text is read by its beginning. A model that has
             learnt a vector for each position in a segment reads no more than it has positions. None = no such limit.
     """
@@ -631,7 +628,7 @@ class M6RecProcessor(ProcessorMixin):
         time: str = "gap",
         item_rows: dict[str, int] | None = None,
         options: int | bool = False,
-        forget_events: int = 1,
+        truncation_stride: int = 1,
         max_segment: int | None = None,
     ) -> None:
         # Parameters are positional and named as they are kept: ProcessorMixin saves and restores them by these names.
@@ -639,7 +636,7 @@ class M6RecProcessor(ProcessorMixin):
         self.max_length = max_length
         self.max_events = max_events
         self.time = time
-        self.forget_events = forget_events
+        self.truncation_stride = truncation_stride
         self.max_segment = max_segment
         self.item_rows = None if item_rows is None else _rows_by_id(item_rows)
         super().__init__(tokenizer)
@@ -647,9 +644,9 @@ class M6RecProcessor(ProcessorMixin):
         self.options = self._ids["num_options"] if options is True else int(options)
         self._check()
         self._kinds = {kind: self._ids["first_kind_token_id"] + place for place, kind in enumerate(KINDS)}
-        self._wording = Wording(self.template, self.item_rows)
+        self._wording = RequestFormatter(self.template, self.item_rows)
         self._names = ItemNames(self._wording)
-        self._texts = Kept(KEPT_TEXTS)
+        self._texts = LRUCache(KEPT_TEXTS)
 
     @classmethod
     def from_template(
@@ -681,7 +678,7 @@ class M6RecProcessor(ProcessorMixin):
         Raises:
             ValueError: If it is of a format that is not known here.
         """
-        fields = dict(processor_dict)
+        fields = rename_keys(processor_dict)
         found = fields.pop("format_version", 1)
         if not isinstance(found, int) or found > FORMAT_VERSION:
             raise ValueError(
@@ -696,8 +693,8 @@ class M6RecProcessor(ProcessorMixin):
             raise ValueError(f"max_length={self.max_length} is too small for any request: give 8 or more")
         if self.max_events < 1:
             raise ValueError(f"max_events={self.max_events}: give 1 or more")
-        if not 1 <= self.forget_events <= self.max_events:
-            raise ValueError(f"forget_events={self.forget_events} is not in 1..{self.max_events} (max_events)")
+        if not 1 <= self.truncation_stride <= self.max_events:
+            raise ValueError(f"truncation_stride={self.truncation_stride} is not in 1..{self.max_events} (max_events)")
         if self.max_segment is not None and self.max_segment < 8:
             raise ValueError(f"max_segment={self.max_segment} is too small for any text: give 8 or more, or None")
         if self.time not in ("gap", "ago"):
@@ -729,15 +726,15 @@ class M6RecProcessor(ProcessorMixin):
             return BatchEncoding(self.pad(features, padding_side))
         if return_tensors is not None:
             raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
-        names = ["input_ids", "attention_mask", "layout_ids"] + ["item_ids"] * (self.item_rows is not None)
+        names = ["input_ids", "attention_mask", "layout_ids"] + ["item_embedding_ids"] * (self.item_rows is not None)
         return BatchEncoding({name: [feature[name] for feature in features] for name in names})
 
-    def _feature(self, reading: Reading) -> dict[str, list[int]]:
+    def _feature(self, reading: EncodedRow) -> dict[str, list[int]]:
         ids = reading.input_ids
         feature = {"input_ids": ids, "attention_mask": [1] * len(ids), "layout_ids": list(ids)}
-        return feature if self.item_rows is None else {**feature, "item_ids": reading.item_ids}
+        return feature if self.item_rows is None else {**feature, "item_embedding_ids": reading.item_embedding_ids}
 
-    def read(self, request: str | Mapping[str, Any], task: str = "click") -> Reading:
+    def read(self, request: str | Mapping[str, Any], task: str = "click") -> EncodedRow:
         """Read one request: its row, what it says, and what was dropped.
 
         Raises:
@@ -746,7 +743,7 @@ class M6RecProcessor(ProcessorMixin):
         """
         return self.read_many([request], task)[0]
 
-    def read_many(self, requests: Sequence[str | Mapping[str, Any]], task: str = "click") -> list[Reading]:
+    def read_many(self, requests: Sequence[str | Mapping[str, Any]], task: str = "click") -> list[EncodedRow]:
         """Read several requests at once, which is faster than one by one."""
         if task not in (*SCORING_TASKS, *OTHER_TASKS):
             raise ValueError(f"unknown task {task!r}; known tasks: {', '.join((*SCORING_TASKS, *OTHER_TASKS))}")
@@ -756,7 +753,10 @@ class M6RecProcessor(ProcessorMixin):
     def encode_items(self, items: Iterable[str | Mapping[str, Any]]) -> list[list[int]]:
         """Encode items alone, each as `[ITEM] text [SEG]`: the ids they have wherever they stand in a request."""
         segments = [self._wording.item(item, f"items[{index}]") for index, item in enumerate(items)]
-        drafts = [Draft([Slot(segment, f"items[{index}]")], [], [], []) for index, segment in enumerate(segments)]
+        drafts = [
+            RequestParts([EncodedSegment(segment, f"items[{index}]")], [], [], [])
+            for index, segment in enumerate(segments)
+        ]
         return [reading.input_ids[1:-1] for reading in self._read_drafts(drafts)]
 
     def item_texts(self, items: Iterable[str | Mapping[str, Any]]) -> list[str]:
@@ -773,9 +773,9 @@ class M6RecProcessor(ProcessorMixin):
         """Return an item's row in the item memory, 0 where it has none."""
         return self._wording.item_row(item)
 
-    def labels(self, reading: Reading | Sequence[int]) -> list[int]:
+    def labels(self, reading: EncodedRow | Sequence[int]) -> list[int]:
         """Label what is written in one row: after [TEXT] up to and including [EOS], in each closed target."""
-        row = reading.input_ids if isinstance(reading, Reading) else list(reading)
+        row = reading.input_ids if isinstance(reading, EncodedRow) else list(reading)
         return written_labels(row, self._ids, self._kinds["text"])
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
@@ -800,7 +800,7 @@ class M6RecProcessor(ProcessorMixin):
     def pad(self, features: Sequence[Mapping[str, Any]], padding_side: str = "right") -> dict[str, Any]:
         """Pad rows to the longest: the only place that does.
 
-        What stands beside tokens is padded on `padding_side`: ids with the pad id, `attention_mask` and `item_ids`
+        Fields of tokens are padded on `padding_side`: ids with the pad id, `attention_mask` and `item_embedding_ids`
         with 0, labels with -100. Labels of targets (`click_labels`, ...) are padded with -100 on the right. Rows
         without a label that others have get -100. `layout_ids` are always there.
 
@@ -815,7 +815,7 @@ class M6RecProcessor(ProcessorMixin):
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_texts(texts)
 
-    def _read_drafts(self, drafts: Sequence[Draft]) -> list[Reading]:
+    def _read_drafts(self, drafts: Sequence[RequestParts]) -> list[EncodedRow]:
         """Encode all texts in one go, those kept from before apart, then fit and write each draft."""
         segments = [slot.segment for draft in drafts for slot in draft.slots()]
         texts = {segment.text for segment in segments} | {segment.lead for segment in segments}
@@ -830,8 +830,8 @@ class M6RecProcessor(ProcessorMixin):
             found.update(zip(new, self._encode(new) if new else []))
             return [found[text] for text in texts]
 
-        limits = (self.max_length, self.forget_events, self.max_segment)
-        fitter = Fitter(self._ids, self._kinds, encode, self._decode, *limits)
+        limits = (self.max_length, self.truncation_stride, self.max_segment)
+        fitter = Truncator(self._ids, self._kinds, encode, self._decode, *limits)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -839,11 +839,11 @@ class M6RecProcessor(ProcessorMixin):
 
     # Drafting: which segments a request has, in which order
 
-    def _draft(self, request: str | Mapping[str, Any], task: str) -> Draft:
+    def _draft(self, request: str | Mapping[str, Any], task: str) -> RequestParts:
         parts = check_mapping({"user": request} if isinstance(request, str) else request, "request", REQUEST_KEYS)
         check_read(parts, task)
         history = check_list(parts.get("history"), "history", MAX_EVENTS)
-        skipped = up_to_whole(max(0, len(history) - self.max_events), self.forget_events)
+        skipped = up_to_whole(max(0, len(history) - self.max_events), self.truncation_stride)
         events = [
             self._wording.event(event, f"history[{place}]") for place, event in enumerate(history[skipped:], skipped)
         ]
@@ -853,34 +853,38 @@ class M6RecProcessor(ProcessorMixin):
         now = self._wording.now(parts.get("now"), since if self.time == "gap" else None)
         # What is neither event nor moment stands first: an event ends with the next, with [NOW] or with [EOS'], and a
         # causal history must not move when an event is appended.
-        return Draft(
+        return RequestParts(
             start=[*self._user(parts), *self._options(task), *turns],
             events=slots,
-            end=[] if now is None else [Slot(now, "now")],
+            end=[] if now is None else [EncodedSegment(now, "now")],
             targets=targets,
             gaps=self.time == "gap",
             closed=task not in WRITING_TASKS or bool(targets[0][-1].segment.text),
-            dropped=Dropped(events=skipped),
+            dropped=Truncation(events=skipped),
         )
 
-    def _user(self, parts: Mapping[str, Any]) -> list[Slot]:
+    def _user(self, parts: Mapping[str, Any]) -> list[EncodedSegment]:
         user = self._wording.user(parts.get("user"))
         facts = enumerate(check_list(parts.get("facts"), "facts", MAX_FACTS))
-        slots = [] if user is None else [Slot(user, "user")]
-        return slots + [Slot(Segment("fact", check_text(fact, f"facts[{i}]")), f"facts[{i}]") for i, fact in facts]
+        slots = [] if user is None else [EncodedSegment(user, "user")]
+        return slots + [
+            EncodedSegment(Segment("fact", check_text(fact, f"facts[{i}]")), f"facts[{i}]") for i, fact in facts
+        ]
 
-    def _options(self, task: str) -> list[Slot]:
+    def _options(self, task: str) -> list[EncodedSegment]:
         if not self.options or task not in SCORING_TASKS:
             return []
         tokens = tuple(f"[OPT_{index}]" for index in range(self.options))
-        return [Slot(Segment("option", " ".join(tokens), tokens, tokens, " "), "options")]
+        return [EncodedSegment(Segment("option", " ".join(tokens), tokens, tokens, " "), "options")]
 
     @staticmethod
     def _moment(now: Any) -> float | None:
         given = now.get("timestamp") if isinstance(now, Mapping) else None
         return None if given is None else check_moment(given, "now.timestamp")
 
-    def _events(self, events: list[Event], now: float | None, first: int) -> tuple[list[list[Slot]], float | None]:
+    def _events(
+        self, events: list[Event], now: float | None, first: int
+    ) -> tuple[list[list[EncodedSegment]], float | None]:
         """Give each event its [AGE]; also return the seconds from the last event until now, where both are known."""
         moments = [event.seconds for event in events if event.seconds is not None]
         until = now if now is not None else max(moments, default=None)
@@ -896,7 +900,7 @@ class M6RecProcessor(ProcessorMixin):
                     segments.append(Segment("age", self._wording.gap(seconds - before)))
                 before = seconds
             segments += [segment for segment in (item, text) if segment is not None]
-            slots.append([Slot(segment, f"history[{place}]") for segment in segments])
+            slots.append([EncodedSegment(segment, f"history[{place}]") for segment in segments])
         if now is None or before is None:
             return slots, None
         self._check_order(before, now, "now.timestamp")
@@ -907,7 +911,7 @@ class M6RecProcessor(ProcessorMixin):
         if before is not None and after < before:
             raise ValueError(f"{place}: {after:.0f} is earlier than {before:.0f} before it; give the oldest first")
 
-    def _targets(self, parts: Mapping[str, Any], task: str) -> tuple[list[list[Slot]], list[Slot]]:
+    def _targets(self, parts: Mapping[str, Any], task: str) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
         """Make the targets, and the turns of a conversation that stand in the source."""
         given = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
         candidates = [self._candidate(candidate, f"candidates[{place}]") for place, candidate in enumerate(given)]
@@ -925,20 +929,23 @@ class M6RecProcessor(ProcessorMixin):
         if task == "plausibility":
             frame = tuple(self.template["tasks"]["plausibility"].format(item="\0").split("\0"))
             worded = [replace(item.segment.framed(frame), kind="text", written=True) for item, *_ in candidates]
-            return [[Slot(segment, f"candidates[{place}]")] for place, segment in enumerate(worded)], []
+            return [[EncodedSegment(segment, f"candidates[{place}]")] for place, segment in enumerate(worded)], []
         return candidates, []
 
-    def _candidate(self, candidate: Any, place: str) -> list[Slot]:
+    def _candidate(self, candidate: Any, place: str) -> list[EncodedSegment]:
         stats: Any = None
         if isinstance(candidate, Mapping) and "stats" in candidate:
             stats = candidate["stats"]
             candidate = {name: value for name, value in candidate.items() if name != "stats"}
-        item = Slot(self._wording.item(candidate, place), place)
-        return [item, *(Slot(stat, f"{place}.stats") for stat in self._wording.stats(stats, f"{place}.stats"))]
+        item = EncodedSegment(self._wording.item(candidate, place), place)
+        return [
+            item,
+            *(EncodedSegment(stat, f"{place}.stats") for stat in self._wording.stats(stats, f"{place}.stats")),
+        ]
 
     def _writing(
-        self, candidates: list[list[Slot]], turns: list[tuple[str, str]], task: str
-    ) -> tuple[list[list[Slot]], list[Slot]]:
+        self, candidates: list[list[EncodedSegment]], turns: list[tuple[str, str]], task: str
+    ) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
         """Make the one target of a writing task: the item, if one is given, then the lead, then the text if known."""
         if len(candidates) > 1 or (task == "explanation" and not candidates):
             expected = "exactly one" if task == "explanation" else "at most one"
@@ -950,8 +957,8 @@ class M6RecProcessor(ProcessorMixin):
         past = [f"{speakers[role]}{join}{content}" for role, content in turns[: len(turns) - known]]
         lead = speakers["system"] if task == "conversation" else tasks[task]
         written = Segment("text", f"{join}{answer}" if answer else "", lead=lead, written=True)
-        target = [*(candidates[0][:1] if candidates else []), Slot(written, "text")]
-        return [target], [Slot(Segment("text", text), f"text[{place}]") for place, text in enumerate(past)]
+        target = [*(candidates[0][:1] if candidates else []), EncodedSegment(written, "text")]
+        return [target], [EncodedSegment(Segment("text", text), f"text[{place}]") for place, text in enumerate(past)]
 
     def _turns(self, text: Any, task: str) -> list[tuple[str, str]]:
         """Read `text` as (role, content) turns; outside conversations it is one turn of the system: what to write."""
@@ -994,12 +1001,12 @@ M6RecProcessor.register_for_auto_class("AutoProcessor")
 
 
 __all__ = [
-    "Draft",
-    "Dropped",
-    "Fitter",
+    "EncodedRow",
+    "EncodedSegment",
     "M6RecProcessor",
-    "Reading",
-    "Slot",
+    "RequestParts",
+    "Truncation",
+    "Truncator",
     "infilling",
     "masking",
     "pad",

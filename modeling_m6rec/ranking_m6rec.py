@@ -45,11 +45,9 @@ from .values_m6rec import normalize_id
 logger = logging.get_logger(__name__)
 
 TARGETS_A_ROW = 100
-
 """Targets that share a row of the flat plan, whose masks grow with their square."""
 
 TOKENS_AT_ONCE = 16384
-
 """Tokens of rows that are read together; bounds memory."""
 
 
@@ -66,7 +64,7 @@ class Tokens(NamedTuple):
 
 
 @dataclass
-class Told:
+class EncodedRequest:
     """One request as the model reads it: the source, the targets, and the texts of the events (the last ones)."""
 
     source: Tokens
@@ -155,15 +153,15 @@ class Scorer:
                 "configuration); each is asked all the same"
             )
 
-    def tell(self, requests: Sequence[Any], task: str) -> list[Told]:
+    def encode(self, requests: Sequence[Any], task: str) -> list[EncodedRequest]:
         """Read requests for a task."""
-        return [self._told(reading) for reading in self.processor.read_many(requests, task)]
+        return [self._encoded(reading) for reading in self.processor.read_many(requests, task)]
 
-    def _told(self, reading: Any) -> Told:
+    def _encoded(self, reading: Any) -> EncodedRequest:
         ids = reading.input_ids
         starts = [index for index, token in enumerate(ids) if token == self.config.bos_token_id]
         cuts = pairwise([0, *starts, len(ids)])
-        source, *targets = [Tokens(ids[start:end], reading.item_ids[start:end]) for start, end in cuts]
+        source, *targets = [Tokens(ids[start:end], reading.item_embedding_ids[start:end]) for start, end in cuts]
         kinds = set(self.config.kind_token_ids.values())
         events: list[list[str]] = []
         for kind, text in reading.segments[: sum(token in kinds for token in source.ids)]:
@@ -171,44 +169,44 @@ class Scorer:
                 events.append([text])
             elif events and kind in ("item", "text"):
                 events[-1].append(text)
-        return Told(source, targets, [" ".join(texts) for texts in events])
+        return EncodedRequest(source, targets, [" ".join(texts) for texts in events])
 
-    def scores(self, told: Sequence[Told], task: str) -> list[torch.Tensor]:
+    def scores(self, encoded: Sequence[EncodedRequest], task: str) -> list[torch.Tensor]:
         """Score all targets of each request, N x I each; and note the exit of those that name a confidence."""
         rows: list[Tokens] = []
         owners: list[int] = []
-        for number, each in enumerate(told):
+        for number, each in enumerate(encoded):
             own = self._rows(each, range(len(each.targets)))
             rows += own
             owners += [number] * len(own)
-        limits = [told[number].confidence for number in owners]
-        parts: list[list[torch.Tensor]] = [[] for _ in told]
+        limits = [encoded[number].confidence for number in owners]
+        parts: list[list[torch.Tensor]] = [[] for _ in encoded]
         for number, (values, exit_layer) in zip(owners, self._target_values(rows, task, limits=limits)):
             parts[number].append(values)
-            told[number].exit_layer = exit_layer
+            encoded[number].exit_layer = exit_layer
         return [torch.cat(several) for several in parts]
 
-    def users(self, told: Sequence[Told]) -> torch.Tensor:
+    def users(self, encoded: Sequence[EncodedRequest]) -> torch.Tensor:
         """Return the vector of each user: B x D."""
-        return self._user_vectors([each.source for each in told])
+        return self._user_vectors([each.source for each in encoded])
 
-    def scores_without(self, told: Told, chosen: Sequence[int], task: str) -> torch.Tensor:
+    def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str) -> torch.Tensor:
         """Score chosen targets as if one event had not been, for each event: E x N x I."""
-        rows, count = self._rows(told, chosen), len(told.events)
+        rows, count = self._rows(encoded, chosen), len(encoded.events)
         hidden = [event for event in range(1, count + 1) for _ in rows]
-        found = iter(self._target_values(rows * count, task, hidden, exit_layer=told.exit_layer))
+        found = iter(self._target_values(rows * count, task, hidden, exit_layer=encoded.exit_layer))
         return torch.stack([torch.cat([next(found)[0] for _ in rows]) for _ in range(count)])
 
-    def users_without(self, told: Told) -> torch.Tensor:
+    def users_without(self, encoded: EncodedRequest) -> torch.Tensor:
         """Return the user's vector as if one event had not been, for each event: E x D."""
-        count = len(told.events)
-        return self._user_vectors([told.source] * count, range(1, count + 1))
+        count = len(encoded.events)
+        return self._user_vectors([encoded.source] * count, range(1, count + 1))
 
-    def _rows(self, told: Told, chosen: Sequence[int]) -> list[Tokens]:
+    def _rows(self, encoded: EncodedRequest, chosen: Sequence[int]) -> list[Tokens]:
         if self.virtual:
-            return told.rows(chosen, TARGETS_A_ROW, None)
+            return encoded.rows(chosen, TARGETS_A_ROW, None)
         # Answers that are decided together are read together.
-        return told.rows(chosen, None, TOKENS_AT_ONCE if told.confidence is None else None)
+        return encoded.rows(chosen, None, TOKENS_AT_ONCE if encoded.confidence is None else None)
 
     def _target_values(
         self,
@@ -261,7 +259,7 @@ class Scorer:
         """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
         for part in _batches(order, rows):
-            features = [{"input_ids": rows[row].ids, "item_ids": rows[row].memory} for row in part]
+            features = [{"input_ids": rows[row].ids, "item_embedding_ids": rows[row].memory} for row in part]
             batch = {name: value.to(self.model.device) for name, value in self.processor.pad(features).items()}
             if hidden is not None:
                 event = layout(batch["input_ids"], batch["attention_mask"], self.config).event
@@ -330,7 +328,6 @@ def _batches(order: Sequence[int], rows: Sequence[Tokens]) -> Iterator[list[int]
 
 
 FROM_CATALOGUE = 10
-
 """Items found in a catalogue, unless told otherwise."""
 
 
@@ -347,7 +344,7 @@ class Query:
 
     request: dict[str, Any]
     """What the processor reads, without candidates."""
-    told: Told
+    encoded: EncodedRequest
     candidates: list[Candidate]
     seen: set[str] | None = None
     """Where candidates are still to be found in the catalogue: ids that are left out."""
@@ -390,10 +387,10 @@ class Ranker:
         for confidence in confidences:
             self.scorer.check(self.task, confidence)
         # Read first, which checks the requests.
-        told = self.scorer.tell(split, "retrieval")
+        encoded = self.scorer.encode(split, "retrieval")
         if self.task == "retrieval":
-            self._say_unread(split, given, told)
-        queries = [self._query(*parts) for parts in zip(split, given, told)]
+            self._say_unread(split, given, encoded)
+        queries = [self._query(*parts) for parts in zip(split, given, encoded)]
         for query, confidence in zip(queries, confidences):
             query.confidence = confidence
         if self.task == "retrieval":
@@ -402,7 +399,9 @@ class Ranker:
             self._score([query for query in queries if query.candidates])
         return [self._rows(query) for query in queries]
 
-    def _say_unread(self, requests: Sequence[Mapping[str, Any]], given: Sequence[Any], told: Sequence[Told]) -> None:
+    def _say_unread(
+        self, requests: Sequence[Mapping[str, Any]], given: Sequence[Any], encoded: Sequence[EncodedRequest]
+    ) -> None:
         """Warn of what retrieval does not read, where it is there: each kind once."""
         config = self.scorer.config
         if any(isinstance(item, Mapping) and item.get("stats") is not None for own in given for item in own or ()):
@@ -410,12 +409,12 @@ class Ranker:
         if config.history_attention != "causal":
             return
         moment = config.kind_token_ids["now"]
-        if any(moment in each.source.ids for each in told):
+        if any(moment in each.source.ids for each in encoded):
             logger.warning_once(
                 "task 'retrieval' does not read `now`: with causal history the user is read after the last event, "
                 "before the moment"
             )
-        if any(request.get("facts") and not each.events for request, each in zip(requests, told)):
+        if any(request.get("facts") and not each.events for request, each in zip(requests, encoded)):
             logger.warning_once(
                 "task 'retrieval' does not read `facts` where there is no history: with causal history the user is "
                 "then read before the facts. Say it in `user`"
@@ -462,16 +461,16 @@ class Ranker:
 
     # ---------------------------------------------------------------------------------------------- what can be chosen
 
-    def _query(self, request: dict[str, Any], given: Any, told: Told) -> Query:
+    def _query(self, request: dict[str, Any], given: Any, encoded: EncodedRequest) -> Query:
         if given is not None:
-            return Query(request, told, self._allowed(_checked(given), request))
+            return Query(request, encoded, self._allowed(_checked(given), request))
         catalogue = self.catalogue()
         seen = set() if self.exclude_seen is False else self._seen_in(catalogue, request)
         if self.task == "retrieval":
-            return Query(request, told, [], seen)
+            return Query(request, encoded, [], seen)
         names = [name for name in catalogue if name not in seen]
         kept = [name for name in names if self.predicate is None or self.predicate(catalogue.fields(name))]
-        return Query(request, told, [Candidate(catalogue.item(name), name) for name in kept])
+        return Query(request, encoded, [Candidate(catalogue.item(name), name) for name in kept])
 
     def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
         """Leave out candidates that the history holds, if asked, or that the filter refuses."""
@@ -498,11 +497,11 @@ class Ranker:
 
     def _score(self, queries: list[Query]) -> None:
         requests = [{**query.request, "candidates": [item for item, _ in query.candidates]} for query in queries]
-        told = self.scorer.tell(requests, self.task)
-        for query, own in zip(queries, told):
+        encoded = self.scorer.encode(requests, self.task)
+        for query, own in zip(queries, encoded):
             own.confidence = query.confidence
-        for query, own, values in zip(queries, told, self.scorer.scores(told, self.task)):
-            query.told = own
+        for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
+            query.encoded = own
             query.best = _best(values.mean(-1), self.top_k)
             query.details = [values[number].tolist() for number, _ in query.best]
 
@@ -555,12 +554,12 @@ class Ranker:
         """Return the vector of each user; None where the cosine counts nothing, and no model is read."""
         if catalogue is not None and catalogue.evidence is not None and not catalogue.evidence.learnt:
             return [None] * len(queries)
-        return list(self.scorer.users([query.told for query in queries]))
+        return list(self.scorer.users([query.encoded for query in queries]))
 
     def _past(self, query: Query) -> list[Past | None]:
         history = query.request.get("history") or []
         items = [event.get("item") if isinstance(event, Mapping) else event for event in history]
-        read = items[len(items) - len(query.told.events) :]
+        read = items[len(items) - len(query.encoded.events) :]
         found = iter(self._as_past([item for item in read if item is not None]))
         return [None if item is None else next(found) for item in read]
 
@@ -581,7 +580,7 @@ class Ranker:
             rows.append(row | {"score": score})
         if query.confidence is not None:
             for row in rows:
-                row["exit_layer"] = query.told.exit_layer
+                row["exit_layer"] = query.encoded.exit_layer
         scored = self.scorer.config.scored.get(self.task)
         if scored is not None and scored.details:
             for row, values in zip(rows, query.details):
@@ -631,20 +630,20 @@ class Ranker:
 
     def _learnt_reasons(self, query: Query, scores: Sequence[float], share: float = 1.0) -> list[list[float]]:
         """Return for each of the best what each event adds to what is learnt."""
-        told = query.told
-        if not told.events:
+        encoded = query.encoded
+        if not encoded.events:
             return [[] for _ in scores]
         if not share:
-            return [[0.0] * len(told.events) for _ in scores]
+            return [[0.0] * len(encoded.events) for _ in scores]
         if query.vectors is not None:
-            without = cosines(self.scorer.users_without(told), query.vectors)
+            without = cosines(self.scorer.users_without(encoded), query.vectors)
         else:
-            without = self.scorer.scores_without(told, [number for number, _ in query.best], self.task).mean(-1)
+            without = self.scorer.scores_without(encoded, [number for number, _ in query.best], self.task).mean(-1)
         return [[score - share * other for other in others] for score, others in zip(scores, without.T.tolist())]
 
     def _events(self, query: Query) -> list[dict[str, Any]]:
         """Describe the events that the model reads."""
-        events: list[dict[str, Any]] = [{"event": text} for text in query.told.events]
+        events: list[dict[str, Any]] = [{"event": text} for text in query.encoded.events]
         if not events:
             return []
         for event, entry in zip(events, query.request["history"][-len(events) :]):
@@ -720,9 +719,9 @@ def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
 
 
 __all__ = [
+    "EncodedRequest",
     "Ranker",
     "Scorer",
-    "Told",
     "check_confidence",
     "confidence",
 ]

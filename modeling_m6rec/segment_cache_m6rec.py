@@ -48,11 +48,9 @@ logger = logging.get_logger(__name__)
 DIGEST = hashlib.sha256().digest_size
 
 KEPT_FREE = 16
-
 """A sweep leaves 1/16 of the bound free, which a process then fills before it sweeps again."""
 
 OWN_NAME = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32})?")
-
 """A value, or one that was being written; the folder's other files are let alone."""
 
 
@@ -180,15 +178,12 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 FORMAT = b"m6rec segment states 1"
 
 NUMBER_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 """Of states on disk; the place here is what is written: FORMAT changes with it."""
 
 WARMED_AT_ONCE = 256
-
 """Segments that are read between two steps of the progress bar."""
 
-NOT_OF_SEGMENTS = OF_LIBRARY.union(*ROLES.values()).difference(ROLES["segments"])
-
+IGNORED_BY_SEGMENTS = OF_LIBRARY.union(*ROLES.values()).difference(ROLES["segments"])
 """Fields of the configuration that change no segment state; one without a role costs a miss, no wrong state."""
 
 
@@ -439,7 +434,7 @@ def _numbers(model: Network) -> tuple:
 
 def _digest(model: Network) -> bytes:
     """Digest all that decides segment states, so that it is the same in every process."""
-    fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_OF_SEGMENTS}
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_BY_SEGMENTS}
     settings = fields, active_adapters(model.segment_modules()), _numbers(model)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     digest_weights(digest, model.segment_modules())
@@ -492,11 +487,10 @@ def _adapters(tuned: Iterable[Any]) -> tuple:
 
 
 BOUNDARY_BYTES = 128
-
 """What the number of a boundary costs in a list and a table."""
 
 
-class Kept(NamedTuple):
+class CachedPrefix(NamedTuple):
     """The beginning of one source, up to the moment and the source's end, which differ from request to request."""
 
     data: bytes
@@ -514,14 +508,14 @@ class Kept(NamedTuple):
         return self.keys.nbytes + self.values.nbytes + len(self.data) + BOUNDARY_BYTES * len(self.numbers)
 
 
-class Beginning(NamedTuple):
+class PrefixMatch(NamedTuple):
     """The beginning of a row's source, and what is known of it already."""
 
     data: bytes
     numbers: list[int]
     positions: int
     """Positions of the joint layers in the whole of it."""
-    known: Kept | None
+    known: CachedPrefix | None
     reused: int
     """Positions of `known` that stand at the begin of this row, too."""
 
@@ -546,8 +540,8 @@ class UserStates:
             raise ValueError(f"max_bytes={max_bytes} keeps nothing: give a positive number of bytes")
         self.max_bytes = max_bytes
         self.num_bytes = self.hits = self.misses = self.positions_reused = self.positions_run = 0
-        self._kept: OrderedDict[int, Kept] = OrderedDict()
-        self._index: dict[int, Kept] = {}
+        self._kept: OrderedDict[int, CachedPrefix] = OrderedDict()
+        self._index: dict[int, CachedPrefix] = {}
         self._identity: tuple | None = None
         self._storages: list[StorageWeakRef] = []
         self._lock = threading.RLock()
@@ -578,7 +572,7 @@ class UserStates:
         }
 
     @torch.compiler.disable
-    def find(self, model: Network, rows: Rows) -> "Beginnings | None":
+    def find(self, model: Network, rows: Rows) -> "PrefixMatches | None":
         """Find what is kept of the sources of rows; None where nothing may be reused or kept."""
         config = model.config
         if config.history_attention != "causal" or torch.is_grad_enabled() or model.training:
@@ -590,9 +584,9 @@ class UserStates:
                 self._identity = identity
                 # As long as these are held, no other weights can get the numbers of those that are gone.
                 self._storages = storages([cast(nn.Module, model)])
-            return Beginnings(self, model, rows, self._identity)
+            return PrefixMatches(self, model, rows, self._identity)
 
-    def longest(self, data: bytes, numbers: Sequence[int], ends: Sequence[int]) -> tuple[Kept | None, int]:
+    def longest(self, data: bytes, numbers: Sequence[int], ends: Sequence[int]) -> tuple[CachedPrefix | None, int]:
         """Find the longest beginning of some bytes that is kept, and how many of its boundaries it spans.
 
         The first boundary, after [BOS'], is that of every source, and nothing is saved by it.
@@ -611,7 +605,7 @@ class UserStates:
             found = self._index.get(number)
             return found is not None and found.data.startswith(data)
 
-    def put(self, identity: tuple, new: Kept, replaced: Kept | None) -> None:
+    def put(self, identity: tuple, new: CachedPrefix, replaced: CachedPrefix | None) -> None:
         """Keep a beginning, in place of one that it goes on from."""
         with self._lock:
             if identity is not self._identity or new.num_bytes > self.max_bytes:
@@ -625,7 +619,7 @@ class UserStates:
             while self.num_bytes > self.max_bytes:
                 self._drop(next(iter(self._kept.values())))
 
-    def _drop(self, old: Kept | None) -> None:
+    def _drop(self, old: CachedPrefix | None) -> None:
         if old is None or self._kept.get(old.numbers[-1]) is not old:
             return
         del self._kept[old.numbers[-1]]
@@ -635,7 +629,7 @@ class UserStates:
                 del self._index[number]
 
 
-class Beginnings:
+class PrefixMatches:
     """What is kept of the sources of one batch.
 
     Args:
@@ -651,14 +645,14 @@ class Beginnings:
     def __init__(self, store: UserStates, model: Network, rows: Rows, identity: tuple) -> None:
         self._store, self._identity = store, identity
         lay, ids = rows.lay, rows.input_ids
-        memory = torch.full_like(ids, -1) if rows.item_ids is None else rows.item_ids
+        memory = torch.full_like(ids, -1) if rows.item_embedding_ids is None else rows.item_embedding_ids
         ends = lay.source & ((lay.kind == KIND_NUMBER["now"]) | (ids == model.config.source_end_token_id))
         read = (lay.event > 0) | (lay.kind == KIND_NUMBER["user"]) | (ids == model.config.source_token_id)
         fields = torch.stack((ids, memory, lay.segment, ends.long(), read.long(), rows.keys.long())).cpu().numpy()
         source, depth = lay.source.cpu().numpy(), rows.exits[-1]
         strange = (rows.hidden | (lay.valid & (lay.target == 0) & ~lay.source)).any(1).tolist()
         reused = np.zeros(source.shape, bool)
-        self._rows: list[Beginning | None] = []
+        self._rows: list[PrefixMatch | None] = []
         for row, tokens in enumerate(map(np.flatnonzero, source)):
             found = None if strange[row] or not len(tokens) else self._read(fields[:, row, tokens], depth)
             beginning, count = found or (None, 0)
@@ -666,7 +660,7 @@ class Beginnings:
             reused[row, tokens[:count]] = True
         self.reused = torch.from_numpy(reused).to(ids.device)
 
-    def _read(self, fields: np.ndarray, depth: int) -> tuple[Beginning, int] | None:
+    def _read(self, fields: np.ndarray, depth: int) -> tuple[PrefixMatch, int] | None:
         """Look up a source: 6 x S `ids`, `memory`, `segment`, `ends`, `read` and `keys`; also count reused tokens."""
         store, (segment, ends, read, keys) = self._store, fields[2:]
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
@@ -688,7 +682,7 @@ class Beginnings:
         store.misses += known is None
         store.positions_reused += reused
         store.positions_run += int(keys.sum()) - reused
-        return Beginning(data, numbers, int(keys[:length].sum()), known, reused), bounds[count]
+        return PrefixMatch(data, numbers, int(keys[:length].sum()), known, reused), bounds[count]
 
     @torch.compiler.disable
     def shared(self, rows: Sequence[int]) -> list[SharedKeys]:
@@ -726,14 +720,14 @@ class Beginnings:
                 keys = torch.cat((known.keys[:, :, :reused], keys), 2)
                 values = torch.cat((known.values[:, :, :reused], values), 2)
                 replaced = known if data.startswith(known.data) else None
-            self._store.put(self._identity, Kept(data, numbers, keys, values), replaced)
+            self._store.put(self._identity, CachedPrefix(data, numbers, keys, values), replaced)
 
-    def _chosen(self, rows: Iterable[int]) -> list[Beginning | None]:
+    def _chosen(self, rows: Iterable[int]) -> list[PrefixMatch | None]:
         return [self._rows[row] for row in rows]
 
 
 __all__ = [
-    "Beginnings",
+    "PrefixMatches",
     "SegmentCache",
     "SegmentStore",
     "UserStates",

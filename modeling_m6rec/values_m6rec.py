@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 IGNORE_INDEX = -100
-
 """A label that no loss counts."""
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -25,8 +24,26 @@ UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
 """A word of a script with spaces, or a single character of one without."""
 
-EXACT_FLOAT = 2**53
+RENAMED_KEYS = {
+    # fields of a configuration
+    "num_item_memory": "num_item_embeddings",
+    "item_memory_dropout": "item_embedding_dropout",
+    "word_memory": "bow_embeddings",
+    "word_similarity": "tfidf_weight",
+    "word_similarity_dim": "tfidf_dim",
+    "new_item_bonus": "cold_item_bias",
+    # arguments of a processor
+    "forget_events": "truncation_stride",
+    # keys of a recipe
+    "item_memory": "item_embeddings",
+    "rows_together": "group_user_rows",
+    "gather_negatives": "cross_batch_negatives",
+    "correct_popularity": "logq_correction",
+    "cold_pretend": "cold_validation",
+}
+"""Keys of version 0.1 in saved files and recipes, and their names since 0.2."""
 
+EXACT_FLOAT = 2**53
 """From here on a float no longer tells neighbouring whole numbers apart."""
 
 TIME_UNITS = {
@@ -35,18 +52,15 @@ TIME_UNITS = {
     "microseconds": (1e14, 1e17, 1e6),
     "nanoseconds": (1e17, 1e20, 1e9),
 }
-
 """Unit of a number since 1970 -> the magnitudes that are read in it (from, up to), and how many make a second.
 
 Each reaches from 1973 to 5138. A smaller number is no time by itself: years (2019), written dates (20231114), days of a
 spreadsheet (45244) and positions (0, 1, 2) are such numbers."""
 
 WORDS, MOMENT = "words", "moment"
-
 """How a time is given that is not a number: as an ISO 8601 text, or as a date or datetime."""
 
 EARLIEST, LATEST = -62135596800.0, 1e11
-
 """Seconds of the first time, the beginning of the year 1, and the end, in 5138: as numbers these stay seconds."""
 
 TIME_EXPECTED = (
@@ -330,11 +344,9 @@ def labelled_task(name: str) -> str | None:
 
 
 MAX_CHARACTERS = 100_000
-
 """Of a text."""
 
 MAX_EVENTS = 100_000
-
 """Of a history."""
 
 MAX_CANDIDATES = 100_000
@@ -342,19 +354,15 @@ MAX_CANDIDATES = 100_000
 MAX_FACTS = 10_000
 
 MAX_VALUES = 10_000
-
 """Of a user, a moment, an event, a candidate or any other list, at all depths together."""
 
 MAX_REQUEST_VALUES = 2_000_000
-
 """Of a whole request, at all depths together."""
 
 MAX_DEPTH = 12
-
 """Lists and mappings within each other."""
 
 SIMPLE = frozenset({str, int, float, bool, type(None)})
-
 """Types of values that hold no others."""
 
 
@@ -409,6 +417,24 @@ def _inner(value: Any) -> Any:
     return value.ravel().tolist() if isinstance(value, np.ndarray) and value.dtype == object else ()
 
 
+def rename_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the keys of version 0.1 their names of today.
+
+    >>> rename_keys({"word_similarity": 0.3, "hidden_size": 8})
+    {'tfidf_weight': 0.3, 'hidden_size': 8}
+
+    Args:
+        fields: Fields of a configuration or a processor, or keys of a section of a recipe.
+
+    Raises:
+        ValueError: If a field is given under both names.
+    """
+    twice = {old: new for old, new in RENAMED_KEYS.items() if old in fields and new in fields}
+    if twice:
+        raise ValueError(f"both names of a field are given: {twice}; leave the older one out")
+    return {RENAMED_KEYS.get(name, name): value for name, value in fields.items()}
+
+
 __all__ = [
     "EARLIEST",
     "EXACT_FLOAT",
@@ -422,6 +448,7 @@ __all__ = [
     "MAX_REQUEST_VALUES",
     "MAX_VALUES",
     "MOMENT",
+    "RENAMED_KEYS",
     "SCORING_TASKS",
     "SIMPLE",
     "TIME_EXPECTED",
@@ -436,6 +463,7 @@ __all__ = [
     "near_id",
     "normalize_id",
     "read_time",
+    "rename_keys",
     "short",
     "time_seconds",
     "time_text",

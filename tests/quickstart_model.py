@@ -22,7 +22,7 @@ def quickstart_folder(tmp_path, monkeypatch):
     rows = {film["item_id"]: row for row, film in enumerate(FILMS, 1)}
     processor = M6RecProcessor.from_template(tokenizer, domain="video", item_rows=rows)
     config = M6RecConfig.preset(
-        "tiny", **tokenizer.structural_ids, num_item_memory=4, embedding_dim=128, trained_tasks=["retrieval"],
+        "tiny", **tokenizer.structural_ids, num_item_embeddings=4, embedding_dim=128, trained_tasks=["retrieval"],
         max_position_embeddings=1024,
     )  # fmt: skip
     model = M6RecForRecommendation(config).eval()

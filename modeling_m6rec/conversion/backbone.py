@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, Family] = {"bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 """`model_type` of a configuration -> how to read it."""
-FREE = {"attention_dropout", "hidden_dropout", "initializer_range"}
+MAY_DIFFER = {"attention_dropout", "hidden_dropout", "initializer_range"}
 """Fields that a backbone decides unless they are given; all its others are the shape of its weights."""
-FRESH = (
+NEW_WEIGHTS = (
     *("score_head.", "item_norm.", "user_projection.", "item_projection."),
     *("model.embed_kind.", "model.embed_event.", "model.item_memory.", "model.word_memory.", "model.word_sketch."),
     "model.entry_norm.",
@@ -190,7 +190,7 @@ def _fields(
     if (given.get("num_hidden_layers") or 0) > layers:
         shape["num_hidden_layers"] = shape["num_hidden_groups"] = given["num_hidden_layers"]
     for name, value in given.items():
-        if name in shape and name not in FREE and value != shape[name]:
+        if name in shape and name not in MAY_DIFFER and value != shape[name]:
             raise ValueError(f"{name}={value!r} contradicts the backbone, which has {shape[name]!r}: leave it out")
     causal = family.causal and getattr(source.config, "is_causal", True)
     attention = "causal" if causal else "bidirectional"
@@ -257,7 +257,7 @@ def _fill(model: M6RecForRecommendation, weights: Weights) -> None:
     tied = ["lm_head.weight"] * model.config.tie_word_embeddings
     known = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")) + 1
     new = tuple(f"model.layers.{index}." for index in range(known, len(model.model.layers)))
-    lost = [name for name in lost if not name.startswith((*FRESH, *new)) and name not in tied]
+    lost = [name for name in lost if not name.startswith((*NEW_WEIGHTS, *new)) and name not in tied]
     _refuse_odd_weights("the backbone", lost, extra)
     for table in (model.model.embed_kind, model.model.embed_event):
         nn.init.zeros_(table.weight)

@@ -6,7 +6,14 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
-KEPT_WHOLE = ["score_head", "user_projection", "item_projection", "lm_head", "lm_transform", "embeddings.projection"]
+UNQUANTIZED_MODULES = [
+    "score_head",
+    "user_projection",
+    "item_projection",
+    "lm_head",
+    "lm_transform",
+    "embeddings.projection",
+]
 """Linear layers that are small, that learn, or whose weights are looked at: they are not quantised."""
 
 
@@ -29,7 +36,7 @@ def quantization_config(kind: str) -> BitsAndBytesConfig:
         raise ValueError(f"quantization {kind!r} is unknown: expected one of {', '.join(settings)}")
     # It says with every matrix product that it rounds its input, which is what was asked for.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(**settings[kind], llm_int8_skip_modules=KEPT_WHOLE)
+    return BitsAndBytesConfig(**settings[kind], llm_int8_skip_modules=UNQUANTIZED_MODULES)
 
 
 def quantized(kind: str | None) -> dict[str, Any]:
@@ -37,4 +44,4 @@ def quantized(kind: str | None) -> dict[str, Any]:
     return {} if kind is None else {"quantization_config": quantization_config(kind)}
 
 
-__all__ = ["KEPT_WHOLE", "quantization_config", "quantized"]
+__all__ = ["UNQUANTIZED_MODULES", "quantization_config", "quantized"]

@@ -129,7 +129,7 @@ def test_sasrec_begins_as_the_last_item():
     model = build({"num_joint_layers": 2, "segment_summary": 1}, entry_norm=True, embedding_dim=36)
     _recommenders._begin_as_sasrec(model)
     ids = pad([Writer(3).source(4)])["input_ids"]
-    out = model(ids, item_ids=item_rows(ids), return_vectors=True)
+    out = model(ids, item_embedding_ids=item_rows(ids), return_vectors=True)
     close(out.user_vectors[:, 1:], out.item_vectors)
     assert out.item_vectors.std(1).min() > 0
 
@@ -150,7 +150,7 @@ def test_what_our_models_change_is_a_recipe(name, recipe, text, ids, tmp_path):
     changed = _recommenders.changes(name, Path("data"), tmp_path, 3, text, ids, recipe)
     asked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
     assert (asked.data.source, asked.data.seed, asked.seed) == (_recommenders.READERS[name], 3, 3)
-    assert asked.text.domain == _recommenders.DOMAINS[name] and asked.model.item_memory == ids
+    assert asked.text.domain == _recommenders.DOMAINS[name] and asked.model.item_embeddings == ids
     assert (asked.model.backbone is None) == (not text or recipe != _recommenders.WITH_BACKBONE)
     assert asked.model.freeze_segments and asked.task.negatives == "catalogue"
     if not text:

@@ -41,8 +41,8 @@ SETUPS = [
         "processor": {"max_length": 96, "max_events": 4, "options": True, "time": "ago"},
     },
     {
-        "model": {"word_similarity": 0.3, "word_memory": True, "num_joint_layers": 2, "exit_layers": [1]},
-        "processor": {"max_length": 200, "forget_events": 5, "item_rows": None},
+        "model": {"tfidf_weight": 0.3, "bow_embeddings": True, "num_joint_layers": 2, "exit_layers": [1]},
+        "processor": {"max_length": 200, "truncation_stride": 5, "item_rows": None},
     },
 ]
 BOUNDS = {"click": (0, 1), "interaction": (0, 1), "plausibility": (-math.inf, 0), "rating": (1, 10)}
@@ -60,7 +60,7 @@ def recommender(setup):
     given = SETUPS[setup]
     model, reader = build(seed=setup, **given["model"]), processor(**given["processor"])
     if model.model.word_sketch is not None:
-        model.model.word_sketch.count(reader.encode_items(ITEMS))
+        model.model.word_sketch.fit(reader.encode_items(ITEMS))
     catalogue = Catalogue.from_dataset(ITEMS, model, reader, progress=False)
     return RecommendationPipeline(model=model, processor=reader, device="cpu", catalogue=catalogue)
 
@@ -244,7 +244,7 @@ def check_row(reader, request, reading, task):
     """Check one row against its segments."""
     ids, words, special = reader._ids, reader.tokenizer, {*reader.tokenizer.all_special_ids}
     row, segments = reading.input_ids, iter(reading.segments)
-    rule(len(reading.item_ids) == len(row), "item_ids are not as long as the row")
+    rule(len(reading.item_embedding_ids) == len(row), "item_embedding_ids are not as long as the row")
     rule(row[0] == ids["source_token_id"], "a row does not begin with [BOS']")
     place, source_end, longest, length = 1, None, 0, 0
     markers = {ids["bos_token_id"], ids["eos_token_id"]}
@@ -274,7 +274,7 @@ def check_row(reader, request, reading, task):
             rule(closed or (source_end is not None and kind == "text"), "a segment is not closed")
             length += end - place + closed
             place = end if closed else end - 1
-            rule(not any(reading.item_ids[place - len(body) : place]), "the item memory stands within a text")
+            rule(not any(reading.item_embedding_ids[place - len(body) : place]), "the item memory stands within a text")
         longest = max(longest, length) if source_end is not None else 0
         place += 1
     rule(next(segments, None) is None, "a segment is not in the row")

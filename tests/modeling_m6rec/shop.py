@@ -47,7 +47,7 @@ def processor(**more):
 def build(seed=0, **more):
     """A tiny random model whose outputs vary: untied head, wide initial weights, some item memory."""
     torch.manual_seed(seed)
-    fields = {"initializer_range": 0.25, "tie_word_embeddings": False, "num_item_memory": 3, **more}
+    fields = {"initializer_range": 0.25, "tie_word_embeddings": False, "num_item_embeddings": 3, **more}
     model = M6RecForRecommendation(M6RecConfig.preset("tiny", **tokenizer().structural_ids, **fields)).eval()
     if model.model.item_memory is not None:
         torch.nn.init.normal_(model.model.item_memory.weight[1:])

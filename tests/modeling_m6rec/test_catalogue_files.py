@@ -26,12 +26,12 @@ def folder(tmp_path):
 
 def forge(folder, manifest=None, **files):
     """Replace files and sign them, as a stranger can."""
-    told = {**json.loads((folder / MANIFEST).read_text()), **(manifest or {})}
+    encoded = {**json.loads((folder / MANIFEST).read_text()), **(manifest or {})}
     for name, data in {"items": ITEMS, "vectors": VECTORS}.items():
         if name in files:
             (folder / data).write_bytes(files[name])
-            told["sha256"][data] = hashlib.sha256(files[name]).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(told))
+            encoded["sha256"][data] = hashlib.sha256(files[name]).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(encoded))
 
 
 def table(rows, **options):

@@ -69,7 +69,7 @@ def test_item_memory_is_part_of_the_vector():
 
 def test_new_items_are_found_by_their_bonus():
     model = copy.deepcopy(MODEL)
-    model.config.new_item_bonus = 3.0
+    model.config.cold_item_bias = 3.0
     catalogue = Catalogue.from_dataset(ITEMS, model, PROCESSOR)
     assert PROCESSOR.item_row({"item_id": "new", "item": "yoga mat"}) == 0
     catalogue.add([{"item_id": "new", "item": "yoga mat"}], model, PROCESSOR)

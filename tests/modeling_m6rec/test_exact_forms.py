@@ -41,11 +41,11 @@ def test_latest_is_a_running_maximum(share):
 def test_places_of_users_rise_above_all_before(ids, skipped):
     config = config_of_ids(skipped_kinds=skipped)
     lay = layout(ids, None, config)
-    told = (lay.event > 0) | lay.source & (lay.kind == 1)
-    left_out = torch.zeros_like(told)
+    encoded = (lay.event > 0) | lay.source & (lay.kind == 1)
+    left_out = torch.zeros_like(encoded)
     for kind in skipped or ():
         left_out |= (lay.kind == config.kind_token_ids[kind] - config.first_kind_token_id + 1) & ~lay.written
-    reads = (ids == SEG) & told & ~left_out | lay.source & (ids == config.source_token_id)
+    reads = (ids == SEG) & encoded & ~left_out | lay.source & (ids == config.source_token_id)
     number = (lay.request * (ids.shape[1] + 1) + lay.event) * reads
     highest = torch.nn.functional.pad(number.cummax(1).values, (1, -1))
     place = (number > highest).cumsum(1)
@@ -71,7 +71,7 @@ def test_mean_of_a_segment(ids):
 @pytest.mark.parametrize("ids", EXAMPLES)
 @pytest.mark.parametrize("virtual", [0, 2])
 def test_words_in_rows_are_those_of_bags(ids, virtual):
-    network = build({**GRID[0], "word_memory": True}).model
+    network = build({**GRID[0], "bow_embeddings": True}).model
     lay = layout(ids, None, network.config)
     states = torch.randn(len(ids), virtual + ids.shape[1], network.config.hidden_size)
     item = (lay.kind == 4) & lay.valid & ~lay.written
@@ -89,11 +89,11 @@ def test_words_in_rows_are_those_of_bags(ids, virtual):
 
 @pytest.mark.parametrize("ids", EXAMPLES)
 def test_sketches_of_the_words_that_are_chosen(ids):
-    model = build({**GRID[0], "word_similarity": 0.3})
+    model = build({**GRID[0], "tfidf_weight": 0.3})
     lay = layout(ids, None, model.config)
     closing = closes_item(ids, lay, model.config)
     items = int(closing.sum(1).max())
-    expected = torch.zeros(len(ids), items, model.config.word_similarity_dim)
+    expected = torch.zeros(len(ids), items, model.config.tfidf_dim)
     for row in range(len(ids)):
         for number, column in enumerate(closing[row].nonzero()[:, 0].tolist()):
             own = (lay.segment[row] == lay.segment[row, column]) & (lay.segment_position[row] > 0) & lay.valid[row]

@@ -12,24 +12,24 @@ EVERYTHING = {
     "segment_pooling": "mean",
     "segment_attention": "bidirectional",
     "segment_summary": 1,
-    "word_memory": True,
-    "word_similarity": 0.3,
-    "new_item_bonus": 0.1,
+    "bow_embeddings": True,
+    "tfidf_weight": 0.3,
+    "cold_item_bias": 0.1,
 }
-LEARNED = {**BLOCKS[0], **SMALL, "num_item_memory": 0}
+LEARNED = {**BLOCKS[0], **SMALL, "num_item_embeddings": 0}
 
 
 def rows(model, seed, count, events):
     writer = Writer(seed)
     heads = [writer.source(events + number) for number in range(count)]
     batch = pad([head + writer.candidate() + writer.candidate() * (n % 2) for n, head in enumerate(heads)])
-    return {**batch, "item_ids": item_rows(batch["input_ids"])} if model.config.num_item_memory else batch
+    return {**batch, "item_embedding_ids": item_rows(batch["input_ids"])} if model.config.num_item_embeddings else batch
 
 
 def items(model, seed, count):
     writer = Writer(seed)
     batch = pad([writer.segment(ITEM, 1, 7) for _ in range(count)])
-    return {**batch, "memory_ids": torch.arange(count) % 10} if model.config.num_item_memory else batch
+    return {**batch, "memory_ids": torch.arange(count) % 10} if model.config.num_item_embeddings else batch
 
 
 def batches(model, part):
@@ -87,7 +87,7 @@ def test_what_cannot_be_exported_is_refused():
         export_program(ScorePart(model, "click"))
     with pytest.raises(ValueError, match="segment layers"):
         export_program(build({"num_joint_layers": 4}), "item")
-    uncounted = build({**SMALL, "word_similarity": 0.3})
+    uncounted = build({**SMALL, "tfidf_weight": 0.3})
     uncounted.model.word_sketch.rarity.zero_()
     with pytest.raises(ValueError, match="count the words"):
         export_program(uncounted, "user")

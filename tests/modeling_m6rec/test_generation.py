@@ -113,10 +113,10 @@ def test_sampling_writes_no_structure_and_honours_own_suppressions(settings):
 def test_generate_carries_item_ids(settings):
     model, batch = build(settings), prompts()
     memory = item_rows(batch["input_ids"])
-    expected = brute_force(model, batch["input_ids"], batch["attention_mask"], 8, item_ids=memory)
+    expected = brute_force(model, batch["input_ids"], batch["attention_mask"], 8, item_embedding_ids=memory)
     for more in CACHES:
         text = model.generate(
-            **batch, layout_ids=batch["input_ids"], item_ids=memory, max_new_tokens=8, do_sample=False, **more
+            **batch, layout_ids=batch["input_ids"], item_embedding_ids=memory, max_new_tokens=8, do_sample=False, **more
         )
         assert torch.equal(text, expected[:, : text.shape[1]])
 

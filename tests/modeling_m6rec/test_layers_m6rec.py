@@ -5,7 +5,7 @@ import torch
 
 from m6rec import SegmentCache, layers_m6rec, network_m6rec
 from m6rec.layers_m6rec import SharedKeys, eager_attention_forward, shared_attention
-from m6rec.layout_m6rec import Picked, at
+from m6rec.layout_m6rec import Picked, gather_tokens
 from tests.modeling_m6rec.tiny import BOS, GRID, ITEM, SEG, SMALL, WORDS, Writer, build, close, item_rows, name, pad
 
 DIM, GROUPS, HEADS = 5, 2, 6
@@ -68,9 +68,9 @@ def test_shared_attention_is_attention_to_both(monkeypatch, scores_at_once, quer
 def test_picking_tokens_and_putting_them_back():
     values = drawn(2, 4, 3)
     index = torch.tensor([[3, 0], [1, 1]])
-    close(at(values, index), torch.stack([values[0, [3, 0]], values[1, [1, 1]]]))
-    close(at(values[..., 0], index), torch.stack([values[0, [3, 0], 0], values[1, [1, 1], 0]]))
-    back = Picked(index, torch.tensor([[True, True], [True, False]])).back(at(values, index), 4)
+    close(gather_tokens(values, index), torch.stack([values[0, [3, 0]], values[1, [1, 1]]]))
+    close(gather_tokens(values[..., 0], index), torch.stack([values[0, [3, 0], 0], values[1, [1, 1], 0]]))
+    back = Picked(index, torch.tensor([[True, True], [True, False]])).back(gather_tokens(values, index), 4)
     wanted = torch.zeros(2, 4, 3)
     wanted[0, 3], wanted[0, 0], wanted[1, 1] = values[0, 3], values[0, 0], values[1, 1]
     close(back, wanted)
@@ -83,7 +83,7 @@ def test_what_heads_read_does_not_depend_on_the_other_tokens_of_the_last_layer(s
     model, writer = build(settings), Writer(1)
     rows = [writer.source(events) + writer.candidate() + writer.candidate() for events in (0, 3)]
     batch = pad([*rows, writer.source(1) + writer.candidate()])
-    batch["item_ids"] = item_rows(batch["input_ids"])
+    batch["item_embedding_ids"] = item_rows(batch["input_ids"])
     widths = []
 
     def watch(layer, inputs, output):

@@ -32,13 +32,13 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=["weighted", "smoothed"])
 @pytest.mark.parametrize("plan", ("flat", "compact"))
 def test_weights_of_a_batch_give_its_mean_and_those_of_two_the_mean_of_both(settings, plan):
-    model, batch = build(settings, item_memory_dropout=0.0), training_batch(retrieval=True)
+    model, batch = build(settings, item_embedding_dropout=0.0), training_batch(retrieval=True)
     weights = label_weights(batch, model.config)
     assert set(weights) == set(loss_names(model.config))
     mean = model(**batch, plan=plan, only_losses=True).losses
     for loss, value in model(**batch, plan=plan, only_losses=True, num_items_in_batch=weights).losses.items():
         close(value, mean[loss], msg=loss)
-    shared = ("item_input_ids", "item_attention_mask", "item_memory_ids")
+    shared = ("item_input_ids", "item_attention_mask", "candidate_embedding_ids")
     parts = [{key: value if key in shared else value[row : row + 1] for key, value in batch.items()} for row in (0, 1)]
     found = [model(**part, plan=plan, only_losses=True, num_items_in_batch=weights).losses for part in parts]
     for loss, value in mean.items():
@@ -105,8 +105,8 @@ def test_the_first_token_of_a_document_is_predicted_by_nothing(side):
 def test_only_losses_are_the_losses_and_nothing_else(settings):
     model = build(settings).train()
     batch = training_batch(retrieval=model.config.num_segment_layers > 0)
-    batch["item_ids"] = torch.zeros_like(batch["item_ids"])  # item memory is dropped at random
-    batch.pop("item_memory_ids", None)
+    batch["item_embedding_ids"] = torch.zeros_like(batch["item_embedding_ids"])  # item memory is dropped at random
+    batch.pop("candidate_embedding_ids", None)
     whole, only = model(**batch), model(**batch, only_losses=True)
     close(only.loss, whole.loss)
     assert set(only.keys()) == {"loss", "losses"}

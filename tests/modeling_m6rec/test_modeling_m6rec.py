@@ -171,9 +171,9 @@ def test_item_memory_moves_the_item_and_only_from_the_joint_layers_on():
     ids = torch.tensor([writer.source(2) + writer.candidate()])
     memory = item_rows(ids)
     with torch.no_grad():
-        none, some = (model.embed(input_ids=ids, item_ids=rows) for rows in (torch.zeros_like(ids), memory))
+        none, some = (model.embed(input_ids=ids, item_embedding_ids=rows) for rows in (torch.zeros_like(ids), memory))
         close(model.embed(input_ids=ids).item_vectors, none.item_vectors)
-        first, second = (model.model(ids, item_ids=rows).segment_states for rows in (None, memory))
+        first, second = (model.model(ids, item_embedding_ids=rows).segment_states for rows in (None, memory))
     assert ((none.item_vectors - some.item_vectors).abs().amax(-1) > 1e-3).all()
     assert torch.equal(first, second)
 
@@ -185,10 +185,16 @@ def test_new_items_have_a_bonus_in_every_product_and_others_have_none():
     rows = torch.tensor([0, 2, 5, 9])
     with torch.no_grad():
         model.model.item_memory.weight[5] = 0.0  # of an item that training never met
-        before, items = model.embed(input_ids=ids, item_ids=memory), model.embed_items(states=states, memory_ids=rows)
+        before, items = (
+            model.embed(input_ids=ids, item_embedding_ids=memory),
+            model.embed_items(states=states, memory_ids=rows),
+        )
         digest = model.fingerprint()
-        model.config.new_item_bonus = 0.25
-        after, others = model.embed(input_ids=ids, item_ids=memory), model.embed_items(states=states, memory_ids=rows)
+        model.config.cold_item_bias = 0.25
+        after, others = (
+            model.embed(input_ids=ids, item_embedding_ids=memory),
+            model.embed_items(states=states, memory_ids=rows),
+        )
         texts = model.embed_items(states=states)
     assert model.fingerprint() != digest
     width = model.config.embedding_dim + 1
@@ -196,23 +202,23 @@ def test_new_items_have_a_bonus_in_every_product_and_others_have_none():
     user, own = before.user_vectors[0, -1], after.user_vectors[0, -1]
     close(others @ own, items @ user + 0.25 * torch.tensor([1, 0, 1, 0]))
     close(texts[:, -1], torch.full((4,), 0.25))
-    with pytest.raises(Exception, match=r"new_item_bonus=1\.0 needs item memory"):
-        M6RecConfig.preset("tiny", new_item_bonus=1.0)
+    with pytest.raises(Exception, match=r"cold_item_bias=1\.0 needs item memory"):
+        M6RecConfig.preset("tiny", cold_item_bias=1.0)
 
 
 def test_resize_item_memory_keeps_rows_and_new_rows_say_nothing():
     model, writer = build({"num_joint_layers": 2}), Writer(11)
     ids = torch.tensor([writer.source(2)])
     memory, plain = item_rows(ids), model.embed(input_ids=ids).item_vectors
-    before = model.embed(input_ids=ids, item_ids=memory).item_vectors
-    model.resize_item_memory(20)
-    assert model.config.num_item_memory == 20
-    close(model.embed(input_ids=ids, item_ids=memory).item_vectors, before)
-    close(model.embed(input_ids=ids, item_ids=memory + 10 * (memory > 0)).item_vectors, plain)
-    model.resize_item_memory(0)
-    close(model.embed(input_ids=ids, item_ids=memory).item_vectors, plain)
+    before = model.embed(input_ids=ids, item_embedding_ids=memory).item_vectors
+    model.resize_item_embeddings(20)
+    assert model.config.num_item_embeddings == 20
+    close(model.embed(input_ids=ids, item_embedding_ids=memory).item_vectors, before)
+    close(model.embed(input_ids=ids, item_embedding_ids=memory + 10 * (memory > 0)).item_vectors, plain)
+    model.resize_item_embeddings(0)
+    close(model.embed(input_ids=ids, item_embedding_ids=memory).item_vectors, plain)
     with pytest.raises(ValueError, match="-1 rows"):
-        model.resize_item_memory(-1)
+        model.resize_item_embeddings(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------- heads

@@ -8,16 +8,16 @@ import torch
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
 from m6rec.layout_m6rec import layout
-from m6rec.modeling_m6rec import SIMILAR_ITEMS
+from m6rec.modeling_m6rec import TFIDF_ITEMS
 from m6rec.segment_cache_m6rec import UserStates
 from tests.modeling_m6rec.tiny import ITEM, PLANS, SEG, SOURCE_END, VOCAB, Writer, build, close, item_rows, pad
 
-SETTINGS = {"num_joint_layers": 2, "segment_summary": 1, "word_memory": True, "word_similarity": 0.4}
+SETTINGS = {"num_joint_layers": 2, "segment_summary": 1, "bow_embeddings": True, "tfidf_weight": 0.4}
 
 
 def learnt_only(model):
     other = copy.deepcopy(model)
-    other.config.word_similarity = other.config.new_item_bonus = 0.0
+    other.config.tfidf_weight = other.config.cold_item_bias = 0.0
     return other
 
 
@@ -49,7 +49,7 @@ def alike(model, row, hidden=()):
             words
             for words, end in items
             if lay.source[0, end] and lay.event[0, end] <= event and int(lay.event[0, end]) not in hidden
-        ][-SIMILAR_ITEMS:]
+        ][-TFIDF_ITEMS:]
         sums = [sum(likeness(model, words, other) for words in recent) for other, _ in items]
         found.append([total / max(len(recent), 1) for total in sums])
     return torch.tensor(found)
@@ -58,10 +58,10 @@ def alike(model, row, hidden=()):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_likeness_of_words_is_added_to_the_product(side, plan):
-    model, writer = build(SETTINGS, word_similarity_dim=1 << 12), Writer(5)
+    model, writer = build(SETTINGS, tfidf_dim=1 << 12), Writer(5)
     rows = [writer.source(events) + writer.candidate() + writer.candidate() for events in (8, 0, 3)]
     batch = pad(rows, side)
-    batch["item_ids"] = item_rows(batch["input_ids"])
+    batch["item_embedding_ids"] = item_rows(batch["input_ids"])
     with torch.no_grad():
         out, learnt = model.embed(**batch, plan=plan), learnt_only(model).embed(**batch, plan=plan)
     assert out.user_vectors.shape[-1] == out.item_vectors.shape[-1] == model.config.vector_width
@@ -75,7 +75,7 @@ def test_likeness_of_words_is_added_to_the_product(side, plan):
 
 
 def test_a_narrow_sketch_is_close():
-    model, writer = build(SETTINGS, word_similarity_dim=256), Writer(4)
+    model, writer = build(SETTINGS, tfidf_dim=256), Writer(4)
     row = writer.source(8) + writer.candidate()
     with torch.no_grad():
         out, learnt = (
@@ -88,7 +88,7 @@ def test_a_narrow_sketch_is_close():
 
 
 def test_an_event_that_is_hidden_is_not_compared_with():
-    model, writer = build(SETTINGS, word_similarity_dim=1 << 12), Writer(6)
+    model, writer = build(SETTINGS, tfidf_dim=1 << 12), Writer(6)
     row = writer.source(7) + writer.candidate()
     ids = torch.tensor([row])
     hidden = layout(ids, None, model.config).event == 5
@@ -122,7 +122,7 @@ def test_items_by_themselves_have_the_vectors_that_they_have_in_rows():
         close(items, torch.cat([model.embed_items(torch.tensor([segment])) for segment in segments]))
         states = model.item_states(batch["input_ids"], batch["attention_mask"])
         close(items, model.embed_items(batch["input_ids"], batch["attention_mask"], states))
-    model = build({**SETTINGS, "word_memory": False})
+    model = build({**SETTINGS, "bow_embeddings": False})
     with pytest.raises(ValueError, match="no words to compare"):
         model.embed_items(states=states)
 
@@ -143,13 +143,13 @@ def test_a_kept_user_is_compared_with_all_its_last_items(events):
 
 
 def test_no_loss_knows_of_it_nor_of_the_bonus():
-    model, writer = build(SETTINGS, new_item_bonus=0.3), Writer(9)
+    model, writer = build(SETTINGS, cold_item_bias=0.3), Writer(9)
     ids = torch.tensor([writer.source(3)])
     labels = torch.full_like(ids, -100)
     labels[(ids == SEG) & (layout(ids, None, model.config).event > 0)] = 1
     items = {
         "item_input_ids": torch.tensor([[ITEM, 40, SEG], [ITEM, 50, SEG]]),
-        "item_memory_ids": torch.tensor([0, 2]),
+        "candidate_embedding_ids": torch.tensor([0, 2]),
     }
     losses = [own(input_ids=ids, retrieval_labels=labels, **items).loss for own in (model, learnt_only(model))]
     close(*losses)
@@ -158,24 +158,24 @@ def test_no_loss_knows_of_it_nor_of_the_bonus():
 def test_rare_words_weigh_more_and_counts_are_saved(tmp_path):
     model = M6RecForRecommendation(build(SETTINGS).config)
     sketch = model.model.word_sketch
-    with pytest.raises(ValueError, match=r"word_sketch\.count"):
+    with pytest.raises(ValueError, match=r"word_sketch\.fit"):
         model.embed_items(torch.tensor([[ITEM, 40, SEG]]))
-    sketch.count([[40, 41], [40, 42, 42], [40]])
+    sketch.fit([[40, 41], [40, 42, 42], [40]])
     close(sketch.rarity[[40, 41, 42, 43]], torch.tensor([1.0, 2.0, 2.0, 4.0]).log())
     digest = model.fingerprint()
     model.save_pretrained(tmp_path)
     again = M6RecForRecommendation.from_pretrained(tmp_path)
     assert torch.equal(again.model.word_sketch.rarity, sketch.rarity) and again.fingerprint() == digest
-    again.model.word_sketch.count([[40], [41]])
+    again.model.word_sketch.fit([[40], [41]])
     assert again.fingerprint() != digest
-    again.config.word_similarity = 0.2
+    again.config.tfidf_weight = 0.2
     assert again.fingerprint() != digest
     model.resize_token_embeddings(VOCAB + 2)
     close(sketch.rarity[-3:], torch.tensor(4.0).log().expand(3))
 
 
 def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(Exception, match=r"word_similarity=-1\.0 is negative"):
-        M6RecConfig.preset("tiny", word_similarity=-1.0)
-    with pytest.raises(Exception, match="word_similarity_dim=0"):
-        M6RecConfig.preset("tiny", word_similarity_dim=0)
+    with pytest.raises(Exception, match=r"tfidf_weight=-1\.0 is negative"):
+        M6RecConfig.preset("tiny", tfidf_weight=-1.0)
+    with pytest.raises(Exception, match="tfidf_dim=0"):
+        M6RecConfig.preset("tiny", tfidf_dim=0)

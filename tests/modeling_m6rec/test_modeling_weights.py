@@ -56,15 +56,15 @@ def test_a_missing_weight_is_refused(checkpoint, names):
 
 
 def test_what_the_caller_adds_is_new_on_purpose(checkpoint):
-    model = M6RecForRecommendation.from_pretrained(checkpoint, word_memory=True, entry_norm=True)
+    model = M6RecForRecommendation.from_pretrained(checkpoint, bow_embeddings=True, entry_norm=True)
     assert model.model.word_memory is not None
-    plain = build(num_item_memory=0)
+    plain = build(num_item_embeddings=0)
     plain.save_pretrained(checkpoint)
-    model, info = M6RecForRecommendation.from_pretrained(checkpoint, num_item_memory=5, output_loading_info=True)
+    model, info = M6RecForRecommendation.from_pretrained(checkpoint, num_item_embeddings=5, output_loading_info=True)
     assert set(info["missing_keys"]) == {"model.item_memory.weight"}
     edit(checkpoint, lambda weights: weights.pop("model.embed_event.weight"))
     with pytest.raises(ValueError, match=r"lacks 1 of .*model\.embed_event\.weight"):
-        M6RecForRecommendation.from_pretrained(checkpoint, num_item_memory=5)
+        M6RecForRecommendation.from_pretrained(checkpoint, num_item_embeddings=5)
 
 
 def test_tied_weights_are_no_missing_ones(tmp_path):

@@ -8,7 +8,7 @@ from m6rec import M6RecForRecommendation, SegmentCache
 
 from .tiny import EVENT, IDS, ITEM, PLANS, SEG, SOURCE, SOURCE_END, TEXT, VOCAB, Writer, build, close, pad
 
-WORDY = {"num_joint_layers": 2, "segment_summary": 1, "word_memory": True}
+WORDY = {"num_joint_layers": 2, "segment_summary": 1, "bow_embeddings": True}
 ITEMS = [[ITEM, 40, 41, 40, SEG], [ITEM, 50, SEG], [ITEM, SEG]]
 
 
@@ -33,7 +33,7 @@ def test_an_item_is_its_text_and_what_is_known_of_each_of_its_words():
             row = torch.tensor([[SOURCE, *ITEMS[0], *ITEMS[2], *ITEMS[1], SOURCE_END]])
             for plan in PLANS:
                 close(model.embed(input_ids=row, plan=plan).item_vectors[0], wanted[[0, 2, 1]])
-            with pytest.raises(ValueError, match="without word_memory"):
+            with pytest.raises(ValueError, match="without bow_embeddings"):
                 model.embed_items(states=model.item_states(**pad(ITEMS)))
 
 
@@ -43,15 +43,15 @@ def test_words_that_are_no_items_or_are_being_written_are_not_remembered():
     row = torch.tensor([[SOURCE, EVENT, 40, SEG, SOURCE_END, 5, TEXT, 41, 42, 7]])
     with torch.no_grad():
         close(model(row).logits, other(row).logits, rtol=0, atol=0)
-        told = torch.cat((row[:, :4], torch.tensor([ITEMS[0]]), row[:, 4:]), 1)
-        assert (model(told).logits - other(told).logits)[:, 12:].abs().max() > 1e-3
+        encoded = torch.cat((row[:, :4], torch.tensor([ITEMS[0]]), row[:, 4:]), 1)
+        assert (model(encoded).logits - other(encoded).logits)[:, 12:].abs().max() > 1e-3
 
 
 def test_of_new_models_no_word_is_known():
     model = build(WORDY)
     fresh = M6RecForRecommendation(model.config)
     assert not fresh.model.word_memory.weight.any()
-    plain = build({**WORDY, "word_memory": False})
+    plain = build({**WORDY, "bow_embeddings": False})
     fresh.load_state_dict(plain.state_dict(), strict=False)
     row = torch.tensor([Writer(3).source(3)])
     with torch.no_grad():

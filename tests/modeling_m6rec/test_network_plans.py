@@ -55,7 +55,7 @@ def test_plans_agree(settings):
     ]
     for side in ("right", "left"):
         batch, cache = pad(rows, side), SegmentCache()
-        batch["item_ids"] = item_rows(batch["input_ids"])
+        batch["item_embedding_ids"] = item_rows(batch["input_ids"])
         batch["hidden_events"] = layout(**pad(rows, side), config=model.config).event == 2
         with torch.no_grad():
             flat = model(**batch, plan="flat", return_plausibility=True)
@@ -259,16 +259,18 @@ def test_appending_an_event_equals_recomputing(settings):
     heads = [writer.head(n) for n in (1, 3)]
     first = pad(heads, "left")
     with torch.no_grad():
-        out = model.model(**first, item_ids=item_rows(first["input_ids"]), use_cache=True)
+        out = model.model(**first, item_embedding_ids=item_rows(first["input_ids"]), use_cache=True)
         cache, ids, mask = out.past_key_values, first["input_ids"], first["attention_mask"]
         seen = [out.last_hidden_state]
         for part in ("event", "event", "tail"):
             tail = writer.segment(NOW) + [SOURCE_END] + writer.candidate()
             new = pad([writer.event() if part == "event" else tail for _ in heads], "right")
             ids, mask = torch.cat((ids, new["input_ids"]), 1), torch.cat((mask, new["attention_mask"]), 1)
-            out = model.model(new["input_ids"], mask, layout_ids=ids, item_ids=item_rows(ids), past_key_values=cache)
+            out = model.model(
+                new["input_ids"], mask, layout_ids=ids, item_embedding_ids=item_rows(ids), past_key_values=cache
+            )
             seen.append(out.last_hidden_state)
-        again = model.model(ids, mask, item_ids=item_rows(ids), use_cache=True)
+        again = model.model(ids, mask, item_embedding_ids=item_rows(ids), use_cache=True)
     valid = mask.bool()
     close(torch.cat(seen, 1)[valid], again.last_hidden_state[valid])
     for old, new in zip(cache.layers, again.past_key_values.layers):
@@ -359,7 +361,7 @@ def test_gradients_through_plans_equal_the_flat_ones(settings):
     memory, grads = item_rows(batch["input_ids"]), []
     for plan in PLANS:
         model.zero_grad()
-        out = model(**batch, item_ids=memory, plan=plan, segment_cache=SegmentCache(), return_logits=False)
+        out = model(**batch, item_embedding_ids=memory, plan=plan, segment_cache=SegmentCache(), return_logits=False)
         out.scores.sigmoid().sum().backward()
         grads.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
     for other in grads[1:]:
@@ -406,11 +408,11 @@ def test_items_by_themselves_equal_items_in_a_row():
         rows = torch.tensor([[SOURCE, USER, 40, SEG, *itertools.chain(*items), SOURCE_END]])
         memory = item_rows(rows)
         with torch.no_grad():
-            inside = model.embed(input_ids=rows, item_ids=memory).item_vectors[0]
+            inside = model.embed(input_ids=rows, item_embedding_ids=memory).item_vectors[0]
             alone = model.embed_items(**pad(items), memory_ids=memory[memory > 0])
             states_first = model.item_states(**pad(items))
         close(alone, inside)
-        words = pad(items) if model.config.word_memory else {}
+        words = pad(items) if model.config.bow_embeddings else {}
         close(model.embed_items(states=states_first, memory_ids=memory[memory > 0], **words), inside)
 
 

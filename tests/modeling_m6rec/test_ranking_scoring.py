@@ -70,8 +70,8 @@ def test_candidates_beyond_the_bound_make_rows_of_their_own(monkeypatch):
     model, many = build(num_joint_layers=2), {**REQUEST, "candidates": [f"tent {number}" for number in range(50)]}
     expected = make(model)(many)
     monkeypatch.setattr(ranking_m6rec, "TOKENS_AT_ONCE", 300)
-    told = Scorer(model, PROCESSOR, SegmentCache()).tell([many], "click")[0]
-    rows = told.rows(range(50), None, 300)
+    encoded = Scorer(model, PROCESSOR, SegmentCache()).encode([many], "click")[0]
+    rows = encoded.rows(range(50), None, 300)
     assert len(rows) > 2 and all(len(row.ids) <= 300 for row in rows)
     assert sum(row.ids.count(model.config.bos_token_id) for row in rows) == 50
     assert scores(make(model)(many)) == pytest.approx(scores(expected), rel=1e-5, abs=1e-5)
@@ -122,8 +122,8 @@ def test_a_request_is_answered_at_the_first_exit_that_is_sure(wide_model, reques
     given_ = [request if sure is None else {**request, "exit_confidence": sure} for request, sure in requests]
     answers = make(wide_model, user_states=keep)(given_, task=task, batch_size=len(given_))
     for (request, sure), rows in zip(requests, answers, strict=True):
-        told = Scorer(wide_model, PROCESSOR, SegmentCache()).tell([request], task)[0]
-        batch = PROCESSOR.pad([{"input_ids": told.rows(range(len(told.targets)), None, None)[0].ids}])
+        encoded = Scorer(wide_model, PROCESSOR, SegmentCache()).encode([request], task)[0]
+        batch = PROCESSOR.pad([{"input_ids": encoded.rows(range(len(encoded.targets)), None, None)[0].ids}])
         expected = next(
             layer
             for layer in (1, 2, 3)
@@ -137,7 +137,7 @@ def test_a_request_is_answered_at_the_first_exit_that_is_sure(wide_model, reques
 
 @pytest.fixture(scope="module")
 def wide_model():
-    return wide(num_item_memory=0)
+    return wide(num_item_embeddings=0)
 
 
 def least(model, batch, layer, task):

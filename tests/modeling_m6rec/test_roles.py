@@ -5,16 +5,16 @@ import torch
 
 from m6rec import M6RecConfig, M6RecForRecommendation
 from m6rec.configuration_m6rec import ROLES
-from m6rec.segment_cache_m6rec import NOT_OF_SEGMENTS, _digest
+from m6rec.segment_cache_m6rec import IGNORED_BY_SEGMENTS, _digest
 from tests.modeling_m6rec.shop import ITEMS, build, processor, tokenizer
 
 BASE = {
     "num_hidden_groups": 2,
-    "num_item_memory": 3,
-    "word_memory": True,
-    "new_item_bonus": 0.3,
-    "word_similarity": 0.5,
-    "word_similarity_dim": 64,
+    "num_item_embeddings": 3,
+    "bow_embeddings": True,
+    "cold_item_bias": 0.3,
+    "tfidf_weight": 0.5,
+    "tfidf_dim": 64,
 }
 IDS = {name: value for name, value in tokenizer().structural_ids.items() if name.endswith("_token_id")}
 """The tokenizer decides these; with other ones a row means something else."""
@@ -64,12 +64,12 @@ OTHER = {
     "max_events": 100,
     "embedding_dim": 12,
     "embedding_temperature": 0.1,
-    "num_item_memory": 5,
-    "item_memory_dropout": 0.1,
-    "word_memory": False,
-    "new_item_bonus": 1.0,
-    "word_similarity": 1.0,
-    "word_similarity_dim": 32,
+    "num_item_embeddings": 5,
+    "item_embedding_dropout": 0.1,
+    "bow_embeddings": False,
+    "cold_item_bias": 1.0,
+    "tfidf_weight": 1.0,
+    "tfidf_dim": 32,
     "exit_layers": [1],
     "score_head": "option",
     "score_tasks": ["rating"],
@@ -92,7 +92,7 @@ def read(model):
     padded = PROCESSOR.pad([{"input_ids": own} for own in PROCESSOR.encode_items(ITEMS)])
     ids, mask = padded["input_ids"], padded["attention_mask"]
     memory = torch.tensor([PROCESSOR.item_row(item) for item in ITEMS])
-    model.model.word_sketch.count([own.tolist() for own in ids])
+    model.model.word_sketch.fit([own.tolist() for own in ids])
     with torch.no_grad():
         return model.item_states(ids, mask), model.embed_items(ids, mask, memory_ids=memory)
 
@@ -122,7 +122,7 @@ def test_what_changes_states_or_vectors_is_in_their_digest(name):
     (states, vectors), (other_states, other_vectors) = read(first), read(second)
     if not torch.equal(states, other_states):
         assert name in ROLES["segments"]
-        assert name not in NOT_OF_SEGMENTS
+        assert name not in IGNORED_BY_SEGMENTS
         assert _digest(first.model) != _digest(second.model)
     if vectors.shape != other_vectors.shape or not torch.equal(vectors, other_vectors):
         assert name in ROLES["vectors"]
@@ -135,10 +135,10 @@ def test_what_changes_states_or_vectors_is_in_their_digest(name):
 def test_settings_of_what_is_off_leave_catalogues_valid():
     """Version 0.1 had none of these: its catalogues load."""
     plain = build().fingerprint()
-    assert build(word_similarity_dim=32).fingerprint() == plain
+    assert build(tfidf_dim=32).fingerprint() == plain
     assert build(max_position_embeddings=600).fingerprint() == plain
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     lengths = [build(rope_parameters=dynamic, max_position_embeddings=length).fingerprint() for length in (512, 600)]
     assert len({plain, *lengths}) == 3
-    sizes = [build(word_similarity=1.0, word_similarity_dim=size).fingerprint() for size in (32, 1024)]
+    sizes = [build(tfidf_weight=1.0, tfidf_dim=size).fingerprint() for size in (32, 1024)]
     assert len({plain, *sizes}) == 3

@@ -45,7 +45,7 @@ def model_of(number):
 def ask(model, rows, users=None, cache=None, side="right", sources=True, **more):
     """Scores, plausibility and, of rows with sources, last user vectors; by the flat plan if no users are kept."""
     batch = {**pad(rows, side), **more}
-    batch.setdefault("item_ids", item_rows(batch["input_ids"]))
+    batch.setdefault("item_embedding_ids", item_rows(batch["input_ids"]))
     plan = {"plan": "flat"}
     if users is not None:
         plan = {"plan": "cached", "user_states": users, "segment_cache": SegmentCache() if cache is None else cache}
@@ -229,7 +229,7 @@ def test_another_item_memory_is_another_history():
     row = request(head, events, writer)
     ask(model, [row], users, cache)
     for memory in (item_rows(torch.tensor([row])) % 9 + (item_rows(torch.tensor([row])) > 0), None):
-        same(ask(model, [row], users, cache, item_ids=memory), ask(model, [row], item_ids=memory))
+        same(ask(model, [row], users, cache, item_embedding_ids=memory), ask(model, [row], item_embedding_ids=memory))
     assert users.positions_reused < 3 * len(head + events[0])
 
 
@@ -372,13 +372,13 @@ def test_a_full_history_goes_on_from_what_was_read_until_events_are_forgotten():
     event = shop.REQUEST["history"][0]
     histories = [[{**event, "item": f"thing {place}"} for place in range(count)] for count in range(1, 14)]
     processor.max_events, reused = 6, {}
-    for processor.forget_events in (1, 3):
+    for processor.truncation_stride in (1, 3):
         recommend.user_states.clear()
-        reused[processor.forget_events] = []
+        reused[processor.truncation_stride] = []
         for history in histories:
             before = recommend.user_states.positions_reused
             rows = recommend({**shop.REQUEST, "history": history}, task="click")
-            reused[processor.forget_events].append(recommend.user_states.positions_reused - before)
+            reused[processor.truncation_stride].append(recommend.user_states.positions_reused - before)
             again = RecommendationPipeline(model=model, processor=processor, device="cpu")
             others = again({**shop.REQUEST, "history": history}, task="click")
             assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in others], abs=1e-5)

@@ -19,16 +19,21 @@ from tests.modeling_m6rec.tiny import build, close
 PROCESSES = 2
 SETTINGS = {
     "tied": {"num_joint_layers": 2, "tie_word_embeddings": True, "exit_layers": [1]},
-    "summary": {"num_joint_layers": 2, "segment_summary": 1, "tie_word_embeddings": True, "item_memory_dropout": 0.0},
+    "summary": {
+        "num_joint_layers": 2,
+        "segment_summary": 1,
+        "tie_word_embeddings": True,
+        "item_embedding_dropout": 0.0,
+    },
     "shared": {"num_joint_layers": 3, "num_hidden_groups": 1, "embedding_size": 20, "tie_word_embeddings": True},
 }
 PLANS = ("flat", "compact", "cached")
-PER_ROW = ("item_input_ids", "item_attention_mask", "item_memory_ids")
+PER_ROW = ("item_input_ids", "item_attention_mask", "candidate_embedding_ids")
 """Fields of a batch that are the same for all its rows are not divided."""
 
 
 def make(name):
-    return build({"item_memory_dropout": 0.0, **SETTINGS[name]}).train()
+    return build({"item_embedding_dropout": 0.0, **SETTINGS[name]}).train()
 
 
 def learn(model, batch, weights, plan, scale=1.0):

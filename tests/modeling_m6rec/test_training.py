@@ -43,7 +43,7 @@ def training_batch(retrieval=False, seed=12):
     batch["rating_labels"] = torch.tensor([[5.0, 1.0, -100.0], [2.0, 3.0, -100.0]])
     batch["interaction_labels"] = torch.tensor([[[1, 0, 1], [0, 1, 0], [-100] * 3]] * 2)
     batch["layout_ids"] = ids
-    batch["item_ids"] = item_rows(ids)
+    batch["item_embedding_ids"] = item_rows(ids)
     if retrieval:
         last = ids.new_full(ids.shape, -100)
         for row in range(2):
@@ -52,14 +52,14 @@ def training_batch(retrieval=False, seed=12):
         items = pad([writer.segment(12, 2, 5) for _ in range(3)])
         batch["retrieval_labels"] = last
         batch["item_input_ids"], batch["item_attention_mask"] = items["input_ids"], items["attention_mask"]
-        batch["item_memory_ids"] = torch.tensor([1, 2, 3])
+        batch["candidate_embedding_ids"] = torch.tensor([1, 2, 3])
     return batch
 
 
 @everywhere
 @pytest.mark.parametrize("plan", ("flat", "compact"))
 def test_every_parameter_moves_in_one_step_of_all_losses(settings, plan):
-    model = build(settings, item_memory_dropout=0.0).train()
+    model = build(settings, item_embedding_dropout=0.0).train()
     has_vectors = model.config.num_segment_layers > 0
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -85,7 +85,9 @@ def test_absent_targets_and_places_leave_gradients_finite(settings):
     """Rows with fewer targets, events or items than others hold NaN in the output, and none in any gradient."""
     model, writer = build(settings).train(), Writer(31)
     batch = pad([writer.source(3) + writer.candidate() + writer.candidate(), writer.source(0) + writer.candidate()])
-    out = model(**batch, click_labels=torch.tensor([[1, 0], [1, -100]]), item_ids=item_rows(batch["input_ids"]))
+    out = model(
+        **batch, click_labels=torch.tensor([[1, 0], [1, -100]]), item_embedding_ids=item_rows(batch["input_ids"])
+    )
     loss = out.loss
     for vectors in (out.user_vectors, out.item_vectors):
         if vectors is not None:
@@ -101,7 +103,7 @@ def test_absent_targets_and_places_leave_gradients_finite(settings):
 def test_checkpointing_changes_no_gradient(settings):
     grads = []
     for checkpointing in (False, True):
-        model = build(settings, item_memory_dropout=0.0).train()
+        model = build(settings, item_embedding_dropout=0.0).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         model(**training_batch()).loss.backward()
@@ -112,7 +114,7 @@ def test_checkpointing_changes_no_gradient(settings):
 
 
 def test_item_memory_is_dropped_per_occurrence_in_training_only():
-    model = build({"num_joint_layers": 2}, item_memory_dropout=0.5)
+    model = build({"num_joint_layers": 2}, item_embedding_dropout=0.5)
     states, ids = torch.zeros(1, 4000, 36), torch.ones(1, 4000, dtype=torch.long)
     kept = (model.train().model.remember(states, ids) != 0).any(-1).float().mean()
     assert 0.45 < kept < 0.55

@@ -119,12 +119,14 @@ def newer(checkpoint):
     edit(checkpoint / "catalogue" / "catalogue.json", format=FORMAT + 1)
     code = checkpoint / "configuration_m6rec.py"
     replace(code, f"\nFORMAT_VERSION = {FORMAT_VERSION}\n", f"\nFORMAT_VERSION = {FORMAT_VERSION + 1}\n")
-    old = "        return super().from_dict(config_dict, **kwargs)\n"
+    old = "        return super().from_dict(rename_keys(config_dict), **rename_keys(kwargs))\n"
     replace(code, old, '        config_dict = {**config_dict, "joint_positions": "request"}\n' + old)
     code = checkpoint / "processing_m6rec.py"
     replace(code, f"\nFORMAT_VERSION = {PROCESSOR_FORMAT}\n", f"\nFORMAT_VERSION = {PROCESSOR_FORMAT + 1}\n")
     replace(
-        code, "        fields = dict(processor_dict)\n", '        fields = {**processor_dict, "max_length": 1024}\n'
+        code,
+        "        fields = rename_keys(processor_dict)\n",
+        '        fields = {**processor_dict, "max_length": 1024}\n',
     )
     replace(checkpoint / "catalogue_m6rec.py", f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n")
     return checkpoint
@@ -145,17 +147,19 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_newer_checkpoint_is_refused(newer, way):
-    told = (
+    message = (
         rf"config\.json is of format {FORMAT_VERSION + 1}\b.*up to {FORMAT_VERSION}\..*upgrade m6rec.*trust_remote_code"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         WAYS[way](newer)
 
 
 @pytest.mark.parametrize("auto", [AutoProcessor, M6RecProcessor])
 def test_a_newer_processor_is_refused(newer, auto):
-    told = rf"processor_config\.json is of format {PROCESSOR_FORMAT + 1}\b.*up to {PROCESSOR_FORMAT}\..*upgrade m6rec"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        rf"processor_config\.json is of format {PROCESSOR_FORMAT + 1}\b.*up to {PROCESSOR_FORMAT}\..*upgrade m6rec"
+    )
+    with pytest.raises(ValueError, match=message):
         auto.from_pretrained(newer)
 
 

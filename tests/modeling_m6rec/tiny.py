@@ -67,7 +67,7 @@ BERT = {
     "lm_head_bias": True,
 }
 BLOCKS = [
-    {**BERT, "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 1, "word_memory": True},
+    {**BERT, "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 1, "bow_embeddings": True},
     {**BERT, "num_joint_layers": 4, "joint_positions": "request", "tie_word_embeddings": True},
     {"num_joint_layers": 3, "num_hidden_groups": 1, "embedding_size": 20, "tie_word_embeddings": True},
     {"num_joint_layers": 1, "num_hidden_groups": 2, "qk_norm": True, "score_head": "option", "segment_summary": 2},
@@ -75,14 +75,20 @@ BLOCKS = [
         "num_joint_layers": 2,
         "segment_summary": 1,
         "skipped_kinds": ["event"],
-        "word_similarity": 0.3,
+        "tfidf_weight": 0.3,
         "entry_norm": True,
     },
-    {"num_joint_layers": 2, "exit_layers": [1], "rating_loss": "regression", "norm_type": "layer", "word_memory": True},
+    {
+        "num_joint_layers": 2,
+        "exit_layers": [1],
+        "rating_loss": "regression",
+        "norm_type": "layer",
+        "bow_embeddings": True,
+    },
 ]
 SMALL = [
     GRID[0],
-    {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional", "word_memory": True, "entry_norm": True},
+    {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional", "bow_embeddings": True, "entry_norm": True},
     {**GRID[0], "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 2},
     {"num_joint_layers": 4},
 ]
@@ -99,7 +105,7 @@ def build(settings, **more):
     fields = {
         **IDS,
         "num_key_value_heads": 3,
-        "num_item_memory": 9,
+        "num_item_embeddings": 9,
         "max_events": 8,
         "initializer_range": 0.25,
         "tie_word_embeddings": False,
@@ -109,7 +115,7 @@ def build(settings, **more):
     if model.model.word_memory is not None:
         torch.nn.init.normal_(model.model.word_memory.weight)
     if model.model.word_sketch is not None:
-        model.model.word_sketch.count([[word for word in WORDS if word % rank == 0] for rank in range(1, 9)])
+        model.model.word_sketch.fit([[word for word in WORDS if word % rank == 0] for rank in range(1, 9)])
     return model
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from m6rec.formatting_m6rec import Wording, value_text
+from m6rec.formatting_m6rec import RequestFormatter, value_text
 from m6rec.tokenization import load_template
 
 
 @pytest.fixture
 def shop():
-    return Wording(load_template("ecommerce", "en"), {"7": 3})
+    return RequestFormatter(load_template("ecommerce", "en"), {"7": 3})
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_equal_values_of_other_words_are_worded_apart(one, other, wrapped):
     """What is kept of an item is found again by its words, not by values that equal each other."""
     wording = load_template("ecommerce", "en")
     items = [{"name": "mat", "since": [value, "x"] if wrapped else value} for value in (one, other)]
-    alone = [Wording(wording).item(item, "item").text for item in items]
-    kept = Wording(wording)
+    alone = [RequestFormatter(wording).item(item, "item").text for item in items]
+    kept = RequestFormatter(wording)
     for item, text in [*zip(items, alone), *zip(items[::-1], alone[::-1])]:
         assert kept.item(item, "item").text == text
     words = load_template("ecommerce", "en")["words"]
@@ -188,7 +188,7 @@ def test_stats(shop, stats, texts):
 
 
 def test_a_statistic_of_one_value_may_come_bare():
-    video = Wording(load_template("video", "en"))
+    video = RequestFormatter(load_template("video", "en"))
     assert video.stats({"ratings": 1}, "")[0].text == "mean rating among the top 1%"
 
 

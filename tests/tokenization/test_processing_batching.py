@@ -44,7 +44,12 @@ def test_labels_by_hand():
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_by_hand(side):
     rows = [
-        {"input_ids": [3, 20, 4, 5, 6], "labels": [1, 2, 3, 4, 5], "click_labels": [1], "item_ids": [0, 8, 0, 0, 0]},
+        {
+            "input_ids": [3, 20, 4, 5, 6],
+            "labels": [1, 2, 3, 4, 5],
+            "click_labels": [1],
+            "item_embedding_ids": [0, 8, 0, 0, 0],
+        },
         {"input_ids": [3, 4, 5, 6, 5, 6, 5], "click_labels": [0, 1, 0], "interaction_labels": [[1, 0], [0, 0], [1, 1]]},
     ]
     out = pad(rows, IDS, side)
@@ -52,7 +57,7 @@ def test_padding_by_hand(side):
     assert out["input_ids"].tolist() == [place(rows[0]["input_ids"], 9), rows[1]["input_ids"]]
     assert torch.equal(out["layout_ids"], out["input_ids"])
     assert out["attention_mask"].tolist() == [place([1] * 5, 0), [1] * 7]
-    assert out["item_ids"].tolist() == [place(rows[0]["item_ids"], 0), [0] * 7]
+    assert out["item_embedding_ids"].tolist() == [place(rows[0]["item_embedding_ids"], 0), [0] * 7]
     assert out["labels"].tolist() == [place(rows[0]["labels"], -100), [-100] * 7]
     assert out["click_labels"].tolist() == [[1, -100, -100], [0, 1, 0]], "labels of targets pad on the right"
     assert out["interaction_labels"].tolist() == [[[-100, -100]] * 3, [[1, 0], [0, 0], [1, 1]]]

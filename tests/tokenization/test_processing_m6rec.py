@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from m6rec import KINDS as model_kinds
 from m6rec import M6RecConfig, processing_m6rec
-from m6rec.formatting_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, Kept
+from m6rec.formatting_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, LRUCache
 from m6rec.layout_m6rec import layout
 from m6rec.tokenization import KINDS, M6RecProcessor
 
@@ -218,8 +218,8 @@ def test_item_memory_rows(tokenizer):
         "candidates": [{"name": "seven", "item_id": 7, "stats": "s"}, {"name": "eight", "item_id": 8}],
     }
     reading = processor.read(request)
-    assert len(reading.item_ids) == len(reading.input_ids)
-    rows = {place: row for place, row in enumerate(reading.item_ids) if row}
+    assert len(reading.item_embedding_ids) == len(reading.input_ids)
+    rows = {place: row for place, row in enumerate(reading.item_embedding_ids) if row}
     segment, item = (tokenizer.convert_tokens_to_ids(token) for token in ("[SEG]", "[ITEM]"))
     assert list(rows.values()) == [1, 2]
     for place in rows:
@@ -227,8 +227,8 @@ def test_item_memory_rows(tokenizer):
         opened = max(i for i in range(place) if reading.input_ids[i] in (item, segment))
         assert reading.input_ids[opened] == item
     assert (processor.item_row(known), processor.item_row({"name": "a"}), processor.item_row("a")) == (1, 0, 0)
-    assert processor([request])["item_ids"] == [reading.item_ids]
-    assert "item_ids" not in M6RecProcessor(tokenizer)([request])
+    assert processor([request])["item_embedding_ids"] == [reading.item_embedding_ids]
+    assert "item_embedding_ids" not in M6RecProcessor(tokenizer)([request])
 
 
 def test_options_stand_before_the_events_of_scoring_rows(tokenizer):
@@ -300,7 +300,7 @@ def test_kept_texts_change_nothing(tokenizer, request_of_the_paper):
     assert processor.read(request_of_the_paper) == first == M6RecProcessor(tokenizer).read(request_of_the_paper)
     processor.read({"candidates": ["another"]})
     assert processor.read(request_of_the_paper) == first
-    processor._texts = Kept(2)
+    processor._texts = LRUCache(2)
     processor.read_many([request_of_the_paper, {"candidates": ["x", "y", "z"]}])
     assert processor.read(request_of_the_paper) == first and len(processor._texts) == 2
 
@@ -383,7 +383,7 @@ def test_errors_name_the_place(processor, request_, task, error):
         ({"time": "since"}, "time='since'"),
         ({"max_length": 3}, "max_length=3"),
         ({"max_events": 0}, "max_events=0"),
-        ({"max_events": 3, "forget_events": 4}, "forget_events=4 is not in 1..3"),
+        ({"max_events": 3, "truncation_stride": 4}, "truncation_stride=4 is not in 1..3"),
         ({"options": 6}, "options=6.*5 option"),
         ({"item_rows": {"a": 0}}, "'a': 0"),
         ({"template": {}}, "template: missing key"),
@@ -548,7 +548,7 @@ def check_reading(processor, request_, task):
     assert segments_said(processor, reading.input_ids) == normal(reading.segments)
     pieces = " ".join(row).split("[BOS]")
     assert all(len(pieces[0].split()) + len(piece.split()) + 1 <= processor.max_length for piece in pieces[1:])
-    assert len(reading.item_ids) == len(row) == len(processor.labels(reading))
+    assert len(reading.item_embedding_ids) == len(row) == len(processor.labels(reading))
     return reading
 
 

@@ -34,7 +34,7 @@ def test_only_the_latest_events_are_kept(tokenizer):
 
 
 def test_events_are_forgotten_so_many_at_a_time(tokenizer):
-    processor = M6RecProcessor(tokenizer, max_events=6, forget_events=3)
+    processor = M6RecProcessor(tokenizer, max_events=6, truncation_stride=3)
     first = []
     for count in range(1, 14):
         reading = processor.read({"history": [f"thing {place}" for place in range(count)]}, "retrieval")
@@ -44,7 +44,7 @@ def test_events_are_forgotten_so_many_at_a_time(tokenizer):
     assert first == [0] * 6 + [3] * 3 + [6] * 3 + [9]
     # The same where it is the tokens that are too many: three events fit.
     lengths_ = [len(processor.read({"history": ["thing 1"] * count}, "retrieval").input_ids) for count in (1, 2)]
-    short = M6RecProcessor(tokenizer, max_length=2 * lengths_[1] - lengths_[0], max_events=6, forget_events=2)
+    short = M6RecProcessor(tokenizer, max_length=2 * lengths_[1] - lengths_[0], max_events=6, truncation_stride=2)
     for count, expected in ((3, 3), (4, 2), (5, 3), (6, 2)):
         reading = short.read({"history": ["thing 1"] * count}, "retrieval")
         assert (reading.dropped.events, len(reading.segments) // 2) == (count - expected, expected)

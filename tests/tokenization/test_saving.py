@@ -26,7 +26,7 @@ REQUEST = {
 def special(tokenizer):
     """A processor none of whose settings is the default."""
     settings = {"max_length": 500, "max_events": 7, "time": "ago", "item_rows": {"7": 2, "b": 1}, "options": 3}
-    settings |= {"forget_events": 2, "max_segment": 60}
+    settings |= {"truncation_stride": 2, "max_segment": 60}
     return M6RecProcessor.from_template(tokenizer, "video", "zh", **settings)
 
 
@@ -42,12 +42,12 @@ def test_save_and_load_is_exact(tmp_path, special):
         "time",
         "item_rows",
         "options",
-        "forget_events",
+        "truncation_stride",
         "max_segment",
     ):
         assert getattr(again, name) == getattr(special, name)
     assert again.read(REQUEST) == special.read(REQUEST)
-    assert any(again.read(REQUEST).item_ids)
+    assert any(again.read(REQUEST).item_embedding_ids)
 
 
 def test_an_edited_template_is_kept(tmp_path, tokenizer):
@@ -92,7 +92,7 @@ for folder in ("made", "again"):
         reading = processor.read(read("request.json"), task)
         assert reading.input_ids == ids and reading.text == text, (task, reading.text)
     batch = processor([read("request.json")] * 2, return_tensors="pt")
-    assert batch["input_ids"].shape == batch["item_ids"].shape
+    assert batch["input_ids"].shape == batch["item_embedding_ids"].shape
     processor.save_pretrained("again")
 try:
     type(processor)(tokenizer)

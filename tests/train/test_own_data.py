@@ -172,7 +172,7 @@ def test_the_template_runs_all_its_steps_and_a_user_with_one_event_gets_answers(
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-EMBEDDER = ["model.freeze_segments=true", "model.config.word_memory=true", "model.config.segment_pooling=mean"]
+EMBEDDER = ["model.freeze_segments=true", "model.config.bow_embeddings=true", "model.config.segment_pooling=mean"]
 EMBEDDER += ["model.config.num_hidden_layers=5", "model.config.num_joint_layers=2"]
 BEGINNINGS = {
     "converted": ["model.checkpoint={folder}/converted"],

@@ -133,5 +133,5 @@ def test_a_recipe_reads_texts_with_a_backbone_and_histories_with_new_layers(tmp_
     config = json.loads((out / "config.json").read_text())
     assert config["segment_pooling"] == "mean" and config["num_joint_layers"] == 2
     layers = tiny("bert").config.num_hidden_layers
-    assert config["num_hidden_layers"] == layers + 2 and config["num_item_memory"] > 0
+    assert config["num_hidden_layers"] == layers + 2 and config["num_item_embeddings"] > 0
     assert "m6rec" in json.loads((out / "metrics.json").read_text())["retrieval"]

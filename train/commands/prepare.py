@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from ...processing_m6rec import Reading
+from ...processing_m6rec import EncodedRow
 from ...tokenization import M6RecProcessor
 from ...values_m6rec import near_id
 from ..config.recipe import Recipe
@@ -284,7 +284,7 @@ def _requests(
     return found
 
 
-def _lengths(readings: list[Reading], processor: M6RecProcessor) -> dict[str, Any]:
+def _lengths(readings: list[EncodedRow], processor: M6RecProcessor) -> dict[str, Any]:
     tokens = np.array([len(reading.input_ids) for reading in readings])
     return {
         "read": len(readings),
@@ -357,7 +357,7 @@ class _Sampler:
             return [example.answered for example in islice(turns, READ)]
         source = TextSource(self.writer, self.processor, recipe.task)
         users, requests = self.train["user_id"].to_numpy(), []
-        for place in self._drawn(np.flatnonzero(source.heard(self.train, name)).tolist()):
+        for place in self._drawn(np.flatnonzero(source.labelled(self.train, name)).tolist()):
             own = self.places[str(users[place])]
             at = int(np.searchsorted(own, place))
             events = self._events(own[max(at - most, 0) : at + 1])

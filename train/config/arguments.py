@@ -70,7 +70,7 @@ class ModelArguments:
     freeze_segments: bool = False
     """Do not train embeddings and segment layers: each text is then read once, and its state kept. Pretraining on texts
     trains them all the same; that by `likes` and `behaviour` alone does not."""
-    item_memory: bool = False
+    item_embeddings: bool = False
     """Give every item of the catalogue a row of item memory."""
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class TaskArguments:
     """Task -> weight of its loss; 1 where none is given."""
     targets: int = 8
     """Events of a training row that are candidates, for click, rating and interaction."""
-    rows_together: int = 1
+    group_user_rows: int = 1
     """Training rows of a user that follow each other and stay together where rows are shuffled. They share most of
     their texts, which a batch reads once: with 8, a step over a dozen events a row took about half the time."""
     shuffle_ties: bool = False
@@ -149,10 +149,10 @@ class TaskArguments:
     items without a training event are left out."""
     num_sampled: int = 512
     """Items drawn for each batch with sampled negatives."""
-    gather_negatives: bool = True
+    cross_batch_negatives: bool = True
     """With negatives of the `batch`: take those of the whole optimizer step, of all its micro-batches on all processes,
     by gradient caching (one more forward pass where there are several); false: of each micro-batch alone."""
-    correct_popularity: bool = True
+    logq_correction: bool = True
     """Correct batch and sampled negatives for how often an item gets among them (logQ)."""
     replay: list[str] = field(default_factory=list)
     """Output folders of earlier runs whose training rows are mixed in, so that they are not forgotten."""
@@ -165,10 +165,10 @@ class TaskArguments:
             raise ValueError(f"task.learn is {self.learn}; expected some of {', '.join(known)}")
         if self.negatives not in get_args(Negatives):
             raise ValueError(f"task.negatives is {self.negatives!r}; expected one of {', '.join(get_args(Negatives))}")
-        if min(self.targets, self.num_sampled, self.rows_together) < 1:
+        if min(self.targets, self.num_sampled, self.group_user_rows) < 1:
             raise ValueError(
-                f"task.targets={self.targets}, task.num_sampled={self.num_sampled} and task.rows_together="
-                f"{self.rows_together} must be positive"
+                f"task.targets={self.targets}, task.num_sampled={self.num_sampled} and task.group_user_rows="
+                f"{self.group_user_rows} must be positive"
             )
         self._check_scored()
         self._check_weights()
@@ -284,7 +284,7 @@ class EvaluationArguments:
     cold_fraction: float = 0.0
     """Share of the items whose every training event is left out, as if they had just come in: rankings tell of them
     under `cold/`."""
-    cold_pretend: bool = False
+    cold_validation: bool = False
     """Hold out as many other items instead, and leave the events of the cold ones out altogether: to choose how cold
     items are treated without having seen them."""
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
@@ -309,10 +309,10 @@ class EvaluationArguments:
         self._check_protocol()
         if self.repeats not in get_args(Repeats):
             raise ValueError(f"evaluation.repeats is {self.repeats!r}; expected one of {', '.join(get_args(Repeats))}")
-        if not 0 <= self.cold_fraction < 0.5 or self.cold_pretend and not self.cold_fraction:
+        if not 0 <= self.cold_fraction < 0.5 or self.cold_validation and not self.cold_fraction:
             raise ValueError(
                 f"evaluation.cold_fraction is {self.cold_fraction}; expected a share of the items below 0.5, and "
-                "above 0 with evaluation.cold_pretend"
+                "above 0 with evaluation.cold_validation"
             )
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"evaluation.ks is {self.ks}; expected cut-offs of 1 or more")

@@ -21,7 +21,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ...atomic_m6rec import write_atomic
-from ...values_m6rec import short
+from ...values_m6rec import RENAMED_KEYS, rename_keys, short
 from ..data.log import DataArguments
 from .arguments import (
     EvaluationArguments,
@@ -170,6 +170,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         ValueError: If a key is unknown or a value has the wrong type; the message names all known keys.
     """
     tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
+    tree = _renamed(tree)
     for entry in overrides:
         _override(tree, entry)
     refuse_unknown(tree, {*SECTIONS, "training"}, "the recipe")
@@ -249,11 +250,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the keys of version 0.1 their names of today, in each section and in `model.config`."""
+    found = {name: rename_keys(keys) if isinstance(keys, Mapping) else keys for name, keys in tree.items()}
+    model = found.get("model")
+    if isinstance(model, dict) and isinstance(model.get("config"), Mapping):
+        model["config"] = rename_keys(model["config"])
+    return found
+
+
 def _override(tree: dict[str, Any], entry: str) -> None:
     name, found, text = entry.partition("=")
     if not found:
         raise ValueError(f"{entry!r} is no override; write section.key=value, such as training.learning_rate=1e-3")
-    *path, last = name.strip().removeprefix("--").split(".")
+    *path, last = (RENAMED_KEYS.get(key, key) for key in name.strip().removeprefix("--").split("."))
     for key in path:
         if tree.get(key) is None:  # left out, or left empty
             tree[key] = {}

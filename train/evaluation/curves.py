@@ -9,7 +9,7 @@ from ...atomic_m6rec import atomic_file
 from ..config.recipe import write_json
 
 CURVES_FILE, PICTURE_FILE = "curves.json", "curves.png"
-BESIDE = ("step", "epoch", "total_flos", "num_input_tokens_seen")
+NOT_METRICS = ("step", "epoch", "total_flos", "num_input_tokens_seen")
 """Entries of a log that are no curves; nor is what ends in "runtime" or "per_second"."""
 
 
@@ -22,7 +22,7 @@ def curves(log_history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, f
     found: dict[str, list[tuple[int, float]]] = {}
     for entry in log_history:
         for name, value in entry.items():
-            is_curve = name not in BESIDE and not name.endswith(("runtime", "per_second"))
+            is_curve = name not in NOT_METRICS and not name.endswith(("runtime", "per_second"))
             if is_curve and isinstance(value, (int, float)):
                 found.setdefault(name, []).append((entry["step"], value))
     return found

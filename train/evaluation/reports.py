@@ -33,7 +33,7 @@ from ..metrics import (
 )
 from ..rows.collator import CatalogueRows, M6RecDataCollator
 from ..rows.examples import Candidates, Negatives, RequestWriter, read_requests, target_labels
-from ..rows.held_out import all_events, before_and_in, drawn_users, learnt_before, questions, rankings
+from ..rows.held_out import all_events, before_and_in, drawn_users, eval_queries, learnt_before, rankings
 from ..rows.item_likes import like_rates
 from .baselines import NeighboursAndWords, SimilarText, popularity_scores
 from .measures import MEASURES
@@ -239,7 +239,7 @@ def scoring_examples(
     values = candidates.labels[task]
     overall = _means(target_labels(before_and_in(split, part)[0], task, arguments))
     requests, users, rows, labels, means = [], [], [], [], []
-    for question in questions(split, part, candidates.known, processor.max_events, evaluation, seed):
+    for question in eval_queries(split, part, candidates.known, processor.max_events, evaluation, seed):
         asked, own = candidates.of(question.asked)
         history = writer.events(everything.iloc[question.history])
         requests.append(writer.request(question.user_id, history, writer.candidates(asked)))
@@ -264,9 +264,9 @@ def _negatives_per_event(task: str, arguments: TaskArguments) -> int:
 
 def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.ndarray:
     """Mean of the known labels, of each interaction apart, drawn towards `overall`; NaN where there is nothing."""
-    heard = labels != IGNORE_INDEX
+    labelled = labels != IGNORE_INDEX
     with np.errstate(invalid="ignore"):
-        return ((labels * heard).sum(0) + strength * overall) / (heard.sum(0) + strength)
+        return ((labels * labelled).sum(0) + strength * overall) / (labelled.sum(0) + strength)
 
 
 @torch.no_grad()
@@ -309,7 +309,7 @@ def answers(
     how: dict[str, Any] = {} if cache is None else {"plan": "cached", "segment_cache": cache}
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     found: list[Any] = [None] * len(rows)
-    names = ("input_ids", "item_ids")
+    names = ("input_ids", "item_embedding_ids")
     for start in tqdm(
         range(0, len(order), ROWS_AT_ONCE), desc="Evaluating", disable=True if len(rows) < SHOWS_PROGRESS else None
     ):
@@ -550,8 +550,8 @@ def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndar
     """`like_rates` of the known labels, of each interaction apart."""
     if labels.ndim == 2:
         return np.stack([_rates(column, groups, asked) for column in labels.T], 1)
-    heard = labels != IGNORE_INDEX
-    return like_rates(labels[heard], groups[heard], asked, LIKE_STRENGTH)
+    labelled = labels != IGNORE_INDEX
+    return like_rates(labels[labelled], groups[labelled], asked, LIKE_STRENGTH)
 
 
 __all__ = [

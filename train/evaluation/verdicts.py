@@ -79,8 +79,8 @@ def advised(found: Mapping[str, Any], task: str, recipe: Recipe, config: M6RecCo
     if found["better"]:
         return {**found, "sentence": f"{found['sentence']}."}
     tries = []
-    if task == "retrieval" and not config.word_similarity:
-        tries.append("model.config.word_similarity=0.6, which adds the likeness of words to those of the last items")
+    if task == "retrieval" and not config.tfidf_weight:
+        tries.append("model.config.tfidf_weight=0.6, which adds the likeness of words to those of the last items")
     if task == "retrieval":
         tries.append("a sentence embedder as the start (as in the recipe beauty)")
     elif "item_likes" not in recipe.text.statistics:

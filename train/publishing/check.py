@@ -49,7 +49,7 @@ ALLOWED = (
     "LICENSE",
 )
 """Files that a published model consists of."""
-STAYING = {
+PRIVATE_FILES = {
     "training_args.bin": "a pickle of the Trainer's settings, which runs code when it is read",
     "checkpoint-*": "a state of the training, for going on with it",
     BASE: "the base of the adapter, which is published by itself",
@@ -128,7 +128,7 @@ def is_allowed(path: str) -> bool:
 def _why(path: str) -> dict[str, str]:
     """Say why a file stays; of a folder, why it does as a whole."""
     top, _, inside = path.partition("/")
-    for pattern, why in STAYING.items():
+    for pattern, why in PRIVATE_FILES.items():
         if fnmatch(top, pattern):
             return {f"{top}/" if inside else top: why}
     if fnmatch(path, "*.safetensors"):

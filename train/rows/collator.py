@@ -136,11 +136,11 @@ class M6RecDataCollator:
     def _items(self, rows: np.ndarray, num_positives: int) -> dict[str, torch.Tensor]:
         catalogue = self.catalogue
         assert catalogue is not None
-        found = {"item_memory_ids": torch.tensor([catalogue.memory_ids[row] for row in rows])}
+        found = {"candidate_embedding_ids": torch.tensor([catalogue.memory_ids[row] for row in rows])}
         if not (self.frozen and self.task.negatives == "catalogue"):
             padded = self.processor.pad([{"input_ids": catalogue.input_ids[row]} for row in rows])
             found |= {"item_input_ids": padded["input_ids"], "item_attention_mask": padded["attention_mask"]}
-        if self.task.negatives != "catalogue" and self.task.correct_popularity:
+        if self.task.negatives != "catalogue" and self.task.logq_correction:
             found["item_log_frequency"] = torch.from_numpy(self._log_frequency(num_positives)[rows]).float()
         return found
 

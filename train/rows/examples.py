@@ -302,8 +302,8 @@ def training_rows(
         seed: Of negatives, which are here those of the first epoch.
 
     Returns:
-        Rows of `input_ids` and `item_ids`; with labels of targets, or for retrieval with `next_items`: the catalogue
-        rows that came next after the head of the source and after each event, -100 where it is not learnt here.
+        Rows of `input_ids` and `item_embedding_ids`; with labels of targets, or for retrieval with `next_items`: the
+        catalogue rows that came next after the head of the source and after each event, -100 where nothing is learnt.
     """
     rows = retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
     if task.scored:
@@ -365,7 +365,7 @@ class RetrievalRows(Dataset):
 def read_requests(
     processor: M6RecProcessor, requests: Sequence[dict[str, Any]], task: str, description: str
 ) -> list[dict[str, Any]]:
-    """Read requests into rows of `input_ids` and `item_ids`, with a progress bar."""
+    """Read requests into rows of `input_ids` and `item_embedding_ids`, with a progress bar."""
     rows: list[dict[str, Any]] = []
     with tqdm(
         total=len(requests), desc=description, unit="row", disable=True if len(requests) < READ_AT_ONCE else None
@@ -375,7 +375,7 @@ def read_requests(
             for reading in readings:
                 row: dict[str, Any] = {"input_ids": reading.input_ids}
                 if processor.item_rows is not None:
-                    row["item_ids"] = reading.item_ids
+                    row["item_embedding_ids"] = reading.item_embedding_ids
                 rows.append(row)
             bar.update(len(readings))
     return rows

@@ -10,7 +10,7 @@ from ..data.splits import Split, histories
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalQuery:
     """Held-out events of a user, and what is known when they are asked about.
 
     Attributes:
@@ -63,9 +63,9 @@ def all_events(split: Split) -> pandas.DataFrame:
     return pandas.concat([split.train, split.gap, split.valid, split.test]).sort_index()
 
 
-def questions(
-    split: Split, part: str, heard: np.ndarray, max_events: int, evaluation: EvaluationArguments, seed: int
-) -> list[Question]:
+def eval_queries(
+    split: Split, part: str, labelled: np.ndarray, max_events: int, evaluation: EvaluationArguments, seed: int
+) -> list[EvalQuery]:
     """Say which held-out events are asked about, and after which history.
 
     All of a user's are asked at once after the last events of the earlier parts (of the test: training and
@@ -75,27 +75,27 @@ def questions(
     Args:
         split: The parts.
         part: "valid" or "test".
-        heard: For each of `all_events` whether it says something that can be asked.
+        labelled: For each of `all_events` whether it says something that can be asked.
         max_events: Events of a history, at most.
         evaluation: Says whether to roll, and how many users to draw.
         seed: Of the draw.
     """
     everything = all_events(split)
     known, held_out = (everything.index.isin(frame.index) for frame in before_and_in(split, part))
-    asked = held_out & heard
+    asked = held_out & labelled
     places = {user: own for user, own in histories(everything).items() if asked[own].any()}
     found = []
     for user in drawn_users(list(places), evaluation, seed):
         own = places[user]
         if evaluation.rolling:
             wanted = np.flatnonzero(asked[own])
-            found += [Question(user, own[max(at - max_events, 0) : at], own[[at]]) for at in wanted]
+            found += [EvalQuery(user, own[max(at - max_events, 0) : at], own[[at]]) for at in wanted]
         else:
-            found.append(Question(user, own[known[own]][-max_events:], own[asked[own]]))
+            found.append(EvalQuery(user, own[known[own]][-max_events:], own[asked[own]]))
     return found
 
 
-def rankings(split: Split, part: str, arguments: EvaluationArguments) -> list[Question]:
+def rankings(split: Split, part: str, arguments: EvaluationArguments) -> list[EvalQuery]:
     """Say which held-out events are ranked, each after all events of its user before it; users in their order.
 
     Of each user it is the first of the part that has an event before it; with the protocol `time` the last one, or all
@@ -113,16 +113,16 @@ def rankings(split: Split, part: str, arguments: EvaluationArguments) -> list[Qu
         asked = np.flatnonzero(held_out[own])
         if not arguments.successive:
             asked = asked[-1:] if arguments.protocol == "time" else asked[:1]
-        found += [Question(user, own[:at], own[[at]]) for at in asked if at]
+        found += [EvalQuery(user, own[:at], own[[at]]) for at in asked if at]
     return found
 
 
 __all__ = [
-    "Question",
+    "EvalQuery",
     "all_events",
     "before_and_in",
     "drawn_users",
+    "eval_queries",
     "learnt_before",
-    "questions",
     "rankings",
 ]

@@ -19,12 +19,12 @@ def pack(rows: Sequence[Row], length: int, structured: frozenset[int]) -> list[R
     The longest are placed first, each into the first row that has room. Requests and plain documents are kept apart.
 
     Args:
-        rows: Rows of `input_ids` and `labels`, with `item_ids` or without.
+        rows: Rows of `input_ids` and `labels`, with `item_embedding_ids` or without.
         length: Tokens of a row.
         structured: Ids with which a row of requests begins: those of [BOS'] and [BOS].
 
     Returns:
-        Rows of `input_ids`, `labels`, `attention_mask`, and `item_ids` where any row has them.
+        Rows of `input_ids`, `labels`, `attention_mask`, and `item_embedding_ids` where any row has them.
 
     >>> [row["attention_mask"] for row in pack([{"input_ids": [9] * n, "labels": [9] * n} for n in (2, 3, 1)], 5, {8})]
     [[1, 1, 1, 2, 2], [1]]
@@ -38,7 +38,7 @@ def pack(rows: Sequence[Row], length: int, structured: frozenset[int]) -> list[R
         else:
             _, members, used = bins[place]
             bins[place] = (kind, [*members, row], used + size)
-    memory = any("item_ids" in row for row in rows)
+    memory = any("item_embedding_ids" in row for row in rows)
     return [_joined(members, memory) for _, members, _ in bins]
 
 
@@ -46,7 +46,9 @@ def _joined(members: list[Row], memory: bool) -> Row:
     joined = {name: [each for row in members for each in row[name]] for name in ("input_ids", "labels")}
     joined["attention_mask"] = [number for number, row in enumerate(members, 1) for _ in row["input_ids"]]
     if memory:
-        joined["item_ids"] = [each for row in members for each in row.get("item_ids", [0] * len(row["input_ids"]))]
+        joined["item_embedding_ids"] = [
+            each for row in members for each in row.get("item_embedding_ids", [0] * len(row["input_ids"]))
+        ]
     return joined
 
 

@@ -18,12 +18,12 @@ from .item_likes import ITEM_LIKES, percent
 LEVEL, DRIFT, TASTE, QUALITY = 1.5, 0.3, 0.7, 0.7
 """Standard deviations, in logits, between users, from an event to the next, between texts, and between items whose
 likes are told as their statistic (ours)."""
-TOLD = 0.5
+STATISTICS_SHARE = 0.5
 """Share of the users whose candidates come with statistics, if a recipe has any: the others teach to do without."""
 MOST_WORDINGS = 1000
 
 
-class PretendUsers:
+class SyntheticUsers:
     """Makes up users.
 
     Args:
@@ -54,7 +54,7 @@ class PretendUsers:
         walk = rng.normal(0, LEVEL) + rng.normal(0, DRIFT, len(history) + 1).cumsum()
         logits = np.concatenate([walk, np.full(len(more), walk[-1])]) + self._tastes(rows, rng)
         candidates = [self.writer.items[row] for row in rows[len(history) :]]
-        if self.writer.statistics is not None and rng.random() < TOLD:
+        if self.writer.statistics is not None and rng.random() < STATISTICS_SHARE:
             quality = rng.normal(0, QUALITY, len(rows))
             logits += quality
             shares = percent(1 / (1 + np.exp(-quality[len(history) :])))
@@ -82,4 +82,4 @@ def _wordings(writer: RequestWriter, frame: pandas.DataFrame, label: int) -> lis
     return [{name: event[name] for name in ("event", "rating") if name in event} for event in events]
 
 
-__all__ = ["PretendUsers"]
+__all__ = ["SyntheticUsers"]

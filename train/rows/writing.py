@@ -22,7 +22,7 @@ from ..config.arguments import EvaluationArguments, TaskArguments
 from ..data.splits import Split, histories
 from ..data.tables import Table, load_table
 from .examples import READ_AT_ONCE, RequestWriter, windows
-from .held_out import all_events, questions
+from .held_out import all_events, eval_queries
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class WritingExamples:
 
     Attributes:
         examples: The texts.
-        rows: `input_ids`, `labels` and `item_ids` of each.
+        rows: `input_ids`, `labels` and `item_embedding_ids` of each.
     """
 
     examples: list[WritingExample]
@@ -78,7 +78,7 @@ class TextSource:
         self.names = [name for name in task.writing if name != "conversation"]
         self._items = item_texts(processor, writer.items) if "item_text" in self.names else []
 
-    def heard(self, frame: pandas.DataFrame, name: str) -> np.ndarray:
+    def labelled(self, frame: pandas.DataFrame, name: str) -> np.ndarray:
         """Say which events hold a text for the task.
 
         Raises:
@@ -100,8 +100,8 @@ class TextSource:
 
     def training(self, frame: pandas.DataFrame) -> Iterator[WritingExample]:
         """Yield what is to be learnt from the training events."""
-        heard = {name: self.heard(frame, name) for name in self.names}
-        for name, places in heard.items():
+        labelled = {name: self.labelled(frame, name) for name in self.names}
+        for name, places in labelled.items():
             if not places.any():
                 raise ValueError(
                     f"task.writing {name!r}: no training event of {self.task.writing[name] or 'any kind'} has a text"
@@ -110,7 +110,7 @@ class TextSource:
             events = self.writer.events(frame.iloc[places])
             for window in windows(len(places), self.processor.max_events):
                 for name in self.names:
-                    if heard[name][places[window.cut]]:
+                    if labelled[name][places[window.cut]]:
                         past = events[window.start : window.cut]
                         yield self.example(name, user_id, past, events[window.cut])
 
@@ -118,8 +118,8 @@ class TextSource:
         """Yield what is to be written in a part, each after the history that `questions` gives it."""
         everything = all_events(split)
         for name in self.names:
-            heard = self.heard(everything, name)
-            for question in questions(split, part, heard, self.processor.max_events, evaluation, seed):
+            labelled = self.labelled(everything, name)
+            for question in eval_queries(split, part, labelled, self.processor.max_events, evaluation, seed):
                 history = self.writer.events(everything.iloc[question.history])
                 for event in self.writer.events(everything.iloc[question.asked]):
                     yield self.example(name, question.user_id, history, event)
@@ -202,7 +202,7 @@ def _rows(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iter
         if ("text", "text") in reading.dropped.fields:
             labels[-1] = IGNORE_INDEX  # the row's [EOS]: the text went on
         row: dict[str, Any] = {"input_ids": reading.input_ids, "labels": labels}
-        yield row if processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+        yield row if processor.item_rows is None else {**row, "item_embedding_ids": reading.item_embedding_ids}
 
 
 __all__ = [

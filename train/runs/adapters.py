@@ -78,9 +78,9 @@ def _shaped_anew(run: Run) -> list[str]:
     before = AutoConfig.from_pretrained(name) if name else config
     if run.model.score_head is not None and before.score_names != config.score_names:
         found.append("score_head")
-    if run.recipe.model.item_memory or before.num_item_memory != config.num_item_memory:
+    if run.recipe.model.item_embeddings or before.num_item_embeddings != config.num_item_embeddings:
         found.append("item_memory")
-    if config.word_memory:
+    if config.bow_embeddings:
         found.append("word_memory")
     return found
 

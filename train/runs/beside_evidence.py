@@ -47,7 +47,7 @@ class Outcome:
     """Epochs, steps, and the figure of each share."""
 
 
-class Figures:
+class ValidationMetrics:
     """Measures a network on held-out events, alone and beside evidence: the best of these is `ndcg@10`.
 
     Args:
@@ -114,7 +114,7 @@ def train_beside(
     arguments = dataclasses.replace(recipe.evaluation, max_users=recipe.evaluation.max_users or VALIDATION_USERS)
     examples = evaluation.ranking_examples(run.writer, run.processor, run.split, "valid", arguments, recipe.seed)
     own = evidence_scores(run, examples, settings, "valid")
-    figures, budget = Figures(run, examples, own), TimeBudget(deadline, say)
+    figures, budget = ValidationMetrics(run, examples, own), TimeBudget(deadline, say)
     more = [budget]
     if recipe.training.get("load_best_model_at_end"):
         more.append(EarlyStoppingCallback(PATIENCE))

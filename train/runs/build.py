@@ -73,7 +73,7 @@ def make_split(recipe: Recipe, log: Log) -> Split:
         split = by_time(log.interactions, *shares, seed)
     if not arguments.cold_fraction:
         return split
-    return hold_items_out(split, arguments.cold_fraction, seed, arguments.cold_pretend)
+    return hold_items_out(split, arguments.cold_fraction, seed, arguments.cold_validation)
 
 
 def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:
@@ -108,7 +108,7 @@ def make_processor(
             tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone))
         else:
             tokenizer = M6RecTokenizer.train(_training_texts(log, template, texts), vocab_size=text.vocab_size)
-    if recipe.model.item_memory:
+    if recipe.model.item_embeddings:
         rows = dict(rows or {})
         new = [item_id for item_id in writer.item_ids if item_id not in rows]
         rows |= {item_id: row for row, item_id in enumerate(new, max(rows.values(), default=0) + 1)}
@@ -142,7 +142,7 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     fields = {**arguments.config, **_names_of_outputs(recipe)}
     scored: dict[str, Any] = {}
     fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
-    bonus = fields.pop("new_item_bonus", None)
+    bonus = fields.pop("cold_item_bias", None)
     if arguments.checkpoint:
         scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
         # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
@@ -164,10 +164,10 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     _change_scores(model, scored, recipe.task.scored)
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
-    if rows and max(rows.values()) != model.config.num_item_memory:
-        model.resize_item_memory(max(rows.values()))
+    if rows and max(rows.values()) != model.config.num_item_embeddings:
+        model.resize_item_embeddings(max(rows.values()))
     if bonus is not None:  # a new model has item memory only now
-        model.config.new_item_bonus = bonus
+        model.config.cold_item_bias = bonus
         model.config.validate()
     return model
 
@@ -250,8 +250,8 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     logger.info("%d parameters, %d items, %d training events", *sizes)
     run = Run(recipe, log, split, writer, processor, model, catalogue, collator)
     sketch = run.base_model.model.word_sketch
-    if sketch is not None and not sketch.is_counted:
-        sketch.count(catalogue.input_ids)
+    if sketch is not None and not sketch.is_fitted:
+        sketch.fit(catalogue.input_ids)
     return run
 
 

@@ -25,7 +25,7 @@ DECISIVE = {
 }
 """Sections of a recipe that decide what is trained, by stage; of the others, the split and most of `training`."""
 SPLIT = ("split", "protocol", "validate", "valid_fraction", "test_fraction")
-FREE: tuple[str, ...] = (
+MAY_CHANGE: tuple[str, ...] = (
     "output_dir",
     "resume_from_checkpoint",
     "max_steps",
@@ -34,9 +34,15 @@ FREE: tuple[str, ...] = (
     "disable_tqdm",
     "run_name",
 )
-FREE += ("report_to", "project", "per_device_train_batch_size", "gradient_accumulation_steps", "greater_is_better")
-FREE += ("logging", "log", "eval", "save", "load_best", "metric_for", "per_device_eval", "hub", "push_to_hub")
-FREE += ("trackio", "ddp", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor")
+MAY_CHANGE += (
+    "report_to",
+    "project",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "greater_is_better",
+)
+MAY_CHANGE += ("logging", "log", "eval", "save", "load_best", "metric_for", "per_device_eval", "hub", "push_to_hub")
+MAY_CHANGE += ("trackio", "ddp", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor")
 """How the names of settings begin that may differ where training goes on; the size of a step is compared apart."""
 
 
@@ -143,7 +149,7 @@ def _decisive(recipe: Recipe, stage: str) -> dict[str, Any]:
         found |= {f"{section}.{name}": value for name, value in tree[section].items()}
     found |= {f"evaluation.{name}": getattr(recipe.evaluation, name) for name in SPLIT}
     training = {**recipe.training, "seed": recipe.seed}
-    return found | {f"training.{name}": value for name, value in training.items() if not name.startswith(FREE)}
+    return found | {f"training.{name}": value for name, value in training.items() if not name.startswith(MAY_CHANGE)}
 
 
 __all__ = [

@@ -30,7 +30,7 @@ LOGGED = ("ndcg@10", "recall@10", "auc", "rmse", "perplexity")
 """Metrics that are shown during training; all are returned, and can choose the best checkpoint."""
 
 
-class Figures:
+class ValidationMetrics:
     """Measures the validation part of a run, and those of the earlier runs that it replays: `replay_films_click_auc`.
 
     An earlier run whose validation part holds nothing for a task is not measured in it.
@@ -184,7 +184,7 @@ def fit(
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
     trainer = M6RecTrainer(
         run,
-        figures=figures or Figures(run, earlier, arguments.bf16),
+        figures=figures or ValidationMetrics(run, earlier, arguments.bf16),
         logged=LOGGED,
         model=run.model,
         args=arguments,
@@ -227,4 +227,4 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     return report
 
 
-__all__ = ["Figures", "examples_of", "finetune", "fit", "full_report", "measure", "measured"]
+__all__ = ["ValidationMetrics", "examples_of", "finetune", "fit", "full_report", "measure", "measured"]

@@ -49,7 +49,7 @@ class _Recorder:
 
 
 @dataclass(frozen=True)
-class Replay:
+class CachedGradients:
     """Stands in for the retrieval loss of a micro-batch: its share of the step's, with the step's gradients.
 
     Attributes:
@@ -69,9 +69,9 @@ class Replay:
         return (along - along.detach() + self.loss) / (weight + (weight == 0))
 
 
-def replays(
+def cached_gradients(
     forward: Callable[..., Any], batches: Sequence[Mapping[str, torch.Tensor]], process: int = 0
-) -> list[Replay | None]:
+) -> list[CachedGradients | None]:
     """Compute the softmax of an optimizer step.
 
     Args:
@@ -88,13 +88,15 @@ def replays(
         own = [_read(forward, batch) for batch in batches]
     step = gather_object([(process, place, vectors) for place, vectors in enumerate(own)])
     step = [entry for entry in step if entry[2] is not None and len(entry[2].labels)]
-    found: list[Replay | None] = [None if vectors is None else _nothing(vectors) for vectors in own]
+    found: list[CachedGradients | None] = [None if vectors is None else _nothing(vectors) for vectors in own]
     if step:
         for (of, place, _), replay in zip(step, _softmax([vectors for *_, vectors in step])):
             if of == process:
                 found[place] = replay
     device = next(iter(batches[0].values())).device
-    return [replay and Replay(*(getattr(replay, name).to(device) for name in vars(replay))) for replay in found]
+    return [
+        replay and CachedGradients(*(getattr(replay, name).to(device) for name in vars(replay))) for replay in found
+    ]
 
 
 def _read(forward: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Vectors | None:
@@ -105,7 +107,7 @@ def _read(forward: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Vec
         return None
     users, items, labels, temperature, log_frequency, _ = recorder.given
     lengths = batch["item_attention_mask"].sum(1).tolist()
-    memory = batch["item_memory_ids"].tolist()
+    memory = batch["candidate_embedding_ids"].tolist()
     ids = batch["item_input_ids"].tolist()
     names = [(row, *own[:length]) for own, length, row in zip(ids, lengths, memory)]
     if log_frequency is not None:
@@ -114,7 +116,7 @@ def _read(forward: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Vec
     return Vectors(users.cpu(), items.cpu(), labels.cpu(), names, temperature, log_frequency)
 
 
-def _softmax(step: Sequence[Vectors]) -> list[Replay]:
+def _softmax(step: Sequence[Vectors]) -> list[CachedGradients]:
     """Compute losses and gradients; an item that occurs several times stands in the softmax once, for its first."""
     place: dict[tuple[int, ...], int] = {}
     first: list[int] = []
@@ -135,11 +137,11 @@ def _softmax(step: Sequence[Vectors]) -> list[Replay]:
         of_users, of_items = torch.autograd.grad(losses.sum(), (users, items))
     num_users, num_items = ([len(part) for part in parts] for parts in zip(*((v.users, v.items) for v in step)))
     parts = zip(losses.detach().split(num_users), of_users.split(num_users), of_items.split(num_items))
-    return [Replay(own.sum(), *gradients) for own, *gradients in parts]
+    return [CachedGradients(own.sum(), *gradients) for own, *gradients in parts]
 
 
-def _nothing(vectors: Vectors) -> Replay:
-    return Replay(torch.zeros(()), torch.zeros_like(vectors.users), torch.zeros_like(vectors.items))
+def _nothing(vectors: Vectors) -> CachedGradients:
+    return CachedGradients(torch.zeros(()), torch.zeros_like(vectors.users), torch.zeros_like(vectors.items))
 
 
-__all__ = ["Replay", "Vectors", "replays"]
+__all__ = ["CachedGradients", "Vectors", "cached_gradients"]

@@ -38,7 +38,7 @@ from ..rows.corpus import (
     vocabulary_texts,
 )
 from ..rows.packing import PackingCollator
-from ..rows.synthetic_users import PretendUsers
+from ..rows.synthetic_users import SyntheticUsers
 from .adapters import trainable_parameters
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
 from .facts import keep_facts
@@ -54,14 +54,14 @@ class RowMaker:
         pretend: Makes up users, for `likes`.
     """
 
-    def __init__(self, processor: M6RecProcessor, length: int, pretend: PretendUsers | None = None) -> None:
+    def __init__(self, processor: M6RecProcessor, length: int, pretend: SyntheticUsers | None = None) -> None:
         self.processor, self.length, self.pretend = processor, length, pretend
         self.ids = processor.tokenizer.structural_ids
         special = {index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
         self.ordinary = [index for index in range(self.ids["vocab_size"]) if index not in special]
 
     def __call__(self, objective: str, document: Document, rng: np.random.Generator) -> dict[str, Any]:
-        """Return `input_ids` and `labels` or `click_labels`, and `item_ids` where a history has item memory."""
+        """Return `input_ids`, `labels` or `click_labels`, and with item embeddings `item_embedding_ids`."""
         make = {
             "text": self._text,
             "infilling": self._infilling,
@@ -104,7 +104,7 @@ class RowMaker:
         """What a user did next is written as it is asked for without training (paper, zero-shot scoring)."""
         reading = self.processor.read(document["request"], "plausibility")
         row = {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
-        return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+        return row if self.processor.item_rows is None else {**row, "item_embedding_ids": reading.item_embedding_ids}
 
     def _likes(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
         """A user who is made up likes the item, and others beside it, or not."""
@@ -112,7 +112,7 @@ class RowMaker:
         request, labels = self.pretend.draw(self.pretend.writer.rows[document["item"]["item_id"]], rng)
         reading = self.processor.read(request, "click")
         row = {"input_ids": reading.input_ids, "click_labels": labels}
-        return row if self.processor.item_rows is None else {**row, "item_ids": reading.item_ids}
+        return row if self.processor.item_rows is None else {**row, "item_embedding_ids": reading.item_embedding_ids}
 
 
 class Share(NamedTuple):
@@ -298,9 +298,9 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     shares = mix(all_sources(run, raw_sources(arguments) if raw is None else raw), arguments)
     longest = config.max_position_embeddings if config.position_embedding_type == "learned" else math.inf
     wanted = {share.objective for share in shares}
-    pretend: PretendUsers | None = None
+    pretend: SyntheticUsers | None = None
     if "likes" in wanted:
-        pretend = PretendUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
+        pretend = SyntheticUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
     if wanted <= {"likes", "behaviour"} and run.recipe.model.freeze_segments:  # texts are what else teaches segments
         run.model.model.freeze_segments()
         run.segment_cache = SegmentCache()

@@ -25,7 +25,7 @@ from ..rows.sampler import EpochRows, SeededOrder
 from . import checkpoints
 from .adapters import attach
 from .build import Run, make_model
-from .gradient_cache import Replay, replays
+from .gradient_cache import CachedGradients, cached_gradients
 
 logger = logging.getLogger(__name__)
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -84,10 +84,10 @@ class M6RecTrainer(Trainer):
         self.order: SeededOrder | None = None
         self._frozen: dict[str, torch.Tensor] = {}
         task = run.recipe.task
-        self.gathers = stage == "finetune" and task.negatives == "batch" and task.gather_negatives
+        self.gathers = stage == "finetune" and task.negatives == "batch" and task.cross_batch_negatives
         self._saving_into: Path | None = None
         self._step_batches: list[dict[str, Any]] = []
-        self._contrasts: Iterator[Replay | None] | None = None
+        self._contrasts: Iterator[CachedGradients | None] | None = None
         self.losses = loss_names(run.model.config)
         self._sums = torch.zeros(2, len(self.losses), device=self.args.device)
         self._steps = 0
@@ -177,7 +177,7 @@ class M6RecTrainer(Trainer):
             return super()._get_train_sampler(dataset)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        together = self.run.recipe.task.rows_together if self.stage == "finetune" else 1
+        together = self.run.recipe.task.group_user_rows if self.stage == "finetune" else 1
         self.order = SeededOrder(dataset, seed, rows if strategy == "group_by_length" else None, together)
         return self.order
 
@@ -201,7 +201,7 @@ class M6RecTrainer(Trainer):
     ) -> Any:
         """Compute the loss of a micro-batch, and keep its parts for the log."""
         inputs = {**inputs, **self._how(num_items_in_batch)}
-        if "item_memory_ids" in inputs and "item_input_ids" not in inputs:
+        if "candidate_embedding_ids" in inputs and "item_input_ids" not in inputs:
             inputs |= self._frozen_catalogue()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name, part in (outputs.losses or {}).items():
@@ -222,7 +222,7 @@ class M6RecTrainer(Trainer):
             def forward(batch: dict[str, Any], **more: Any) -> Any:
                 return whole(**self._prepare_inputs(batch), **how, **more, num_items_in_batch=weights)
 
-            self._contrasts = iter(replays(forward, self._step_batches, self.args.process_index))
+            self._contrasts = iter(cached_gradients(forward, self._step_batches, self.args.process_index))
         contrast = next(self._contrasts)
         return {**how, "contrast": contrast} if contrast else how
 
@@ -235,7 +235,7 @@ class M6RecTrainer(Trainer):
             ids, mask = padded["input_ids"].to(device), padded["attention_mask"].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
                 self._frozen["item_states"] = run.base_model.item_states(ids, mask, run.segment_cache)
-            if run.model.config.word_memory:
+            if run.model.config.bow_embeddings:
                 self._frozen |= {"item_input_ids": ids, "item_attention_mask": mask}
         return self._frozen
 

@@ -130,7 +130,7 @@ def _earlier_run(run: Run, folder: str) -> Run:
         if taken := [item_id for item_id in both if writer.item(item_id) != run.writer.item(item_id)]:
             raise ValueError(
                 f"task.replay: {folder} has an item {taken[0]!r} that is not this run's, and both would have one row "
-                "of the item memory: give the ids of one log a prefix, or leave model.item_memory out of both runs"
+                "of the item memory: give the ids of one log a prefix, or leave model.item_embeddings out of both runs"
             )
     catalogue = catalogue_rows(writer, split, processor)
     collator = M6RecDataCollator(processor, run.model.config, catalogue, recipe.task, recipe.seed)

@@ -97,7 +97,7 @@ def test_numbers_keep_their_type_unless_told_and_positions_stay_exact(tmp_path):
 def test_fields_are_heeded(tmp_path):
     publish(tmp_path, "bert")
     given = {"segment_summary": 1, "embedding_dim": 12, "num_options": 3, "history_attention": "bidirectional"}
-    given |= {"hidden_dropout": 0.3, "num_item_memory": 5, "interactions": ["like"], "segment_attention": "causal"}
+    given |= {"hidden_dropout": 0.3, "num_item_embeddings": 5, "interactions": ["like"], "segment_attention": "causal"}
     given |= {"entry_norm": True, "entry_dropout": 0.1}
     model = convert(tmp_path, num_joint_layers=1, **given)
     assert {name: getattr(model.config, name) for name in given} == given

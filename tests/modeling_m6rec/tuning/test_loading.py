@@ -102,13 +102,13 @@ def test_a_head_of_another_shape_comes_with_the_adapter(tmp_path):
     base = M6RecForRecommendation.from_pretrained(tmp_path / "pretrained")
     base.config.rating_values = [0.5, 1.0, 1.5]
     base.score_head = torch.nn.Linear(36, len(base.config.score_names))
-    base.resize_item_memory(4)
+    base.resize_item_embeddings(4)
     tuned = shake(tune(base, "lora", ["rating"], modules_to_save=["item_memory"]))
     tuned.save_pretrained(tmp_path / "adapter")
     base.config.save_pretrained(tmp_path / "adapter")
     batch = rows()
-    batch["item_ids"] = torch.zeros_like(batch["input_ids"])
-    batch["item_ids"][:, 3] = 2
+    batch["item_embedding_ids"] = torch.zeros_like(batch["input_ids"])
+    batch["item_embedding_ids"][:, 3] = 2
     expected = outputs(tuned, batch).scores
     for model in (load_tuned(tmp_path / "adapter"), AutoModel.from_pretrained(tmp_path / "adapter")):
         assert model.config.rating_values == [0.5, 1.0, 1.5]

@@ -51,7 +51,7 @@ def retrieval(batch):
 @pytest.mark.parametrize("block", ["shared", "bert"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_moves_all_that_is_trained_and_nothing_else(method, block):
-    model = build(BLOCKS[block], item_memory_dropout=0.0)
+    model = build(BLOCKS[block], item_embedding_dropout=0.0)
     tuned = tune(model, method, ["click", "retrieval"], **settings_of(method))
     batch = rows()
     given = {**batch, **retrieval(batch), "click_labels": CLICKS}

@@ -179,7 +179,7 @@ def test_an_unsupported_model_is_refused_with_the_list(tmp_path, capsys):
 
 def test_a_recipe_begins_with_a_backbone(published, make_recipe):
     config = {"num_joint_layers": 1, "segment_summary": 1, "embedding_dim": 12, "num_options": 2}
-    run = prepare(make_recipe(model={"backbone": str(published["bert"]), "config": config, "item_memory": True}))
+    run = prepare(make_recipe(model={"backbone": str(published["bert"]), "config": config, "item_embeddings": True}))
     assert {name: getattr(run.model.config, name) for name in config} == config
     assert run.model.dtype == torch.float32 and len(run.model.model.item_memory.weight) == 16
     for name, value in run.processor.tokenizer.structural_ids.items():

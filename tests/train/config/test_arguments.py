@@ -74,11 +74,11 @@ def test_pretraining_has_its_own_settings_and_folder():
 
 def test_fine_tuning_goes_on_from_the_folder_of_the_pretraining(tmp_path):
     folder = tmp_path / "first"
-    one = recipe(pretraining={"output_dir": str(folder)}, model={"backbone": "some/model", "item_memory": True})
+    one = recipe(pretraining={"output_dir": str(folder)}, model={"backbone": "some/model", "item_embeddings": True})
     with pytest.raises(FileNotFoundError, match="first' holds no model to fine-tune: run `m6rec pretrain`"):
         one.for_finetuning()
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     model = one.for_finetuning().model
-    assert (model.checkpoint, model.backbone, model.item_memory) == (str(folder), None, True)
+    assert (model.checkpoint, model.backbone, model.item_embeddings) == (str(folder), None, True)
     assert recipe().for_finetuning() == recipe()

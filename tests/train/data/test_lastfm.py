@@ -46,10 +46,10 @@ def test_people_are_described_by_what_they_play_most(folder):
 
 def test_every_artist_played_and_every_friendship_is_one_event(folder):
     events, items = read(folder)
-    heard = events[events["event"] == "listen"]
-    assert len(heard) == 27
-    assert set(heard["item_id"]) <= set(items.index)
-    assert set(heard["user_id"][heard["item_id"] == "artist:1"]) == {"user:1", "user:3"}
+    labelled = events[events["event"] == "listen"]
+    assert len(labelled) == 27
+    assert set(labelled["item_id"]) <= set(items.index)
+    assert set(labelled["user_id"][labelled["item_id"] == "artist:1"]) == {"user:1", "user:3"}
     pairs = [{user, friend} for user, friend, event in events.itertuples(index=False) if event == "follow"]
     expected = [{f"user:{one}", f"user:{other}"} for one, other in ((1, 2), (1, 3), (2, 3), (3, 4), (4, 5))]
     assert sorted(map(sorted, pairs)) == sorted(map(sorted, expected))

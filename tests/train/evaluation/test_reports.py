@@ -39,7 +39,7 @@ BY_TIME = {"split": "time", "valid_fraction": 0.2, "test_fraction": 0.3}
 @pytest.fixture
 def timed(make_recipe):
     """The world split by time, where users have several held-out events, and some no history."""
-    return prepare(make_recipe(evaluation=BY_TIME, model={"item_memory": True}))
+    return prepare(make_recipe(evaluation=BY_TIME, model={"item_embeddings": True}))
 
 
 def examples_of(run, part="test", max_users=None, seed=0):
@@ -241,7 +241,7 @@ def test_rolling_asks_each_event_after_all_before_it(timed, part):
 def test_rolling_asks_the_same_events_as_asking_all_at_once(timed):
     at_once, rolling = of_task(timed, "rating"), of_task(timed, "rating", rolling=True)
     assert len(at_once.rows) < len(rolling.rows) == len(rolling.labels)
-    for name in ("user_ids", "item_ids", "labels"):
+    for name in ("user_ids", "item_embedding_ids", "labels"):
         assert getattr(at_once, name).tolist() == getattr(rolling, name).tolist()
 
 
@@ -413,9 +413,9 @@ def test_intervals_are_as_wide_as_the_number_of_users_says():
 
 def forward(run, row):
     ids = torch.tensor([row["input_ids"]])
-    item_ids = torch.tensor([row["item_ids"]]) if "item_ids" in row else None
+    item_ids = torch.tensor([row["item_embedding_ids"]]) if "item_embedding_ids" in row else None
     with torch.no_grad():
-        return run.model.eval()(ids, item_ids=item_ids, return_logits=False)
+        return run.model.eval()(ids, item_embedding_ids=item_ids, return_logits=False)
 
 
 @pytest.fixture

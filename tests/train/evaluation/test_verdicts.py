@@ -72,14 +72,14 @@ def test_whole_users_are_drawn():
 
 def test_a_model_that_is_not_better_is_told_what_to_try():
     worse = compare("ndcg@10", {"m6rec": np.zeros(5), "similar_text": np.ones(5)})
-    plain = advised(worse, "retrieval", RECIPE, SimpleNamespace(word_similarity=0.0))["sentence"]
-    assert "Try model.config.word_similarity=0.6" in plain and "training.load_best_model_at_end=true" in plain
+    plain = advised(worse, "retrieval", RECIPE, SimpleNamespace(tfidf_weight=0.0))["sentence"]
+    assert "Try model.config.tfidf_weight=0.6" in plain and "training.load_best_model_at_end=true" in plain
     tried = SimpleNamespace(**{**vars(RECIPE), "training": {"load_best_model_at_end": True}})
-    rest = advised(worse, "retrieval", tried, SimpleNamespace(word_similarity=0.6))["sentence"]
-    assert "word_similarity" not in rest and "load_best" not in rest and "more data" in rest
-    assert "item_likes" in advised(worse, "click", RECIPE, SimpleNamespace(word_similarity=0.0))["sentence"]
+    rest = advised(worse, "retrieval", tried, SimpleNamespace(tfidf_weight=0.6))["sentence"]
+    assert "tfidf_weight" not in rest and "load_best" not in rest and "more data" in rest
+    assert "item_likes" in advised(worse, "click", RECIPE, SimpleNamespace(tfidf_weight=0.0))["sentence"]
     better = compare("ndcg@10", {"m6rec": np.ones(5), "similar_text": np.zeros(5)})
-    assert "Try" not in advised(better, "retrieval", RECIPE, SimpleNamespace(word_similarity=0.0))["sentence"]
+    assert "Try" not in advised(better, "retrieval", RECIPE, SimpleNamespace(tfidf_weight=0.0))["sentence"]
 
 
 def test_the_values_compared_are_those_of_the_table():

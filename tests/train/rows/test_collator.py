@@ -85,7 +85,7 @@ def test_each_item_to_choose_among_is_there_once(run, negatives):
     rows = rows_of(run, 3)
     batch = collator_of(run, negatives=negatives, num_sampled=4)(rows)
     items = [tuple(item) for item in batch["item_input_ids"].tolist()]
-    assert len(set(items)) == len(items) == len(batch["item_memory_ids"])
+    assert len(set(items)) == len(items) == len(batch["candidate_embedding_ids"])
     positives = {item for row in rows for item in row["next_items"] if item != -100}
     if negatives == "batch":
         assert len(items) == len(positives)
@@ -142,10 +142,10 @@ def test_items_that_read_the_same_share_a_place(run, negatives):
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_items_with_a_memory_of_their_own_do_not(make_recipe, negatives):
-    run = prepare(make_recipe(model={"item_memory": True}))
+    run = prepare(make_recipe(model={"item_embeddings": True}))
     run.processor.item_rows.update({"a": 1, "b": 2, "c": 3})
     batch = collator_of(run, items=TWINS, negatives=negatives)(twin_rows(run))
-    assert batch["item_memory_ids"].tolist() == [1, 2, 3]
+    assert batch["candidate_embedding_ids"].tolist() == [1, 2, 3]
     assert batch["retrieval_labels"][batch["retrieval_labels"] != -100].tolist() == [0, 1, 2]
     assert batch["item_input_ids"][0].tolist() == batch["item_input_ids"][2].tolist()
 
@@ -158,7 +158,7 @@ def test_the_correction_for_popularity_is_how_often_an_item_is_expected_among_th
     sampled = [np.log(3 * 4 / 6 + 9 * 2 / 3), np.log(3 * 2 / 6 + 9 * 1 / 3)]
     assert batch["item_log_frequency"].tolist() == pytest.approx(sampled)
     assert "item_log_frequency" not in collator_of(run, items=TWINS, negatives="catalogue")(rows)
-    assert "item_log_frequency" not in collator_of(run, items=TWINS, negatives="batch", correct_popularity=False)(rows)
+    assert "item_log_frequency" not in collator_of(run, items=TWINS, negatives="batch", logq_correction=False)(rows)
 
 
 @pytest.mark.parametrize("max_length", [40, 60, 80])

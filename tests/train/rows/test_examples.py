@@ -44,7 +44,10 @@ class Recorder:
     def read_many(self, requests, task):
         self.requests += requests
         self.tasks += [task] * len(requests)
-        return [type("Reading", (), {"input_ids": [len(request["history"])], "item_ids": [0]}) for request in requests]
+        return [
+            type("EncodedRow", (), {"input_ids": [len(request["history"])], "item_embedding_ids": [0]})
+            for request in requests
+        ]
 
 
 def learn(run, max_events=4, bidirectional=False, **task):
@@ -296,17 +299,17 @@ def test_many_requests_are_read_as_few(run, monkeypatch):
     assert [row["input_ids"] for row in rows] == [
         run.processor.read(request, "retrieval").input_ids for request in requests
     ]
-    assert all("item_ids" not in row for row in rows)
+    assert all("item_embedding_ids" not in row for row in rows)
 
 
 def test_item_memory_rows_are_written_where_the_processor_has_them(make_recipe):
     from m6rec.train.runs.build import prepare
 
-    run = prepare(make_recipe(model={"item_memory": True}))
+    run = prepare(make_recipe(model={"item_embeddings": True}))
     rows = training_rows(run.writer, run.split.train, run.processor, TaskArguments(learn=["click"]))
     for row in rows:
-        assert len(row["item_ids"]) == len(row["input_ids"])
-    told = np.concatenate([row["item_ids"] for row in rows])
+        assert len(row["item_embedding_ids"]) == len(row["input_ids"])
+    told = np.concatenate([row["item_embedding_ids"] for row in rows])
     assert set(told) - {0} <= set(run.processor.item_rows.values())
     assert (told > 0).any()
 

@@ -35,7 +35,7 @@ def test_every_document_is_there_once_and_no_row_is_too_long(lengths, length):
     for row in pack(rows, length, OPENERS):
         size = len(row["input_ids"])
         numbers = row["attention_mask"]
-        assert len(row["labels"]) == len(numbers) == size and "item_ids" not in row
+        assert len(row["labels"]) == len(numbers) == size and "item_embedding_ids" not in row
         assert size <= length or max(numbers) == 1
         assert numbers == sorted(numbers) and set(numbers) == set(range(1, max(numbers) + 1))
         cuts = [numbers.index(number) for number in range(1, max(numbers) + 1)] + [size]
@@ -51,10 +51,10 @@ def test_rows_are_filled_the_longest_first():
 
 
 def test_memory_rows_stay_beside_their_tokens():
-    with_memory = {"input_ids": [3, 7, 7], "labels": [1, 2, 3], "item_ids": [0, 5, 6]}
+    with_memory = {"input_ids": [3, 7, 7], "labels": [1, 2, 3], "item_embedding_ids": [0, 5, 6]}
     without = {"input_ids": [5, 7], "labels": [4, 5]}
     (row,) = pack([without, with_memory], 10, OPENERS)
-    assert row["item_ids"] == [0, 5, 6, 0, 0] and row["labels"] == [1, 2, 3, 4, 5]
+    assert row["item_embedding_ids"] == [0, 5, 6, 0, 0] and row["labels"] == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture

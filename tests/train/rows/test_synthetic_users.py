@@ -8,7 +8,7 @@ from m6rec.train.config.arguments import TaskArguments
 from m6rec.train.data.log import Log
 from m6rec.train.rows import synthetic_users as pretend
 from m6rec.train.rows.examples import RequestWriter, item_likes
-from m6rec.train.rows.synthetic_users import PretendUsers
+from m6rec.train.rows.synthetic_users import SyntheticUsers
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.pretrain import fit, pretrain
 
@@ -39,7 +39,7 @@ def drawn(users, count=400, item=7):
 
 def test_a_request_is_about_the_item_and_others_none_of_them_twice(writer):
     lengths = []
-    for request, labels in drawn(PretendUsers(writer, EVENTS, TASK, 6)):
+    for request, labels in drawn(SyntheticUsers(writer, EVENTS, TASK, 6)):
         history = [event["item"]["item_id"] for event in request["history"]]
         candidates = [item["item_id"] for item in request["candidates"]]
         assert candidates[0] == "7" and len(candidates) == len(labels) <= 3 and set(labels) <= {0, 1}
@@ -64,7 +64,7 @@ def shares(requests):
 
 
 def test_who_liked_much_will_like_more(writer):
-    share, liked = shares(drawn(PretendUsers(writer, EVENTS, TASK, 6)))
+    share, liked = shares(drawn(SyntheticUsers(writer, EVENTS, TASK, 6)))
     assert liked[share > 0.7].mean() > liked[share < 0.3].mean() + 0.3
 
 
@@ -72,7 +72,7 @@ def test_what_reads_alike_is_liked_alike(writer, monkeypatch):
     for name, value in {"LEVEL": 0.0, "DRIFT": 0.0, "TASTE": 4.0}.items():
         monkeypatch.setattr(pretend, name, value)
     agree = {True: [], False: []}
-    for request, labels in drawn(PretendUsers(writer, EVENTS, TASK, 6)):
+    for request, labels in drawn(SyntheticUsers(writer, EVENTS, TASK, 6)):
         color = request["candidates"][0]["title"].split()[0]
         for event in request["history"]:
             agree[event["item"]["title"].startswith(color)].append((event["event"] == "like") == labels[0])
@@ -81,7 +81,7 @@ def test_what_reads_alike_is_liked_alike(writer, monkeypatch):
 
 def test_shares_that_are_told_of_candidates_say_something(writer):
     writer.statistics = item_likes(writer, EVENTS, TASK, 0)
-    requests = drawn(PretendUsers(writer, EVENTS, TASK, 6), 800)
+    requests = drawn(SyntheticUsers(writer, EVENTS, TASK, 6), 800)
     with_them = [(request, labels) for request, labels in requests if "stats" in request["candidates"][0]]
     assert 300 < len(with_them) < 500, "half of them do without"
     told = np.array([request["candidates"][0]["stats"]["item_likes"] for request, _ in with_them])
@@ -91,14 +91,14 @@ def test_shares_that_are_told_of_candidates_say_something(writer):
 
 
 def test_the_logs_likes_are_not_read(writer):
-    users = PretendUsers(writer, EVENTS, TASK, 6)
-    others = PretendUsers(writer, EVENTS.assign(user_id=list("cde"), item_id=list("987")), TASK, 6)
+    users = SyntheticUsers(writer, EVENTS, TASK, 6)
+    others = SyntheticUsers(writer, EVENTS.assign(user_id=list("cde"), item_id=list("987")), TASK, 6)
     assert drawn(users, 20) == drawn(others, 20)
 
 
 def test_a_log_without_dislikes_is_refused(writer):
     with pytest.raises(ValueError, match="no training event has label 0: give it the weight 0"):
-        PretendUsers(writer, EVENTS[EVENTS["label"] == 1], TASK, 6)
+        SyntheticUsers(writer, EVENTS[EVENTS["label"] == 1], TASK, 6)
 
 
 def test_likes_are_learnt_beside_texts_and_alone(make_recipe):

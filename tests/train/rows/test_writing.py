@@ -173,7 +173,7 @@ def test_what_cannot_be_learnt_is_refused(make_run, tables):
     for column, name in (("event", "query"), ("text", "query")):
         with pytest.raises(ValueError, match=f"'{name}' is learnt from column '{column}'"):
             list(
-                TextSource(run.writer, run.processor, run.recipe.task).heard(
+                TextSource(run.writer, run.processor, run.recipe.task).labelled(
                     pandas.DataFrame({"event": ["search"], "text": [""]}).drop(columns=column), name
                 )
             )
@@ -211,7 +211,7 @@ def test_unigrams_by_hand():
 
 
 def test_texts_are_written_in_batches_as_one_by_one(make_run, monkeypatch):
-    run = make_run(model={"item_memory": True})
+    run = make_run(model={"item_embeddings": True})
     torch.nn.init.normal_(run.model.get_input_embeddings().weight)  # so that it has something to say
     torch.nn.init.normal_(run.model.model.item_memory.weight)
     monkeypatch.setattr(texts, "NEW_TOKENS", 8)

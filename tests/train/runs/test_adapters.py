@@ -50,7 +50,7 @@ def tuning_recipe(make_recipe, base):
 def test_each_method_from_the_command_line_to_a_recommendation(tables, tmp_path, base, method, capsys, caplog):
     caplog.set_level(logging.INFO)
     folder = tmp_path / "run"
-    model = {"checkpoint": base, "item_memory": True}  # which the base has not
+    model = {"checkpoint": base, "item_embeddings": True}  # which the base has not
     recipe = recipe_of(tables, folder, task=TASKS, model=model, tuning={"method": method})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["finetune", str(tmp_path / "recipe.yaml")]) == 0
@@ -196,8 +196,8 @@ def test_segment_states_are_kept_where_nothing_below_is_trained(tuning_recipe):
 
 
 def test_item_and_word_memory_come_with_the_adapter(tuning_recipe):
-    settings = {"item_memory_dropout": 0.0, "word_memory": True}
-    recipe = tuning_recipe("lora", model={"item_memory": True, "config": settings})
+    settings = {"item_embedding_dropout": 0.0, "bow_embeddings": True}
+    recipe = tuning_recipe("lora", model={"item_embeddings": True, "config": settings})
     report = finetune(recipe)
     stored = load_file(recipe.output_dir / "adapter_model.safetensors")
     for memory in ("item_memory", "word_memory"):

@@ -23,7 +23,7 @@ from tests.train.world import recipe_of, write_tables
 @pytest.fixture
 def saved(make_recipe, tmp_path):
     """A run with item memory, changed by hand and saved; the recipe of another that goes on from it."""
-    run = prepare(make_recipe(model={"item_memory": True, "config": {"hidden_dropout": 0.25}}))
+    run = prepare(make_recipe(model={"item_embeddings": True, "config": {"hidden_dropout": 0.25}}))
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.normal_()
@@ -86,21 +86,21 @@ def test_what_events_say_of_time_follows_from_how_history_is_read(make_recipe, h
 
 
 def test_item_memory_has_a_row_for_every_item(make_recipe):
-    run = prepare(make_recipe(model={"item_memory": True}))
+    run = prepare(make_recipe(model={"item_embeddings": True}))
     assert sorted(run.processor.item_rows.values()) == list(range(1, 16))
     assert set(run.processor.item_rows) == set(run.writer.item_ids)
-    assert run.model.config.num_item_memory == 15
+    assert run.model.config.num_item_embeddings == 15
     assert len(run.model.model.item_memory.weight) == 16
     assert run.catalogue.memory_ids == [run.processor.item_rows[item_id] for item_id in run.writer.item_ids]
     assert prepare(make_recipe()).model.model.item_memory is None
 
 
 def test_a_bonus_of_new_items_stands_in_a_recipe(saved, make_recipe):
-    bonus = {"config": {"new_item_bonus": 0.3}}
-    assert prepare(make_recipe(model={"item_memory": True, **bonus})).model.config.new_item_bonus == 0.3
-    assert prepare(on(saved, make_recipe, model=bonus)).model.config.new_item_bonus == 0.3
-    assert prepare(on(saved, make_recipe)).model.config.new_item_bonus == 0.0
-    with pytest.raises(Exception, match=r"new_item_bonus=0\.3 needs item memory"):
+    bonus = {"config": {"cold_item_bias": 0.3}}
+    assert prepare(make_recipe(model={"item_embeddings": True, **bonus})).model.config.cold_item_bias == 0.3
+    assert prepare(on(saved, make_recipe, model=bonus)).model.config.cold_item_bias == 0.3
+    assert prepare(on(saved, make_recipe)).model.config.cold_item_bias == 0.0
+    with pytest.raises(Exception, match=r"cold_item_bias=0\.3 needs item memory"):
         prepare(make_recipe(model=bonus))
 
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_gone_on_from_as_it_was(saved, make_recipe):
 
 
 def test_words_are_counted_once_in_the_catalogue_of_the_model(saved, make_recipe):
-    run = prepare(on(saved, make_recipe, model={"config": {"word_similarity": 0.5}}))
+    run = prepare(on(saved, make_recipe, model={"config": {"tfidf_weight": 0.5}}))
     rarity = run.model.model.word_sketch.rarity
     texts = [set(ids) for ids in run.catalogue.input_ids]
     word = run.catalogue.input_ids[0][1]
@@ -126,28 +126,28 @@ def test_words_are_counted_once_in_the_catalogue_of_the_model(saved, make_recipe
     save(run)
     again = prepare(make_recipe(model={"checkpoint": str(run.recipe.output_dir)}))
     assert torch.equal(again.model.model.word_sketch.rarity, rarity + 1)
-    assert again.model.config.word_similarity == 0.5
+    assert again.model.config.tfidf_weight == 0.5
 
 
 def test_new_items_get_rows_behind_those_of_the_checkpoint(saved, make_recipe, tables, tmp_path):
     items = pandas.read_csv(tables["items"]).iloc[::-1]
     more = pandas.concat([pandas.DataFrame([{"item_id": "new", "title": "New", "year": 2024}]), items])
     paths = write_tables(tmp_path / "more", items=more.to_dict("records"))
-    again = prepare(on(saved, make_recipe, data=paths, model={"item_memory": True}))
+    again = prepare(on(saved, make_recipe, data=paths, model={"item_embeddings": True}))
     assert again.processor.item_rows == {**saved.processor.item_rows, "new": 16}
     memory = again.model.model.item_memory.weight
     assert torch.equal(memory[:16], saved.model.model.item_memory.weight)
     assert memory[16].abs().sum() == 0
     without = prepare(on(saved, make_recipe, data=paths))
     assert without.catalogue.memory_ids[0] == 0, "unknown"
-    assert without.model.config.num_item_memory == 15
+    assert without.model.config.num_item_embeddings == 15
 
 
 def test_rows_with_gaps_are_never_given_twice(saved, make_recipe):
     item_rows = {"i3": 5, "elsewhere": 40}
     tokenizer, folder = saved.processor.tokenizer, saved.recipe.output_dir
     M6RecProcessor(tokenizer, item_rows=item_rows).save_pretrained(folder)
-    rows = prepare(on(saved, make_recipe, model={"item_memory": True})).processor.item_rows
+    rows = prepare(on(saved, make_recipe, model={"item_embeddings": True})).processor.item_rows
     assert len(set(rows.values())) == len(rows) == 16
     assert rows.items() >= item_rows.items()
 

@@ -35,7 +35,7 @@ TRAINING = {
     "logging_steps": 3,
     "learning_rate": 0.01,
 }
-DROPOUT = {"config": {"hidden_dropout": 0.2, "attention_dropout": 0.1}, "item_memory": True}
+DROPOUT = {"config": {"hidden_dropout": 0.2, "attention_dropout": 0.1}, "item_embeddings": True}
 CASES = {
     # Every task at once, each epoch with its own negatives; an epoch is longer than a checkpoint's two steps.
     "all": {

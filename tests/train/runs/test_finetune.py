@@ -35,7 +35,7 @@ OTHERS = ("batch", "sampled")
 
 @pytest.mark.parametrize("task", TASKS)
 def test_two_steps_of_each_task_leave_a_model_that_is_found_again(make_recipe, task):
-    recipe = make_recipe(task=TASKS[task], model={"item_memory": task == "all"})
+    recipe = make_recipe(task=TASKS[task], model={"item_embeddings": task == "all"})
     report = finetune(recipe)
     folder, learnt = recipe.output_dir, TASKS[task]["learn"]
     names = {path.name for path in folder.iterdir()}
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_model_and_figures(make_recipe):
     def outcome(seed):
         recipe = make_recipe(
             task=TASKS["all"],
-            model={"item_memory": True, "config": {"hidden_dropout": 0.2}},
+            model={"item_embeddings": True, "config": {"hidden_dropout": 0.2}},
             training={"seed": seed},
         )
         run = prepare(recipe)
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_model_and_figures(make_recipe):
 def test_all_that_should_move_has_moved_and_nothing_else(make_recipe, task, negatives):
     recipe = make_recipe(
         task={**TASKS[task], "negatives": negatives, "num_sampled": 4},
-        model={"item_memory": True, "config": {"item_memory_dropout": 0.0, "max_events": 4}},
+        model={"item_embeddings": True, "config": {"item_embedding_dropout": 0.0, "max_events": 4}},
         training={"max_steps": 4, "learning_rate": 0.01, "per_device_train_batch_size": 16},
     )
     run = prepare(recipe)
@@ -147,7 +147,7 @@ class Watcher(TrainerCallback):
 )
 def test_the_best_checkpoint_by_any_figure_is_the_one_that_is_kept(make_recipe, monkeypatch, metric, key, best):
     training = best_of_steps(5, metric)
-    run = prepare(make_recipe(task=TASKS["all"], model={"item_memory": True}, training=training))
+    run = prepare(make_recipe(task=TASKS["all"], model={"item_embeddings": True}, training=training))
     watcher = Watcher(run)
     start = M6RecTrainer.__init__
 
@@ -246,8 +246,8 @@ def test_a_compiled_model_learns_the_same(make_recipe, frozen):
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_the_states_of_a_frozen_catalogue_stand_in_for_its_texts(make_recipe, memory):
-    settings = {"item_memory_dropout": 0.0, "word_memory": memory}
-    model = {"freeze_segments": True, "item_memory": memory, "config": settings}
+    settings = {"item_embedding_dropout": 0.0, "bow_embeddings": memory}
+    model = {"freeze_segments": True, "item_embeddings": memory, "config": settings}
     run, trainer = run_of(make_recipe, model=model, task={"negatives": "catalogue"}, training={"max_steps": 1})
     rows = training_parts(run)[0][:5]
     short = run.collator(rows)
@@ -282,7 +282,7 @@ def test_two_halves_of_a_world_are_learnt_far_above_popularity(tmp_path, memory)
             data,
             tmp_path / "run",
             text={"max_events": 10},
-            model={"item_memory": memory, "config": {"initializer_range": 0.02}},  # as in own-data.yaml
+            model={"item_embeddings": memory, "config": {"initializer_range": 0.02}},  # as in own-data.yaml
             training={"max_steps": 200, "learning_rate": 0.005, "per_device_train_batch_size": 20},
             evaluation={"ks": [3]},
         )
@@ -298,7 +298,7 @@ WEIGHTS = {"retrieval": 1.0, "click": 0.5, "rating": 0.25, "interaction": 2.0, "
 
 
 def test_rows_of_different_tasks_share_a_batch_and_keep_their_losses(make_recipe):
-    run = prepare(make_recipe(task={**EVERY, "weights": WEIGHTS}, model={"item_memory": True}))
+    run = prepare(make_recipe(task={**EVERY, "weights": WEIGHTS}, model={"item_embeddings": True}))
     parts = [list(part)[:3] for part in training_parts(run)]
     assert len(parts) == 3
 

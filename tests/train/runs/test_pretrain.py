@@ -84,14 +84,14 @@ def test_behaviour_is_written_as_plausibility_asks_for_it(make, run):
 
 
 def test_behaviour_carries_item_memory_and_items_by_themselves_do_not(make_recipe):
-    run = prepare(make_recipe(model={"item_memory": True}))
+    run = prepare(make_recipe(model={"item_embeddings": True}))
     make, (items, documents) = RowMaker(run.processor, 256), item_documents(run)
     row = make("behaviour", documents[len(documents) - 1], RNG(0))
     met = [run.processor.item_row(event["item"]) for event in documents[len(documents) - 1]["request"]["history"]]
-    assert [memory for memory in row["item_ids"] if memory] == met
-    assert "item_ids" not in make("item", items[0], RNG(0))
+    assert [memory for memory in row["item_embedding_ids"] if memory] == met
+    assert "item_embedding_ids" not in make("item", items[0], RNG(0))
     batch = run.collator([row, make("text", items[0], RNG(0))])
-    assert batch["item_ids"].shape == batch["input_ids"].shape
+    assert batch["item_embedding_ids"].shape == batch["input_ids"].shape
 
 
 def test_infilling_masks_spans_and_asks_for_them(make, run):

@@ -12,7 +12,7 @@ from m6rec.train.rows.examples import training_rows
 from m6rec.train.runs import checkpoints
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import fit
-from m6rec.train.runs.gradient_cache import replays
+from m6rec.train.runs.gradient_cache import cached_gradients
 from m6rec.train.runs.trainer import M6RecTrainer
 
 INTERACTIONS = {"like": ["like"], "skip": ["skip"]}
@@ -109,7 +109,7 @@ def test_nor_where_each_row_is_a_batch(make_recipe, case):
 def test_negatives_of_each_micro_batch_alone_are_another_loss(make_recipe):
     run, *given = prepared(make_recipe, "batch")
     whole, _ = trained(run, *given, 12, 1)
-    run.recipe.task.gather_negatives = False
+    run.recipe.task.cross_batch_negatives = False
     alone, _ = trained(run, *given, 4, 3)
     assert not torch.allclose(whole["user_projection.weight"], alone["user_projection.weight"], atol=1e-3)
 
@@ -128,7 +128,7 @@ def test_cached_gradients_hold_with_dropout(make_recipe):
         kept = lambda *given: seen.append(given[:2]) or contrast(*given)  # noqa: E731
         return run.model(**batch, only_losses=True, contrast=kept, num_items_in_batch={"retrieval": 1.0})
 
-    found = replays(forward, batches)
+    found = cached_gradients(forward, batches)
     for batch, replay in zip(batches, found):
         forward(batch, replay)
     for once, again in zip(seen[:2], seen[2:]):

@@ -1,4 +1,4 @@
-"""Replay: share and draws are as asked, earlier rows read as they were, and what cannot be replayed is refused."""
+"""Replay: shares and draws follow the recipe, earlier rows are as they were, and what cannot be replayed is refused."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.runs.build import prepare
-from m6rec.train.runs.finetune import Figures, finetune, fit, full_report
+from m6rec.train.runs.finetune import ValidationMetrics, finetune, fit, full_report
 from m6rec.train.runs.training_set import TrainingSet, earlier_runs, training_parts, training_set
 from tests.train.world import recipe_of, write_tables
 
@@ -114,7 +114,7 @@ def test_what_is_forgotten_is_seen_during_training_and_in_the_report(make_run, f
     assert untouched == full_report(prepare(load_recipe(films, [f"model.checkpoint={films}"])))["click"]
     assert report["replay/films/click"]["m6rec"] != untouched["m6rec"]
     assert report["replay/films/click"]["item_mean"] == untouched["item_mean"]
-    figures = Figures(run, earlier_runs(run), bf16=False)()
+    figures = ValidationMetrics(run, earlier_runs(run), bf16=False)()
     assert figures["replay_films_click_log_loss"] > 0
 
 
@@ -155,13 +155,13 @@ def test_retrieval_beside_other_tasks_is_measured_but_not_replayed(make_run, fil
     assert "both: retrieval is measured but not replayed" in caplog.text
     assert all("next_items" not in row for row in rows)
     assert {"replay/both/retrieval", "replay/both/click"} <= set(full_report(run))
-    figures = Figures(run, earlier_runs(run), bf16=False)()
+    figures = ValidationMetrics(run, earlier_runs(run), bf16=False)()
     assert figures["click_auc"] >= 0
     assert not [name for name in figures if name.startswith("replay")], "its validation part is empty"
 
 
 def test_item_memories_are_kept_apart(films, tables, goods, tmp_path):
-    memory = {"item_memory": True, "checkpoint": str(films)}
+    memory = {"item_embeddings": True, "checkpoint": str(films)}
     folder = tmp_path / "remembered"
     finetune(load_recipe(recipe_of(tables, folder, task=CLICK, model=memory)))
     task = {**CLICK, "negatives_per_event": 1, "replay": [str(folder)]}
@@ -169,7 +169,7 @@ def test_item_memories_are_kept_apart(films, tables, goods, tmp_path):
     run = prepare(load_recipe(recipe_of(goods, tmp_path / "run", **sections)))
     rows = training_set(run, earlier_runs(run))
     new = {run.processor.item_rows[item_id] for item_id in run.writer.item_ids}
-    told = [{*row["item_ids"]} - {0} for row in rows]
+    told = [{*row["item_embedding_ids"]} - {0} for row in rows]
     own = len(training_parts(run)[0])
     assert set.union(*told[:own]) <= new
     assert not set.union(*told[own:]) & new

@@ -68,7 +68,7 @@ class _Watcher(MetaPathFinder):
 _WATCHER = _Watcher()
 
 
-def beside(library: str, own: str, register: Callable[[], object]) -> None:
+def register_on_import(library: str, own: str, register: Callable[[], object]) -> None:
     """Register ours with a library now if it is imported already, else right after it will be.
 
     Args:
@@ -84,4 +84,4 @@ def beside(library: str, own: str, register: Callable[[], object]) -> None:
         register()
 
 
-__all__ = ["beside"]
+__all__ = ["register_on_import"]
