@@ -857,7 +857,7 @@ class Counted:
     def parts(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse]:
         """Score rows by words and by transitions, for users with these weighted items in their histories."""
         vectors, known = self.read_histories(histories)
-        alike = self.words.likeness(vectors)
+        alike = self.words.likeness(vectors) if len(vectors.items) else vectors
         alike = alike._replace(values=self.rule.words * alike.values)
         after = self.transitions.after(known if self.rule.transitions else known.known(0))
         several = after._replace(values=self.rule.transitions * after.values), known

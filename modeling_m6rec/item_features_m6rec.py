@@ -216,9 +216,12 @@ class Counts(NamedTuple):
         """Add up whole numbers that have the same key."""
         order = np.argsort(keys, kind="stable")
         keys, totals = keys[order], totals[order]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        new = np.ones(len(keys), bool)
+        new[1:] = keys[1:] != keys[:-1]
+        starts = np.flatnonzero(new)
         summed = np.add.reduceat(totals, starts) if len(keys) else totals
-        return cls(keys[starts][summed != 0], summed[summed != 0])
+        kept = summed != 0
+        return cls(keys[starts[kept]], summed[kept])
 
     @classmethod
     def sum(cls, several: Sequence["Counts"]) -> "Counts":
@@ -280,23 +283,32 @@ class Sparse(NamedTuple):
             totals = totals[found]
         else:
             order = np.argsort(keys, kind="stable")
-            new = np.diff(keys[order], prepend=-1) != 0
-            found, totals = keys[order][new], np.bincount(np.cumsum(new) - 1, values[order])
+            keys = keys[order]
+            new = np.ones(len(keys), bool)
+            new[1:] = keys[1:] != keys[:-1]
+            found, totals = keys[new], np.bincount(np.cumsum(new) - 1, values[order])
         rows, columns = np.divmod(found, width)
         return cls(rows + least, columns, totals)
 
-    def groups(self, entries: np.ndarray) -> Iterator["Sparse"]:
+    def part(self, part: slice) -> "Sparse":
+        """Return a part of the numbers."""
+        return Sparse(self.users[part], self.items[part], self.values[part])
+
+    def groups(self, entries: np.ndarray) -> Iterator[slice]:
         """Cut the numbers into groups of users, given what is made of each number: `ENTRIES_AT_ONCE`, or of one user.
 
         Users stay whole, so that no other user of a call changes in which order their numbers are added.
         """
+        if entries.sum() <= ENTRIES_AT_ONCE:
+            yield slice(0, len(entries))
+            return
         stops = np.flatnonzero(np.diff(self.users, append=-1)) + 1
         ends = np.concatenate(([0], np.cumsum(entries)[stops - 1]))
         user = start = 0
         while user < len(stops):
             user = max(int(np.searchsorted(ends, ends[user] + ENTRIES_AT_ONCE, side="right")) - 1, user + 1)
             part = slice(start, int(stops[user - 1]))
-            yield Sparse(self.users[part], self.items[part], self.values[part])
+            yield part
             start = part.stop
 
     def of_user(self, user: int) -> tuple[np.ndarray, np.ndarray]:
@@ -457,6 +469,8 @@ class Transitions:
     def after(self, shares: Sparse) -> Sparse:
         """Score what follows weighted items of users, and what follows that: P + second * P P."""
         first = self.follow(shares)
+        if not self.rule.second:
+            return first
         second = self.follow(first)
         several = zip(first, second._replace(values=self.rule.second * second.values))
         return Sparse.of(*(np.concatenate(parts) for parts in several), self.num_items)
@@ -464,24 +478,20 @@ class Transitions:
     def follow(self, shares: Sparse) -> Sparse:
         """Multiply weights of users at items with P."""
         weights = shares.values / np.maximum(self.out[shares.items] * self.unit, 1) ** self.rule.out_power
-        parts = [self._multiplied(part) for part in shares._replace(values=weights).groups(self._entries(shares))]
-        users, items, values = (np.concatenate(several) for several in zip(_NOTHING, *parts))
+        rows = shares.items * WIDTH
+        spans = [tuple(np.searchsorted(keys, (rows, rows + WIDTH))) for keys, _ in self.levels]
+        entries = sum((high - low for low, high in spans), np.zeros(len(rows), np.int64))
+        weighed = shares._replace(values=weights)
+        parts = [self._multiplied(weighed.part(part), spans, part) for part in shares.groups(entries)]
+        users, items, values = parts[0] if len(parts) == 1 else map(np.concatenate, zip(_NOTHING, *parts))
         return Sparse(users, items, values / np.maximum(self.into[items] * self.unit, 1) ** self.rule.in_power)
 
-    def _entries(self, shares: Sparse) -> np.ndarray:
-        """Return how many entries the rows of these items have."""
-        entries = np.zeros(len(shares.items), np.int64)
-        for keys, _ in self.levels:
-            low, high = np.searchsorted(keys, (shares.items * WIDTH, (shares.items + 1) * WIDTH))
-            entries += high - low
-        return entries
-
-    def _multiplied(self, shares: Sparse) -> Sparse:
-        """Multiply weights of users at items with n."""
+    def _multiplied(self, shares: Sparse, spans: Sequence[tuple[np.ndarray, ...]], part: slice) -> Sparse:
+        """Multiply weights of users at items with n, whose rows stand in a part of these spans of each level."""
         users, items, weights = shares
         owners, columns, totals = [_NONE.keys], [_NONE.keys], [_NONE.totals]
-        for keys, own in self.levels:
-            low, high = np.searchsorted(keys, (items * WIDTH, (items + 1) * WIDTH))
+        for (keys, own), span in zip(self.levels, spans):
+            low, high = (side[part] for side in span)
             places = _stretches(low, high - low)
             owners.append(np.repeat(np.arange(len(items)), high - low))
             columns.append(keys[places] & (WIDTH - 1))
@@ -819,7 +829,8 @@ class Words:
         """Multiply vectors of users with those of all rows, dead ones too."""
         postings = (self._sorted[1], self._tail)
         parts = []
-        for part in vectors.groups(sum(own.lengths(vectors.items) for own in postings)):
+        for piece in vectors.groups(sum(own.lengths(vectors.items) for own in postings)):
+            part = vectors.part(piece)
             weights = part.values * self.rarity[part.items]
             owners, rows = zip(*(own.entries(part.items) for own in postings))
             owner, row = np.concatenate(owners), np.concatenate(rows)
