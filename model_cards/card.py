@@ -30,7 +30,7 @@ MARK = "<!-- Written by m6rec, and anew at each push unless this line is deleted
 """The last line of a card that nobody has made their own."""
 OWN = "m6rec"
 """The model's own name in a report; the others are baselines."""
-CONDITIONS = ("examples", "protocol", "observed", "seen", "repeats", "repeats_counted")
+CONDITIONS: tuple[str, ...] = ("examples", "protocol", "observed", "seen", "repeats", "repeats_counted")
 CONDITIONS += ("negatives_per_event", "negatives")
 """What the figures of a report rest on."""
 INTERVALS = "intervals"

@@ -112,7 +112,7 @@ class EvidenceAnswers:
         ]
         with inference_mode(own.model):
             scorer = Scorer(own.model, own.processor, own.segment_cache)
-            users = scorer.users(scorer.tell(described, "retrieval"))
+            users = scorer.users(scorer.encode(described, "retrieval"))
         cosines = users.float().cpu() @ self.network.catalogue.vectors(self.writer.item_ids).T
         return scores + self.share * cosines.double().numpy()
 

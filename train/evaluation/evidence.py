@@ -70,7 +70,10 @@ class EvidenceSettings:
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
         """Read settings as JSON holds them."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+        }
+        return cls(**fields)
 
 
 WIDE = {"steps": (1.0,) * 30, "backwards": 1.0, "powers": (0.5, 0.5), "second": 0.0}
@@ -176,7 +179,8 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
     for name, weights in REFINEMENTS.items():
         if name != "again" or not exclude_seen:
             for weight in weights:
-                measure(dataclasses.replace(best, **{name: weight}))
+                changed: dict[str, Any] = {name: weight}
+                measure(dataclasses.replace(best, **changed))
             best = _clearly_best(gains, default, users)
     return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains))
 

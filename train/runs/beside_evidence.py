@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..config.recipe import Recipe
 from ..data.log import Log
@@ -115,7 +115,7 @@ def train_beside(
     examples = evaluation.ranking_examples(run.writer, run.processor, run.split, "valid", arguments, recipe.seed)
     own = evidence_scores(run, examples, settings, "valid")
     figures, budget = ValidationMetrics(run, examples, own), TimeBudget(deadline, say)
-    more = [budget]
+    more: list[TrainerCallback] = [budget]
     if recipe.training.get("load_best_model_at_end"):
         more.append(EarlyStoppingCallback(PATIENCE))
     trainer = finetune.fit(run, figures, more, without=(PrinterCallback, ProgressCallback))

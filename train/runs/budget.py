@@ -70,13 +70,16 @@ class TimeBudget(TrainerCallback):
         """Start measuring the evaluation."""
         self._epoch_ended = self.clock()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the evaluation, say how far training is, and plan again."""
         if self._epoch_ended:
             self._evaluations.append(self.clock() - self._epoch_ended)
         if len(self._steps) >= MEASURED and "lr_scheduler" in kwargs:
             self._plan(args, state, kwargs["lr_scheduler"])
-        value, left = metrics.get(f"eval_{self.metric}"), self._seconds(max(state.max_steps - state.global_step, 0))
+        value, left = (
+            kwargs["metrics"].get(f"eval_{self.metric}"),
+            self._seconds(max(state.max_steps - state.global_step, 0)),
+        )
         figure = "" if value is None else f": {self.metric} {value:.4f} on validation"
         self.say(f"epoch {state.epoch:.1f} of {state.max_steps / self._per_epoch:.1f}{figure}; {clock(left)} left")
 
