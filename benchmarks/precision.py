@@ -24,6 +24,7 @@ from scoring_speed import SHAPE, make_request, words
 from torch import nn
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
+from m6rec.layout_m6rec import SegmentKey
 
 TEXTS, TOKENS = 40, 12
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -65,7 +66,7 @@ class Variant:
         request = make_request(base.config, draw)
         self.row = torch.tensor([request.user + [token for own in request.candidates for token in own]])
         kinds, seg = base.config.kind_token_ids, base.config.segment_token_id
-        self.texts = [(0, (kinds["item"], *words(draw, TOKENS - 2), seg)) for _ in range(TEXTS)]
+        self.texts = [SegmentKey(0, (kinds["item"], *words(draw, TOKENS - 2), seg)) for _ in range(TEXTS)]
         self.model, self.cache = change(copy.deepcopy(base)), SegmentCache()
         start = time.perf_counter()
         self.read()

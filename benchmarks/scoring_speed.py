@@ -31,6 +31,7 @@ from _quality import CELLS, measure_quality
 from _rivals import CrossEncoder, Request, SentenceTransformers
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
+from m6rec.layout_m6rec import SegmentKey
 from m6rec.segment_cache_m6rec import UserStates
 from m6rec.train.runs.build import use_bf16
 
@@ -198,7 +199,7 @@ def peak_ways() -> Iterator[Way]:
         yield Way(f"matmul_{size}", lambda left=left, right=right: left @ right, "")
     model, draw = make_model(3).model, random.Random(1)
     kinds, seg = model.config.kind_token_ids, model.config.segment_token_id
-    texts = [(0, (kinds["item"], *words(draw, TOKENS - 2), seg)) for _ in range(SEGMENTS)]
+    texts = [SegmentKey(0, (kinds["item"], *words(draw, TOKENS - 2), seg)) for _ in range(SEGMENTS)]
     yield Way("encode", lambda: model.encode_segments(texts), "")
 
 

@@ -11,7 +11,7 @@ Where in a row the heads read, and the likelihood of written text.
 Shapes: B rows, T tokens, N targets of a row, E places of a row where a user is read, M items of a row, H = hidden_size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -344,8 +344,19 @@ def _sees_whole_document(query: Layout, config: M6RecConfig) -> torch.Tensor:
     return query.plain & (config.document_attention == "bidirectional")
 
 
-SegmentKey = tuple[int, tuple[int, ...]]
-"""(mode, the whole segment's ids): the same ids are read differently as given text, written text or a document."""
+class SegmentKey(NamedTuple):
+    """What decides the states of a segment: two segments with equal keys have equal states."""
+
+    mode: int
+    """As in `Layout.mode`: the same ids are read differently as given text, written text or a document."""
+    ids: tuple[int, ...]
+    """All ids of the segment."""
+    payload: bytes = b""
+    """Digest of what the segment carries besides its ids; empty = nothing."""
+
+
+Payloads = Sequence[Mapping[int, bytes]]
+"""For each row, the digest of what a segment carries besides its ids, by the segment's number (`Layout.segment`)."""
 
 
 class Rows(NamedTuple):
@@ -367,6 +378,8 @@ class Rows(NamedTuple):
     """Segments that stand in no row (items to choose among), read together with those that do."""
     output_mask: torch.Tensor | None = None
     """B x T bool: tokens whose states after the last exit are wanted; None = all."""
+    payloads: Payloads = ()
+    """Of each of the B rows; empty = no segment carries more than ids."""
 
 
 # ----------------------------------------------------------------------------------------------- where the heads read
@@ -483,6 +496,7 @@ __all__ = [
     "KIND_NUMBER",
     "KeptTokens",
     "Layout",
+    "Payloads",
     "Picked",
     "Rows",
     "SegmentKey",

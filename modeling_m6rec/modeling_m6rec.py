@@ -815,8 +815,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         if input_ids is None:
             return []
         lengths = self._valid(input_ids, attention_mask).sum(1).tolist()
-        keys = [(0, tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), lengths)]
-        if any(ids[-1:] != (self.config.segment_token_id,) for _, ids in keys):
+        keys = [SegmentKey(0, tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), lengths)]
+        if any(key.ids[-1:] != (self.config.segment_token_id,) for key in keys):
             raise ValueError("an item's segment must end with [SEG]: encode items with M6RecProcessor.encode_items")
         return keys
 

@@ -50,6 +50,7 @@ from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRota
 from .layout_m6rec import (
     KIND_NUMBER,
     Layout,
+    Payloads,
     Picked,
     Rows,
     SegmentKey,
@@ -189,7 +190,7 @@ def segment_states(
     if distinct and model.config.num_segment_layers:
         return _distinct_segments(model, rows, cache)
     positions = model.embedding_positions(lay)
-    embeds = model.embeddings.tokens(input_ids)
+    embeds = model.embed_tokens(input_ids, lay, rows.payloads)
     size = input_ids.shape[1]
     bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
     bank = model.segment_stage(embeds, positions, bias, input_ids, lay)
@@ -457,10 +458,12 @@ def _distinct_segments(
     row = torch.arange(len(input_ids), device=input_ids.device)[:, None] * (input_ids.shape[1] + 1)
     _, lengths = torch.unique_consecutive((lay.segment + row)[lay.valid], return_counts=True)
     ids, modes = input_ids[lay.valid].tolist(), lay.mode[lay.valid].tolist()
+    payloads = _payloads_in_order(rows)
     numbers: dict[SegmentKey, int] = {}
     order, start = [], 0
-    for length in lengths.tolist():
-        key = (modes[start], tuple(ids[start : start + length]))
+    for place, length in enumerate(lengths.tolist()):
+        payload = payloads[place] if payloads else b""
+        key = SegmentKey(modes[start], tuple(ids[start : start + length]), payload)
         order.append(numbers.setdefault(key, len(numbers)))
         start += length
     alone = [numbers.setdefault(key, len(numbers)) for key in rows.standalone]
@@ -469,9 +472,18 @@ def _distinct_segments(
     first = offsets[torch.tensor(order, device=input_ids.device)]
     place = torch.zeros_like(input_ids)
     place[lay.valid] = first.repeat_interleave(lengths) + lay.segment_position[lay.valid]
-    ends = [len(ids) - 1 for _, ids in rows.standalone]
+    ends = [len(key.ids) - 1 for key in rows.standalone]
     standalone_states = bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
     return model.add_words_in_bank(bank, list(numbers), offsets), place, standalone_states
+
+
+@torch.compiler.disable
+def _payloads_in_order(rows: Rows) -> list[bytes]:
+    """List the payloads of the segments of all rows, one row after another; nothing where no segment has one."""
+    if not any(rows.payloads):
+        return []
+    segments = [field[valid].unique_consecutive().tolist() for field, valid in zip(rows.lay.segment, rows.lay.valid)]
+    return [own.get(number, b"") for own, numbers in zip(rows.payloads, segments) for number in numbers]
 
 
 def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
@@ -485,7 +497,7 @@ def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: Segm
 def _last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None) -> torch.Tensor:
     numbers = {key: number for number, key in enumerate(dict.fromkeys(segments))}
     bank, offsets = model.encode_segments(list(numbers), cache)
-    ends = [int(offsets[numbers[key]]) + len(key[1]) - 1 for key in segments]
+    ends = [int(offsets[numbers[key]]) + len(key.ids) - 1 for key in segments]
     return bank[torch.tensor(ends, device=bank.device)]
 
 
@@ -493,8 +505,8 @@ def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Ite
     """Group segments of similar length: a padded batch holds at most so many tokens, and little padding."""
     batch: list[int] = []
     own = 0
-    for index in sorted(missing, key=lambda number: len(segments[number][1])):
-        length = len(segments[index][1])
+    for index in sorted(missing, key=lambda number: len(segments[number].ids)):
+        length = len(segments[index].ids)
         if batch and (len(batch) + 1) * length > min(tokens, PADDED_SEGMENTS * (own + length) + SPARE_TOKENS):
             yield batch
             batch, own = [], 0
@@ -508,27 +520,28 @@ def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Ite
 def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tensor, list[int]]:
     """One padded batch through the segment layers; returns states without padding, and lengths."""
     ids, lay = _padded(model, segments)
-    return read_standalone(model, ids, lay)[lay.valid], [len(ids) for _, ids in segments]
+    payloads = [{1: key.payload} for key in segments] if any(key.payload for key in segments) else ()
+    return read_standalone(model, ids, lay, payloads)[lay.valid], [len(key.ids) for key in segments]
 
 
 @torch.compiler.disable
 def _padded(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tensor, Layout]:
     """Make one batch of segments, B x T ids padded right, and their layout."""
     device = model.embeddings.tokens.weight.device
-    lengths = [len(ids) for _, ids in segments]
+    lengths = [len(key.ids) for key in segments]
     width, fill = max(lengths), model.config.pad_token_id
-    ids = torch.tensor([[*ids, *[fill] * (width - len(ids))] for _, ids in segments], device=device)
+    ids = torch.tensor([[*key.ids, *[fill] * (width - len(key.ids))] for key in segments], device=device)
     index = torch.arange(width, device=device).expand_as(ids)
     valid = index < torch.tensor(lengths, device=device)[:, None]
-    mode = torch.tensor([mode for mode, _ in segments], device=device)[:, None].expand_as(ids)
+    mode = torch.tensor([key.mode for key in segments], device=device)[:, None].expand_as(ids)
     return ids, standalone_layout(valid, mode)
 
 
-def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
     """Read B x T ids of one segment a row, padded right, through the segment layers: B x T x H."""
     width = ids.shape[1]
     index = torch.arange(width, device=ids.device).expand_as(ids)
-    embeds = model.embeddings.tokens(ids)
+    embeds = model.embed_tokens(ids, lay, payloads)
     bias = attention_bias(segment_mask(lay, width, model.config), width, width, embeds.dtype)
     return model.segment_stage(embeds, index, bias, ids, lay)
 
@@ -676,6 +689,19 @@ class M6RecModel(M6RecPreTrainedModel):
         """Replace the token embeddings."""
         self.embeddings.tokens = value
 
+    def embed_tokens(self, ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
+        """Embed tokens: the one place where what a segment carries besides its ids can enter. Nothing does so far.
+
+        Args:
+            ids: B x Q ids.
+            lay: Their layout, which says which segment each token is of.
+            payloads: Digests of what the segments of each row carry, by the segments' numbers.
+
+        Returns:
+            B x Q x embedding_size.
+        """
+        return self.embeddings.tokens(ids)
+
     def layer(self, index: int) -> M6RecLayer:
         """Return the weights of layer `index`: consecutive layers share them where there are fewer groups."""
         group = index * self.config.num_hidden_groups // self.config.num_hidden_layers
@@ -726,7 +752,7 @@ class M6RecModel(M6RecPreTrainedModel):
         """Run the segment layers on distinct segments, similar lengths together.
 
         Args:
-            segments: (mode, ids) of each.
+            segments: What decides the states of each.
             cache: Where states are looked up and kept; it takes no part while the segment layers learn or drop out.
 
         Returns:
@@ -748,7 +774,7 @@ class M6RecModel(M6RecPreTrainedModel):
                     cache.put(owner, segments[index], own)
             order += batch
             parts.append(states)
-        sizes = torch.tensor([len(segments[index][1]) for index in order], dtype=torch.long)
+        sizes = torch.tensor([len(segments[index].ids) for index in order], dtype=torch.long)
         offsets = torch.empty_like(sizes)
         offsets[torch.tensor(order, dtype=torch.long)] = sizes.cumsum(0) - sizes
         return torch.cat(parts), offsets
@@ -839,8 +865,8 @@ class M6RecModel(M6RecPreTrainedModel):
         if self.word_memory is None:
             return bank
         opens, closes = self.config.kind_token_ids["item"], self.config.segment_token_id
-        own = [n for n, (mode, ids) in enumerate(segments) if not mode and ids[0] == opens and ids[-1] == closes]
-        words = [segments[number][1][1:-1] for number in own]
+        own = [n for n, (mode, ids, _) in enumerate(segments) if not mode and ids[0] == opens and ids[-1] == closes]
+        words = [segments[number].ids[1:-1] for number in own]
         counts = torch.tensor([len(ids) for ids in words], dtype=torch.long, device=bank.device)
         ids = torch.tensor([token for ids in words for token in ids], dtype=torch.long, device=bank.device)
         return bank.index_add(0, offsets[own] + counts + 1, self.read_words(ids, counts).to(bank.dtype))
@@ -941,6 +967,7 @@ class M6RecModel(M6RecPreTrainedModel):
         heads: Sequence[str] | None = None,
         extra_output_mask: torch.BoolTensor | None = None,
         cache: Cache | None = None,
+        payloads: Payloads = (),
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Read rows.
@@ -961,13 +988,15 @@ class M6RecModel(M6RecPreTrainedModel):
                 what is returned, as those that a summary drops.
             exits: Joint layers, from 1, after which states are wanted; None = the last.
             decide: Says after each exit which rows go no deeper (see `network_m6rec.run`), for "reuse" and "cached".
-            standalone: Segments that stand in no row, (mode, ids) each, to be read as well.
+            standalone: Segments that stand in no row, to be read as well.
             compact_output: Return states and layout of the kept tokens only (Q = the most of a row), where a plan
                 leaves tokens out; `kept` says which.
             heads: What reads the last states: "score" does where targets are scored, "user" where users are read; of
                 other tokens they then mean nothing, and the last joint layer leaves these out. None = they all count.
             extra_output_mask: B x T bool, further tokens whose last states are read.
             cache: A cache to fill or to go on from.
+            payloads: For each row, digests of what its segments carry besides ids, by the segments' numbers: segments
+                with other digests share no state. Empty = nothing; see `embed_tokens`.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -993,16 +1022,15 @@ class M6RecModel(M6RecPreTrainedModel):
         output_mask = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
         if output_mask is not None and extra_output_mask is not None:
             output_mask = output_mask | _widen(extra_output_mask, total)
-        rows = Rows(layout_ids, lay, item_embedding_ids, keys, hidden, exits, standalone, output_mask)
+        rows = Rows(layout_ids, lay, item_embedding_ids, keys, hidden, exits, standalone, output_mask, payloads)
         whole = not (use_cache or cache is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
         if plan != "cached" and user_states is not None or plan not in ("reuse", "cached") and decide is not None:
             raise ValueError(f"plan={plan!r} keeps no users and stops at no exit: use plan='cached'")
         if plan == "flat":
-            embeds = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if use_cache and cache is None:
                 cache = self._usable(DynamicCache(config=self.config))
-            return self._flat(embeds, rows, cache, past, **kwargs)
+            return self._flat(self._embedded(input_ids, inputs_embeds, rows), rows, cache, past, **kwargs)
         read, segment_states, standalone_states, kept, left = run(self, plan, rows, segment_cache, user_states, decide)
         if not compact_output:
             read, segment_states = [kept.back(state, total) for state in read], kept.back(segment_states, total)
@@ -1045,6 +1073,13 @@ class M6RecModel(M6RecPreTrainedModel):
                 "inputs_embeds, with prefix or prompt tuning, or to get hidden states or attentions"
             )
         return plan
+
+    def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+        """Return the embeddings of the last Q tokens of rows: those that are given, or else those of the ids."""
+        if ids is None:
+            assert embeds is not None
+            return embeds
+        return self.embed_tokens(ids, rows.lay.last(ids.shape[1]), rows.payloads)
 
     def _flat(
         self, embeds: torch.Tensor, rows: Rows, cache: Cache | None, past: int, **kwargs: Any

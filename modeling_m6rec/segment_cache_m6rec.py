@@ -23,9 +23,9 @@ import stat
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -323,12 +323,14 @@ class SegmentCache:
             found |= {"disk_damaged": self._store.damaged, "disk_failures": self._store.failures}
         return found
 
-    def warm(self, model: nn.Module, segments: Iterable[SegmentKey], progress: bool = True) -> None:
+    def warm(
+        self, model: nn.Module, segments: Iterable[SegmentKey | tuple[int, tuple[int, ...]]], progress: bool = True
+    ) -> None:
         """Read segments now, so that later calls find them.
 
         Args:
             model: The network, or any model around it.
-            segments: (mode, ids) of each; items are (0, the ids of `M6RecProcessor.encode_items`).
+            segments: (mode, ids) of each, or `SegmentKey`; items are (0, the ids of `M6RecProcessor.encode_items`).
             progress: Show a bar, if it takes more than two seconds.
         """
         # Classes are asked: what wraps a network hands its methods on.
@@ -338,7 +340,8 @@ class SegmentCache:
                 f"{type(model).__name__} has no segment layers, whose states are kept: give an M6Rec whose "
                 "num_joint_layers is below num_hidden_layers"
             )
-        order = sorted(dict.fromkeys(segments), key=lambda segment: len(segment[1]))
+        keys = dict.fromkeys(SegmentKey(*segment) for segment in segments)
+        order = sorted(keys, key=lambda key: len(key.ids))
         bar = logging.tqdm(total=len(order), desc="Reading texts", delay=2, disable=not progress)
         with inference_mode(model), bar:
             for start in range(0, len(order), WARMED_AT_ONCE):
@@ -363,7 +366,7 @@ class SegmentCache:
     def _from_disk(self, owner: Owner, segment: SegmentKey) -> torch.Tensor | None:
         if self._store is None:
             return None
-        numbers = len(segment[1]) * owner.width
+        numbers = len(segment.ids) * owner.width
         data = self._store.get(_key(owner, segment), numbers * 8 + 1)
         if data is None:
             return None
@@ -461,9 +464,10 @@ def digest_weight(digest: Any, name: str, value: Any) -> None:
 
 def _key(owner: Owner, segment: SegmentKey) -> str:
     """Name a state on disk: a digest of fields that each say their length, so that none runs into the next."""
-    mode, ids = segment
+    mode, ids, payload = segment
     digest = hashlib.sha256()
-    for part in (FORMAT, owner.digest, bytes([mode]), np.array(ids, "<i8").tobytes()):
+    # Without a payload as ever: the states that are on disk stay valid.
+    for part in (FORMAT, owner.digest, bytes([mode]), np.array(ids, "<i8").tobytes(), *[payload] * bool(payload)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
@@ -494,7 +498,7 @@ class CachedPrefix(NamedTuple):
     """The beginning of one source, up to the moment and the source's end, which differ from request to request."""
 
     data: bytes
-    """Ids and rows of item memory of all its tokens."""
+    """Ids and rows of item memory of all its tokens, and what its segments carry besides them."""
     numbers: list[int]
     """A hash of all that stands before each boundary between segments."""
     keys: torch.Tensor
@@ -629,6 +633,11 @@ class UserStates:
                 del self._index[number]
 
 
+def _written(payload: bytes) -> bytes:
+    """Write what a segment carries behind its ids: after an id of -1, which no token has, and its length."""
+    return np.array((-1, len(payload)), np.int64).tobytes() + payload if payload else b""
+
+
 class PrefixMatches:
     """What is kept of the sources of one batch.
 
@@ -654,13 +663,14 @@ class PrefixMatches:
         reused = np.zeros(source.shape, bool)
         self._rows: list[PrefixMatch | None] = []
         for row, tokens in enumerate(map(np.flatnonzero, source)):
-            found = None if strange[row] or not len(tokens) else self._read(fields[:, row, tokens], depth)
+            payloads = rows.payloads[row] if rows.payloads else {}
+            found = None if strange[row] or not len(tokens) else self._read(fields[:, row, tokens], depth, payloads)
             beginning, count = found or (None, 0)
             self._rows.append(beginning)
             reused[row, tokens[:count]] = True
         self.reused = torch.from_numpy(reused).to(ids.device)
 
-    def _read(self, fields: np.ndarray, depth: int) -> tuple[PrefixMatch, int] | None:
+    def _read(self, fields: np.ndarray, depth: int, payloads: Mapping[int, bytes]) -> tuple[PrefixMatch, int] | None:
         """Look up a source: 6 x S `ids`, `memory`, `segment`, `ends`, `read` and `keys`; also count reused tokens."""
         store, (segment, ends, read, keys) = self._store, fields[2:]
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
@@ -669,14 +679,16 @@ class PrefixMatches:
         if not len(starts):
             return None
         bounds = [*starts.tolist(), length]
-        data, width = fields[:2, :length].T.tobytes(), 2 * fields.itemsize
-        number, numbers = depth, []
+        tokens, width = fields[:2, :length].T.tobytes(), 2 * fields.itemsize
+        number, numbers, pieces = depth, [], []
         for start, end in pairwise(bounds):
-            number = hash((number, data[start * width : end * width]))
+            pieces.append(tokens[start * width : end * width] + _written(payloads.get(int(segment[start]), b"")))
+            number = hash((number, pieces[-1]))
             numbers.append(number)
+        data, offsets = b"".join(pieces), [*accumulate(map(len, pieces))]
         # Where the user is read last is read again: the request may ask for the state there.
         last = int(np.flatnonzero(read[starts])[-1]) if read[starts].any() else len(starts)
-        known, count = store.longest(data, numbers, [end * width for end in bounds[1 : last + 1]])
+        known, count = store.longest(data, numbers, offsets[:last])
         reused = int(keys[: bounds[count]].sum())
         store.hits += known is not None
         store.misses += known is None

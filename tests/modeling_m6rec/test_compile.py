@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m6rec import RecommendationPipeline, SegmentCache
+from m6rec.layout_m6rec import SegmentKey
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.tiny import GRID, ITEM, SEG, build, close
 
@@ -25,7 +26,7 @@ def _forget_graphs():
 
 def texts(first, count):
     """Segments of 4 to 9 tokens."""
-    return [(0, (ITEM, *range(first, first + 2 + number % 6), SEG)) for number in range(count)]
+    return [SegmentKey(0, (ITEM, *range(first, first + 2 + number % 6), SEG)) for number in range(count)]
 
 
 def kept(cache):

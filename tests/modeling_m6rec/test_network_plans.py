@@ -11,7 +11,7 @@ from hypothesis import settings as example
 from hypothesis import strategies as st
 
 from m6rec import SegmentCache, network_m6rec
-from m6rec.layout_m6rec import layout, user_places
+from m6rec.layout_m6rec import SegmentKey, layout, user_places
 from tests.modeling_m6rec.tiny import (
     ALL,
     BERT,
@@ -420,7 +420,7 @@ def test_items_by_themselves_equal_items_in_a_row():
 def test_batches_of_texts_hold_little_padding(tokens):
     """Lengths as of film titles with their genres: most are short, few are long."""
     draw = random.Random(0)
-    segments = [(0, (1,) * min(max(int(draw.lognormvariate(2.4, 0.45)), 4), 45)) for _ in range(420)]
+    segments = [SegmentKey(0, (1,) * min(max(int(draw.lognormvariate(2.4, 0.45)), 4), 45)) for _ in range(420)]
     batches = list(network_m6rec._batches(list(range(420)), segments, tokens))
     assert sorted(number for batch in batches for number in batch) == list(range(420))
     sizes = [[len(segments[number][1]) for number in batch] for batch in batches]

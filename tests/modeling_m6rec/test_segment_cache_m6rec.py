@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from transformers import pipeline
 
 from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, SegmentCache, segment_cache_m6rec
+from m6rec.layout_m6rec import SegmentKey
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.faults import Faults, finish, fork
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, processor
@@ -28,9 +29,9 @@ NETWORK = build(TWO_STAGES).model
 def texts(count=12, seed=0):
     """Distinct segments: given, and written or a document with the same ids."""
     writer = Writer(seed)
-    found = [(0, tuple(writer.segment(kind, 1, 9))) for kind in (ITEM, EVENT) for _ in range(count // 2)]
-    same = found[0][1]
-    return list(dict.fromkeys([*found, (1, same), (2, same), (0, (TEXT,))]))
+    found = [SegmentKey(0, tuple(writer.segment(kind, 1, 9))) for kind in (ITEM, EVENT) for _ in range(count // 2)]
+    same = found[0].ids
+    return list(dict.fromkeys([*found, *(SegmentKey(mode, same) for mode in (1, 2)), SegmentKey(0, (TEXT,))]))
 
 
 def read(network, segments, cache=None):
@@ -65,7 +66,7 @@ class MemoryTier(RuleBasedStateMachine):
     @rule(name=st.integers(0, 9), size=st.integers(1, 30), value=st.floats(width=32, allow_nan=False))
     def put(self, name, size, value):
         states = torch.full((size, 1), value)
-        self.cache.put(self.owner, (0, (name,)), states)
+        self.cache.put(self.owner, SegmentKey(0, (name,)), states)
         states.fill_(7.5)  # what a caller does to its own is no matter
         if 4 * size <= 100:
             self.table.pop(name, None)
@@ -75,7 +76,7 @@ class MemoryTier(RuleBasedStateMachine):
 
     @rule(name=st.integers(0, 9))
     def get(self, name):
-        found = self.cache.get(self.owner, (0, (name,)))
+        found = self.cache.get(self.owner, SegmentKey(0, (name,)))
         if name not in self.table:
             self.misses += 1
             assert found is None
@@ -338,12 +339,19 @@ def test_it_takes_no_part_while_segments_learn_or_drop_out(tmp_path):
 def test_fields_of_a_key_do_not_run_into_each_other():
     owner = SegmentCache().serve(NETWORK)
     keys = {
-        segment_cache_m6rec._key(owner._replace(digest=digest), (mode, ids))
+        segment_cache_m6rec._key(owner._replace(digest=digest), SegmentKey(mode, ids, payload))
         for digest in (b"", b"a")
         for mode in (0, 1, 2)
         for ids in ((1,), (1, 0), (0, 1), (256,), (1, 1), ())
+        for payload in (b"", b"a", b"\0", b"\0" * 8)
     }
-    assert len(keys) == 2 * 3 * 6
+    assert len(keys) == 2 * 3 * 6 * 4
+
+
+def test_states_without_a_payload_keep_the_names_that_they_had():
+    owner = segment_cache_m6rec.Owner(b"owner", 36, torch.device("cpu"))
+    name = "d5fda7b19254007cd4b7029391cd4a417891a05b9fb8a7c79ea8c7a792e80df4"
+    assert segment_cache_m6rec._key(owner, SegmentKey(1, (8, 300, 7))) == name
 
 
 # ------------------------------------------------------------------------------------------------------- the pipeline
