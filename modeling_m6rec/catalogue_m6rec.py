@@ -40,7 +40,18 @@ from transformers.utils import logging
 
 from .atomic_m6rec import Journal, atomic_folder, read_journal, recover, standing
 from .configuration_m6rec import check_format
-from .item_features_m6rec import WIDTH, Counts, EventLog, Evidence, Histories, Sparse, Transitions, Words
+from .item_features_m6rec import (
+    WIDTH,
+    Counts,
+    EventLog,
+    Evidence,
+    Histories,
+    Sparse,
+    Transitions,
+    Words,
+    reads_item_rows,
+    vector_width,
+)
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
 from .values_m6rec import TIME_UNITS, normalize_id, time_seconds
@@ -1414,7 +1425,7 @@ class Catalogue(CatalogueView):
         Raises:
             ValueError: An id is missing or there twice, or an item has no text.
         """
-        catalogue = cls(model.fingerprint(), model.config.vector_width)
+        catalogue = cls(model.fingerprint(), vector_width(model.config))
         found = _read(items, catalogue._state)
         vectors = _embedded(list(found.values()), model, processor, (batch_size, progress), evidence)
         catalogue._state = State.of(found, vectors, catalogue.fingerprint, next_number=after_ids(found))
@@ -1853,7 +1864,7 @@ def _embedded(
 ) -> torch.Tensor:
     """Embed items; where the cosine counts 0 the vectors are zeros."""
     if evidence is not None and not evidence.learnt:
-        return torch.zeros(len(items), model.config.vector_width)
+        return torch.zeros(len(items), vector_width(model.config))
     return embed(items, model, processor, *options)
 
 
@@ -1944,7 +1955,7 @@ def embed(
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
     encoded = processor.encode_items(items)
     order = sorted(range(len(items)), key=lambda index: len(encoded[index]))
-    vectors = torch.empty(len(items), model.config.vector_width)
+    vectors = torch.empty(len(items), vector_width(model.config))
     starts = range(0, len(items), batch_size)
     with inference_mode(model):
         for start in logging.tqdm(starts, desc="Embedding items", unit="batch", delay=2, disable=not progress):
@@ -1952,7 +1963,7 @@ def embed(
             padded = processor.pad([{"input_ids": encoded[index]} for index in batch])
             ids, mask = (padded[name].to(model.device) for name in ("input_ids", "attention_mask"))
             memory = None
-            if model.config.num_item_embeddings:
+            if reads_item_rows(model.config):
                 memory = torch.tensor([processor.item_row(items[index]) for index in batch], device=model.device)
             embedded = model.embed_items(ids, mask, memory_ids=memory, segment_cache=segment_cache)
             vectors[batch] = embedded.float().cpu()

@@ -43,8 +43,16 @@ ROLES: dict[str, tuple[str, ...]] = {
     ),
     # Decide which weights there are, or their shapes: a fingerprint sees them by the weights.
     "shapes": (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-        *("gated_mlp", "embedding_size", "num_hidden_groups", "position_embedding_type", "max_position_embeddings"),
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *(
+            "num_key_value_heads",
+            "head_dim",
+            "gated_mlp",
+            "embedding_size",
+            "num_hidden_groups",
+            "position_embedding_type",
+            "max_position_embeddings",
+        ),
         *("norm_type", "final_norm", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias"),
         *("qk_norm", "lm_head_transform", "lm_head_bias", "tie_word_embeddings", "entry_norm", "max_events"),
         *("embedding_dim", "num_item_embeddings", "bow_embeddings", "tfidf_weight", "score_head", "score_tasks"),
@@ -55,6 +63,11 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("num_joint_layers", "history_attention", "joint_positions", "segment_summary", "skipped_kinds", "max_events"),
         *("final_norm", "entry_norm", "exit_layers", "lm_head_transform", "lm_head_bias", "tie_word_embeddings"),
         "use_cache",
+    ),
+    # Say how large a model is: a card gives them, in this order.
+    "sizes": (
+        *("num_hidden_layers", "num_joint_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
+        *("embedding_size", "embedding_dim", "vocab_size", "max_position_embeddings"),
     ),
     # Decide the outputs of the score head, and what they mean.
     "scores": ("score_head", "score_tasks", "rating_values", "rating_loss", "interactions"),
@@ -325,11 +338,6 @@ class M6RecConfig(PreTrainedConfig):
     def num_segment_layers(self) -> int:
         """Layers that read every segment alone."""
         return self.num_hidden_layers - self.num_joint_layers
-
-    @property
-    def vector_width(self) -> int:
-        """Width of user and item vectors: `embedding_dim`, and what `tfidf_weight` and `cold_item_bias` need."""
-        return self.embedding_dim + self.tfidf_dim * bool(self.tfidf_weight) + bool(self.cold_item_bias)
 
     @property
     def vector_settings(self) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .item_features_m6rec import ITEM_FEATURES, LoneItems, reads_item_rows
 from .layers_m6rec import inference_mode
-from .layout_m6rec import KIND_NUMBER, standalone_layout
-from .modeling_m6rec import M6RecForRecommendation, item_tfidf, item_vectors
+from .layout_m6rec import item_layout
+from .modeling_m6rec import M6RecForRecommendation, item_vectors
 from .network_m6rec import read_standalone
 
 if TYPE_CHECKING:
@@ -78,14 +79,11 @@ class ItemPart(nn.Module):
     ) -> torch.Tensor:
         """Return M x D vectors of M x L ids ([ITEM] ... [SEG], padded right)."""
         model, valid = self.model, attention_mask.bool()
-        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        lay = standalone_layout(valid, torch.zeros_like(input_ids))
-        lay = lay._replace(kind=KIND_NUMBER["item"] * valid.long(), segment_position=index * valid)
-        states = model.model.add_words_in_rows(read_standalone(model.model, input_ids, lay), input_ids, lay)
+        lay = item_layout(input_ids, valid)
+        states = model.model.add_to_rows(read_standalone(model.model, input_ids, lay), input_ids, lay)
         last = (valid.sum(1) - 1).clamp_min(0)[:, None, None]
         texts = states.gather(1, last.expand(-1, -1, states.shape[-1]))[:, 0]
-        words = item_tfidf(model, input_ids, valid) if model.config.tfidf_weight else None
-        return item_vectors(model, texts, memory_ids, words)
+        return item_vectors(model, LoneItems(texts, memory_ids, input_ids, lay))
 
 
 PARTS = {"score": ScorePart, "user": UserPart, "item": ItemPart}
@@ -153,8 +151,9 @@ def _refuse(model: M6RecForRecommendation, part: str, task: str) -> None:
         raise ValueError(f"task={task!r} has no score: choose one of {list(model.config.score_slices)}")
     if part != "score" and not model.config.num_segment_layers:
         raise ValueError(f"part={part!r} needs segment layers: set num_joint_layers below num_hidden_layers")
-    if part != "score" and model.config.tfidf_weight and not model.model.word_sketch.is_fitted:
-        raise ValueError("count the words of a catalogue before the export: model.model.word_sketch.fit(...)")
+    if part != "score":
+        for feature in ITEM_FEATURES:
+            feature.refuse_unfitted(model.model)
 
 
 def _example(model: M6RecForRecommendation, part: str) -> dict[str, torch.Tensor]:
@@ -167,9 +166,9 @@ def _example(model: M6RecForRecommendation, part: str) -> dict[str, torch.Tensor
     row = item if part == "item" else source + [config.bos_token_id, *item, config.eos_token_id] * 2
     ids = torch.tensor([row] * 2, device=model.device)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.num_item_embeddings and part == "item":
+    if reads_item_rows(config) and part == "item":
         found["memory_ids"] = torch.zeros_like(ids[:, 0])
-    elif config.num_item_embeddings:
+    elif reads_item_rows(config):
         found["item_embedding_ids"] = torch.zeros_like(ids)
     return found
 

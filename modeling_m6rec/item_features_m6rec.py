@@ -1,29 +1,318 @@
-"""Which words a text holds, in a vector of fixed width: what `tfidf_weight` compares.
+"""What an item adds to a model besides the states of its text: the list of item features.
 
-Shapes: V = vocabulary, D = tfidf_dim.
+| feature | where it acts | weights | settings |
+|---|---|---|---|
+| `ItemEmbeddings` | states of items, before the joint layers and before item vectors | `item_memory` | `num_item_embeddings`, `item_embedding_dropout` |
+| `BagOfWords` | segment states, at the [SEG] of an item | `word_memory` | `bow_embeddings` |
+| `Tfidf` | user and item vectors | `word_sketch` | `tfidf_weight`, `tfidf_dim` |
+| `ColdItemBias` | user and item vectors | - | `cold_item_bias` |
 
+A new feature is a subclass of `ItemFeature` in `ITEM_FEATURES`, and its settings are fields of `M6RecConfig` with their
+roles. Weights, initial values, resizing, adapters, conversion, fingerprints and recipes follow from the list. What a
+catalogue counts and no network holds, transitions and words in common, is its `Evidence` (below), not a row of this list.
 
-Evidence of which item a user wants next that is counted and not learnt: transitions in histories, words in common.
+Shapes: B rows, T tokens of a row, E places of a row where a user is read, M items (of a row, or that stand alone) of up
+to L tokens, V = vocabulary, H = hidden_size, D = tfidf_dim.
 
-Shapes: U users, M items that events name, N rows of words.
-"""
+Evidence: U users, M items that events name, N rows of words.
+"""  # noqa: E501 - a row of a table is one line
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import initialization as init
 
+from .configuration_m6rec import ROLES, M6RecConfig
+from .layout_m6rec import (
+    KeptTokens,
+    Layout,
+    closes_item,
+    gather_or_zero,
+    item_words,
+    largest,
+    latest,
+    row_starts,
+    value_at,
+)
 from .values_m6rec import WORD
 
 FACTOR, RANGE = 2654435761, 1 << 32
 """Multiplicative hashing (Knuth): ids that follow each other land far apart."""
+
+TFIDF_ITEMS = 5
+"""The last items of a user whose words `tfidf_weight` compares with."""
+
+PLACES = ("segments", "states", "vectors")
+"""Where a feature can act: on segment states at the [SEG] of items; on the states of items, before the joint layers and
+before item vectors; on user and item vectors, as more dimensions of them."""
+
+
+class Network(Protocol):
+    """What features know of the network that holds their weights (`M6RecModel`)."""
+
+    config: M6RecConfig
+    embed_kind: nn.Embedding
+    training: bool
+
+
+class RowItems(NamedTuple):
+    """Rows whose users and items get vectors."""
+
+    ids: torch.Tensor
+    """B x T, all tokens of the rows."""
+    lay: Layout
+    """Of these."""
+    kept: KeptTokens
+    """The tokens among them that have states."""
+    users: torch.Tensor
+    """B x E places among the tokens that have states, -1 = none."""
+    items: torch.Tensor
+    """B x M such places."""
+    hidden: torch.Tensor | None
+    """B x T: tokens that no other sees."""
+    embedding_ids: torch.Tensor | None
+    """B x M rows of item embeddings."""
+
+
+class LoneItems(NamedTuple):
+    """Items that stand alone."""
+
+    texts: torch.Tensor
+    """M x H, what was read of them."""
+    embedding_ids: torch.Tensor | None
+    """M rows of item embeddings."""
+    ids: torch.Tensor | None = None
+    """M x L ids of [ITEM] ... [SEG], padded right; None = not known."""
+    lay: Layout | None = None
+    """Of the ids, as of `item_layout`."""
+
+
+class ItemFeature:
+    """Something that an item adds to a model; subclasses say what, and own its weights and settings.
+
+    Raises:
+        TypeError: If the subclass does not declare its weights, settings and places.
+    """
+
+    weights: ClassVar[str | None]
+    """Attribute of the network that holds the weights, and their name in checkpoints; None = there are none."""
+    settings: ClassVar[tuple[str, ...]]
+    """Fields of the configuration that are this feature's; the first says whether it is on."""
+    places: ClassVar[tuple[str, ...]]
+    """Where it acts, of PLACES."""
+    is_trained: ClassVar[bool] = True
+    """Whether the weights are learnt by gradients, so that an adapter may have its own."""
+    reads_rows: ClassVar[bool] = False
+    """Whether it reads the items' rows of item embeddings."""
+    needs: ClassVar[str | None] = None
+    """A setting of another feature that must be on before this one is switched on."""
+
+    def __init__(self) -> None:
+        kind = type(self)
+        lacking = [name for name in ("weights", "settings", "places") if not hasattr(kind, name)]
+        if lacking:
+            raise TypeError(f"{kind.__name__} does not declare {', '.join(lacking)}, which each item feature does")
+        if not self.settings or not self.places or not set(self.places) <= set(PLACES):
+            raise TypeError(
+                f"{kind.__name__} declares settings={self.settings} and places={self.places}: name at least one field "
+                f"of the configuration, and where it acts, of {PLACES}"
+            )
+        known = {name for names in ROLES.values() for name in names}
+        without = [name for name in self.settings if name not in known]
+        if without:
+            raise TypeError(f"{kind.__name__} has settings without a role in ROLES of the configuration: {without}")
+        if self.weights is not None and self.settings[0] not in ROLES["shapes"]:
+            raise TypeError(f"{kind.__name__} has weights, so its setting {self.settings[0]!r} needs the role 'shapes'")
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def is_on(self, config: M6RecConfig) -> bool:
+        """Say whether a configuration asks for it."""
+        return bool(getattr(config, self.settings[0]))
+
+    def module(self, network: Network) -> Any:
+        """Return the module of a network that holds the weights; None = there is none."""
+        return None if self.weights is None else getattr(network, self.weights)
+
+    def put(self, network: Network, module: nn.Module | None) -> None:
+        """Give a network the module that holds the weights, or None."""
+        if self.weights is not None:
+            setattr(network, self.weights, module)
+
+    def make(self, config: M6RecConfig) -> nn.Module | None:
+        """Make that module, where the configuration asks for it."""
+        return None
+
+    def reset(self, module: nn.Module) -> None:
+        """Give a module of a new model its first weights, if it is this feature's and the library's do not serve."""
+
+    def forget(self, network: Network) -> None:
+        """Set the weights to what says nothing of any item."""
+        for weight in self.module(network).parameters():
+            nn.init.zeros_(weight)
+
+    def resize_items(self, network: Network, rows: int) -> None:
+        """Change the number of rows of item embeddings."""
+
+    def resize_words(self, network: Network, words: int) -> None:
+        """Change the number of words in the vocabulary."""
+
+    def fit(self, network: Network, texts: Sequence[Sequence[int]]) -> None:
+        """Learn, without gradients and unless it was done before, from the ids of a catalogue's items."""
+
+    def refuse_unfitted(self, network: Network) -> None:
+        """Raise if `fit` has to be called first."""
+
+    def is_tuned(self, config: M6RecConfig, before: M6RecConfig, item_rows: bool) -> bool:
+        """Say whether an adapter has its own weights of it.
+
+        Args:
+            config: Of the model that is tuned.
+            before: Of the checkpoint that it began as.
+            item_rows: Whether the recipe asks for item embeddings.
+        """
+        return self.weights is not None and self.is_trained and self.is_on(config)
+
+    # ------------------------------------------------------------------------------------------------------ "segments"
+
+    def in_rows(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Return what it adds to the segment states of rows: B x T x H, zero but at the [SEG] of items."""
+        raise NotImplementedError
+
+    def of_items(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Return what it adds at the [SEG] of items that stand alone: M x L ids -> M x H."""
+        last = (lay.valid.sum(1) - 1).clamp_min(0)
+        return gather_or_zero(self.in_rows(network, ids, lay), last[:, None])[:, 0]
+
+    # -------------------------------------------------------------------------------------------------------- "states"
+
+    def add(self, network: Network, states: torch.Tensor, embedding_ids: torch.Tensor) -> torch.Tensor:
+        """Add to ... x H states what is known of ... rows of item embeddings; row 0 is no item's."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------- "vectors"
+
+    def width(self, config: M6RecConfig) -> int:
+        """Return how many dimensions vectors have of it."""
+        return 0
+
+    def row_vectors(self, network: Network, rows: RowItems) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make its part of the vectors of rows: of users, B x E x width, and of items, B x M x width."""
+        raise NotImplementedError
+
+    def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
+        """Make its part of the vectors of items that stand alone: M x width."""
+        raise NotImplementedError
+
+
+class ItemEmbeddings(ItemFeature):
+    """A vector of each known item, looked up by its id. Source: ours; the paper reads texts only."""
+
+    weights = "item_memory"
+    settings = ("num_item_embeddings", "item_embedding_dropout")
+    places = ("states",)
+    reads_rows = True
+
+    def make(self, config: M6RecConfig) -> nn.Module | None:
+        """Make an embedding of each row; row 0 is no item's and stays zero."""
+        rows = config.num_item_embeddings
+        return nn.Embedding(rows + 1, config.hidden_size, padding_idx=0) if rows else None
+
+    @torch.no_grad()
+    def resize_items(self, network: Network, rows: int) -> None:
+        """Change the number of rows: kept ones stay, new ones begin at zero (their text speaks first)."""
+        if rows < 0:
+            raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
+        old, network.config.num_item_embeddings = self.module(network), rows
+        new = self.make(network.config)
+        if new is not None:
+            new = new.to(network.embed_kind.weight)
+            init.zeros_(new.weight)
+            if old is not None:
+                kept = min(len(old.weight), rows + 1)
+                new.weight[:kept] = old.weight[:kept]
+        self.put(network, new)
+
+    def is_tuned(self, config: M6RecConfig, before: M6RecConfig, item_rows: bool) -> bool:
+        """Say so where the recipe asks for item embeddings, or the checkpoint has another number of them."""
+        changed = before.num_item_embeddings != config.num_item_embeddings
+        return self.is_on(config) and (item_rows or changed)
+
+    def add(self, network: Network, states: torch.Tensor, embedding_ids: torch.Tensor) -> torch.Tensor:
+        """Add the embeddings of items; in training some occurrences are left out, so that the text still works."""
+        share = network.config.item_embedding_dropout
+        if network.training and share:
+            kept = torch.rand(embedding_ids.shape, device=embedding_ids.device) >= share
+            embedding_ids = embedding_ids * kept
+        return states + self.module(network)(embedding_ids)
+
+    def is_new(self, network: Network, embedding_ids: torch.Tensor) -> torch.Tensor:
+        """Say of ... rows whether nothing has been learnt there; row 0 is nobody's."""
+        module = self.module(network)
+        if module is None:
+            return torch.ones_like(embedding_ids, dtype=torch.bool)
+        return (module(embedding_ids) == 0).all(-1)
+
+
+class BagOfWords(ItemFeature):
+    """A vector of each word of an item's text; a text has their sum over the root of its length. Source: ours."""
+
+    weights = "word_memory"
+    settings = ("bow_embeddings",)
+    places = ("segments",)
+
+    def make(self, config: M6RecConfig) -> nn.Module | None:
+        """Make a vector of each word."""
+        return nn.EmbeddingBag(config.vocab_size, config.hidden_size, mode="sum") if config.bow_embeddings else None
+
+    def reset(self, module: nn.Module) -> None:
+        """Begin at zero: nothing has been learnt of any word."""
+        if isinstance(module, nn.EmbeddingBag):
+            init.zeros_(module.weight)
+
+    @torch.no_grad()
+    def resize_words(self, network: Network, words: int) -> None:
+        """Change the number of words: kept ones stay, new ones begin at zero."""
+        old = self.module(network)
+        if old is None or words == len(old.weight):
+            return
+        kept = min(len(old.weight), words)
+        new = nn.EmbeddingBag(words, network.config.hidden_size, mode="sum").to(old.weight)
+        init.zeros_(new.weight)
+        new.weight[:kept] = old.weight[:kept]
+        self.put(network, new)
+
+    def in_rows(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Return at each [SEG] of an item the sum of its words over the root of their number."""
+        words = item_words(ids, lay, network.config)
+        slots = largest(lay.segment) + 1
+        slot = (lay.segment + row_starts(ids, slots)).flatten()
+        vectors = self._word_vectors(network, ids) * words[..., None]
+        total = vectors.new_zeros(ids.shape[0] * slots, vectors.shape[-1]).index_add(0, slot, vectors.flatten(0, 1))
+        count = slot.new_zeros(ids.shape[0] * slots).index_add(0, slot, words.flatten().long())
+        read = (total / count.clamp_min(1).sqrt()[:, None]).index_select(0, slot).view_as(vectors)
+        return torch.where(closes_item(ids, lay, network.config)[..., None], read, 0)
+
+    def of_items(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Return what `in_rows` does for items that stand alone, and read no vector but those of their words."""
+        words = item_words(ids, lay, network.config)
+        counts = words.sum(1)
+        return self.module(network)(ids[words], counts.cumsum(0) - counts) / counts.clamp_min(1).sqrt()[:, None]
+
+    def _word_vectors(self, network: Network, ids: torch.Tensor) -> torch.Tensor:
+        """Return the vector of each of B x T words, B x T x H."""
+        module = self.module(network)
+        if torch.compiler.is_exporting():  # ONNX would hold a loop over bags
+            return functional.embedding(ids, module.weight)
+        return module(ids.flatten()[:, None]).view(*ids.shape, -1)
 
 
 class HashedTfidf(nn.Module):
@@ -91,6 +380,164 @@ class HashedTfidf(nn.Module):
         place = texts.masked_fill(~where, number) * self.width + (key >> 4) % self.width
         sketch = self.rarity.new_zeros((number + 1) * self.width).index_add(0, place.flatten(), steps.flatten())
         return functional.normalize(sketch.view(number + 1, self.width)[:number], dim=-1)
+
+
+class Tfidf(ItemFeature):
+    """Adds to the product of vectors how alike an item's words are to those of the user's last items. Source: ours."""
+
+    weights = "word_sketch"
+    settings = ("tfidf_weight", "tfidf_dim")
+    places = ("vectors",)
+    is_trained = False
+
+    def make(self, config: M6RecConfig) -> nn.Module | None:
+        """Make the table of how rare words are."""
+        return HashedTfidf(config.vocab_size, config.tfidf_dim) if config.tfidf_weight else None
+
+    def reset(self, module: nn.Module) -> None:
+        """Begin without any count."""
+        if isinstance(module, HashedTfidf):
+            init.zeros_(module.rarity)
+
+    def resize_words(self, network: Network, words: int) -> None:
+        """Change the number of words."""
+        if self.module(network) is not None:
+            self.module(network).resize(words)
+
+    def fit(self, network: Network, texts: Sequence[Sequence[int]]) -> None:
+        """Count the words of a catalogue, unless they have been counted."""
+        sketch = self.module(network)
+        if sketch is not None and not sketch.is_fitted:
+            sketch.fit(texts)
+
+    def refuse_unfitted(self, network: Network) -> None:
+        """Raise if no words have been counted."""
+        if self.is_on(network.config) and not self.module(network).is_fitted:
+            raise ValueError("count the words of a catalogue before the export: model.model.word_sketch.fit(...)")
+
+    def width(self, config: M6RecConfig) -> int:
+        """Return `tfidf_dim`."""
+        return config.tfidf_dim
+
+    def row_vectors(self, network: Network, rows: RowItems) -> tuple[torch.Tensor, torch.Tensor]:
+        """Say what words the last items before each place hold, and each item."""
+        ids, lay, kept, config = rows.ids, rows.lay, rows.kept, network.config
+        closing = closes_item(ids, lay, config)
+        # An item's number in its row is that of those before it, which stands beside its words and its [SEG].
+        sketches = self.sketches(network, ids, lay, closing)
+        number = kept.of(closing.cumsum(1) - closing.long(), 0)
+        words = _pick(sketches, gather_or_zero(number, rows.items))
+        if rows.hidden is not None:
+            closing &= ~rows.hidden.bool()
+            sketches = self.sketches(network, ids, lay, closing)
+        met = closing.cumsum(1)  # candidates stand behind their user, and before that of the next request
+        opens = (ids == config.source_token_id) & lay.source
+        earlier = value_at(met, latest(opens))  # of other requests in the row
+        # The sum of all items so far, less that of all but the last few.
+        total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
+        last, first = (
+            gather_or_zero(kept.of(met, 0), rows.users),
+            gather_or_zero(kept.of(torch.maximum(met - TFIDF_ITEMS, earlier), 0), rows.users),
+        )
+        own = (_pick(total, last) - _pick(total, first)) / (last - first).clamp_min(1)[..., None]
+        return own, config.tfidf_weight * words
+
+    def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
+        """Say what words items hold.
+
+        Raises:
+            ValueError: If their ids are not known.
+        """
+        ids, lay = items.ids, items.lay
+        if ids is None or lay is None:
+            raise ValueError("items have no words to compare (config.tfidf_weight): give their ids beside the states")
+        words = item_words(ids, lay, network.config)
+        read = self.module(network)(ids, row_starts(ids, 1).expand_as(ids), ids.shape[0], words)
+        return network.config.tfidf_weight * read
+
+    def sketches(self, network: Network, ids: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
+        """Sketch the items of B x T ids whose [SEG] are `closing`, in their order: B x M x D."""
+        number, segments = closing.cumsum(1), ids.shape[1] + 1
+        items = largest(number)
+        item = torch.full((ids.shape[0], segments + 1), -1, device=ids.device)
+        item = item.scatter(1, lay.segment.masked_fill(~closing, segments), number - 1).gather(1, lay.segment)
+        words = (item >= 0) & item_words(ids, lay, network.config)
+        text = item + row_starts(ids, items)
+        sketches = self.module(network)(ids, text, ids.shape[0] * items, words)
+        return sketches.view(ids.shape[0], items, sketches.shape[-1])
+
+
+class ColdItemBias(ItemFeature):
+    """Adds to the product of vectors a number for items whose embedding has learnt nothing. Source: ours."""
+
+    weights = None
+    settings = ("cold_item_bias",)
+    places = ("vectors",)
+    reads_rows = True
+    needs = "num_item_embeddings"
+
+    def width(self, config: M6RecConfig) -> int:
+        """Return 1."""
+        return 1
+
+    def row_vectors(self, network: Network, rows: RowItems) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make 1 for users, and the bias or 0 for items."""
+        users = torch.ones_like(rows.users, dtype=torch.float32)[..., None]
+        return users, self._of(network, rows.items, rows.embedding_ids)
+
+    def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
+        """Make the bias for new items, 0 for others."""
+        return self._of(network, items.texts[..., 0], items.embedding_ids)
+
+    def _of(self, network: Network, items: torch.Tensor, embedding_ids: torch.Tensor | None) -> torch.Tensor:
+        """Return ... x 1 of ... items, of which the rows of item embeddings may be known."""
+        if embedding_ids is None:
+            new = torch.ones_like(items, dtype=torch.float32)
+        else:
+            new = EMBEDDINGS.is_new(network, embedding_ids)
+        return network.config.cold_item_bias * new[..., None]
+
+
+def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """B x M x W values and B x N numbers of them -> B x N x W."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+EMBEDDINGS = ItemEmbeddings()
+
+ITEM_FEATURES: list[ItemFeature] = [EMBEDDINGS, BagOfWords(), Tfidf(), ColdItemBias()]
+"""All features: the order of their weights in a network, of what they add, and of their parts in vectors."""
+
+
+def features_at(place: str, config: M6RecConfig) -> list[ItemFeature]:
+    """Return the features that act at a place of PLACES and that a configuration asks for."""
+    return [feature for feature in ITEM_FEATURES if place in feature.places and feature.is_on(config)]
+
+
+def feature_weights(trained: bool = False) -> tuple[str, ...]:
+    """Return how the names of all features' weights begin, in the state of a whole model.
+
+    Args:
+        trained: Only those that are learnt by gradients.
+    """
+    found = [feature for feature in ITEM_FEATURES if feature.weights is not None]
+    return tuple(f"model.{feature.weights}." for feature in found if feature.is_trained or not trained)
+
+
+def feature_modules(network: Network) -> list[nn.Module]:
+    """Return the modules of a network that hold weights of features."""
+    modules = (feature.module(network) for feature in ITEM_FEATURES)
+    return [module for module in modules if module is not None]
+
+
+def reads_item_rows(config: M6RecConfig) -> bool:
+    """Say whether a model reads the rows of items beside their texts."""
+    return any(feature.reads_rows and feature.is_on(config) for feature in ITEM_FEATURES)
+
+
+def vector_width(config: M6RecConfig) -> int:
+    """Return the width of user and item vectors: `embedding_dim`, and what features need."""
+    return config.embedding_dim + sum(feature.width(config) for feature in features_at("vectors", config))
 
 
 # ----------------------------------------------------------------------------------- evidence: transitions and words
@@ -840,14 +1287,28 @@ class Words:
 
 
 __all__ = [
+    "ITEM_FEATURES",
+    "TFIDF_ITEMS",
+    "BagOfWords",
+    "ColdItemBias",
     "Counts",
     "EventLog",
     "Evidence",
     "HashedTfidf",
     "Histories",
+    "ItemEmbeddings",
+    "ItemFeature",
+    "LoneItems",
     "Postings",
+    "RowItems",
     "Sparse",
+    "Tfidf",
     "Transitions",
     "Words",
+    "feature_modules",
+    "feature_weights",
+    "features_at",
+    "reads_item_rows",
     "recent",
+    "vector_width",
 ]

@@ -194,6 +194,18 @@ def standalone_layout(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
     return Layout(**fields)
 
 
+def item_layout(ids: torch.Tensor, valid: torch.Tensor) -> Layout:
+    """Make the layout of items that stand alone, as far as `segment_mask` and `item_words` read it.
+
+    Args:
+        ids: M x L ids of [ITEM] ... [SEG], padded right.
+        valid: M x L bool.
+    """
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    lay = standalone_layout(valid, torch.zeros_like(ids))
+    return lay._replace(kind=KIND_NUMBER["item"] * valid.long(), segment_position=index * valid)
+
+
 def segment_mask(lay: Layout, queries: int, config: M6RecConfig) -> torch.Tensor:
     """Say who sees whom in the segment layers: a token sees its own segment.
 
@@ -441,6 +453,12 @@ def closes_item(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
     return (ids == config.segment_token_id) & (lay.kind == KIND_NUMBER["item"]) & ~lay.written
 
 
+def item_words(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    """Say which tokens are words of given items' texts, between the [ITEM] and the [SEG] of a segment: B x T bool."""
+    item = (lay.kind == KIND_NUMBER["item"]) & lay.valid & ~lay.written
+    return item & (lay.segment_position > 0) & (ids != config.segment_token_id)
+
+
 def marked_places(marked: torch.Tensor) -> torch.Tensor:
     """Return where the marked of B x T tokens stand, one after another: B x M, -1 where a row has fewer."""
     number = marked.cumsum(1)
@@ -505,7 +523,9 @@ __all__ = [
     "gather_or_zero",
     "gather_tokens",
     "head_places",
+    "item_layout",
     "item_places",
+    "item_words",
     "joint_mask",
     "largest",
     "last_index",

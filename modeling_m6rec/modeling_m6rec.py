@@ -8,9 +8,8 @@ What a checkpoint's weights have to be: all there, and finite. A model that answ
 
 The vectors of users and items, whose product ranks a catalogue.
 
-They are made of up to three parts: what was learnt, l2-normalised; with `tfidf_weight` which words an item holds,
-and the mean of the user's last items; with `cold_item_bias` a place that says of an item whether it is new. Losses see
-the first alone. Source: the paper's retrieval for the first part; the others are ours.
+Their first part is what was learnt, l2-normalised, which losses see alone (the paper's retrieval). Item features that
+act on vectors add a part each (`item_features_m6rec`; ours).
 
 Shapes: B rows, T tokens, E places of a row where a user is read, M items of a row, H = hidden_size,
 W = tfidf_dim, D = vector_width.
@@ -48,23 +47,27 @@ from transformers.utils.hub import cached_file
 
 from .atomic_m6rec import atomic_files
 from .configuration_m6rec import M6RecConfig
+from .item_features_m6rec import (
+    ITEM_FEATURES,
+    LoneItems,
+    RowItems,
+    feature_modules,
+    feature_weights,
+    features_at,
+)
 from .layers_m6rec import LMHeadTransform, make_norm
 from .layout_m6rec import (
     KeptTokens,
     Layout,
     SegmentKey,
-    closes_item,
     gather_or_zero,
+    item_layout,
     item_places,
-    largest,
-    latest,
     layout,
     mean_log_likelihood,
     nan_where_absent,
-    row_starts,
     target_ends,
     user_places,
-    value_at,
 )
 from .losses_m6rec import form_of, given_labels, retrieval_loss, score_losses, text_loss, text_targets
 from .network_m6rec import (
@@ -85,9 +88,6 @@ from .values_m6rec import IGNORE_INDEX, label_field
 
 BASE = "base"
 """Folder of a base that has no other place, within the adapter's folder."""
-
-ADAPTER_WEIGHTS = ("score_head.", "model.item_memory.", "model.word_memory.")
-"""Weights that may have another shape in the base: then the adapter has its own."""
 
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 """Methods of PEFT that act outside of the model, with virtual tokens."""
@@ -144,16 +144,16 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
         )
     except OSError as error:
         raise OSError(f"the base {base!r} of the adapter {str(name)!r} cannot be loaded: {error}") from error
-    wrong = [
-        entry
-        for entry in sorted(map(str, info["mismatched_keys"]))
-        if not any(part in entry for part in ADAPTER_WEIGHTS)
-    ]
+    own = ("score_head.", *feature_weights(trained=True))  # of these the adapter has its own, in its own shape
+    mismatched = sorted(map(str, info["mismatched_keys"]))
+    wrong = [entry for entry in mismatched if not any(part in entry for part in own)]
     if wrong:
         raise ValueError(f"{base!r} is not the base of the adapter {str(name)!r}: its shapes differ in {wrong[0]}")
-    if any("model.item_memory." in str(entry) for entry in (*info["missing_keys"], *info["mismatched_keys"])):
-        # As when the adapter was trained. The library has drawn numbers, and so each time another fingerprint.
-        torch.nn.init.zeros_(model.model.item_memory.weight)
+    drawn = (*map(str, info["missing_keys"]), *mismatched)
+    for feature in ITEM_FEATURES:
+        if feature.is_trained and any(f"model.{feature.weights}." in entry for entry in drawn):
+            # As when the adapter was trained. The library has drawn numbers, and so each time another fingerprint.
+            feature.forget(model.model)
     return model
 
 
@@ -272,10 +272,6 @@ def _some(names: list[str]) -> str:
 # ----------------------------------------------------------------------------------------- vectors of users and items
 
 
-TFIDF_ITEMS = 5
-"""The last items of a user whose words `tfidf_weight` compares with."""
-
-
 class Given(NamedTuple):
     """Rows as they were given, of T tokens."""
 
@@ -298,32 +294,14 @@ def learnt_item_vectors(
     model: "M6RecForRecommendation", texts: torch.Tensor, memory_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """Make vectors of ... x H texts and ... rows of item memory, as losses see them: ... x embedding_dim."""
-    states = model.model.remember(texts, memory_ids)
+    states = model.model.add_to_items(texts, memory_ids)
     return functional.normalize(model.item_projection(model.item_norm(states)).float(), dim=-1)
 
 
-def user_vectors(
-    model: "M6RecForRecommendation", states: torch.Tensor, words: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Make ... x D vectors of ... x H joint states, and ... x W of what words their last items hold."""
-    parts = [learnt_user_vectors(model, states)]
-    parts += [] if words is None else [words]
-    parts += [torch.ones_like(parts[0][..., :1])] if model.config.cold_item_bias else []
-    return torch.cat(parts, -1)
-
-
-def item_vectors(
-    model: "M6RecForRecommendation",
-    texts: torch.Tensor,
-    memory_ids: torch.Tensor | None,
-    words: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Make ... x D vectors of ... x H texts, ... rows of item memory, and ... x W of what words the items hold."""
-    parts, bonus = [learnt_item_vectors(model, texts, memory_ids)], model.config.cold_item_bias
-    parts += [] if words is None else [model.config.tfidf_weight * words]
-    if bonus:
-        new = parts[0].new_ones(texts.shape[:-1]) if memory_ids is None else model.model.is_new(memory_ids)
-        parts.append(bonus * new[..., None])
+def item_vectors(model: "M6RecForRecommendation", items: LoneItems) -> torch.Tensor:
+    """Make M x D vectors of items that stand alone."""
+    parts = [learnt_item_vectors(model, items.texts, items.embedding_ids)]
+    parts += [feature.item_vectors(model.model, items) for feature in features_at("vectors", model.config)]
     return torch.cat(parts, -1)
 
 
@@ -344,66 +322,18 @@ def row_vectors(
     ids = kept.of(given.input_ids, config.pad_token_id)
     seen = None if given.hidden is None else ~kept.of(given.hidden.bool(), 0)
     users, items = user_places(ids, lay, config, seen), item_places(ids, lay, config)
-    own = words = None
-    if config.tfidf_weight:
-        own, words = _row_tfidf(model, given, kept, users, items)
     memory = None if given.item_embedding_ids is None else gather_or_zero(kept.of(given.item_embedding_ids, 0), items)
     texts, states = (field[:, -kept.tokens :] for field in (out.segment_states, out.last_hidden_state))
-    return (
-        nan_where_absent(user_vectors(model, gather_or_zero(states, users), own), users),
-        nan_where_absent(item_vectors(model, gather_or_zero(texts, items), memory, words), items),
-    )
-
-
-def item_tfidf(model: "M6RecForRecommendation", ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Say what words items hold that stand by themselves: M x L ids of [ITEM] ... [SEG] -> M x W."""
-    words = valid & (ids != model.config.segment_token_id)
-    words[:, 0] = False
-    return model.model.word_sketch(ids, row_starts(ids, 1).expand_as(ids), ids.shape[0], words)
-
-
-def _row_tfidf(
-    model: "M6RecForRecommendation", given: Given, kept: KeptTokens, users: torch.Tensor, items: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Say what words the last items before B x E places hold, B x E x W, and each of B x M items, B x M x W."""
-    ids, config = given.input_ids, model.config
-    mask = None if given.attention_mask is None else given.attention_mask[:, -ids.shape[1] :]
-    lay = layout(ids, mask, config)
-    closing = closes_item(ids, lay, config)
-    # An item's number in its row is that of those before it, which stands beside its words and its [SEG].
-    sketches = _sketches(model, ids, lay, closing)
-    number = kept.of(closing.cumsum(1) - closing.long(), 0)
-    words = _pick(sketches, gather_or_zero(number, items))
-    if given.hidden is not None:
-        closing &= ~given.hidden.bool()
-        sketches = _sketches(model, ids, lay, closing)
-    met = closing.cumsum(1)  # candidates stand behind their user, and before that of the next request
-    opens = (ids == config.source_token_id) & lay.source
-    earlier = value_at(met, latest(opens))  # of other requests in the row
-    # The sum of all items so far, less that of all but the last few.
-    total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
-    last, first = (
-        gather_or_zero(kept.of(met, 0), users),
-        gather_or_zero(kept.of(torch.maximum(met - TFIDF_ITEMS, earlier), 0), users),
-    )
-    return (_pick(total, last) - _pick(total, first)) / (last - first).clamp_min(1)[..., None], words
-
-
-def _sketches(model: "M6RecForRecommendation", ids: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
-    """Sketch the items of B x T ids whose [SEG] are `closing`, in their order: B x M x W."""
-    number, segments = closing.cumsum(1), ids.shape[1] + 1
-    items = largest(number)
-    item = torch.full((ids.shape[0], segments + 1), -1, device=ids.device)
-    item = item.scatter(1, lay.segment.masked_fill(~closing, segments), number - 1).gather(1, lay.segment)
-    words = (item >= 0) & (lay.segment_position > 0) & (ids != model.config.segment_token_id) & lay.valid
-    text = item + row_starts(ids, items)
-    sketches = model.model.word_sketch(ids, text, ids.shape[0] * items, words)
-    return sketches.view(ids.shape[0], items, sketches.shape[-1])
-
-
-def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """B x M x W values and B x N numbers of them -> B x N x W."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+    rows = RowItems(given.input_ids, out.row_layout, kept, users, items, given.hidden, memory)
+    parts = [
+        (
+            learnt_user_vectors(model, gather_or_zero(states, users)),
+            learnt_item_vectors(model, gather_or_zero(texts, items), memory),
+        ),
+        *(feature.row_vectors(model.model, rows) for feature in features_at("vectors", config)),
+    ]
+    of_users, of_items = (torch.cat(own, -1) for own in zip(*parts))
+    return nan_where_absent(of_users, users), nan_where_absent(of_items, items)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -650,13 +580,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Embed items by themselves, M x D: of M x L ids ([ITEM] ... [SEG], padded right), or M x H `item_states`."""
         texts = self._texts(input_ids, attention_mask, states, segment_cache)
-        if not self.config.tfidf_weight:
-            return item_vectors(self, texts, memory_ids)
-        if input_ids is None:
-            raise ValueError("items have no words to compare (config.tfidf_weight): give their ids beside the states")
-        return item_vectors(
-            self, texts, memory_ids, item_tfidf(self, input_ids, self._valid(input_ids, attention_mask))
-        )
+        lay = None if input_ids is None else item_layout(input_ids, self._valid(input_ids, attention_mask))
+        return item_vectors(self, LoneItems(texts, memory_ids, input_ids, lay))
 
     def _texts(
         self,
@@ -665,17 +590,19 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         states: torch.Tensor | None,
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
-        """Read items as `embed_items` does, with what was learnt of their words: M x H."""
+        """Read items as `embed_items` does, with what features know of their texts: M x H."""
         self._require_segment_layers()
-        if input_ids is None and (states is None or self.config.bow_embeddings):
+        features = features_at("segments", self.config)
+        if input_ids is None and (states is None or features):
+            named = ", ".join(feature.settings[0] for feature in features) or "bow_embeddings"
             raise ValueError(
                 "items have no texts: give their ids, as M6RecDataCollator does (item_input_ids for retrieval_labels), "
-                "or without bow_embeddings"
+                f"or their states without {named}"
             )
         if states is None:
             states = self.item_states(input_ids, attention_mask, segment_cache)
-        if self.config.bow_embeddings:
-            states = self.model.add_words(states, input_ids, self._valid(input_ids, attention_mask))
+        if features:
+            states = self.model.add_to_texts(states, input_ids, self._valid(input_ids, attention_mask))
         return states
 
     def item_states(
@@ -847,8 +774,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         settings, adapters = sorted(self.config.vector_settings.items()), active_adapters(parts)
         # Without adapters as in version 0.1, whose catalogues stay valid.
         digest = hashlib.sha256(repr((settings, adapters) if adapters else settings).encode())
-        beside = (self.model.item_memory, self.model.word_memory, self.model.word_sketch)
-        digest_weights(digest, [*parts, *(memory for memory in beside if memory is not None)])
+        digest_weights(digest, [*parts, *feature_modules(self.model)])
         return digest.hexdigest()
 
     @classmethod
@@ -934,13 +860,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 __all__ = [
     "BASE",
     "OWN",
-    "TFIDF_ITEMS",
     "Given",
     "M6RecForRecommendation",
     "M6RecOutput",
     "adapter_settings",
     "is_finite",
-    "item_tfidf",
     "item_vectors",
     "keep_trainable",
     "learnt_item_vectors",

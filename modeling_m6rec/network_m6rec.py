@@ -37,7 +37,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -45,10 +44,9 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m6rec import KINDS, M6RecConfig
-from .item_features_m6rec import HashedTfidf
+from .item_features_m6rec import ITEM_FEATURES, features_at
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
 from .layout_m6rec import (
-    KIND_NUMBER,
     Layout,
     Payloads,
     Picked,
@@ -57,12 +55,11 @@ from .layout_m6rec import (
     attention_bias,
     gather_tokens,
     head_places,
+    item_layout,
     joint_mask,
-    largest,
     layout,
     mean_at_close,
     pick,
-    row_starts,
     segment_mask,
     standalone_layout,
     summary_keys,
@@ -184,17 +181,17 @@ def segment_states(
 
     Returns:
         The bank, W x H segment states; B x T: the place of each token's state in it; and the last state of each
-        segment that stands alone, without word memory.
+        segment that stands alone, without item features.
     """
     input_ids, lay = rows.input_ids, rows.lay
     if distinct and model.config.num_segment_layers:
         return _distinct_segments(model, rows, cache)
     positions = model.embedding_positions(lay)
-    embeds = model.embed_tokens(input_ids, lay, rows.payloads)
+    embeds = model.embed_ids(input_ids, lay, rows.payloads)
     size = input_ids.shape[1]
     bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
     bank = model.segment_stage(embeds, positions, bias, input_ids, lay)
-    bank = model.add_words_in_rows(bank, input_ids, lay).flatten(0, 1)
+    bank = model.add_to_rows(bank, input_ids, lay).flatten(0, 1)
     place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
     return bank, place, last_states(model, rows.standalone, cache)
 
@@ -474,7 +471,7 @@ def _distinct_segments(
     place[lay.valid] = first.repeat_interleave(lengths) + lay.segment_position[lay.valid]
     ends = [len(key.ids) - 1 for key in rows.standalone]
     standalone_states = bank[offsets[alone] + torch.tensor(ends, device=offsets.device, dtype=torch.long)]
-    return model.add_words_in_bank(bank, list(numbers), offsets), place, standalone_states
+    return model.add_to_bank(bank, list(numbers), offsets), place, standalone_states
 
 
 @torch.compiler.disable
@@ -487,7 +484,7 @@ def _payloads_in_order(rows: Rows) -> list[bytes]:
 
 
 def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
-    """Read segments by themselves: the state of the last token of each, M x H, without word memory."""
+    """Read segments by themselves: the state of the last token of each, M x H, without item features."""
     if not segments:  # of what is exported
         return model.embed_kind.weight.new_zeros(0, model.config.hidden_size)
     return _last_states(model, segments, cache)
@@ -529,11 +526,12 @@ def _padded(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
     """Make one batch of segments, B x T ids padded right, and their layout."""
     device = model.embeddings.tokens.weight.device
     lengths = [len(key.ids) for key in segments]
-    width, fill = max(lengths), model.config.pad_token_id
-    ids = torch.tensor([[*key.ids, *[fill] * (width - len(key.ids))] for key in segments], device=device)
+    width, fill = max(lengths, default=0), model.config.pad_token_id
+    padded = [[*key.ids, *[fill] * (width - len(key.ids))] for key in segments]
+    ids = torch.tensor(padded, dtype=torch.long, device=device).view(len(segments), width)
     index = torch.arange(width, device=device).expand_as(ids)
-    valid = index < torch.tensor(lengths, device=device)[:, None]
-    mode = torch.tensor([key.mode for key in segments], device=device)[:, None].expand_as(ids)
+    valid = index < torch.tensor(lengths, dtype=torch.long, device=device)[:, None]
+    mode = torch.tensor([key.mode for key in segments], dtype=torch.long, device=device)[:, None].expand_as(ids)
     return ids, standalone_layout(valid, mode)
 
 
@@ -541,7 +539,7 @@ def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout, payload
     """Read B x T ids of one segment a row, padded right, through the segment layers: B x T x H."""
     width = ids.shape[1]
     index = torch.arange(width, device=ids.device).expand_as(ids)
-    embeds = model.embed_tokens(ids, lay, payloads)
+    embeds = model.embed_ids(ids, lay, payloads)
     bias = attention_bias(segment_mask(lay, width, model.config), width, width, embeds.dtype)
     return model.segment_stage(embeds, index, bias, ids, lay)
 
@@ -610,10 +608,11 @@ class M6RecModelOutput(CachedOutput):
     Attributes:
         last_hidden_state: B x Q x H; plans other than "flat" leave zeros where the joint layers leave out a token.
         segment_states: B x Q x H, what the segment layers made of each token.
-        standalone_states: M x H, the last states of the segments that were given to be read alone, without word memory.
+        standalone_states: M x H, the last states of the segments that stand alone, without item features.
         exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
         cache: The cache, if one was asked for; also found as `past_key_values`.
         layout: Layout of the Q tokens, virtual ones left out.
+        row_layout: Layout of all T tokens of the rows.
         kept: With `compact_output`, which tokens of the row the Q are.
         exit_layers: B, the joint layers that each row went through, if `decide` was given.
         hidden_states: Output of every layer, if asked for.
@@ -626,6 +625,7 @@ class M6RecModelOutput(CachedOutput):
     exit_states: tuple[torch.FloatTensor, ...] | None = None
     cache: Cache | None = None
     layout: Layout | None = None
+    row_layout: Layout | None = None
     kept: Picked | None = None
     exit_layers: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -648,13 +648,11 @@ class M6RecPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.EmbeddingBag):  # word memory: nothing has been learnt of any word
-            init.zeros_(module.weight)
-        if isinstance(module, HashedTfidf):
-            init.zeros_(module.rarity)
+        for feature in ITEM_FEATURES:
+            feature.reset(module)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize as the library does, and word memory with it: of new words nothing has been learnt."""
+        """Resize as the library does, and what item features hold of words with it."""
         embeddings = cast(nn.Embedding, super().resize_token_embeddings(*args, **kwargs))
         cast(M6RecModel, self.base_model).resize_word_tables(len(embeddings.weight))
         return embeddings
@@ -669,11 +667,8 @@ class M6RecModel(M6RecPreTrainedModel):
         self.embeddings = M6RecEmbeddings(config)
         self.embed_kind = nn.Embedding(len(KINDS) + 1, size, padding_idx=0)
         self.embed_event = nn.Embedding(config.max_events + 1, size, padding_idx=0)
-        rows = config.num_item_embeddings
-        self.item_memory = nn.Embedding(rows + 1, size, padding_idx=0) if rows else None
-        self.word_memory = nn.EmbeddingBag(config.vocab_size, size, mode="sum") if config.bow_embeddings else None
-        width = config.tfidf_dim
-        self.word_sketch = HashedTfidf(config.vocab_size, width) if config.tfidf_weight else None
+        for feature in ITEM_FEATURES:
+            feature.put(self, feature.make(config))
         self.entry_norm = make_norm(config, size) if config.entry_norm else nn.Identity()
         self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
@@ -689,7 +684,7 @@ class M6RecModel(M6RecPreTrainedModel):
         """Replace the token embeddings."""
         self.embeddings.tokens = value
 
-    def embed_tokens(self, ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
+    def embed_ids(self, ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
         """Embed tokens: the one place where what a segment carries besides its ids can enter. Nothing does so far.
 
         Args:
@@ -801,113 +796,56 @@ class M6RecModel(M6RecPreTrainedModel):
             states = torch.cat((virtual, mean_at_close(own, lay, ids == self.config.segment_token_id)), 1)
         return states
 
-    def remember(self, states: torch.Tensor, item_embedding_ids: torch.Tensor | None) -> torch.Tensor:
-        """Add item embeddings, of ... rows (0 = none), to ... x H states; in training some occurrences are dropped."""
-        if self.item_memory is None or item_embedding_ids is None:
+    def add_to_items(self, states: torch.Tensor, item_embedding_ids: torch.Tensor | None) -> torch.Tensor:
+        """Add to ... x H states what features know of items by their ... rows of item embeddings (0 = none)."""
+        if item_embedding_ids is None:
             return states
-        if self.training and self.config.item_embedding_dropout:
-            kept = (
-                torch.rand(item_embedding_ids.shape, device=item_embedding_ids.device)
-                >= self.config.item_embedding_dropout
-            )
-            item_embedding_ids = item_embedding_ids * kept
-        return states + self.item_memory(item_embedding_ids)
+        for feature in features_at("states", self.config):
+            states = feature.add(self, states, item_embedding_ids)
+        return states
 
-    def read_words(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Sum word memory over M texts, by the root of their lengths.
+    def add_to_texts(self, states: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Add to M x H states of items that stand alone what features know of their M x L ids of [ITEM] ... [SEG]."""
+        for feature in features_at("segments", self.config):
+            states = states + feature.of_items(self, ids, item_layout(ids, valid)).to(states.dtype)
+        return states
 
-        Args:
-            ids: The words of all texts, one text after another.
-            counts: M, words of each.
-
-        Returns:
-            M x H.
-        """
-        assert self.word_memory is not None
-        return self.word_memory(ids, counts.cumsum(0) - counts) / counts.clamp_min(1).sqrt()[:, None]
-
-    def add_words(self, states: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Add word memory to M x H states of items that stand by themselves: M x L ids of [ITEM] ... [SEG]."""
-        if self.word_memory is None:
-            return states
-        words = valid & (ids != self.config.segment_token_id)
-        words[:, 0] = False
-        return states + self.read_words(ids[words], words.sum(1)).to(states.dtype)
-
-    def add_words_in_rows(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Add word memory to B x Q x H segment states, at the [SEG] of each item; `ids` and `lay` are of the last T."""
-        if self.word_memory is None:
-            return states
-        item = (lay.kind == KIND_NUMBER["item"]) & lay.valid & ~lay.written
-        closing = item & (ids == self.config.segment_token_id)
-        words = item & ~closing & (lay.segment_position > 0)
-        slots = largest(lay.segment) + 1
-        slot = (lay.segment + row_starts(ids, slots)).flatten()
-        vectors = self.word_vectors(ids) * words[..., None]
-        total = vectors.new_zeros(ids.shape[0] * slots, vectors.shape[-1]).index_add(0, slot, vectors.flatten(0, 1))
-        count = slot.new_zeros(ids.shape[0] * slots).index_add(0, slot, words.flatten().long())
-        read = (total / count.clamp_min(1).sqrt()[:, None]).index_select(0, slot).view_as(vectors)
-        read = torch.where(closing[..., None], read, 0).to(states.dtype)
-        return states + functional.pad(read, (0, 0, states.shape[1] - ids.shape[1], 0))
-
-    def word_vectors(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return word memory of each of B x T words, B x T x H."""
-        assert self.word_memory is not None
-        if torch.compiler.is_exporting():  # ONNX would hold a loop over bags
-            return functional.embedding(ids, self.word_memory.weight)
-        return self.word_memory(ids.flatten()[:, None]).view(*ids.shape, -1)
+    def add_to_rows(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
+        """Add to B x Q x H segment states what features know of each item, at its [SEG]; T ids, the last of the Q."""
+        for feature in features_at("segments", self.config):
+            added = feature.in_rows(self, ids, lay).to(states.dtype)
+            states = states + functional.pad(added, (0, 0, states.shape[1] - ids.shape[1], 0))
+        return states
 
     @torch.compiler.disable
-    def add_words_in_bank(
-        self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor
-    ) -> torch.Tensor:
-        """Add word memory to W x H states of segments, the first of each at its offset: at the [SEG] of each item."""
-        if self.word_memory is None:
+    def add_to_bank(self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor) -> torch.Tensor:
+        """Add to W x H states of segments, the first of each at its offset, what features know of items, at [SEG]."""
+        features = features_at("segments", self.config)
+        if not features:
             return bank
         opens, closes = self.config.kind_token_ids["item"], self.config.segment_token_id
-        own = [n for n, (mode, ids, _) in enumerate(segments) if not mode and ids[0] == opens and ids[-1] == closes]
-        words = [segments[number].ids[1:-1] for number in own]
-        counts = torch.tensor([len(ids) for ids in words], dtype=torch.long, device=bank.device)
-        ids = torch.tensor([token for ids in words for token in ids], dtype=torch.long, device=bank.device)
-        return bank.index_add(0, offsets[own] + counts + 1, self.read_words(ids, counts).to(bank.dtype))
+        own = [n for n, key in enumerate(segments) if not key.mode and key.ids[0] == opens and key.ids[-1] == closes]
+        ids, lay = _padded(self, [segments[number] for number in own])
+        lay = item_layout(ids, lay.valid)
+        ends = offsets[own] + lay.valid.sum(1) - 1
+        for feature in features:
+            bank = bank.index_add(0, ends, feature.of_items(self, ids, lay).to(bank.dtype))
+        return bank
 
-    def is_new(self, item_embedding_ids: torch.Tensor) -> torch.Tensor:
-        """Say of ... rows of item memory whether nothing has been learnt there; row 0 is nobody's."""
-        if self.item_memory is None:
-            return torch.ones_like(item_embedding_ids, dtype=torch.bool)
-        return (self.item_memory(item_embedding_ids) == 0).all(-1)
-
-    @torch.no_grad()
     def resize_item_embeddings(self, rows: int) -> None:
-        """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
-        if rows < 0:
-            raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
-        old = self.item_memory
-        new = nn.Embedding(rows + 1, self.config.hidden_size, padding_idx=0) if rows else None
-        if new is not None:
-            new = new.to(self.embed_kind.weight)
-            init.zeros_(new.weight)
-            if old is not None:
-                kept = min(len(old.weight), rows + 1)
-                new.weight[:kept] = old.weight[:kept]
-        self.item_memory, self.config.num_item_embeddings = new, rows
+        """Change the number of rows of item embeddings; kept rows stay, new ones say nothing."""
+        for feature in ITEM_FEATURES:
+            feature.resize_items(self, rows)
 
-    @torch.no_grad()
-    def resize_word_tables(self, rows: int) -> None:
-        """Change the number of words that can be learnt of and compared, if any are."""
-        if self.word_sketch is not None:
-            self.word_sketch.resize(rows)
-        old = self.word_memory
-        if old is not None and rows != len(old.weight):
-            kept = min(len(old.weight), rows)
-            self.word_memory = nn.EmbeddingBag(rows, self.config.hidden_size, mode="sum").to(old.weight)
-            init.zeros_(self.word_memory.weight)
-            self.word_memory.weight[:kept] = old.weight[:kept]
+    def resize_word_tables(self, words: int) -> None:
+        """Change the number of words that features know, if any do."""
+        for feature in ITEM_FEATURES:
+            feature.resize_words(self, words)
 
     def enter(self, states: torch.Tensor, lay: Layout, item_embedding_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Begin the joint layers: add kind, event ordinal and item memory to B x Q x H segment states."""
+        """Begin the joint layers: add kind, event ordinal and item features to B x Q x H segment states."""
         event = lay.event.clamp_max(self.config.max_events)
-        states = self.remember(states + self.embed_kind(lay.kind) + self.embed_event(event), item_embedding_ids)
+        states = self.add_to_items(states + self.embed_kind(lay.kind) + self.embed_event(event), item_embedding_ids)
         return functional.dropout(self.entry_norm(states), self.config.entry_dropout, self.training)
 
     def joint_positions(self, lay: Layout) -> torch.Tensor:
@@ -996,7 +934,7 @@ class M6RecModel(M6RecPreTrainedModel):
             extra_output_mask: B x T bool, further tokens whose last states are read.
             cache: A cache to fill or to go on from.
             payloads: For each row, digests of what its segments carry besides ids, by the segments' numbers: segments
-                with other digests share no state. Empty = nothing; see `embed_tokens`.
+                with other digests share no state. Empty = nothing; see `embed_ids`.
             **kwargs: Handed to the attention function.
 
         Raises:
@@ -1040,6 +978,7 @@ class M6RecModel(M6RecPreTrainedModel):
             standalone_states=standalone_states,
             exit_states=tuple(read),
             layout=lay.take(*kept) if compact_output else lay,
+            row_layout=lay,
             kept=kept if compact_output else None,
             exit_layers=left,
         )
@@ -1079,7 +1018,7 @@ class M6RecModel(M6RecPreTrainedModel):
         if ids is None:
             assert embeds is not None
             return embeds
-        return self.embed_tokens(ids, rows.lay.last(ids.shape[1]), rows.payloads)
+        return self.embed_ids(ids, rows.lay.last(ids.shape[1]), rows.payloads)
 
     def _flat(
         self, embeds: torch.Tensor, rows: Rows, cache: Cache | None, past: int, **kwargs: Any
@@ -1101,7 +1040,7 @@ class M6RecModel(M6RecPreTrainedModel):
         bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)
         ids = rows.input_ids[:, total - new :]
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
-        segment_states = self.add_words_in_rows(segment_states, ids, here)
+        segment_states = self.add_to_rows(segment_states, ids, here)
         item_embedding_ids = (
             None if rows.item_embedding_ids is None else front(rows.item_embedding_ids[:, total - new :])
         )
@@ -1119,6 +1058,7 @@ class M6RecModel(M6RecPreTrainedModel):
             exit_states=tuple(read),
             cache=cache,
             layout=here,
+            row_layout=lay,
         )
 
     def _refuse_bad_chunks(self, rows: Rows, start: int, virtual: int, cache: Cache | None) -> None:

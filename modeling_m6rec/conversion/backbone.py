@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
 
 from ..configuration_m6rec import M6RecConfig
+from ..item_features_m6rec import feature_weights
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization_m6rec import M6RecTokenizer
 from .bert import BERT
@@ -33,10 +34,9 @@ MAY_DIFFER = {"attention_dropout", "hidden_dropout", "initializer_range"}
 """Fields that a backbone decides unless they are given; all its others are the shape of its weights."""
 NEW_WEIGHTS = (
     *("score_head.", "item_norm.", "user_projection.", "item_projection."),
-    *("model.embed_kind.", "model.embed_event.", "model.item_memory.", "model.word_memory.", "model.word_sketch."),
-    "model.entry_norm.",
+    *("model.embed_kind.", "model.embed_event.", "model.entry_norm."),
 )
-"""Weights that no language model has."""
+"""Weights that no language model has, besides those of item features."""
 SPREAD = 0.5
 """How far new tokens lie from the mean token, as a share of how far words do: apart, yet less likely than words."""
 PADDING = 0.1
@@ -257,7 +257,7 @@ def _fill(model: M6RecForRecommendation, weights: Weights) -> None:
     tied = ["lm_head.weight"] * model.config.tie_word_embeddings
     known = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")) + 1
     new = tuple(f"model.layers.{index}." for index in range(known, len(model.model.layers)))
-    lost = [name for name in lost if not name.startswith((*NEW_WEIGHTS, *new)) and name not in tied]
+    lost = [name for name in lost if not name.startswith((*NEW_WEIGHTS, *feature_weights(), *new)) and name not in tied]
     _refuse_odd_weights("the backbone", lost, extra)
     for table in (model.model.embed_kind, model.model.embed_event):
         nn.init.zeros_(table.weight)

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from m6rec import Catalogue, catalogue_m6rec
+from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
 
 faiss = pytest.importorskip("faiss")
 
 WIDTH, KINDS = 8, ("flat", "hnsw", "ivf")
-MODEL = SimpleNamespace(fingerprint=lambda: "f" * 64, config=SimpleNamespace(vector_width=WIDTH))
+MODEL = SimpleNamespace(fingerprint=lambda: "f" * 64, config=M6RecConfig.preset("tiny", embedding_dim=WIDTH))
 
 
 @pytest.fixture(scope="module", autouse=True)

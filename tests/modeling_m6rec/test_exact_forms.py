@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from m6rec.item_features_m6rec import Tfidf
 from m6rec.layout_m6rec import closes_item, latest, layout, mean_at_close, user_places
-from m6rec.modeling_m6rec import _sketches
 from tests.modeling_m6rec.tiny import GRID, PAD, SEG, VOCAB, Writer, build, config_of_ids, pad
 
 STRUCTURE = [*range(4, 18)]
@@ -84,7 +84,7 @@ def test_words_in_rows_are_those_of_bags(ids, virtual):
             bag = network.word_memory(own, torch.tensor([0]))[0]
             expected[row, virtual + column] += bag / torch.tensor(len(own)).sqrt()
     with torch.no_grad():
-        assert torch.equal(network.add_words_in_rows(states, ids, lay), expected)
+        assert torch.equal(network.add_to_rows(states, ids, lay), expected)
 
 
 @pytest.mark.parametrize("ids", EXAMPLES)
@@ -100,4 +100,4 @@ def test_sketches_of_the_words_that_are_chosen(ids):
             words = ids[row][own & (ids[row] != SEG)][None]
             here = torch.ones_like(words, dtype=torch.bool)
             expected[row, number] = model.model.word_sketch(words, torch.zeros_like(words), 1, here)[0]
-    assert torch.equal(_sketches(model, ids, lay, closing), expected)
+    assert torch.equal(Tfidf().sketches(model.model, ids, lay, closing), expected)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
+from m6rec.item_features_m6rec import TFIDF_ITEMS, vector_width
 from m6rec.layout_m6rec import layout
-from m6rec.modeling_m6rec import TFIDF_ITEMS
 from m6rec.segment_cache_m6rec import UserStates
 from tests.modeling_m6rec.tiny import ITEM, PLANS, SEG, SOURCE_END, VOCAB, Writer, build, close, item_rows, pad
 
@@ -64,8 +64,8 @@ def test_likeness_of_words_is_added_to_the_product(side, plan):
     batch["item_embedding_ids"] = item_rows(batch["input_ids"])
     with torch.no_grad():
         out, learnt = model.embed(**batch, plan=plan), learnt_only(model).embed(**batch, plan=plan)
-    assert out.user_vectors.shape[-1] == out.item_vectors.shape[-1] == model.config.vector_width
-    assert model.config.vector_width == model.config.embedding_dim + (1 << 12)
+    assert out.user_vectors.shape[-1] == out.item_vectors.shape[-1] == vector_width(model.config)
+    assert vector_width(model.config) == model.config.embedding_dim + (1 << 12)
     for row, expected in enumerate(alike(model, row) for row in rows):
         events, items = expected.shape
         products = out.user_vectors[row, :events] @ out.item_vectors[row, :items].T

@@ -34,7 +34,7 @@ def embedding(monkeypatch):
                 )
         return states
 
-    monkeypatch.setattr(M6RecModel, "embed_tokens", embed)
+    monkeypatch.setattr(M6RecModel, "embed_ids", embed)
 
 
 def numbers(model, payloads, **more):

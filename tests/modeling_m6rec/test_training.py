@@ -116,9 +116,9 @@ def test_checkpointing_changes_no_gradient(settings):
 def test_item_memory_is_dropped_per_occurrence_in_training_only():
     model = build({"num_joint_layers": 2}, item_embedding_dropout=0.5)
     states, ids = torch.zeros(1, 4000, 36), torch.ones(1, 4000, dtype=torch.long)
-    kept = (model.train().model.remember(states, ids) != 0).any(-1).float().mean()
+    kept = (model.train().model.add_to_items(states, ids) != 0).any(-1).float().mean()
     assert 0.45 < kept < 0.55
-    assert (model.eval().model.remember(states, ids) != 0).any(-1).all()
+    assert (model.eval().model.add_to_items(states, ids) != 0).any(-1).all()
 
 
 def test_what_enters_the_joint_layers_is_dropped_in_training_only():

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, TrainerCallback
 
 from ...atomic_m6rec import atomic_folder
+from ...item_features_m6rec import ITEM_FEATURES
 from ...modeling_m6rec import BASE
 from ...tuning import MERGEABLE, parameter_counts, tune
 from ..config.recipe import Recipe
@@ -78,11 +79,8 @@ def _shaped_anew(run: Run) -> list[str]:
     before = AutoConfig.from_pretrained(name) if name else config
     if run.model.score_head is not None and before.score_names != config.score_names:
         found.append("score_head")
-    if run.recipe.model.item_embeddings or before.num_item_embeddings != config.num_item_embeddings:
-        found.append("item_memory")
-    if config.bow_embeddings:
-        found.append("word_memory")
-    return found
+    rows = run.recipe.model.item_embeddings
+    return found + [feature.weights for feature in ITEM_FEATURES if feature.is_tuned(config, before, rows)]
 
 
 def _save_base(run: Run, folder: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, TokenizersBackend, set_seed
 from ...atomic_m6rec import atomic_files
 from ...configuration_m6rec import ROLES, M6RecConfig
 from ...conversion import load_tokenizer
+from ...item_features_m6rec import ITEM_FEATURES
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor, M6RecTokenizer
 from ...tuning import load_model, quantized
@@ -28,11 +29,14 @@ from .checkpoints import WEIGHTS
 from .run import Run, item_texts
 
 logger = logging.getLogger(__name__)
-SCORE_FIELDS: tuple[str, ...] = tuple(name for name in ROLES["scores"] if name != "score_head")
-"""Fields of the configuration that decide the outputs of the score head."""
-SHAPE_FIELDS: tuple[str, ...] = (
-    *("vocab_size", "embedding_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_hidden_groups", "num_attention_heads", "num_key_value_heads", "head_dim", "embedding_dim"),
+SCORE_FIELDS = tuple(name for name in ROLES["scores"] if name != "score_head")
+"""Fields that decide the outputs of a score head, which may change when a checkpoint is trained on."""
+OPEN_SHAPES = {"max_position_embeddings", "entry_norm", *ROLES["scores"]}
+"""Fields with the role "shapes" that may differ from a checkpoint's: they only add weights, or change what is read."""
+SHAPE_FIELDS = tuple(
+    name
+    for name in ROLES["shapes"]
+    if name not in OPEN_SHAPES and not any(name in feature.settings for feature in ITEM_FEATURES)
 )
 """Fields of the configuration that the weights of a checkpoint decide."""
 
@@ -142,7 +146,7 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     fields = {**arguments.config, **_names_of_outputs(recipe)}
     scored: dict[str, Any] = {}
     fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
-    bonus = fields.pop("cold_item_bias", None)
+    late = {name: fields.pop(name) for name in _late_settings() if name in fields}
     if arguments.checkpoint:
         scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
         # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
@@ -166,10 +170,16 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         model.set_attn_implementation(arguments.attention)
     if rows and max(rows.values()) != model.config.num_item_embeddings:
         model.resize_item_embeddings(max(rows.values()))
-    if bonus is not None:  # a new model has item memory only now
-        model.config.cold_item_bias = bonus
+    if late:
+        for name, value in late.items():
+            setattr(model.config, name, value)
         model.config.validate()
     return model
+
+
+def _late_settings() -> list[str]:
+    """Name settings of item features that need item embeddings, which a new model has only once it is resized."""
+    return [name for feature in ITEM_FEATURES if feature.needs is not None for name in feature.settings]
 
 
 def check_length(config: M6RecConfig, max_length: int) -> None:
@@ -249,9 +259,8 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     sizes = (model.num_parameters(), len(writer.items), len(split.train))
     logger.info("%d parameters, %d items, %d training events", *sizes)
     run = Run(recipe, log, split, writer, processor, model, catalogue, collator)
-    sketch = run.base_model.model.word_sketch
-    if sketch is not None and not sketch.is_fitted:
-        sketch.fit(catalogue.input_ids)
+    for feature in ITEM_FEATURES:
+        feature.fit(run.base_model.model, catalogue.input_ids)
     return run
 
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ...catalogue_m6rec import MANIFEST
-from ...configuration_m6rec import M6RecConfig
+from ...configuration_m6rec import ROLES, M6RecConfig
 from ...model_cards import CardFacts, DataFacts, hardware
 from ...modeling_m6rec import M6RecForRecommendation
 from ...pipeline_m6rec import FOLDER
@@ -31,18 +31,6 @@ DATA_NAMES = {
     "lastfm": "Last.fm, HetRec 2011",
     "tallrec": "MovieLens-100K, as TALLRec prepared it",
 }
-SHAPE = (
-    "num_hidden_layers",
-    "num_joint_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "embedding_size",
-    "embedding_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
-"""Fields of the configuration that a card gives."""
 PICTURES = {"curves": PICTURE_FILE, "latency": LATENCY_PICTURE}
 
 
@@ -107,7 +95,7 @@ def folder_facts(folder: Path, name: str, adapter: Mapping[str, Any] | None = No
     facts: dict[str, Any] = {
         **_of_recipe(recipe),
         "tasks": [task for task in config.get("trained_tasks") or [] if task != "plausibility"],
-        "shape": {name: config[name] for name in SHAPE if isinstance(config.get(name), int)},
+        "shape": {name: config[name] for name in ROLES["sizes"] if isinstance(config.get(name), int)},
         "catalogue_size": _read(folder / FOLDER / MANIFEST).get("count"),
         "pictures": {what: file for what, file in PICTURES.items() if (folder / file).is_file()},
         "latency": _read(folder / LATENCY_FILE),
@@ -127,7 +115,7 @@ def preset_facts(preset: str) -> CardFacts:
     config = M6RecConfig.preset(preset)
     with torch.device("meta"):
         parameters = M6RecForRecommendation(config).num_parameters()
-    shape = {name: getattr(config, name) for name in SHAPE}
+    shape = {name: getattr(config, name) for name in ROLES["sizes"]}
     return CardFacts(f"m6rec-{preset}", preset=preset, shape=shape, parameters=parameters, licence="apache-2.0")
 
 

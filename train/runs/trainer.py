@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ...atomic_m6rec import atomic_folder, recover, shared_partial
+from ...item_features_m6rec import features_at
 from ...losses_m6rec import label_weights, loss_names
 from ..evaluation.curves import save_curves
 from ..rows.sampler import EpochRows, SeededOrder
@@ -235,7 +236,7 @@ class M6RecTrainer(Trainer):
             ids, mask = padded["input_ids"].to(device), padded["attention_mask"].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
                 self._frozen["item_states"] = run.base_model.item_states(ids, mask, run.segment_cache)
-            if run.model.config.bow_embeddings:
+            if features_at("segments", run.model.config):
                 self._frozen |= {"item_input_ids": ids, "item_attention_mask": mask}
         return self._frozen
 
