@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .atomic_m6rec import atomic_files
 from .formatting_m6rec import (
+    EVENT_KEYS,
     OTHER_TASKS,
     REQUEST_KEYS,
     WRITING_TASKS,
@@ -271,12 +272,14 @@ class EncodedRow:
         item_embedding_ids: Beside each id the row of the item memory, 0 where there is none.
         segments: (kind, text) of each segment, in the row's order.
         dropped: What did not fit.
+        events: Where the tokens of each event begin and end in the row.
     """
 
     input_ids: list[int]
     item_embedding_ids: list[int]
     segments: list[tuple[str, str]]
     dropped: Truncation
+    events: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -534,7 +537,12 @@ class Truncator:
         reading = EncodedRow([], [], [], draft.dropped)
         ids = self.ids
         reading.input_ids.append(ids["source_token_id"])
-        rows = [self._put(slot, reading) for group in (draft.start, *draft.events, draft.end) for slot in group]
+        rows = [self._put(slot, reading) for slot in draft.start]
+        for event in draft.events:
+            begin = len(reading.input_ids)
+            rows += [self._put(slot, reading) for slot in event]
+            reading.events.append((begin, len(reading.input_ids)))
+        rows += [self._put(slot, reading) for slot in draft.end]
         reading.input_ids.append(ids["source_end_token_id"])
         for target in draft.targets:
             reading.input_ids.append(ids["bos_token_id"])
@@ -760,9 +768,25 @@ class M6RecProcessor(ProcessorMixin):
         return [reading.input_ids[1:-1] for reading in self._read_drafts(drafts)]
 
     def item_texts(self, items: Iterable[str | Mapping[str, Any]]) -> list[str]:
-        """Word items."""
-        requests = [{"history": [{"item": item}]} for item in items]
-        return [reading.segments[-1][1] for reading in self.read_many(requests, "retrieval")]
+        """Word items, each whole: what a row may cut is in its `EncodedRow.segments`."""
+        return [self._wording.item(item, f"items[{index}]").text for index, item in enumerate(items)]
+
+    def history_items(self, request: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+        """Return the items of a request's history as they are given.
+
+        Raises:
+            ValueError: An event or an item, named by its place, cannot be worded.
+            TypeError: One has the wrong type.
+        """
+        items = []
+        for number, event in enumerate(check_list(request.get("history"), "history", MAX_EVENTS)):
+            item, place = event, f"history[{number}]"
+            if not isinstance(event, str):
+                item, place = check_mapping(event, place, EVENT_KEYS).get("item"), f"{place}.item"
+            if item is not None:
+                self._wording.item(item, place)
+                items.append(item)
+        return items
 
     @property
     def names(self) -> ItemNames:

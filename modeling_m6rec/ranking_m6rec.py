@@ -34,7 +34,7 @@ from .catalogue_m6rec import (
     without_stats,
 )
 from .configuration_m6rec import M6RecConfig
-from .layout_m6rec import Layout, Picked, layout
+from .layout_m6rec import Layout, Picked
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
 from .values_m6rec import normalize_id
@@ -70,6 +70,8 @@ class EncodedRequest:
     source: Tokens
     targets: list[Tokens]
     events: list[str]
+    spans: list[tuple[int, int]]
+    """Where the tokens of each event begin and end in the source."""
 
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out; None = these are never left out."""
@@ -169,7 +171,7 @@ class Scorer:
                 events.append([text])
             elif events and kind in ("item", "text"):
                 events[-1].append(text)
-        return EncodedRequest(source, targets, [" ".join(texts) for texts in events])
+        return EncodedRequest(source, targets, [" ".join(texts) for texts in events], reading.events)
 
     def scores(self, encoded: Sequence[EncodedRequest], task: str) -> list[torch.Tensor]:
         """Score all targets of each request, N x I each; and note the exit of those that name a confidence."""
@@ -192,15 +194,14 @@ class Scorer:
 
     def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str) -> torch.Tensor:
         """Score chosen targets as if one event had not been, for each event: E x N x I."""
-        rows, count = self._rows(encoded, chosen), len(encoded.events)
-        hidden = [event for event in range(1, count + 1) for _ in rows]
-        found = iter(self._target_values(rows * count, task, hidden, exit_layer=encoded.exit_layer))
-        return torch.stack([torch.cat([next(found)[0] for _ in rows]) for _ in range(count)])
+        rows, spans = self._rows(encoded, chosen), encoded.spans
+        hidden = [span for span in spans for _ in rows]
+        found = iter(self._target_values(rows * len(spans), task, hidden, exit_layer=encoded.exit_layer))
+        return torch.stack([torch.cat([next(found)[0] for _ in rows]) for _ in spans])
 
     def users_without(self, encoded: EncodedRequest) -> torch.Tensor:
         """Return the user's vector as if one event had not been, for each event: E x D."""
-        count = len(encoded.events)
-        return self._user_vectors([encoded.source] * count, range(1, count + 1))
+        return self._user_vectors([encoded.source] * len(encoded.spans), encoded.spans)
 
     def _rows(self, encoded: EncodedRequest, chosen: Sequence[int]) -> list[Tokens]:
         if self.virtual:
@@ -212,7 +213,7 @@ class Scorer:
         self,
         rows: Sequence[Tokens],
         task: str,
-        hidden: Sequence[int] | None = None,
+        hidden: Sequence[tuple[int, int]] | None = None,
         limits: Sequence[float | None] = (),
         exit_layer: int | None = None,
     ) -> list[tuple[torch.Tensor, int | None]]:
@@ -229,7 +230,7 @@ class Scorer:
                 found[row] = own[: rows[row].ids.count(self.config.bos_token_id)], last
         return found
 
-    def _user_vectors(self, rows: Sequence[Tokens], hidden: Sequence[int] | None = None) -> torch.Tensor:
+    def _user_vectors(self, rows: Sequence[Tokens], hidden: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
         found: list[Any] = [None] * len(rows)
         for part, out in self._read(rows, hidden, None, {"exit_layer": self.exit_layer}):
             if out.user_vectors is None:
@@ -249,22 +250,22 @@ class Scorer:
     def _read(
         self,
         rows: Sequence[Tokens],
-        hidden: Sequence[int] | None,
+        hidden: Sequence[tuple[int, int]] | None,
         decision: "_Decision | None",
         options: dict[str, Any],
     ) -> Iterator[tuple[list[int], Any]]:
         """Read rows, those of like length together and a bounded number at once; also say which they are.
 
-        `hidden` says for each row the event that is not seen (0 = none).
+        `hidden` says for each row where the event that is not seen begins and ends.
         """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
         for part in _batches(order, rows):
             features = [{"input_ids": rows[row].ids, "item_embedding_ids": rows[row].memory} for row in part]
             batch = {name: value.to(self.model.device) for name, value in self.processor.pad(features).items()}
             if hidden is not None:
-                event = layout(batch["input_ids"], batch["attention_mask"], self.config).event
-                unseen = torch.tensor([hidden[row] for row in part], device=event.device)[:, None]
-                batch["hidden_events"] = (event == unseen) & (event > 0)
+                place = torch.arange(batch["input_ids"].shape[1], device=self.model.device)
+                first, end = torch.tensor([hidden[row] for row in part], device=place.device).T[..., None]
+                batch["hidden_events"] = (place >= first) & (place < end)
             if decision is not None:
                 batch["decide"] = decision.of(batch["input_ids"], part)
             yield part, self.model(**batch, **self.plan, return_logits=False, **options)
@@ -344,8 +345,9 @@ class Query:
 
     request: dict[str, Any]
     """What the processor reads, without candidates."""
-    encoded: EncodedRequest
     candidates: list[Candidate]
+    reading: EncodedRequest | None = None
+    """What the model reads of it, once that is encoded."""
     seen: set[str] | None = None
     """Where candidates are still to be found in the catalogue: ids that are left out."""
     best: list[tuple[int, float]] = field(default_factory=list)
@@ -358,6 +360,12 @@ class Query:
     """Item of each event that the model reads, the last one last, where evidence reads them too; None = it has none."""
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out."""
+
+    @property
+    def encoded(self) -> EncodedRequest:
+        """What the model reads of a request that is ranked."""
+        assert self.reading is not None, "a request is encoded before it is ranked"
+        return self.reading
 
 
 @dataclass
@@ -386,17 +394,19 @@ class Ranker:
         confidences = [self.exit_confidence if confidence is None else confidence for confidence in own]
         for confidence in confidences:
             self.scorer.check(self.task, confidence)
-        # Read first, which checks the requests.
-        encoded = self.scorer.encode(split, "retrieval")
-        if self.task == "retrieval":
+        # For retrieval requests are read first, which checks them; other tasks read them with what is to be ranked.
+        encoded = self.scorer.encode(split, "retrieval") if self.task == "retrieval" else []
+        if encoded:
             self._say_unread(split, given, encoded)
-        queries = [self._query(*parts) for parts in zip(split, given, encoded)]
+        queries = [self._query(request, own) for request, own in zip(split, given)]
         for query, confidence in zip(queries, confidences):
             query.confidence = confidence
         if self.task == "retrieval":
+            for query, reading in zip(queries, encoded):
+                query.reading = reading
             self._retrieve(queries)
         else:
-            self._score([query for query in queries if query.candidates])
+            self._score(queries)
         return [self._rows(query) for query in queries]
 
     def _say_unread(
@@ -461,21 +471,21 @@ class Ranker:
 
     # ---------------------------------------------------------------------------------------------- what can be chosen
 
-    def _query(self, request: dict[str, Any], given: Any, encoded: EncodedRequest) -> Query:
+    def _query(self, request: dict[str, Any], given: Any) -> Query:
         if given is not None:
-            return Query(request, encoded, self._allowed(_checked(given), request))
+            return Query(request, self._allowed(_checked(given), request))
         catalogue = self.catalogue()
         seen = set() if self.exclude_seen is False else self._seen_in(catalogue, request)
         if self.task == "retrieval":
-            return Query(request, encoded, [], seen)
+            return Query(request, [], seen=seen)
         names = [name for name in catalogue if name not in seen]
         kept = [name for name in names if self.predicate is None or self.predicate(catalogue.fields(name))]
-        return Query(request, encoded, [Candidate(catalogue.item(name), name) for name in kept])
+        return Query(request, [Candidate(catalogue.item(name), name) for name in kept])
 
     def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
         """Leave out candidates that the history holds, if asked, or that the filter refuses."""
         if self.exclude_seen:
-            seen = _Seen(self.scorer.processor.names, _past_items(request))
+            seen = _Seen(self.scorer.processor.names, self.scorer.processor.history_items(request))
             candidates = [candidate for candidate in candidates if not seen.holds(without_stats(candidate.item))]
         if self.predicate is None:
             return candidates
@@ -484,7 +494,7 @@ class Ranker:
 
     def _seen_in(self, catalogue: CatalogueView, request: Mapping[str, Any]) -> set[str]:
         """Ids of the catalogue's items that the history holds: by their id, else by their text."""
-        past = _past_items(request)
+        past = self.scorer.processor.history_items(request)
         ids = {item_id for item in past if (item_id := item_identity(item)) is not None}
         nameless = [item for item in past if item_identity(item) is None]
         names = self.scorer.processor.names
@@ -496,12 +506,15 @@ class Ranker:
     # --------------------------------------------------------------------------------------------------------- ranking
 
     def _score(self, queries: list[Query]) -> None:
+        # Where nothing is left to be ranked, the request is only checked.
+        self.scorer.encode([query.request for query in queries if not query.candidates], "retrieval")
+        queries = [query for query in queries if query.candidates]
         requests = [{**query.request, "candidates": [item for item, _ in query.candidates]} for query in queries]
         encoded = self.scorer.encode(requests, self.task)
         for query, own in zip(queries, encoded):
             own.confidence = query.confidence
         for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
-            query.encoded = own
+            query.reading = own
             query.best = _best(values.mean(-1), self.top_k)
             query.details = [values[number].tolist() for number, _ in query.best]
 
@@ -702,12 +715,6 @@ def _fields(item: Item) -> dict[str, Any]:
     if isinstance(item, NamedText):
         return {"item_id": item.item_id, "item": str(item)}
     return {"item": item} if isinstance(item, str) else item
-
-
-def _past_items(request: Mapping[str, Any]) -> list[Item]:
-    """Return the items of a history that the processor has read."""
-    items = [event if isinstance(event, str) else event.get("item") for event in request.get("history") or ()]
-    return [item for item in items if item is not None]
 
 
 def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
