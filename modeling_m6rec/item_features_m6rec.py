@@ -221,7 +221,7 @@ class ItemEmbeddings(ItemFeature):
     places = ("states",)
     reads_rows = True
 
-    def make(self, config: M6RecConfig) -> nn.Module | None:
+    def make(self, config: M6RecConfig) -> nn.Embedding | None:
         """Make an embedding of each row; row 0 is no item's and stays zero."""
         rows = config.num_item_embeddings
         return nn.Embedding(rows + 1, config.hidden_size, padding_idx=0) if rows else None

@@ -458,8 +458,8 @@ def _distinct_segments(
     payloads = _payloads_in_order(rows)
     numbers: dict[SegmentKey, int] = {}
     order, start = [], 0
-    for place, length in enumerate(lengths.tolist()):
-        payload = payloads[place] if payloads else b""
+    for number, length in enumerate(lengths.tolist()):
+        payload = payloads[number] if payloads else b""
         key = SegmentKey(modes[start], tuple(ids[start : start + length]), payload)
         order.append(numbers.setdefault(key, len(numbers)))
         start += length

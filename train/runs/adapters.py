@@ -80,7 +80,8 @@ def _shaped_anew(run: Run) -> list[str]:
     if run.model.score_head is not None and before.score_names != config.score_names:
         found.append("score_head")
     rows = run.recipe.model.item_embeddings
-    return found + [feature.weights for feature in ITEM_FEATURES if feature.is_tuned(config, before, rows)]
+    tuned = [feature for feature in ITEM_FEATURES if feature.is_tuned(config, before, rows)]
+    return found + [feature.weights for feature in tuned if feature.weights is not None]
 
 
 def _save_base(run: Run, folder: Path) -> None:
