@@ -104,6 +104,16 @@ def test_a_bonus_of_new_items_stands_in_a_recipe(saved, make_recipe):
         prepare(make_recipe(model=bonus))
 
 
+def test_what_the_weights_of_a_checkpoint_decide_cannot_be_changed(saved, make_recipe):
+    """A field with the role "shapes" that the library would pass over, with weights that are new or left out."""
+    for name, value in (("norm_type", "layer"), ("embedding_dim", 12), ("num_hidden_layers", 6), ("qk_norm", True)):
+        with pytest.raises(ValueError, match=rf"decide, in brackets: {name}={value!r}"):
+            prepare(on(saved, make_recipe, model={"config": {name: value}}))
+    more = {"entry_norm": True, "bow_embeddings": True, "tfidf_weight": 0.5, "rating_values": [1.0, 2.0]}
+    config = prepare(on(saved, make_recipe, model={"config": more})).model.config
+    assert {name: getattr(config, name) for name in more} == more
+
+
 def test_a_checkpoint_is_gone_on_from_as_it_was(saved, make_recipe):
     again = prepare(on(saved, make_recipe))
     weights, kept = again.model.state_dict(), saved.model.state_dict()
