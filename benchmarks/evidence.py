@@ -22,11 +22,11 @@ import numpy as np
 import pandas
 import torch
 
-from m6rec import Catalogue, Evidence, catalogue_m6rec
+from m6rec import Catalogue, Evidence, M6RecConfig, catalogue_m6rec
 
 WIDTH, SPREAD, ITEMS_A_CENTRE, EVENTS_A_USER, QUERIES, BATCH, BATCHES = 128, 0.8, 100, 10, 64, 1000, 100
 RESULTS = Path(__file__).parent / "results" / "evidence.json"
-MODEL = SimpleNamespace(config=SimpleNamespace(vector_width=WIDTH), fingerprint=lambda: "0" * 64)
+MODEL = SimpleNamespace(config=M6RecConfig.preset("tiny", embedding_dim=WIDTH), fingerprint=lambda: "0" * 64)
 PROCESSOR = SimpleNamespace(item_texts=lambda items: [item["title"] for item in items])
 
 

@@ -23,14 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from m6rec import Catalogue, catalogue_m6rec
+from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
 from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, Past
 from m6rec.item_features_m6rec import Evidence
 from tests.modeling_m6rec.faults import finish, fork
 
 WIDTH = 4
 TITLES = ["red shoes", "blue shoes", "red hat", "tea pot", "green tea", "tea", "", "a red tea pot", "hat", "shoes"]
-MODEL = types.SimpleNamespace(config=types.SimpleNamespace(vector_width=WIDTH), fingerprint=lambda: "f" * 64)
+MODEL = types.SimpleNamespace(config=M6RecConfig.preset("tiny", embedding_dim=WIDTH), fingerprint=lambda: "f" * 64)
 PROCESSOR = types.SimpleNamespace(item_texts=lambda items: [item["title"] for item in items])
 RULE = Evidence(learnt=0.5)
 
