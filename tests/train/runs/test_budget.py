@@ -37,7 +37,7 @@ class Training:
                 self.budget.on_epoch_end(self.args, self.state, self.control)
                 self.now += 5
                 more = {"lr_scheduler": self.scheduler}
-                self.budget.on_evaluate(self.args, self.state, self.control, {"eval_ndcg@10": 0.5}, **more)
+                self.budget.on_evaluate(self.args, self.state, self.control, metrics={"eval_ndcg@10": 0.5}, **more)
         return self
 
 
