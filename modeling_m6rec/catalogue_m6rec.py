@@ -296,7 +296,8 @@ def _read_part(standing: Path, folder: Path) -> Kept:
             files[name].seek(0)
         vectors = _read_vectors(files[VECTORS], folder / VECTORS, manifest["count"], manifest["dimension"])
         items = _read_items(files[ITEMS], folder / ITEMS, manifest["count"], manifest["json_columns"])
-        evidence, journal = None, ([], 0)
+        evidence: KeptEvidence | None = None
+        journal: tuple[list[Any], int] = ([], 0)
         if manifest.get("evidence"):
             evidence = _read_evidence(files, folder, manifest)
             journal = read_journal(files[JOURNAL].read() if JOURNAL in files else b"", folder / JOURNAL)
@@ -871,11 +872,9 @@ class Counted:
         alike = self.words.likeness(vectors) if len(vectors.items) else vectors
         alike = alike._replace(values=self.rule.words * alike.values)
         after = self.transitions.after(known if self.rule.transitions else known.known(0))
-        several = after._replace(values=self.rule.transitions * after.values), known
+        several = [after._replace(values=self.rule.transitions * after.values)]
         if self.rule.again:
-            several = several[0], known._replace(values=self.rule.again * known.values)
-        else:
-            several = several[:1]
+            several.append(known._replace(values=self.rule.again * known.values))
         users, numbers, values = (np.concatenate(parts) for parts in zip(*several))
         here = self.rows[numbers] >= 0
         return alike, Sparse.of(users[here], self.rows[numbers[here]], values[here], max(len(self.words.live), 1))
@@ -899,8 +898,8 @@ class Counted:
                 elif past.text:
                     vector = self.words.vector_of(past.text, weight)
                     texts.append(vector._replace(users=np.full(len(vector.items), user)))
-        several = zip(self.words.vectors(_sparse(places, len(self.words.live))), *texts)
-        vectors = Sparse.of(*(np.concatenate(parts) for parts in several), len(self.words.rarity))
+        several = [self.words.vectors(_sparse(places, len(self.words.live))), *texts]
+        vectors = Sparse.sum(several, len(self.words.rarity))
         return vectors, _sparse(known, len(self.rows))
 
     @cached_property
@@ -919,8 +918,8 @@ class Counted:
 
     def supports(self, histories: Sequence[Sequence[Past]]) -> list[Support]:
         """Score rows by evidence, for users with these histories."""
-        several = zip(*self.parts([self.weighed(history) for history in histories]))
-        together = Sparse.of(*(np.concatenate(parts) for parts in several), max(len(self.words.live), 1))
+        parts = self.parts([self.weighed(history) for history in histories])
+        together = Sparse.sum(parts, max(len(self.words.live), 1))
         return [Support(*together.of_user(user)) for user in range(len(histories))]
 
 
@@ -1247,7 +1246,7 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
         scores = scores if state.share == 1 else scores * state.share
     else:
         scores = torch.zeros(len(asked), len(state.live))
-    if state.popularity:
+    if state.counted is not None and state.popularity:
         scores += torch.from_numpy(state.counted.popular).float()
     found = []
     for each, own in zip(asked, scores):
@@ -1328,13 +1327,13 @@ def _certain(state: State, asked: _Asked, reached: Found, top_k: int, allowed: C
         if stop <= start:
             break
         part = more[order[start:stop]]
-        part = torch.from_numpy(part[chosen(part.tolist())])
-        cosine = (state.gather(part) @ asked.user).double()
-        rows, scores = torch.cat((rows, part)), torch.cat((scores, share * cosine + asked.added(state, part)))
+        fresh = torch.from_numpy(part[chosen(part.tolist())])
+        cosine = (state.gather(fresh) @ asked.user).double()
+        rows, scores = torch.cat((rows, fresh)), torch.cat((scores, share * cosine + asked.added(state, fresh)))
         start, size = stop, WIDER * size
     if len(rows) < top_k:
         return None
-    cut = scores.topk(top_k).values[-1] - asked.margin(state)
+    cut = scores.topk(top_k).values[-1].item() - asked.margin(state)
     return _ranked(state, asked, rows[scores >= cut].sort().values, top_k) if cut > floor else None
 
 

@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -644,11 +643,11 @@ class Evidence:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1000
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1000
 
 
 def _is_time(name: str, value: Any) -> bool:
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return name == "half_life" and number and value > 0
 
 
@@ -763,6 +762,12 @@ class Sparse(NamedTuple):
         part = slice(*np.searchsorted(self.users, (user, user + 1)))
         return self.items[part], self.values[part]
 
+    @classmethod
+    def sum(cls, several: Iterable["Sparse"], width: int) -> "Sparse":
+        """Add up numbers at items below `width`."""
+        users, items, values = (np.concatenate(parts) for parts in zip(*several))
+        return cls.of(users, items, values, width)
+
     def known(self, width: int) -> "Sparse":
         """Return the numbers at items below `width`."""
         kept = self.items < width
@@ -831,7 +836,7 @@ class Transitions:
     @classmethod
     def empty(cls, rule: Evidence) -> "Transitions":
         """Return none between no items."""
-        return cls(rule, (), *(np.empty(0, np.int64) for _ in range(3)))
+        return cls(rule, (), out=_NONE.keys, into=_NONE.keys, met=_NONE.keys)
 
     @classmethod
     def fit(
@@ -919,8 +924,7 @@ class Transitions:
         if not self.rule.second:
             return first
         second = self.follow(first)
-        several = zip(first, second._replace(values=self.rule.second * second.values))
-        return Sparse.of(*(np.concatenate(parts) for parts in several), self.num_items)
+        return Sparse.sum([first, second._replace(values=self.rule.second * second.values)], self.num_items)
 
     def follow(self, shares: Sparse) -> Sparse:
         """Multiply weights of users at items with P."""
@@ -1276,7 +1280,7 @@ class Words:
         """Multiply vectors of users with those of all rows, dead ones too."""
         postings = (self._sorted[1], self._tail)
         parts = []
-        for piece in vectors.groups(sum(own.lengths(vectors.items) for own in postings)):
+        for piece in vectors.groups(postings[0].lengths(vectors.items) + postings[1].lengths(vectors.items)):
             part = vectors.part(piece)
             weights = part.values * self.rarity[part.items]
             owners, rows = zip(*(own.entries(part.items) for own in postings))

@@ -561,9 +561,7 @@ class Ranker:
             query.best = [(place, score) for place, (_, score) in enumerate(pairs)]
             query.vectors = catalogue.vectors(names)
 
-    def _users(
-        self, queries: Sequence[Query], catalogue: CatalogueView | None
-    ) -> Sequence[torch.Tensor] | list[torch.Tensor | None]:
+    def _users(self, queries: Sequence[Query], catalogue: CatalogueView | None) -> Sequence[torch.Tensor | None]:
         """Return the vector of each user; None where the cosine counts nothing, and no model is read."""
         if catalogue is not None and catalogue.evidence is not None and not catalogue.evidence.learnt:
             return [None] * len(queries)
