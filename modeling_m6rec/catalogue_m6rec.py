@@ -1284,9 +1284,11 @@ def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pre
             verdicts[row] = predicate is None or predicate(state.fields(row))
         return verdicts[row]
 
-    waiting = list(range(len(asked)))
+    # Where words in common speak of very many rows, comparing with all costs less.
+    few = EXACT_SHARE * len(state.live)
+    waiting = [number for number, each in enumerate(asked) if len(each.support.rows) <= max(few, top_k)]
     count, breadth = top_k + EXTRA + max((len(each.left_out) for each in asked), default=0), 1
-    while waiting and count <= EXACT_SHARE * len(state.live):
+    while waiting and count <= few:
         users = torch.stack([asked[number].user for number in waiting])
         for number, base, side in zip(
             waiting, state.index.search(users, count, breadth), nearest(users, state.side, count)
