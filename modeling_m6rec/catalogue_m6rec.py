@@ -1498,8 +1498,9 @@ class Catalogue(CatalogueView):
             vectors = _embedded(list(items.values()), model, processor, (batch_size, progress), rule)
             new = _replaced(state, rows, items, vectors, model.fingerprint())
             if new.counted is not None:
-                new = replace(new, counted=replace(new.counted, words=Words.of(item_texts(processor, items.values()))))
-                self._evidence_log().rule = new.counted.rule
+                counted = replace(new.counted, words=Words.of(item_texts(processor, items.values())))
+                new = replace(new, counted=counted)
+                self._evidence_log().rule = counted.rule
             self._state = new
 
     def snapshot(self) -> CatalogueView:
@@ -1718,7 +1719,7 @@ class Catalogue(CatalogueView):
                 _refuse_journal(Path(directory).resolve())
         write_catalogue(directory, *rest)
 
-    def _save_with_evidence(self, folder: Path, rest: tuple) -> None:
+    def _save_with_evidence(self, folder: Path, rest: tuple[dict[str, Item], torch.Tensor, str, Any, int]) -> None:
         """Write everything while nothing changes, and go on from there."""
         home = self._home
         if home is not None and home.folder == folder:
@@ -1732,7 +1733,7 @@ class Catalogue(CatalogueView):
         kept = KeptEvidence(
             counted.words, counted.transitions, counted.names[: len(counted.rows)], self._evidence_log()
         )
-        write_catalogue(folder, *rest, kept)
+        write_catalogue(folder, *rest, evidence=kept)
         if home is not None and home.journal is not None:
             home.journal.close()
         self._home = _Home(folder, folder_version(folder))
@@ -1905,8 +1906,8 @@ def _replaced(
     """Return a state of one base matrix for the items of some rows, with an index of the same kind."""
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
     more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
-    more["counted"] = None if state.counted is None else state.counted.kept(rows)
-    return State.of(items, vectors, fingerprint, **more)
+    counted = None if state.counted is None else state.counted.kept(rows)
+    return State.of(items, vectors, fingerprint, **more, counted=counted)
 
 
 def _read(items: Any, state: State) -> dict[str, Item]:

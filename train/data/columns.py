@@ -89,7 +89,7 @@ class Sample:
         places = numpy.unique(numpy.linspace(0, max(count - 1, 0), min(count, LOOKED_AT)).astype(int))
         self._sample = rows if len(places) == count else rows.select(places)
         self._table = Table(name, self._sample, {})
-        self._cells: dict[str, pandas.Series | None] = {}
+        self._cells: dict[str, pandas.Series] = {}
 
     @property
     def columns(self) -> list[str]:

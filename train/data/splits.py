@@ -249,7 +249,7 @@ def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool =
     """
     if not 0 < fraction < 0.5:
         raise ValueError(f"fraction is {fraction}; expected a share of the items above 0 and below 0.5")
-    parts = (split.train, split.valid, split.test, split.gap)
+    parts: tuple[pandas.DataFrame, ...] = (split.train, split.valid, split.test, split.gap)
     items = sorted({str(item) for part in parts for item in part["item_id"].unique()})
     drawn = numpy.random.default_rng(seed).permutation(len(items))
     count = max(round(len(items) * fraction), 1)
