@@ -37,7 +37,7 @@ INTERVALS = "intervals"
 """Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
 VERDICT = "verdict"
 """Where the model's row of a report keeps how it compares with the best baseline."""
-NOT_METRICS = (INTERVALS, VERDICT)
+NOT_METRICS = (INTERVALS, VERDICT, "difference", "differences", "settings")
 """What stands in a report beside the figures."""
 BIAS_METRICS = ("coverage", "popularity_bias")
 """Metrics that say how a model treats items, not how right it is."""

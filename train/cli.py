@@ -111,7 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         "--num-joint-layers", type=int, metavar="L", help="last layers that read all segments together"
     )
     evaluate = add("evaluate", _evaluate, "measure a model again (metrics.json; with overrides: evaluation.json)")
-    evaluate.add_argument("model", help="the folder of a trained model, with its recipe.yaml")
+    evaluate.add_argument("model", help="the folder of a trained model, with its recipe.yaml; --untrained: a recipe")
+    evaluate.add_argument(
+        "--untrained", action="store_true", help="measure the rows that need no training on a recipe's log, no model"
+    )
+    evaluate.add_argument("--output", metavar="FILE", default="", help="with --untrained: a JSON file for the report")
     recommend = add("recommend", _recommend, "recommend items to a user")
     _add_recommend(recommend)
     quick = add("quickstart", _quickstart, "train on MovieLens-100K, evaluate, recommend")
@@ -248,8 +252,13 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .commands.evaluate import evaluate
+    from .commands.evaluate import evaluate, evaluate_untrained
 
+    if options.untrained:
+        evaluate_untrained(options.model, options.overrides, print, options.output)
+        return
+    if options.output:
+        raise ValueError(f"--output {options.output} goes with --untrained: a run's report is saved in its folder")
     evaluate(options.model, options.overrides, print)
 
 

@@ -1,6 +1,7 @@
 """`m6rec evaluate`: a trained model is measured again, and what was measured of it before is not lost.
 
 m6rec evaluate runs/own evaluation.exclude_seen=false
+m6rec evaluate beauty --untrained evaluation.protocol=time
 """
 
 import json
@@ -9,14 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from ..answering.evidence import kept_evidence
 from ..config.locations import log_digest
-from ..config.recipe import load_saved, write_json
-from ..data.log import Log
+from ..config.recipe import Recipe, load_recipe, load_saved, write_json
+from ..data.log import Log, read_log
 from ..evaluation.tables import tables, why_unwritable
-from ..runs.build import prepare
+from ..evaluation.untrained import untrained_rows
+from ..evaluation.verdicts import OWN
+from ..rows.examples import RequestWriter
+from ..runs.build import make_split, prepare
 from ..runs.facts import CARD_FILE
 from ..runs.finetune import full_report
+from ..runs.run import Run, item_texts
 from .fit import METRICS_FILE, Report, kept_report
 
 logger = logging.getLogger(__name__)
@@ -56,7 +63,53 @@ def _measured(folder: str | Path, overrides: Sequence[str]) -> tuple[Log, Report
         return kept_report(folder, overrides)
     saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
     run = prepare(load_saved(folder, [*overrides, *saved]))
-    return run.log, full_report(run)
+    report = full_report(run)
+    if overrides and "retrieval" in report:
+        _warn_of_learnt(report["retrieval"][OWN], load_recipe(folder), run)
+    return run.log, report
+
+
+def evaluate_untrained(
+    recipe: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None, output: str = ""
+) -> Report:
+    """Measure the rows of retrieval that need no training, on the log of a recipe; no model is made.
+
+    Args:
+        recipe: A recipe, or the folder of a run.
+        overrides: Entries such as `evaluation.protocol=time` that differ from it.
+        say: Prints the table; None: nothing is printed.
+        output: A JSON file that gets the report; empty: none.
+
+    Returns:
+        `retrieval` -> who -> metric -> value.
+    """
+    asked = load_recipe(recipe, [*overrides, "training.output_dir=."])  # nothing is trained, and some name none
+    log = read_log(asked.data)
+    split = make_split(asked, log)
+    rows = untrained_rows(RequestWriter(log), item_texts(log), split, "test", asked.evaluation, asked.seed)
+    report = {"retrieval": rows}
+    if say is not None:
+        say(tables(report))
+    if output:
+        write_json(Path(output), report)
+    return report
+
+
+def _warn_of_learnt(row: dict[str, Any], then: Recipe, run: Run) -> None:
+    """Say, also in the model's row, how many of the held-out events the model has learnt under its own split."""
+    asked = run.split.test
+    learnt = make_split(then, run.log).train
+    names = ["user_id", "item_id"]
+    known = pandas.MultiIndex.from_frame(learnt[names].astype(str))
+    count = int(pandas.MultiIndex.from_frame(asked[names].astype(str)).isin(known).sum())
+    if count:
+        row["learnt"] = count
+        logger.warning(
+            "%d of the %d held-out events are among those that the model was trained on: its figures are no test. "
+            "Train it under the same protocol (m6rec finetune with these settings)",
+            count,
+            len(asked),
+        )
 
 
 def _other_data(folder: Path, log: Log) -> str | None:
@@ -76,4 +129,4 @@ def _other_data(folder: Path, log: Log) -> str | None:
     return f"the data are others than those of the run ({'; '.join(counts) or 'as many users, items and events'})"
 
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_untrained"]

@@ -30,11 +30,11 @@ from ..evaluation.reports import (
     count_repeats,
     learnt_sequences,
     rank_catalogue,
-    ranking_baselines,
     ranking_examples,
     ranking_rows,
     ranking_scores_report,
 )
+from ..evaluation.untrained import Untrained, plain
 from ..rows.examples import RequestWriter
 from ..rows.held_out import before_and_in
 from ..runs.adapters import trainable_parameters
@@ -95,7 +95,7 @@ class Measured:
         if run is not None:
             cosines = rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
             scores[OWN] = beside(cosines, alone, share)
-        scores |= ranking_baselines(self.texts, self.sequences, examples, self.counts)
+        scores |= Untrained(self.writer, self.texts, self.split, plain(arguments), seed).scores(examples, "test")
         if share:
             scores["evidence"] = alone
         rows = ranking_rows(scores, examples, self.counts, arguments, seed)

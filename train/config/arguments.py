@@ -13,6 +13,11 @@ from ..data.tasks import SCORED
 OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour", "likes")
 WRITTEN = ("explanation", "query", "conversation", "item_text")
 STATISTICS = ("item_likes",)
+BASELINES = (
+    *("popularity", "recent_popularity", "similar_text", "words", "transitions"),
+    *("neighbours_and_words", "neighbours_and_words_tuned", "ease"),
+)
+"""Rows of a table of retrieval that need no training."""
 Negatives = Literal["batch", "sampled", "catalogue"]
 Repeats = Literal["miss", "leave_out"]
 SplitName = Literal["leave-one-out", "time", "given"]
@@ -277,6 +282,8 @@ class EvaluationArguments:
     history holds its events in any case."""
     successive: bool = False
     """With the protocol `time`, ask about each event after the quantile, after all before it, not the last one only."""
+    baselines: list[str] | None = None
+    """Which of BASELINES stand beside the model in a table of retrieval. None: all, `ease` up to 5,000 items."""
     valid_fraction: float = 0.1
     """Share of the events used for validation, by time."""
     test_fraction: float = 0.1
@@ -333,6 +340,10 @@ class EvaluationArguments:
             raise ValueError(
                 f"evaluation.validate is {self.validate!r}, and evaluation.split {self.split!r} has its own validation "
                 "part: name an evaluation.protocol in place of the split"
+            )
+        if unknown := [name for name in self.baselines or () if name not in BASELINES]:
+            raise ValueError(
+                f"evaluation.baselines: unknown {', '.join(unknown)}; expected some of {', '.join(BASELINES)}"
             )
         if self.successive and self.protocol != "time":
             raise ValueError("evaluation.successive asks about the events after a moment: set evaluation.protocol=time")

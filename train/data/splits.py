@@ -101,6 +101,11 @@ def hold_out(
     users = ordered.groupby("user_id", sort=False, observed=True)["user_id"]
     if protocol == "time":
         test, asked = _later(times, times, 1 - test_fraction), numpy.ones(len(ordered), dtype=bool)
+        if not test.any():
+            raise ValueError(
+                f"no event is later than the quantile {1 - test_fraction:g} of the times: too many of the "
+                f"{len(ordered)} events share the last timestamp"
+            )
     else:
         asked = (users.transform("size") >= 3).to_numpy()
         test = asked & (users.cumcount(ascending=False) == 0).to_numpy()
@@ -132,14 +137,7 @@ def check_shares(valid_fraction: float, test_fraction: float) -> None:
 
 def _later(times: numpy.ndarray, everything: numpy.ndarray, quantile: float) -> numpy.ndarray:
     """Which times are later than a quantile of all."""
-    moment = numpy.sort(everything)[int(quantile * len(everything))]
-    later = times > moment
-    if not later.any():
-        raise ValueError(
-            f"no event is later than the quantile {quantile:g} of the times: too many of the {len(everything)} events "
-            "share the last timestamp"
-        )
-    return later
+    return times > numpy.sort(everything)[int(quantile * len(everything))]
 
 
 def by_time(

@@ -1,18 +1,67 @@
-"""Baselines of every table: popularity, similar texts, neighbours and words, and for clicks the share of likes."""
+"""Rules that need no training, each a class with `scores(histories)`: U x M scores of all items.
+
+Popularity, recent popularity, most similar text, transitions, words, both together, and EASE.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from ...item_features_m6rec import Evidence, Transitions, Words, recent
+from ...item_features_m6rec import WIDTH, Evidence, Sparse, Transitions, Words, recent
 from ...values_m6rec import WORD
+
+TABLED = 16_384
+"""Items up to which a table of what each says of each is made: a gibibyte in float32."""
+ROWS_AT_ONCE = 1024
+"""Rows of a table that are made together."""
+EASE_ITEMS = 25_000
+"""Items up to which EASE is computed: its matrices take 7.5 GB then."""
+
+Histories = Iterable[Sequence[int] | np.ndarray]
 
 
 def popularity_scores(counts: np.ndarray, num_users: int) -> np.ndarray:
     """Score items by their training events, the same for every user: U x M."""
     return np.broadcast_to(counts.astype(float), (num_users, len(counts)))
+
+
+class RecentPopularity:
+    """Scores items by how many events they had before the user's last one, each counting less the older it is.
+
+    An event counts 2 ** -(age / half_life). Only events up to the moment of a user's last event are counted, so that
+    nothing is known of what was popular later.
+
+    Args:
+        items: Catalogue row of each of N events.
+        times: When each was, in seconds.
+        num_items: M.
+        half_life: Seconds in which an event comes to count half.
+
+    >>> rule = RecentPopularity(np.array([0, 1, 1, 2]), np.array([0.0, 10, 10, 20]), num_items=3, half_life=10)
+    >>> rule.scores_at(np.array([20.0, 10.0])).tolist()
+    [[0.25, 1.0, 1.0], [0.5, 2.0, 0.0]]
+    """
+
+    def __init__(self, items: np.ndarray, times: np.ndarray, num_items: int, half_life: float) -> None:
+        order = np.argsort(times, kind="stable")
+        self.items, self.times = items[order], times[order]
+        self.num_items, self.half_life = num_items, half_life
+
+    def scores_at(self, moments: np.ndarray) -> np.ndarray:
+        """Score all items for users at these moments, in seconds: U x M."""
+        found, total, done, now = np.zeros((len(moments), self.num_items)), np.zeros(self.num_items), 0, 0.0
+        for user in np.argsort(moments, kind="stable"):
+            moment = moments[user]
+            stop = int(np.searchsorted(self.times, moment, side="right"))
+            total *= 2.0 ** (-(moment - now) / self.half_life) if done else 1.0
+            weights = 2.0 ** (-(moment - self.times[done:stop]) / self.half_life)
+            total += np.bincount(self.items[done:stop], weights, minlength=self.num_items)
+            done, now, found[user] = stop, moment, total
+        return found
 
 
 class SimilarText:
@@ -34,13 +83,71 @@ class SimilarText:
         rarity = torch.log((1 + words.shape[0]) / (1 + words.frequency))
         self.matrix = words.matrix((1 + words.counts.log()) * rarity[words.columns])
 
-    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+    def scores(self, histories: Histories) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         items = [np.asarray(history, dtype=int) for history in histories]
         shares = np.zeros((len(items), self.matrix.shape[0]))
         for user, history in enumerate(items):
             np.add.at(shares[user], history, 1 / max(len(history), 1))
         return _likeness(self.matrix, shares)
+
+
+class LastItems:
+    """Scores items by what the last items of a history say of them: a weighted sum over the last items.
+
+    Args:
+        evidence: What one item says of another.
+        rule: Weights of the last items.
+    """
+
+    def __init__(self, evidence: Transitions | Words, rule: Evidence) -> None:
+        self.evidence, self.rule = evidence, rule
+        self.num_items = evidence.num_items if isinstance(evidence, Transitions) else len(evidence.live)
+
+    @cached_property
+    def table(self) -> np.ndarray | None:
+        """What each item says of each, M x M in float32; None where there are too many."""
+        if self.num_items > TABLED:
+            return None
+        found = np.empty((self.num_items, self.num_items), dtype=np.float32)
+        work = second_work(self.evidence) if isinstance(self.evidence, Transitions) else 0
+        product = work > self.num_items**3 / 400  # then a dense product is faster
+        for start in range(0, self.num_items, ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + ROWS_AT_ONCE, self.num_items))
+            own = Sparse(rows - start, rows, np.ones(len(rows)))
+            found[rows] = (self._first if product else self._said)(own).dense(len(rows), self.num_items)
+        return found + np.float32(self.rule.second) * (found @ found) if product and self.rule.second else found
+
+    def _first(self, shares: Sparse) -> Sparse:
+        assert isinstance(self.evidence, Transitions)
+        return self.evidence.follow(shares)
+
+    def _said(self, shares: Sparse) -> Sparse:
+        if isinstance(self.evidence, Words):
+            return self.evidence.likeness(self.evidence.vectors(shares))
+        return self.evidence.after(shares) if self.evidence.rule.second else self.evidence.follow(shares)
+
+    def scores(self, histories: Histories) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M."""
+        several = [np.asarray(history, dtype=int)[: -len(self.rule.recency) - 1 : -1] for history in histories]
+        if self.table is None:
+            shares = recent([own[::-1] for own in several], self.rule)
+            return self._said(shares).dense(len(several), self.num_items)
+        weights = np.array(self.rule.recency)
+        return summed_rows(self.table, [(own, weights[: len(own)]) for own in several])
+
+    def aged(self, recency: Sequence[float]) -> "LastItems":
+        """Return the same with other weights of the last items; the table is shared."""
+        other = LastItems(self.evidence, replace(self.rule, recency=tuple(recency)))
+        if "table" in vars(self):
+            vars(other)["table"] = self.table
+        return other
+
+
+def second_work(transitions: Transitions) -> int:
+    """Number of additions that following every pair once more takes."""
+    first, second = np.divmod(transitions.counts().keys, WIDTH)
+    return int(np.bincount(first, minlength=transitions.num_items)[second].sum())
 
 
 class NeighboursAndWords:
@@ -52,23 +159,78 @@ class NeighboursAndWords:
     Args:
         texts: Text of each of the M items.
         sequences: Items of each training history, in order, as rows of the catalogue.
+        words: What the texts have in common, if that is known.
 
     >>> rule = NeighboursAndWords(["red shoes", "blue shoes", "green tea", "tea pot"], [[0, 2], [0, 2], [3, 0]])
     >>> rule.scores([[0]])[0].argsort()[::-1].tolist()      # green tea was bought after red shoes
     [2, 0, 3, 1]
     """
 
-    def __init__(self, texts: Sequence[str], sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
+    def __init__(self, texts: Sequence[str], sequences: Histories, words: LastItems | None = None) -> None:
         self.rule = Evidence()
-        self.transitions = Transitions.fit(sequences, len(texts), self.rule)
-        self.words = Words.of(texts)
+        self.transitions = LastItems(Transitions.fit(sequences, len(texts), self.rule), self.rule)
+        self.words = words or LastItems(Words.of(texts), self.rule)
 
-    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+    def scores(self, histories: Histories) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         several = list(histories)
-        shares, shape = recent(several, self.rule), (len(several), self.transitions.num_items)
-        found = self.rule.transitions * self.transitions.after(shares).dense(*shape)
-        return found + self.rule.words * self.words.likeness(self.words.vectors(shares)).dense(*shape)
+        followed = self.rule.transitions * self.transitions.scores(several)
+        return followed + self.rule.words * self.words.scores(several)
+
+
+class Ease:
+    """EASE (Steck 2019): the linear model between items without self-weights, in closed form.
+
+    An item's score is the sum of the weights from each distinct item of the history.
+
+    Args:
+        together: How many users have met both of two items: M x M; see `met_together`.
+        strength: Ridge penalty.
+
+    Raises:
+        ValueError: There are too many items: the closed form inverts a matrix of M x M.
+    """
+
+    def __init__(self, together: np.ndarray, strength: float) -> None:
+        refuse_large_ease(len(together))
+        weights = torch.from_numpy(together.copy())
+        weights.diagonal().add_(strength)
+        weights = torch.cholesky_inverse(torch.linalg.cholesky(weights))
+        weights /= -weights.diagonal().clone()
+        weights.fill_diagonal_(0)
+        self.weights = weights.numpy()
+
+    def scores(self, histories: Histories) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M."""
+        distinct = [np.unique(np.asarray(history, dtype=int)) for history in histories]
+        return summed_rows(self.weights, [(items, np.ones(len(items))) for items in distinct])
+
+
+def refuse_large_ease(num_items: int) -> None:
+    """Raise if EASE would take too much memory and time."""
+    if num_items > EASE_ITEMS:
+        raise ValueError(
+            f"EASE inverts a matrix of all items by all items, and {num_items:,} items are more than {EASE_ITEMS:,}: "
+            "leave ease out of evaluation.baselines"
+        )
+
+
+def met_together(sequences: Histories, num_items: int) -> np.ndarray:
+    """Count the users who have met both of two items: M x M, with an item's users in the diagonal, in float32."""
+    counts = np.zeros((num_items, num_items), dtype=np.float32)
+    for sequence in sequences:
+        rows = np.unique(np.asarray(sequence, dtype=int))
+        counts[np.ix_(rows, rows)] += 1
+    return counts
+
+
+def summed_rows(table: np.ndarray, chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Sum rows of an M x M table by weights, for each of U (rows, weights): U x M."""
+    found = np.zeros((len(chosen), table.shape[1]), dtype=table.dtype)
+    for user, (rows, weights) in enumerate(chosen):
+        if len(rows):
+            np.dot(weights.astype(table.dtype), table[rows], out=found[user])
+    return found
 
 
 class _Words:
@@ -111,7 +273,14 @@ def _likeness(vectors: torch.Tensor, shares: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
+    "Ease",
+    "LastItems",
     "NeighboursAndWords",
+    "RecentPopularity",
     "SimilarText",
+    "met_together",
     "popularity_scores",
+    "refuse_large_ease",
+    "second_work",
+    "summed_rows",
 ]

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,12 @@ from ..config.arguments import EvaluationArguments, TaskArguments
 from ..data.splits import Split, has_times, histories
 from ..data.tasks import SCORED
 from ..metrics import (
-    bootstrap_interval,
     coverage,
-    mrr,
-    ndcg_at_k,
+    interval_of,
     ndcg_gains,
     popularity_bias,
     ranking_report,
-    recall_at_k,
+    resampled_means,
     target_ranks,
     top_items,
 )
@@ -35,14 +33,13 @@ from ..rows.collator import CatalogueRows, M6RecDataCollator
 from ..rows.examples import Candidates, Negatives, RequestWriter, read_requests, target_labels
 from ..rows.held_out import all_events, before_and_in, drawn_users, eval_queries, learnt_before, rankings
 from ..rows.item_likes import like_rates
-from .baselines import NeighboursAndWords, SimilarText, popularity_scores
 from .measures import MEASURES
-from .verdicts import OWN, VERDICT, compare
+from .verdicts import OWN, RULE, VERDICT, compare, differences
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 64
-USERS_AT_ONCE = 1024
-"""Users whose scores of the whole catalogue are held at once: 100 MB for 12,000 items."""
+SCORES_AT_ONCE = 1 << 23
+"""Scores, of users for the whole catalogue, that are held at once: 64 MB."""
 LIKE_STRENGTH = 5.0
 """How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
 COMPARED_AT = 10
@@ -127,10 +124,12 @@ class Scores:
     """U x M scores of a catalogue, made when some users are asked for: all at once they would fill the memory.
 
     Attributes:
-        of: Makes the scores of a slice of the users. Equal scores share a rank, so numbers should be of float64.
+        of: Makes the scores of a slice of the users. Equal scores share a rank.
+        settings: What was chosen for the rule that makes them.
     """
 
     of: Callable[[slice], np.ndarray]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, part: slice) -> np.ndarray:
         return self.of(part)
@@ -358,8 +357,10 @@ def _ranked(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Rank each target, and list each user's first k items."""
     ranks, top = [], []
-    for start in range(0, len(examples.users), USERS_AT_ONCE):
-        part = slice(start, start + USERS_AT_ONCE)
+    num_items = scores[:1].shape[1] if examples.users else 1
+    at_once = max(SCORES_AT_ONCE // num_items, 1)
+    for start in range(0, len(examples.users), at_once):
+        part = slice(start, start + at_once)
         table, seen = scores[part], examples.histories[part] if exclude_seen else None
         ranks.append(target_ranks(table, examples.targets[part], seen))
         top += top_items(table, k, seen)
@@ -378,17 +379,54 @@ def ranking_rows(
     arguments: EvaluationArguments,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Measure model and baselines: who -> metrics; the model's row also has intervals, and how it compares."""
+    """Measure model and baselines: who -> metrics.
+
+    Each row has intervals, its `differences` to every other row with paired intervals, the `difference` to the rule
+    `neighbours_and_words` among them, and what was chosen as `settings`; the model's row also says how it compares
+    with the best of the others.
+    """
     rows, gains = {}, {}
     k = COMPARED_AT if COMPARED_AT in arguments.ks else max(arguments.ks)
     for who, own in scores.items():
         ranks, top = _ranked(own, examples, arguments.exclude_seen, max(arguments.ks))
         rows[who] = _ranking_row(ranks, top, examples, counts, arguments)
-        gains[who] = ndcg_gains(ranks, k)
-        if who == OWN:
-            rows[who]["intervals"] = ranking_intervals(ranks, arguments, seed)
-    rows[OWN][VERDICT] = compare(f"ndcg@{k}", gains, seed=seed)
+        gains[who] = _gains(ranks, arguments)
+        if isinstance(own, Scores) and own.settings:
+            rows[who]["settings"] = own.settings
+    groups = examples.users if len(set(examples.users)) < len(examples.users) else None
+    resampled = _resampled(gains, groups, seed)
+    compared = (f"recall@{k}", f"ndcg@{k}")
+    known = {who: {name: own[name] for name in compared} for who, own in resampled.items()}
+    others = differences(rows, known)
+    for who, row in rows.items():
+        row["intervals"] = {name: interval_of(means) for name, means in resampled[who].items()}
+        row["differences"] = others[who]
+        if RULE in rows:
+            none = {name: {"value": 0.0, "interval": [0.0, 0.0]} for name in compared}
+            row["difference"] = {"to": RULE, **others[who].get(RULE, none)}
+    if OWN in rows and len(rows) > 1:
+        ndcg = f"ndcg@{k}"
+        drawn = {who: own[ndcg] for who, own in resampled.items()}
+        rows[OWN][VERDICT] = compare(ndcg, {who: own[ndcg] for who, own in gains.items()}, groups, resampled=drawn)
     return rows
+
+
+def _gains(ranks: np.ndarray, arguments: EvaluationArguments) -> dict[str, np.ndarray]:
+    """Say what each event adds to each metric, which is the mean."""
+    found = {f"recall@{k}": (ranks <= k).astype(float) for k in arguments.ks}
+    return found | {f"ndcg@{k}": ndcg_gains(ranks, k) for k in arguments.ks} | {"mrr": 1 / ranks}
+
+
+def _resampled(
+    gains: Mapping[str, Mapping[str, np.ndarray]], groups: Sequence[str] | None, seed: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return who -> metric -> its value on each bootstrap resample of the users, the same resamples for all."""
+    columns = [(who, name) for who, own in gains.items() for name in own]
+    means = resampled_means(np.column_stack([gains[who][name] for who, name in columns]), groups, seed=seed)
+    found: dict[str, dict[str, np.ndarray]] = {who: {} for who in gains}
+    for (who, name), own in zip(columns, means.T):
+        found[who][name] = own
+    return found
 
 
 def ranking_scores_report(
@@ -447,28 +485,8 @@ def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -
 
 def ranking_intervals(ranks: np.ndarray, arguments: EvaluationArguments, seed: int) -> dict[str, list[float]]:
     """Return 95% bootstrap intervals, over users, of what their targets' ranks say: metric -> [low, high]."""
-    metrics: dict[str, Any] = {f"recall@{k}": partial(recall_at_k, k=k) for k in arguments.ks}
-    metrics |= {f"ndcg@{k}": partial(ndcg_at_k, k=k) for k in arguments.ks} | {"mrr": mrr}
-    return {name: list(bootstrap_interval(ranks, metric, seed=seed)) for name, metric in metrics.items()}
-
-
-def ranking_baselines(
-    texts: Sequence[str], sequences: Sequence[np.ndarray], examples: RankingExamples, counts: np.ndarray
-) -> dict[str, Scores | np.ndarray]:
-    """Score the catalogue by popularity, by most similar text, and by neighbours and words, for the same users.
-
-    Args:
-        texts: Text of each of the M items.
-        sequences: Catalogue rows of each training history, in order.
-        examples: Whom the items are ranked for.
-        counts: Training events of each item.
-    """
-    similar, rule = SimilarText(texts), NeighboursAndWords(texts, sequences)
-    return {
-        "popularity": popularity_scores(counts, len(examples.users)),
-        "similar_text": Scores(lambda part: similar.scores(examples.histories[part])),
-        "neighbours_and_words": Scores(lambda part: rule.scores(examples.histories[part])),
-    }
+    means = _resampled({OWN: _gains(ranks, arguments)}, None, seed)[OWN]
+    return {name: interval_of(own) for name, own in means.items()}
 
 
 def predictions(
@@ -564,7 +582,6 @@ __all__ = [
     "predictions",
     "protocol_name",
     "rank_catalogue",
-    "ranking_baselines",
     "ranking_examples",
     "ranking_intervals",
     "ranking_rows",

@@ -22,19 +22,38 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
     for task, rows in report.items():
         first = next(iter(rows.values()))
         names = [name for name, value in first.items() if isinstance(value, float) and "/" not in name]
-        seen = f", seen items {first['seen']}" if "seen" in first else ""
+        seen = f", protocol {first['protocol']}" if "protocol" in first else ""
+        if first.get("observed"):
+            seen += ", validation part observed"
+        seen += f", seen items {first['seen']}" if "seen" in first else ""
         seen += f", {first['repeats']} repeats counted {first['repeats_counted']}" if "repeats" in first else ""
         width = max(map(len, rows))
         sizes = [max(len(name), 6) for name in names]
         lines = [f"{task} ({first['examples']} examples{seen})"]
-        lines.append(" ".join([" " * width, *(name.rjust(size) for name, size in zip(names, sizes))]))
+        shown = _difference_of(first)
+        beside = [f" {shown} - {first['difference']['to']}"] if shown else []
+        lines.append(" ".join([" " * width, *(name.rjust(size) for name, size in zip(names, sizes)), *beside]))
         for who, values in rows.items():
-            cells = (f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes))
-            lines.append(" ".join([who.ljust(width), *cells]))
+            cells = [f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes)]
+            lines.append(" ".join([who.ljust(width), *cells, *_difference(values, shown)]))
         if task in said:
             lines.append(said[task])
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _difference_of(row: dict[str, Any]) -> str | None:
+    """Name the metric whose difference to the rule is shown; None where there is none."""
+    return next((name for name in row.get("difference", ()) if name.startswith("ndcg@")), None)
+
+
+def _difference(row: dict[str, Any], metric: str | None) -> list[str]:
+    """Write a row's difference to the rule with its interval."""
+    if metric is None or row["difference"]["to"] not in row["differences"]:
+        return []
+    found = row["difference"][metric]
+    low, high = found["interval"]
+    return [f" {found['value']:+.4f} [{low:+.4f}, {high:+.4f}]"]
 
 
 def answer_lines(request: Any, answer: list[dict[str, Any]]) -> str:

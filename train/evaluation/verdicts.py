@@ -9,12 +9,18 @@ import numpy as np
 from ...configuration_m6rec import M6RecConfig
 from ...model_cards.card import OWN, VERDICT
 from ..config.recipe import LESS_IS_BETTER, Recipe
-from ..metrics import bootstrap_interval
-from ..metrics.checks import group_numbers
+from ..metrics import interval_of, resampled_means
+
+RULE = "neighbours_and_words"
+"""The row that every other one is compared with: the same untrained rule, with the same settings, for every log."""
 
 
 def compare(
-    metric: str, values: Mapping[str, np.ndarray], groups: Sequence[Any] | np.ndarray | None = None, seed: int = 0
+    metric: str,
+    values: Mapping[str, np.ndarray],
+    groups: Sequence[Any] | np.ndarray | None = None,
+    seed: int = 0,
+    resampled: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Compare the model with the best baseline on the same examples.
 
@@ -23,6 +29,7 @@ def compare(
         values: Who, of whom one is `OWN`, -> what each of N examples adds.
         groups: N ids of the users, which are drawn with all their examples; None: each example is of another user.
         seed: Of the bootstrap.
+        resampled: Who -> means of the values on resamples, if they are known.
 
     Returns:
         `metric`, `value` of the model, the best `baseline` with its `baseline_value`, the `difference` with its 95%
@@ -36,21 +43,16 @@ def compare(
     root = metric.endswith("rmse")
     less = metric.endswith(LESS_IS_BETTER)
 
-    def value(total: float, count: float) -> float:
-        mean = float(total / count)
-        return math.sqrt(mean) if root else mean
-
-    figures = {who: value(own.sum(), len(own)) for who, own in values.items()}
+    figures = {who: float(own.mean()) for who, own in values.items()}
+    figures = {who: math.sqrt(own) if root else own for who, own in figures.items()}
     others = [who for who in figures if who != OWN]
     best = min(others, key=figures.__getitem__) if less else max(others, key=figures.__getitem__)
-    numbers = np.arange(len(values[OWN])) if groups is None else group_numbers(groups, len(values[OWN]))
-    sums = [np.bincount(numbers, own) for own in (np.ones(len(numbers)), values[OWN], values[best])]
-
-    def difference(rows: np.ndarray) -> float:
-        count, own, other = rows.sum(0)
-        return value(own, count) - value(other, count)
-
-    low, high = bootstrap_interval(np.column_stack(sums), difference, seed=seed)
+    if resampled is None:
+        drawn = resampled_means(np.column_stack([values[OWN], values[best]]), groups, seed=seed).T
+    else:
+        drawn = np.stack([resampled[OWN], resampled[best]])
+    own, other = np.sqrt(drawn) if root else drawn
+    low, high = interval_of(own - other)
     found = {
         "metric": metric,
         "value": figures[OWN],
@@ -61,7 +63,39 @@ def compare(
         "better": high < 0 if less else low > 0,
         "worse": low > 0 if less else high < 0,
     }
-    return {**found, "sentence": _sentence(found, len(sums[0]))}
+    users = len(values[OWN]) if groups is None else len(set(groups))
+    return {**found, "sentence": _sentence(found, users)}
+
+
+def differences(
+    figures: Mapping[str, Mapping[str, float]], resampled: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compare each row of a table with every other one, on the same resamples.
+
+    Args:
+        figures: Who -> metric -> value.
+        resampled: Who -> metric -> the metric on each resample.
+
+    Returns:
+        Who -> the other -> metric -> `value` of the difference, and its 95% `interval`.
+
+    >>> drawn = {"mrr": np.ones(3)}
+    >>> differences({"a": {"mrr": 0.5}, "b": {"mrr": 0.25}}, {"a": drawn, "b": drawn})["b"]
+    {'a': {'mrr': {'value': -0.25, 'interval': [0.0, 0.0]}}}
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {who: {} for who in figures}
+    for who, own in resampled.items():
+        for other, theirs in resampled.items():
+            if other == who:
+                continue
+            found[who][other] = {
+                metric: {
+                    "value": figures[who][metric] - figures[other][metric],
+                    "interval": interval_of(means - theirs[metric]),
+                }
+                for metric, means in own.items()
+            }
+    return found
 
 
 def _sentence(found: Mapping[str, Any], users: int) -> str:
@@ -97,4 +131,4 @@ def verdicts(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
     return {task: verdict["sentence"] for task, verdict in found.items() if verdict}
 
 
-__all__ = ["OWN", "VERDICT", "advised", "compare", "verdicts"]
+__all__ = ["OWN", "RULE", "VERDICT", "advised", "compare", "differences", "verdicts"]

@@ -8,7 +8,7 @@ The files `evaluate_*.py` offer them to Hugging Face's `evaluate`:
     metric = evaluate.load(evaluate_ranking.__file__)
 """
 
-from .bootstrap import bootstrap_interval
+from .bootstrap import bootstrap_interval, interval_of, resampled_means
 from .classification import (
     accuracy,
     auc,
@@ -44,6 +44,7 @@ __all__ = [
     "distinct",
     "expected_calibration_error",
     "grouped_auc",
+    "interval_of",
     "log_loss",
     "log_losses",
     "mae",
@@ -54,6 +55,7 @@ __all__ = [
     "popularity_bias",
     "ranking_report",
     "recall_at_k",
+    "resampled_means",
     "rmse",
     "rouge_l",
     "target_ranks",

@@ -7,6 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from .checks import group_numbers, positive, refuse
 
+DRAWN_AT_ONCE = 1 << 22
+"""Rows that are drawn together; bounds memory."""
+
 
 def bootstrap_interval(
     values: ArrayLike,
@@ -70,10 +73,67 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def resampled_means(
+    values: ArrayLike, groups: ArrayLike | None = None, samples: int = 10_000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return the means of columns of numbers on bootstrap resamples of their rows.
+
+    All columns have the same resamples: differences of their means are paired. It is many times as fast as
+    `bootstrap_interval`, which calls a statistic on each resample.
+
+    Args:
+        values: N rows of C numbers.
+        groups: The group of each row, usually its user; whole groups are drawn. None: each row is one.
+        samples: How often to resample.
+        seed: The same seed gives the same resamples.
+
+    Returns:
+        samples x C means.
+
+    Raises:
+        ValueError: There are no values, or one is NaN.
+
+    >>> own, other = np.arange(100.0), np.arange(100.0) + 1
+    >>> means = resampled_means(np.column_stack([own, other]), samples=50)
+    >>> means.shape, np.ptp(means[:, 1] - means[:, 0]).round(9)     # each resample has the same rows of both
+    ((50, 2), np.float64(0.0))
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim != 2 or not len(rows):
+        raise ValueError(f"values has the shape {rows.shape}; expected at least one row of numbers to resample")
+    refuse("values", rows, np.isnan(rows), "a number; drop or repair these rows")
+    samples = positive("samples", samples)
+    if groups is not None:
+        numbers = group_numbers(groups, len(rows))
+        sums = np.zeros((numbers.max() + 1, rows.shape[1] + 1))
+        np.add.at(sums, numbers, np.column_stack([rows, np.ones(len(rows))]))
+    else:
+        sums = np.column_stack([rows, np.ones(len(rows))])
+    generator, size = np.random.default_rng(seed), len(sums)
+    found = np.empty((samples, sums.shape[1]))
+    at_once = max(DRAWN_AT_ONCE // size, 1)
+    for start in range(0, samples, at_once):
+        count = min(at_once, samples - start)
+        drawn = generator.integers(size, size=(count, size)) + np.arange(count)[:, None] * size
+        times = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
+        found[start : start + count] = times.astype(np.float64) @ sums
+    return found[:, :-1] / found[:, -1:]
+
+
+def interval_of(means: NDArray[np.float64], level: float = 0.95) -> list[float]:
+    """Return the middle `level` of resampled figures.
+
+    >>> interval_of(np.arange(101.0), level=0.9)
+    [5.0, 95.0]
+    """
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return [float(low), float(high)]
+
+
 def _ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """start, start + 1, ... (size of them) for each pair, one after the other."""
     ends = np.cumsum(sizes)
     return np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)
 
 
-__all__ = ["bootstrap_interval"]
+__all__ = ["bootstrap_interval", "interval_of", "resampled_means"]

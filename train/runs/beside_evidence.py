@@ -13,6 +13,7 @@ from ..data.log import Log
 from ..evaluation import reports as evaluation
 from ..evaluation.evidence import Evidence, EvidenceSettings
 from ..evaluation.reports import OWN, RankingExamples, Scores
+from ..evaluation.untrained import Untrained, plain
 from ..evaluation.verdicts import compare
 from ..metrics import ndcg_gains
 from . import finetune
@@ -124,9 +125,8 @@ def train_beside(
         shutil.rmtree(checkpoint)
     gains = figures.gains()
     share = best_share(gains)
-    sequences = evaluation.learnt_sequences(run.writer, run.split, "valid", recipe.evaluation)
-    counts = np.bincount(np.concatenate([*sequences, np.empty(0, int)]), minlength=len(run.texts))
-    untrained = {"evidence": own, **evaluation.ranking_baselines(run.texts, sequences, examples, counts)}
+    others = Untrained(run.writer, run.texts, run.split, plain(recipe.evaluation), recipe.seed)
+    untrained = {"evidence": own, **others.scores(examples, "valid")}
     own_gains = {OWN: chosen_elsewhere(gains, recipe.seed), **gains_of(untrained, run, examples)}
     found = compare("ndcg@10", own_gains, seed=recipe.seed)
     told = {

@@ -16,6 +16,7 @@ from ..answering.loading import build_catalogue
 from ..config.recipe import Recipe, write_json
 from ..evaluation import reports as evaluation
 from ..evaluation import texts
+from ..evaluation.untrained import Learnt, Untrained
 from ..evaluation.verdicts import OWN, VERDICT, advised
 from ..rows.writing import writing_examples
 from .adapters import attach, callbacks, keeps_states, reads_through_cache, trainable_parameters
@@ -146,10 +147,9 @@ def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str
     """Measure model and baselines on prepared examples of a task: who -> metrics."""
     recipe = run.recipe
     if task == "retrieval":
-        sequences = evaluation.learnt_sequences(run.writer, run.split, part, recipe.evaluation)
-        counts = np.bincount(np.concatenate(sequences), minlength=len(run.writer.item_ids))
+        counts = Learnt(run.writer, run.split, part, recipe.evaluation).counts
         scores: dict[str, Any] = {OWN: _ranked(run, examples, bf16)}
-        scores |= evaluation.ranking_baselines(run.texts, sequences, examples, counts)
+        scores |= Untrained(run.writer, run.texts, run.split, recipe.evaluation, recipe.seed).scores(examples, part)
         return evaluation.ranking_rows(scores, examples, counts, recipe.evaluation, recipe.seed)
     if task == "writing":
         own = measure(run, examples, task, bf16)

@@ -100,6 +100,15 @@ def test_figures_that_cannot_be_saved_are_printed(project, monkeypatch, caplog):
     assert "is not saved as" in caplog.text and "You have no permission to write into" in caplog.text
 
 
+def test_held_out_events_that_the_model_has_learnt_are_counted(project, caplog):
+    run = project / "runs" / "plain"
+    evaluate(run, [], quiet)
+    assert "its figures are no test" not in caplog.text
+    report = evaluate(run, ["evaluation.protocol=time", "evaluation.test_fraction=0.3"], quiet)
+    learnt = report["retrieval"]["m6rec"]["learnt"]
+    assert learnt > 0 and f"{learnt} of the" in caplog.text and "its figures are no test" in caplog.text
+
+
 def test_only_what_exists_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("i.csv", "t.txt", "parts-1.parquet"):

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec.train.evaluation.baselines import SimilarText, popularity_scores
+from m6rec.item_features_m6rec import Evidence, Transitions, Words
+from m6rec.train.evaluation import baselines
+from m6rec.train.evaluation.baselines import (
+    Ease,
+    LastItems,
+    RecentPopularity,
+    SimilarText,
+    met_together,
+    popularity_scores,
+)
 from m6rec.train.rows.item_likes import like_rates
 from m6rec.values_m6rec import WORD
 
@@ -96,3 +105,54 @@ def test_rates_are_means_drawn_towards_the_mean_of_all(examples, asked, strength
         wanted.append((sum(own) + strength * overall) / (len(own) + strength))
     found = like_rates(labels, groups, np.array(asked, dtype=object), strength)
     assert found.tolist() == pytest.approx(wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=15),
+    st.lists(st.integers(0, 12), min_size=1, max_size=5),
+)
+def test_recent_popularity_counts_what_came_before_by_its_age(events, moments):
+    items, times = np.array([item for item, _ in events]), np.array([float(time) for _, time in events])
+    found = RecentPopularity(items, times, 4, half_life=2.5).scores_at(np.array(moments, dtype=float))
+    for moment, row in zip(moments, found):
+        wanted = [sum(2 ** (-(moment - t) / 2.5) for i, t in events if i == item and t <= moment) for item in range(4)]
+        assert row == pytest.approx(wanted)
+
+
+histories = st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(histories, histories, st.sampled_from([0.0, 0.4]), st.sampled_from([0, 10**9]))
+def test_last_items_score_alike_with_a_table_and_without(learnt, asked, second, work):
+    texts = ["red shoes", "blue shoes", "green tea", "tea pot", ""]
+    rule = Evidence(steps=(1.0, 0.5, 0.2), recency=(1.0, 0.5), second=second)
+    for evidence in (Transitions.fit(learnt, 5, rule), Words.of(texts)):
+        last = LastItems(evidence, rule)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(baselines, "second_work", lambda _: work)  # a dense product, or pair by pair
+            fast = last.scores(asked)
+            patch.setattr(baselines, "TABLED", 0)
+            slow = LastItems(evidence, rule).scores(asked)
+            aged = LastItems(evidence, rule).aged((0.0, 2.0)).scores(asked)
+        assert last.table is not None and fast.shape == (len(asked), 5)
+        np.testing.assert_allclose(fast, slow, atol=1e-6)
+        assert last.aged((0.0, 2.0)).table is last.table
+        np.testing.assert_allclose(last.aged((0.0, 2.0)).scores(asked), aged, atol=1e-6)
+
+
+def test_ease_is_the_ridge_regression_of_each_item_on_the_others(monkeypatch):
+    met = np.random.default_rng(0).random((40, 7)) < 0.4
+    together = met_together([np.flatnonzero(own) for own in met], 7)
+    np.testing.assert_array_equal(together, met.astype(float).T @ met)
+    scores = Ease(together, 2.5).scores([np.array([0, 3, 3]), np.array([6]), []])
+    weights = np.zeros((7, 7))
+    for item in range(7):
+        others = np.delete(np.arange(7), item)
+        known = met[:, others].astype(float)
+        weights[others, item] = np.linalg.solve(known.T @ known + 2.5 * np.eye(6), known.T @ met[:, item])
+    np.testing.assert_allclose(scores, [weights[0] + weights[3], weights[6], np.zeros(7)], atol=1e-5)
+    monkeypatch.setattr(baselines, "EASE_ITEMS", 6)
+    with pytest.raises(ValueError, match="7 items are more than 6: leave ease out of"):
+        Ease(together, 2.5)

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 
-from m6rec.train.config.arguments import EvaluationArguments, TaskArguments
+from m6rec.train.config.arguments import BASELINES, EvaluationArguments, TaskArguments
 from m6rec.train.data.splits import Split, hold_out, order
 from m6rec.train.evaluation import reports as evaluation
 from m6rec.train.evaluation.reports import (
@@ -19,7 +19,6 @@ from m6rec.train.evaluation.reports import (
     learnt_sequences,
     predictions,
     rank_catalogue,
-    ranking_baselines,
     ranking_examples,
     ranking_intervals,
     ranking_rows,
@@ -29,6 +28,7 @@ from m6rec.train.evaluation.reports import (
     scoring_report,
     user_vectors,
 )
+from m6rec.train.evaluation.untrained import untrained_rows
 from m6rec.train.metrics import auc, grouped_auc, log_loss, ndcg_at_k, rmse, target_ranks
 from m6rec.train.runs.build import prepare
 
@@ -379,15 +379,18 @@ def test_users_are_ranked_some_at_a_time(run, monkeypatch, at_once):
     scores = rank_catalogue(run.model, examples, run.catalogue, run.collator, False)
     counts, whole = run.catalogue.counts, scores[:]
     ranks = target_ranks(whole, examples.targets, examples.histories)
-    monkeypatch.setattr(evaluation, "USERS_AT_ONCE", at_once)
+    monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", at_once * len(counts))
     report = ranking_scores_report(scores, examples, counts, arguments)
     assert report == ranking_scores_report(whole, examples, counts, arguments)
     assert report["ndcg@3"] == pytest.approx(ndcg_at_k(ranks, 3)) and len(examples.users) > 5
     made = (examples, counts, arguments, 1)
     rows, same = ranking_rows({"m6rec": scores, "popularity": -whole}, *made), {"m6rec": whole, "popularity": -whole}
     assert rows == ranking_rows(same, *made)
-    assert rows["m6rec"]["intervals"] == ranking_intervals(ranks, arguments, seed=1)
-    assert report == {name: value for name, value in rows["m6rec"].items() if name not in ("intervals", "verdict")}
+    for name, interval in ranking_intervals(ranks, arguments, seed=1).items():
+        assert rows["m6rec"]["intervals"][name] == pytest.approx(interval)
+    beside = ("intervals", "verdict", "differences")
+    assert report == {name: value for name, value in rows["m6rec"].items() if name not in beside}
+    assert rows["m6rec"]["differences"]["popularity"]["ndcg@3"]["interval"] == rows["m6rec"]["verdict"]["interval"]
 
 
 def test_items_met_before_are_left_out_or_kept_as_asked():
@@ -469,11 +472,8 @@ def test_a_model_that_has_diverged_is_refused_not_measured(run):
 
 def test_the_baselines_stand_beside_the_model_on_the_same_users(run):
     examples, arguments = examples_of(run), EvaluationArguments(ks=[3])
-    sequences, counts = learnt_sequences(run.writer, run.split, "test", arguments), run.catalogue.counts
-    assert [[run.writer.item_ids[row] for row in own] for own in sequences] == list(by_user(run.split.train).values())
-    scores = ranking_baselines(run.texts, sequences, examples, counts)
-    assert list(scores) == ["popularity", "similar_text", "neighbours_and_words"]
-    table = {who: ranking_scores_report(own, examples, counts, arguments) for who, own in scores.items()}
+    table = untrained_rows(run.writer, run.texts, run.split, "test", arguments, seed=0)
+    assert list(table) == list(BASELINES)
     popular = np.array([(run.split.train["item_id"] == item_id).sum() for item_id in run.writer.item_ids])
     ranks = target_ranks(np.tile(popular, (12, 1)), examples.targets, examples.histories)
     assert table["popularity"]["ndcg@3"] == pytest.approx(ndcg_at_k(ranks, 3))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m6rec.train.metrics import auc, bootstrap_interval, ndcg_at_k
+from m6rec.train.metrics import auc, bootstrap, bootstrap_interval, interval_of, ndcg_at_k, resampled_means
 
 
 def test_interval_of_a_mean_is_the_normal_one():
@@ -100,3 +100,33 @@ def test_one_row_says_nothing():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(**options)
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 1 << 22])
+def test_resampled_means_are_those_of_each_resample(monkeypatch, at_once):
+    monkeypatch.setattr(bootstrap, "DRAWN_AT_ONCE", at_once)
+    rng = np.random.default_rng(2)
+    values, users = rng.random((60, 3)), rng.integers(0, 25, 60).astype(str)
+    rows = {user: values[users == user] for user in np.unique(users)}
+    names, generator = list(rows), np.random.default_rng(7)
+    wanted = []
+    for _ in range(40):
+        drawn = np.concatenate([rows[names[place]] for place in generator.integers(len(names), size=len(names))])
+        wanted.append(drawn.mean(0))
+    np.testing.assert_allclose(resampled_means(values, users, samples=40, seed=7), wanted)
+    generator = np.random.default_rng(7)
+    wanted = [values[generator.integers(60, size=60)].mean(0) for _ in range(40)]
+    np.testing.assert_allclose(resampled_means(values, samples=40, seed=7), wanted)
+
+
+def test_differences_are_paired():
+    own = np.random.default_rng(0).random(300)
+    means = resampled_means(np.column_stack([own, own + 0.5, own * 0]), seed=1)
+    assert means.shape == (10_000, 3)
+    assert interval_of(means[:, 1] - means[:, 0]) == pytest.approx([0.5, 0.5])
+    assert interval_of(means[:, 0]) == pytest.approx(list(bootstrap_interval(own, samples=4000)), abs=0.004)
+    for values in (np.zeros((0, 2)), np.zeros(3)):
+        with pytest.raises(ValueError, match="expected at least one row of numbers to resample"):
+            resampled_means(values)
+    with pytest.raises(ValueError, match="a number; drop or repair"):
+        resampled_means([[np.nan]])

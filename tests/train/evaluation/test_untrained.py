@@ -1,0 +1,136 @@
+"""Rows that need no training: settings are chosen on validation, nothing of the test is counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from m6rec.item_features_m6rec import Transitions, Words
+from m6rec.train.cli import main
+from m6rec.train.config.arguments import BASELINES, EvaluationArguments
+from m6rec.train.data.splits import hold_out
+from m6rec.train.evaluation.baselines import LastItems
+from m6rec.train.evaluation.reports import ranking_examples
+from m6rec.train.evaluation.tuning import DEFAULT, Trial, choose_counting, choose_weight, choose_words, counted
+from m6rec.train.evaluation.untrained import Learnt, Untrained, untrained_rows
+from m6rec.train.evaluation.verdicts import RULE
+from m6rec.train.metrics import ndcg_at_k, target_ranks
+
+SETTINGS = ["recency", "second", "steps", "backwards", "out_power", "in_power"]
+
+
+def after_one(num_users, gap):
+    """Users of a world where what comes next follows the item so many places back, among 40 items."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(num_users):
+        items = list(rng.integers(0, 40, gap))
+        while len(items) < 12:
+            items.append((items[-gap] + 1) % 40)
+        found.append(np.array(items))
+    return found
+
+
+def test_the_window_that_predicts_is_chosen():
+    sequences = after_one(60, 4)
+    trial = Trial([own[:-1] for own in sequences], np.array([own[-1] for own in sequences]), exclude_seen=False)
+    chosen = choose_counting([own[:-1] for own in sequences], 40, trial)
+    assert len(chosen.steps) >= 5 and trial.of(counted(chosen, sequences, 40)) > trial.of(
+        counted(DEFAULT, sequences, 40)
+    )
+
+
+def test_words_of_the_right_age_and_their_weight_are_chosen():
+    texts = [f"group{row % 8} w{row}" for row in range(40)]
+    words = LastItems(Words.of(texts), DEFAULT)
+    rng = np.random.default_rng(0)
+    histories = [rng.permutation(40)[:6] for _ in range(80)]
+    newest = [next(item for item in range(40) if item % 8 == own[-1] % 8 and item not in own) for own in histories]
+    trial = Trial(histories, np.array(newest), exclude_seen=True)
+    assert choose_words(words, trial).rule.recency in ((1.0,), DEFAULT.recency)
+    nothing = LastItems(Transitions.fit([], 40), DEFAULT)
+    noise = LastItems(Transitions.fit(rng.integers(0, 40, (50, 10)), 40), DEFAULT)
+    assert choose_weight(nothing, words, trial) == pytest.approx(0.3 * 2**-5)  # all alike: the first
+    assert choose_weight(noise, words, trial) > 0.3
+
+
+def test_a_trial_measures_as_the_table_does():
+    rng = np.random.default_rng(1)
+    histories, targets = [rng.permutation(9)[:3] for _ in range(700)], rng.integers(0, 9, 700)
+    scores = rng.random((700, 9))
+    for exclude_seen in (False, True):
+        trial = Trial(histories, targets, exclude_seen)
+        ranks = target_ranks(scores, targets, histories if exclude_seen else None)
+        assert trial.value(lambda part: scores[part]) == pytest.approx(ndcg_at_k(ranks, 10))
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_what_is_held_out_is_never_counted(run, observed):
+    """Where the test's items are exchanged, no score changes."""
+    arguments = EvaluationArguments(protocol="time", observe_validation=observed, ks=[5])
+    split = hold_out(run.log.interactions, "time", "time", 0, 0.2, 0.3)
+    learnt = Learnt(run.writer, split, "test", arguments)
+    assert learnt.counts.sum() == len(split.train) + len(split.gap) + len(split.valid) * observed
+    made = Untrained(run.writer, run.texts, split, arguments, seed=0)
+    examples = ranking_examples(run.writer, None, split, "test", arguments, 0)
+    before = {name: scores[slice(None)] for name, scores in made.scores(examples, "test").items()}
+    assert list(before) == list(BASELINES)
+    changed = split.test.assign(item_id=np.roll(split.test["item_id"].to_numpy(dtype=object), 1))
+    other = type(split)(split.train, split.valid, changed, split.gap)
+    again = Untrained(run.writer, run.texts, other, arguments, seed=0).scores(examples, "test")
+    for name, scores in again.items():
+        np.testing.assert_array_equal(scores[slice(None)], before[name])
+
+
+def test_rows_name_their_settings_and_what_they_rest_on(run):
+    arguments = EvaluationArguments(ks=[5], baselines=["popularity", "transitions", "neighbours_and_words"])
+    rows = untrained_rows(run.writer, run.texts, run.split, "test", arguments, seed=0)
+    assert list(rows) == arguments.baselines
+    assert list(rows["transitions"]["settings"]) == SETTINGS
+    for who, row in rows.items():
+        assert (row["protocol"], row["observed"], row["difference"]["to"]) == (
+            "shuffled",
+            False,
+            RULE,
+        )
+        assert set(row["differences"]) == set(rows) - {who}
+        for other, found in row["differences"].items():
+            assert found["ndcg@5"]["value"] == pytest.approx(row["ndcg@5"] - rows[other]["ndcg@5"])
+            low, high = found["ndcg@5"]["interval"]
+            assert low <= found["ndcg@5"]["value"] <= high
+            back = rows[other]["differences"][who]["ndcg@5"]["interval"]
+            assert [-high, -low] == pytest.approx(back)
+    assert rows["popularity"]["difference"]["ndcg@5"] == rows["popularity"]["differences"][RULE]["ndcg@5"]
+
+
+def test_where_nothing_is_held_out_for_validation_the_first_settings_are_taken(run):
+    split = type(run.split)(run.split.train, run.split.valid[:0], run.split.test)
+    rows = untrained_rows(run.writer, run.texts, split, "test", EvaluationArguments(ks=[5]), seed=0)
+    assert rows["transitions"]["settings"] == {name: DEFAULT.to_dict()[name] for name in SETTINGS}
+    assert "neighbours_and_words_tuned" not in rows and rows["words"]["settings"] == {"recency": list(DEFAULT.recency)}
+
+
+def test_ease_is_left_out_of_large_catalogues_unless_it_is_named(run, monkeypatch, caplog):
+    monkeypatch.setattr("m6rec.train.evaluation.untrained.EASE_UNASKED", 3)
+    with caplog.at_level("INFO"):
+        rows = untrained_rows(run.writer, run.texts, run.split, "test", EvaluationArguments(ks=[5]), seed=0)
+    assert "ease" not in rows and "ease is left out" in caplog.text
+    named = EvaluationArguments(ks=[5], baselines=["ease"])
+    assert list(untrained_rows(run.writer, run.texts, run.split, "test", named, seed=0)) == ["ease"]
+    monkeypatch.setattr("m6rec.train.evaluation.baselines.EASE_ITEMS", 3)
+    with pytest.raises(ValueError, match="leave ease out"):
+        untrained_rows(run.writer, run.texts, run.split, "test", named, seed=0)
+
+
+def test_a_recipe_is_measured_without_a_model(make_recipe, tables, tmp_path, capsys):
+    recipe = make_recipe()
+    recipe.save(tmp_path)
+    asked = ["evaluation.protocol=time", "evaluation.test_fraction=0.3", "evaluation.validate=fresh"]
+    asked.append("evaluation.observe_validation=true")
+    assert main(["evaluate", str(tmp_path), "--untrained", "--output", str(tmp_path / "rows.json"), *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "retrieval (11 examples, protocol time, validation part observed, seen items out" in printed
+    assert "ndcg@5 - neighbours_and_words" in printed
+    kept = json.loads((tmp_path / "rows.json").read_text())["retrieval"]
+    assert list(kept) == list(BASELINES) and kept["ease"]["observed"]
+    assert main(["evaluate", str(tmp_path), "--output", "x.json"]) == 2
+    assert "--output x.json goes with --untrained" in capsys.readouterr().err

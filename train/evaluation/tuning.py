@@ -1,0 +1,151 @@
+"""Settings of the untrained rules, chosen by NDCG on validation events."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from ...item_features_m6rec import Evidence, Transitions
+from ..metrics import ndcg_gains, target_ranks
+from .baselines import TABLED, LastItems, second_work
+
+CUT_OFF = 10
+"""Of the NDCG by which settings are chosen."""
+USERS_AT_ONCE = 256
+MOST_PAIRS = 20_000_000
+"""Pairs of events up to which a window of steps is tried."""
+MOST_WORK = 300_000_000
+"""Additions up to which what follows an item that follows is counted in, of catalogues too large for tables."""
+
+
+def falling(length: int, share: float) -> tuple[float, ...]:
+    """Return weights that fall by a share from one to the next.
+
+    >>> falling(3, 0.5)
+    (1.0, 0.5, 0.25)
+    """
+    return tuple(round(share**age, 4) for age in range(length))
+
+
+DEFAULT = Evidence()
+WINDOWS = ((1.0,), falling(5, 0.9), falling(20, 0.95), falling(60, 0.98))
+"""Beside the default."""
+WIDE_RECENCY = falling(30, 0.9)
+RECENCIES = (DEFAULT.recency, (1.0,), (1.0,) * 5, falling(10, 0.8), WIDE_RECENCY, falling(50, 0.95))
+POWERS = ((0.7, 0.3), (0.5, 0.5), (0.7, 0.6), (1.0, 0.0))
+WORD_WEIGHTS = tuple(DEFAULT.words * 2.0**power for power in range(-5, 6))
+Setting = TypeVar("Setting")
+
+
+def counted(rule: Evidence, sequences: Sequence[np.ndarray], num_items: int) -> LastItems:
+    """Count the transitions of histories by a rule."""
+    return LastItems(Transitions.fit(sequences, num_items, rule), rule)
+
+
+class Trial:
+    """Held-out events that settings are compared on.
+
+    Args:
+        histories: Catalogue rows that each of U users has met, in order.
+        targets: Catalogue rows of the held-out events.
+        exclude_seen: Leave out what a user has met before.
+    """
+
+    def __init__(self, histories: Sequence[np.ndarray], targets: np.ndarray, exclude_seen: bool) -> None:
+        self.histories, self.targets, self.exclude_seen = histories, targets, exclude_seen
+
+    def __len__(self) -> int:
+        return len(self.histories)
+
+    def value(self, score: Callable[[slice], np.ndarray]) -> float:
+        """Return the mean NDCG of scores that are made for a slice of the users."""
+        total = 0.0
+        for start in range(0, len(self), USERS_AT_ONCE):
+            part = slice(start, start + USERS_AT_ONCE)
+            seen = self.histories[part] if self.exclude_seen else None
+            total += ndcg_gains(target_ranks(score(part), self.targets[part], seen), CUT_OFF).sum()
+        return float(total / len(self))
+
+    def of(self, rule: LastItems) -> float:
+        """Return the mean NDCG of a rule of the last items."""
+        return self.value(lambda part: rule.scores(self.histories[part]))
+
+
+def best(settings: Iterable[Setting], value: Callable[[Setting], float]) -> Setting:
+    """Return the setting of the highest value, of equals the first.
+
+    >>> best([1, -3, 3], abs)
+    -3
+    """
+    return max(settings, key=value)
+
+
+def choose_counting(sequences: Sequence[np.ndarray], num_items: int, trial: Trial) -> Evidence:
+    """Choose how transitions are counted, one setting after the other; a window with ages that suit a wide one too.
+
+    Args:
+        sequences: Items of each counted history, in order.
+        num_items: M.
+        trial: What the settings are compared on.
+    """
+    values: dict[Evidence, float] = {}
+
+    def measure(rule: Evidence, recencies: Sequence[tuple[float, ...]]) -> None:
+        made = counted(rule, sequences, num_items)
+        assert isinstance(made.evidence, Transitions)
+        if rule.second and num_items > TABLED and second_work(made.evidence) > MOST_WORK:
+            return
+        for recency in recencies:
+            values[dataclasses.replace(rule, recency=recency)] = trial.of(made.aged(recency))
+
+    measure(DEFAULT, RECENCIES)
+    ages = max(values, key=values.__getitem__, default=DEFAULT).recency
+    for steps in _windows(sequences, num_items):
+        measure(dataclasses.replace(DEFAULT, steps=steps), [ages, WIDE_RECENCY])
+    others: tuple[tuple[dict[str, float], ...], ...] = (
+        tuple({"out_power": out, "in_power": into} for out, into in POWERS),
+        ({"backwards": 0.0}, {"backwards": 1.0}),
+        ({"second": 0.0},),
+    )
+    for changes in others:
+        chosen = max(values, key=values.__getitem__, default=DEFAULT)
+        for change in changes:
+            measure(dataclasses.replace(chosen, **change), [chosen.recency])
+    return max(values, key=values.__getitem__, default=DEFAULT)
+
+
+def _windows(sequences: Sequence[np.ndarray], num_items: int) -> list[tuple[float, ...]]:
+    """List the windows whose pairs can be counted."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    found = []
+    for steps in WINDOWS:
+        pairs = 2 * int(np.minimum(lengths, len(steps)) @ lengths)
+        if pairs <= MOST_PAIRS and (num_items <= TABLED or len(steps) <= 5):
+            found.append(steps)
+    return found
+
+
+def choose_words(words: LastItems, trial: Trial) -> LastItems:
+    """Choose how much the words of older items count."""
+    return words.aged(best(RECENCIES, lambda recency: trial.of(words.aged(recency))))
+
+
+def choose_weight(transitions: LastItems, words: LastItems, trial: Trial) -> float:
+    """Choose what likeness of words counts beside transitions."""
+    parts = []
+    for start in range(0, len(trial), USERS_AT_ONCE):
+        own = trial.histories[start : start + USERS_AT_ONCE]
+        parts.append((transitions.scores(own), words.scores(own)))
+
+    def value(weight: float) -> float:
+        return trial.value(lambda part: _sum(parts[part.start // USERS_AT_ONCE], weight))
+
+    return best(WORD_WEIGHTS, value)
+
+
+def _sum(parts: tuple[np.ndarray, np.ndarray], weight: float) -> np.ndarray:
+    return parts[0] + weight * parts[1]
+
+
+__all__ = ["Trial", "best", "choose_counting", "choose_weight", "choose_words", "counted", "falling"]

@@ -1,0 +1,276 @@
+"""The rows of a table of retrieval that need no training, as strong as settings chosen on validation make them."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ...item_features_m6rec import Evidence, Words
+from ..config.arguments import BASELINES, EvaluationArguments
+from ..data.splits import Split, has_times
+from ..rows.examples import RequestWriter
+from ..rows.held_out import learnt_before
+from .baselines import (
+    Ease,
+    LastItems,
+    NeighboursAndWords,
+    RecentPopularity,
+    SimilarText,
+    met_together,
+    popularity_scores,
+    refuse_large_ease,
+)
+from .reports import RankingExamples, Scores, learnt_sequences, ranking_examples, ranking_rows, warn_of_repeats
+from .tuning import DEFAULT, Trial, best, choose_counting, choose_weight, choose_words, counted
+
+logger = logging.getLogger(__name__)
+TUNED_USERS = 2000
+"""Users of the validation part that settings are chosen on, at most."""
+TUNED_CELLS = 30_000_000
+"""Scores, users times items, that settings are chosen on, at most; unless those of `LEAST_USERS` are more."""
+LEAST_USERS = 200
+EASE_UNASKED = 5_000
+"""Items up to which EASE is computed where nobody asks for it: its time grows with the cube of their number."""
+STRENGTHS = (300.0, 100.0, 1000.0)
+DAY = 86_400.0
+HALF_LIVES = (30 * DAY, 3 * DAY, 10 * DAY, 100 * DAY, 300 * DAY)
+
+
+PLAIN = ("popularity", "similar_text", "neighbours_and_words")
+"""Rows without settings, made within seconds."""
+
+
+def plain(arguments: EvaluationArguments) -> EvaluationArguments:
+    """Ask for the rows without settings, unless rows are named."""
+    return dataclasses.replace(arguments, baselines=arguments.baselines or list(PLAIN))
+
+
+class Learnt:
+    """What may be counted before a part is predicted.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        split: The parts.
+        part: "valid" or "test".
+        arguments: Says whether the test observes the validation part.
+    """
+
+    def __init__(self, writer: RequestWriter, split: Split, part: str, arguments: EvaluationArguments) -> None:
+        self.num_items = len(writer.item_ids)
+        self.sequences = learnt_sequences(writer, split, part, arguments)
+        events = learnt_before(split, part, arguments.observe_validation)
+        self.items = np.array([writer.rows[item_id] for item_id in events["item_id"]], dtype=int)
+        self.times = events["timestamp"].to_numpy(dtype=float)
+        self.transitions: LastItems | None = None
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Events of each item."""
+        return np.bincount(self.items, minlength=self.num_items)
+
+    def recent_popularity(self, half_life: float) -> RecentPopularity:
+        """Count events by their age."""
+        return RecentPopularity(self.items, self.times, self.num_items, half_life)
+
+
+class Untrained:
+    """Makes the rules that need no training for a log.
+
+    What there is to choose is chosen on the validation part, with what may be learnt before it counted; for the part
+    that is asked about, what may be learnt before that one is counted. Where nothing is held out for validation the
+    first of the settings is taken.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        texts: Text of each of the M items.
+        split: The parts.
+        arguments: Says which rows are wanted, and what may be counted.
+        seed: Of the users that settings are chosen on.
+
+    Raises:
+        ValueError: EASE is asked for by name, and there are too many items for it.
+    """
+
+    def __init__(
+        self, writer: RequestWriter, texts: Sequence[str], split: Split, arguments: EvaluationArguments, seed: int
+    ) -> None:
+        self.writer, self.texts, self.split, self.arguments, self.seed = writer, texts, split, arguments, seed
+        self.wanted = self._wanted()
+
+    def _wanted(self) -> list[str]:
+        """List the rows that are wanted and can be made."""
+        named, size = self.arguments.baselines, len(self.texts)
+        if named is not None and "ease" in named:
+            refuse_large_ease(size)
+        wanted = [name for name in BASELINES if named is None or name in named]
+        if named is None and size > EASE_UNASKED:
+            logger.info(
+                "ease is left out of the table: %s items; evaluation.baselines asks for it by name", f"{size:,}"
+            )
+            wanted.remove("ease")
+        if "recent_popularity" in wanted and not has_times(self.split.train):
+            wanted.remove("recent_popularity")
+        if "neighbours_and_words_tuned" in wanted and not len(self.trial):
+            wanted.remove("neighbours_and_words_tuned")
+        return wanted
+
+    def scores(self, examples: RankingExamples, part: str) -> dict[str, Scores]:
+        """Make the scores of the rows that are wanted, for the events of a part: name -> scores."""
+        makers: dict[str, Callable[[Learnt, RankingExamples], Scores]] = {
+            "popularity": self._popularity,
+            "recent_popularity": self._recent_popularity,
+            "similar_text": self._similar_text,
+            "words": self._words,
+            "transitions": self._transitions,
+            "neighbours_and_words": self._neighbours_and_words,
+            "neighbours_and_words_tuned": self._tuned,
+            "ease": self._ease,
+        }
+        learnt = Learnt(self.writer, self.split, part, self.arguments)
+        return {name: makers[name](learnt, examples) for name in self.wanted}
+
+    @cached_property
+    def valid(self) -> RankingExamples:
+        """Validation events that settings are chosen on."""
+        most = max(min(TUNED_USERS, TUNED_CELLS // max(len(self.texts), 1)), LEAST_USERS)
+        asked = dataclasses.replace(self.arguments, max_users=min(most, self.arguments.max_users or most))
+        return ranking_examples(self.writer, None, self.split, "valid", asked, self.seed)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """Compares settings on them."""
+        return Trial(self.valid.histories, self.valid.targets, self.arguments.exclude_seen)
+
+    @cached_property
+    def before(self) -> Learnt:
+        """What may be counted before the validation part."""
+        return Learnt(self.writer, self.split, "valid", self.arguments)
+
+    @cached_property
+    def plain_words(self) -> LastItems:
+        """Words in common with the last items, by the rule's own weights."""
+        return LastItems(Words.of(self.texts), DEFAULT)
+
+    @cached_property
+    def words(self) -> LastItems:
+        """Words in common with the last items, with weights that are chosen."""
+        return choose_words(self.plain_words, self.trial) if len(self.trial) else self.plain_words
+
+    @cached_property
+    def counting(self) -> Evidence:
+        """How transitions are counted, chosen."""
+        return choose_counting(self.before.sequences, len(self.texts), self.trial) if len(self.trial) else DEFAULT
+
+    @cached_property
+    def weight(self) -> float:
+        """What words count beside transitions, both chosen before, chosen."""
+        if not len(self.trial):
+            return DEFAULT.words
+        return choose_weight(counted(self.counting, self.before.sequences, len(self.texts)), self.words, self.trial)
+
+    @cached_property
+    def half_life(self) -> float:
+        """Half-life of recent popularity in seconds, chosen."""
+        times = _times(self.valid)
+
+        def value(half_life: float) -> float:
+            rule = self.before.recent_popularity(half_life)
+            return self.trial.value(lambda part: rule.scores_at(times[part]))
+
+        return best(HALF_LIVES, value) if len(self.trial) else HALF_LIVES[0]
+
+    @cached_property
+    def strength(self) -> float:
+        """Ridge penalty of EASE, chosen."""
+        together = met_together(self.before.sequences, len(self.texts))
+
+        def value(strength: float) -> float:
+            rule = Ease(together, strength)
+            return self.trial.value(lambda part: rule.scores(self.valid.histories[part]))
+
+        return best(STRENGTHS, value) if len(self.trial) else STRENGTHS[0]
+
+    def _popularity(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        counts = learnt.counts
+        return Scores(lambda part: popularity_scores(counts, len(examples.histories[part])))
+
+    def _recent_popularity(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule, times = learnt.recent_popularity(self.half_life), _times(examples)
+        return Scores(lambda part: rule.scores_at(times[part]), {"half_life_days": self.half_life / DAY})
+
+    def _similar_text(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule = SimilarText(self.texts)
+        return Scores(lambda part: rule.scores(examples.histories[part]))
+
+    def _words(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule = self.words
+        return Scores(lambda part: rule.scores(examples.histories[part]), {"recency": list(rule.rule.recency)})
+
+    def _transitions(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule = self._counted(learnt)
+        return Scores(lambda part: rule.scores(examples.histories[part]), _settings(self.counting))
+
+    def _neighbours_and_words(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule = NeighboursAndWords(self.texts, learnt.sequences, self.plain_words)
+        return Scores(lambda part: rule.scores(examples.histories[part]))
+
+    def _tuned(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        transitions, words, weight = self._counted(learnt), self.words, self.weight
+
+        def scores(part: slice) -> np.ndarray:
+            own = examples.histories[part]
+            return transitions.scores(own) + weight * words.scores(own)
+
+        chosen = {"words_recency": list(words.rule.recency), "words_weight": weight}
+        return Scores(scores, {**_settings(self.counting), **chosen})
+
+    def _counted(self, learnt: Learnt) -> LastItems:
+        """Count transitions by the chosen settings; the rows that need them share one count."""
+        if learnt.transitions is None:
+            learnt.transitions = counted(self.counting, learnt.sequences, len(self.texts))
+        return learnt.transitions
+
+    def _ease(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule = Ease(met_together(learnt.sequences, len(self.texts)), self.strength)
+        return Scores(lambda part: rule.scores(examples.histories[part]), {"strength": self.strength})
+
+
+def untrained_rows(
+    writer: RequestWriter, texts: Sequence[str], split: Split, part: str, arguments: EvaluationArguments, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Measure the rows that need no training on a part of a log: name -> metrics, as `ranking_rows` returns them.
+
+    Args:
+        writer: Knows the catalogue's rows.
+        texts: Text of each item of the catalogue.
+        split: The parts.
+        part: "valid" or "test".
+        arguments: Says what is measured.
+        seed: Of all that is drawn.
+
+    Raises:
+        ValueError: The part holds no event that can be ranked.
+    """
+    examples = ranking_examples(writer, None, split, part, arguments, seed)
+    warn_of_repeats(examples, arguments)
+    if not examples.users:
+        raise ValueError(f"the {part} part holds no event to rank: hold out more, or ask about repeats too")
+    scores = Untrained(writer, texts, split, arguments, seed).scores(examples, part)
+    return ranking_rows(scores, examples, Learnt(writer, split, part, arguments).counts, arguments, seed)
+
+
+def _settings(rule: Evidence) -> dict[str, Any]:
+    """Return how transitions are counted, as JSON holds it."""
+    names = ("steps", "backwards", "out_power", "in_power", "second", "recency")
+    return {name: value for name, value in rule.to_dict().items() if name in names}
+
+
+def _times(examples: RankingExamples) -> np.ndarray:
+    assert examples.times is not None
+    return examples.times
+
+
+__all__ = ["Learnt", "Untrained", "plain", "untrained_rows"]
