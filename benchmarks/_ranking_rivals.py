@@ -1,10 +1,12 @@
-"""What rankings are compared with: popularity, texts, neighbours and words untrained, EASE, RecTools' models.
+"""What rankings are compared with: the package's untrained rules, MiniLM untrained, item neighbours, RecTools' models.
 
 Each reads what ours reads: the training part to learn from (never validation), and as a user's history all that came
 before the held-out event. What there is to choose is chosen by NDCG@10 on the validation part, seen items left out.
 `rival` runs one of CELLS, `rectools` a model of RecTools, for `quality.py`.
 """
 
+import dataclasses
+import hashlib
 import json
 import os
 import resource
@@ -25,16 +27,16 @@ from transformers import AutoModel, AutoTokenizer
 from m6rec.train.config.arguments import EvaluationArguments
 from m6rec.train.data.log import DataArguments, read_log
 from m6rec.train.data.splits import Protocol, Split, histories, hold_items_out, hold_out
-from m6rec.train.evaluation.baselines import NeighboursAndWords, SimilarText
-from m6rec.train.evaluation.reports import RankingExamples, before_and_in, learnt_sequences, ranking_examples
-from m6rec.train.metrics import bootstrap_interval, ndcg_at_k, ranking_report, recall_at_k, target_ranks
+from m6rec.train.evaluation.baselines import met_together
+from m6rec.train.evaluation.reports import RankingExamples, Scores, before_and_in, ranking_examples
+from m6rec.train.evaluation.untrained import Untrained
+from m6rec.train.metrics import interval_of, ndcg_at_k, ndcg_gains, ranking_report, resampled_means, target_ranks
 from m6rec.train.rows.examples import RequestWriter
 from m6rec.train.runs.build import item_texts
 
 K = 10
 USERS_AT_ONCE = 2048
 LAST_TITLES = 5
-EASE_LAMBDAS = (100.0, 300.0, 1000.0)
 SHRINKAGES = (0.0, 10.0, 50.0)
 NEIGHBOURS = (20, 100, 500)
 RECTOOLS: dict[str, dict[str, Any]] = {
@@ -53,6 +55,8 @@ OWN: dict[tuple[str, str], dict[str, Any]] = {("amazon-beauty", "BERT4RecModel")
 """What one of them has for itself: the share of masked items of BERT4Rec's paper."""
 SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}
 
+COMPARED = ("all", "warm", "cold")
+"""Parts of the test events that have intervals, and by which rows are compared."""
 PROTOCOLS: dict[str, Protocol] = {"ml-100k": "shuffled", "amazon-beauty": "published"}
 """How each data set is tested by custom."""
 
@@ -84,22 +88,18 @@ class Problem:
         rows = np.array([self.writer.rows[item] for item in self.split.train["item_id"]], dtype=int)
         return [np.unique(rows[places]) for places in histories(self.split.train).values()]
 
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """Training events of each item."""
-        rows = [self.writer.rows[item] for item in self.split.train["item_id"]]
-        return np.bincount(rows, minlength=len(self.texts))
-
     def examples(self, part: str) -> RankingExamples:
         """The rankings that are asked for, as ours are, but with nothing for a model to read."""
         return ranking_examples(self.writer, None, self.split, part, self.arguments, 0)
 
 
-def problem(data: Path, dataset: str, data_seed: int = 0, cold_fraction: float = 0.0) -> Problem:
-    """Read a data set and hold out each user's last two events, and a share of the items if asked."""
+def problem(
+    data: Path, dataset: str, data_seed: int = 0, cold_fraction: float = 0.0, protocol: Protocol | None = None
+) -> Problem:
+    """Read a data set and hold out what a protocol tests (None: that of custom), and a share of the items if asked."""
     log = read_log(DataArguments(source=dataset, directory=str(data / dataset)))
-    protocol = PROTOCOLS[dataset]
-    split = hold_out(log.interactions, protocol, "fresh", data_seed)
+    protocol = protocol or PROTOCOLS[dataset]
+    split = hold_out(log.interactions, protocol, "time" if protocol == "time" else "fresh", data_seed)
     split = hold_items_out(split, cold_fraction, data_seed) if cold_fraction else split
     return Problem(log, split, EvaluationArguments(protocol=protocol))
 
@@ -107,31 +107,47 @@ def problem(data: Path, dataset: str, data_seed: int = 0, cold_fraction: float =
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def ranks(score: Scorer, examples: RankingExamples, excluded: bool) -> np.ndarray:
-    """Rank each target among the catalogue, without the items of the history if asked."""
-    found = []
+def ranks(score: Scorer | Scores, examples: RankingExamples) -> dict[str, np.ndarray]:
+    """Rank each target among the catalogue, with the items of the history left "out" and kept "in"."""
+    found: dict[str, list[np.ndarray]] = {"out": [], "in": []}
     for start in range(0, len(examples.users), USERS_AT_ONCE):
         part = slice(start, start + USERS_AT_ONCE)
         seen = examples.histories[part]
-        found.append(
-            target_ranks(score(examples.users[part], seen), examples.targets[part], seen if excluded else None)
-        )
-    return np.concatenate(found)
+        table = score[part] if isinstance(score, Scores) else score(examples.users[part], seen)
+        found["out"].append(target_ranks(table, examples.targets[part], seen))
+        found["in"].append(target_ranks(table, examples.targets[part]))
+    return {name: np.concatenate(own) for name, own in found.items()}
 
 
-def measure(model: str, score: Scorer, examples: RankingExamples, **facts: Any) -> list[dict[str, Any]]:
-    """Measure a model in the form of the table's rows."""
+def measure(
+    model: str, score: Scorer | Scores, examples: RankingExamples, kept_in: bool = True, **facts: Any
+) -> list[dict[str, Any]]:
+    """Measure a model in the form of the table's rows, with ranks, by which rows are compared later.
+
+    Args:
+        model: What it is called.
+        score: Scores the catalogue.
+        examples: What is asked.
+        kept_in: Measure with seen items kept in as well.
+        **facts: What else the rows say.
+    """
     rows = []
-    for seen in ("out", "in"):
-        own = ranks(score, examples, seen == "out")
-        for subset, mask in (("all", slice(None)), ("warm", ~examples.cold), ("cold", examples.cold)):
-            if not len(kept := own[mask]):
+    for seen, own in ranks(score, examples).items():
+        if seen == "in" and not kept_in:
+            continue
+        for subset, mask in {"all": np.ones(len(own), dtype=bool), **examples.subsets}.items():
+            if not len(kept := own[mask]) or subset == "repeated":
                 continue
             report = ranking_report(kept, (K,))
-            metrics = {f"recall@{K}": partial(recall_at_k, k=K), f"ndcg@{K}": partial(ndcg_at_k, k=K)}
-            interval = {name: list(bootstrap_interval(kept, metric, seed=0)) for name, metric in metrics.items()}
-            shown = {name: report[name] for name in (*metrics, "examples")}
-            rows.append({"model": model, "seen": seen, "subset": subset, **shown, "interval": interval, **facts})
+            shown = {name: report[name] for name in (f"recall@{K}", f"ndcg@{K}", "examples")}
+            if subset in COMPARED:
+                gains = np.column_stack([kept <= K, ndcg_gains(kept, K)])
+                means = resampled_means(gains, samples=1000).T
+                shown["interval"] = dict(zip((f"recall@{K}", f"ndcg@{K}"), map(interval_of, means)))
+                asked = hashlib.sha256(np.ascontiguousarray(examples.targets[mask]).tobytes()).hexdigest()[:16]
+                shown |= {"ranks": kept.tolist(), "asked": asked}
+            about = {"model": model, "seen": seen, "subset": subset, **examples.conditions}
+            rows.append({**about, **facts, **shown})
     return rows
 
 
@@ -141,7 +157,7 @@ def best(settings: Iterable[Any], make: Callable[[Any], Scorer], valid: RankingE
     kept: tuple[Any, Scorer] | None = None
     for setting in settings:
         score = make(setting)
-        found[setting] = ndcg_at_k(ranks(score, valid, True), K)
+        found[setting] = ndcg_at_k(ranks(score, valid)["out"], K)
         if found[setting] == max(found.values()):
             kept = setting, score
     assert kept is not None
@@ -149,14 +165,6 @@ def best(settings: Iterable[Any], make: Callable[[Any], Scorer], valid: RankingE
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-
-
-def together(train: Sequence[np.ndarray], num_items: int) -> np.ndarray:
-    """Count the users who have met both of two items: M x M, with an item's users in the diagonal."""
-    counts = np.zeros((num_items, num_items), dtype=np.float32)
-    for rows in train:
-        counts[np.ix_(rows, rows)] += 1
-    return counts
 
 
 def by_weights(weights: np.ndarray) -> Scorer:
@@ -174,15 +182,6 @@ def neighbours(counts: np.ndarray, setting: tuple[int, float]) -> Scorer:
         least = np.partition(similar, -most, axis=0)[-most]  # of each item as a candidate
         similar[similar < least] = 0
     return by_weights(similar)
-
-
-def ease(counts: np.ndarray, strength: float) -> Scorer:
-    """EASE (Steck 2019): the linear model between items without self-weights, in closed form."""
-    gram = torch.from_numpy(counts + strength * np.eye(len(counts), dtype=np.float32))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    weights = (-inverse / inverse.diagonal()).numpy()
-    np.fill_diagonal(weights, 0)
-    return by_weights(weights)
 
 
 @torch.inference_mode()
@@ -278,23 +277,31 @@ def vectors_of(given: Problem, path: Path) -> Scorer:
 # -------------------------------------------------------------------------------------------------------------- cells
 
 
-def popularity(given: Problem) -> list[dict[str, Any]]:
-    """Rank by training events."""
-    scores = given.counts.astype(float)
-    return measure("popularity", lambda users, _: np.tile(scores, (len(users), 1)), given.examples("test"))
+def untrained(given: Problem) -> list[dict[str, Any]]:
+    """Rank by the package's own rules that need no training, with the validation part observed and not.
+
+    What there is to choose is chosen on validation, once; EASE is not observed.
+    """
+    rows: list[dict[str, Any]] = []
+    made = Untrained(given.writer, given.texts, given.split, given.arguments, 0)
+    custom = given.arguments.protocol in PROTOCOLS.values() and given.arguments.protocol != "time"
+    for observed in (False, True):
+        made.arguments = dataclasses.replace(given.arguments, observe_validation=observed)
+        made.wanted = [name for name in made.wanted if name != "ease" or not observed]
+        examples = ranking_examples(given.writer, None, given.split, "test", made.arguments, 0)
+        for name, scores in made.scores(examples, "test").items():
+            start = time.process_time()
+            own = measure(name, scores, examples, custom and not observed, setting=scores.settings)
+            rows += [{**row, "row": name, "seconds": time.process_time() - start} for row in own]
+    return rows
 
 
-def similar_text(given: Problem) -> list[dict[str, Any]]:
-    """Rank by words in common with the whole history (TF-IDF)."""
-    lexical = SimilarText(given.texts)
-    return measure("similar_text", lambda _, histories: lexical.scores(histories), given.examples("test"))
-
-
-def neighbours_and_words(given: Problem) -> list[dict[str, Any]]:
-    """Rank by what followed the last items in training, and by rare words in common with them; nothing is chosen."""
-    learnt = learnt_sequences(given.writer, given.split, "test", given.arguments)
-    rule = NeighboursAndWords(given.texts, learnt)
-    return measure("neighbours_and_words", lambda _, histories: rule.scores(histories), given.examples("test"))
+def ease(given: Problem) -> list[dict[str, Any]]:
+    """Rank by EASE, also where there are so many items that it takes minutes."""
+    arguments = dataclasses.replace(given.arguments, baselines=["ease"])
+    examples = given.examples("test")
+    scores = Untrained(given.writer, given.texts, given.split, arguments, 0).scores(examples, "test")["ease"]
+    return measure("ease", scores, examples, setting=scores.settings, parameters=len(given.texts) ** 2)
 
 
 def sentence_transformers(given: Problem) -> list[dict[str, Any]]:
@@ -305,34 +312,31 @@ def sentence_transformers(given: Problem) -> list[dict[str, Any]]:
 
 def item_knn(given: Problem) -> list[dict[str, Any]]:
     """Rank by the neighbours of the history's items."""
-    counts = together(given.train, len(given.texts))
+    counts = met_together(given.train, len(given.texts))
     settings = [(most, shrinkage) for most in NEIGHBOURS for shrinkage in SHRINKAGES]
     setting, score, searched = best(settings, partial(neighbours, counts), given.examples("valid"))
     return measure("item_knn", score, given.examples("test"), setting=setting, searched=searched)
 
 
-def linear(given: Problem) -> list[dict[str, Any]]:
-    """Rank by EASE."""
-    counts = together(given.train, len(given.texts))
-    strength, score, searched = best(EASE_LAMBDAS, partial(ease, counts), given.examples("valid"))
-    facts = {"setting": strength, "searched": searched, "parameters": len(counts) ** 2}
-    return measure("ease", score, given.examples("test"), **facts)
-
-
 CELLS: dict[str, Callable[[Problem], list[dict[str, Any]]]] = {
-    "popularity": popularity,
-    "similar_text": similar_text,
-    "neighbours_and_words": neighbours_and_words,
+    "untrained": untrained,
+    "ease": ease,
     "sentence_transformers": sentence_transformers,
     "item_knn": item_knn,
-    "ease": linear,
 }
 """What needs no seed; a data set's rows change with the draw of the cold items only."""
 
 
-def rival(data: Path, dataset: str, name: str, data_seed: int = 0, cold_fraction: float = 0.0) -> list[dict[str, Any]]:
+def rival(
+    data: Path,
+    dataset: str,
+    name: str,
+    data_seed: int = 0,
+    cold_fraction: float = 0.0,
+    protocol: Protocol | None = None,
+) -> list[dict[str, Any]]:
     """Run a cell, in this process: rows of the table, with the processor's seconds and the peak memory."""
-    given = problem(data, dataset, data_seed, cold_fraction)
+    given = problem(data, dataset, data_seed, cold_fraction, protocol)
     start = time.process_time()
     rows = CELLS[name](given)
     seconds = time.process_time() - start

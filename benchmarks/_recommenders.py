@@ -7,22 +7,24 @@ mean standing for the text, and new joint layers read the history. `ids` says wh
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from _few_shot import cells as few_shot_cells
 from _rivals import minilm_folder
 
+from m6rec.train.data.splits import Protocol
+
 Rows = list[dict[str, Any]]
 Model = Callable[[Path, Path, int], Rows]
 
 READERS = {"beauty": "amazon-beauty", "ml-100k": "ml-100k"}
 """Reader (also the name of the folder) of each data set."""
-PROTOCOLS = {"beauty": "published", "ml-100k": "shuffled"}
+PROTOCOLS: dict[str, Protocol] = {"beauty": "published", "ml-100k": "shuffled"}
 """How each data set is tested by custom."""
 DOMAINS = {"beauty": "ecommerce", "ml-100k": "video"}
 RECIPES = {"beauty": "beauty", "ml-100k": "quickstart"}
@@ -39,7 +41,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 """What that recipe takes on other data sets: as many steps."""
 COLD = 0.1
 """Share of the items that are held out of training where cold items are measured."""
-RIVALS = ("popularity", "similar_text", "neighbours_and_words", "sentence_transformers", "item_knn", "ease")
+RIVALS = ("sentence_transformers", "item_knn", "ease")
 """Of `_ranking_rivals.py`."""
 PYTHON = "M6REC_RECTOOLS_PYTHON"
 """Names the python of an environment with RecTools; without it its models are left out."""
@@ -127,7 +129,7 @@ def prepared(
     seed: int,
     text: bool,
     ids: bool,
-    cold: float = 0.0,
+    evaluation: Mapping[str, Any] | None = None,
     recipe: str | None = None,
 ) -> Any:
     """Read a data set and make one of our models for it, by its recipe or by another one."""
@@ -137,8 +139,8 @@ def prepared(
 
     recipe = recipe or RECIPES[name]
     changed = changes(name, data, folder, seed, text, ids, recipe)
-    changed["evaluation.cold_fraction"] = cold
-    if cold and text and ids:
+    changed |= {f"evaluation.{key}": value for key, value in (evaluation or {}).items()}
+    if changed.get("evaluation.cold_fraction") and text and ids:
         changed["model.config.cold_item_bias"] = BONUS
     asked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
     log = read_log(asked.data)
@@ -196,13 +198,13 @@ def ours(
     *,
     text: bool = True,
     ids: bool = True,
-    cold: float = 0.0,
+    evaluation: Mapping[str, Any] | None = None,
     recipe: str | None = None,
 ) -> Rows:
     """Train one of our models and measure it."""
     from m6rec.train.runs.finetune import fit
 
-    run = prepared(name, data, folder, seed, text, ids, cold, recipe)
+    run = prepared(name, data, folder, seed, text, ids, evaluation, recipe)
     fit(run)
     return measured(run)
 
@@ -230,14 +232,23 @@ def untrained(name: str, data: Path, folder: Path, seed: int) -> Rows:
 
 def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
     """All models of a ranking."""
-    reader = READERS[name]
+    reader, protocols = READERS[name], [PROTOCOLS[name]]
+    protocols += [] if cold else [other for other in get_args(Protocol) if other != PROTOCOLS[name]]
+    held = {"cold_fraction": cold}
     return {
-        "m6rec": partial(ours, name, cold=cold),
-        "m6rec text only": partial(ours, name, ids=False, cold=cold),
-        "sasrec (m6rec ids only)": partial(ours, name, text=False, cold=cold, recipe=WITH_BACKBONE),
+        "m6rec": partial(ours, name, evaluation=held),
+        "m6rec text only": partial(ours, name, ids=False, evaluation=held),
+        "sasrec (m6rec ids only)": partial(ours, name, text=False, evaluation=held, recipe=WITH_BACKBONE),
         **{rival: partial(_rival, reader, rival, cold) for rival in RIVALS},
+        **{f"untrained, {protocol}": partial(_untrained, reader, cold, protocol) for protocol in protocols},
         **{name: partial(_rectools, reader, kind, cold) for name, kind in RECTOOLS.items() if PYTHON in os.environ},
+        **{f"m6rec, {protocol}": partial(_ours_under, name, protocol) for protocol in protocols[1:]},
     }
+
+
+def _ours_under(name: str, protocol: Protocol, data: Path, folder: Path, seed: int) -> Rows:
+    """Our model under another protocol than that of custom."""
+    return [{**row, "row": "m6rec"} for row in ours(name, data, folder, seed, evaluation={"protocol": protocol})]
 
 
 def _mean_likes(name: str, data: Path, folder: Path, seed: int) -> Rows:
@@ -267,6 +278,13 @@ def _rival(reader: str, name: str, cold: float, data: Path, folder: Path, seed: 
     return rival(data, reader, name, seed, cold)
 
 
+def _untrained(reader: str, cold: float, protocol: Protocol, data: Path, folder: Path, seed: int) -> Rows:
+    """All untrained rules of the package."""
+    from _ranking_rivals import rival
+
+    return rival(data, reader, "untrained", seed, cold, protocol)
+
+
 def _rectools(reader: str, kind: str, cold: float, data: Path, folder: Path, seed: int) -> Rows:
     from _ranking_rivals import rectools
 
@@ -287,7 +305,7 @@ DATASETS: dict[str, dict[str, Model]] = {
         "m6rec untrained": partial(untrained, "beauty"),
         "m6rec trained on films": partial(transferred, "ml-100k", "beauty"),
         "sentence_transformers": partial(_rival, "amazon-beauty", "sentence_transformers", 0.0),
-        "similar_text": partial(_rival, "amazon-beauty", "similar_text", 0.0),
+        "untrained, published": partial(_untrained, "amazon-beauty", 0.0, "published"),
     },
 }
 

@@ -14,6 +14,7 @@ Writes benchmarks/results/quality_DATASET.json and docs/results.md; the last lin
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,14 +23,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _recommenders import DATASETS
 from _results_page import write_page
+
+from m6rec.train.config.arguments import BASELINES
+from m6rec.train.evaluation.verdicts import RULE
+from m6rec.train.metrics import interval_of, ndcg_gains, resampled_means
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_MINUTES = 90
 METRICS = ("recall@10", "ndcg@10", "auc", "gauc", "rmse")
-GROUP_KEYS = ("model", "seen", "subset")
+GROUP_KEYS = ("model", "seen", "subset", "protocol", "observed")
 """What rows of several seeds have in common."""
+CELL_ONLY = ("row", "ranks", "asked")
+"""What only the rows of cells have: by it rows are paired."""
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """glibc keeps the large buffers of a training step, which it would else ask the system for again at each."""
 
@@ -60,8 +68,8 @@ def run_cell(options: argparse.Namespace, model: str, seed: int) -> None:
     rows = DATASETS[options.dataset][model](options.data, folder, seed)
     used = {"seconds": time.process_time() - start}
     used["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rows = [{**used, **row, "model": model, "seed": seed} for row in rows]
-    (folder / "cell.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = [{**used, **row, "model": row.get("row", model), "seed": seed} for row in rows]
+    (folder / "cell.json").write_text(json.dumps(rows) + "\n")
 
 
 def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,7 +80,7 @@ def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for rows in groups.values():
         first = min(rows, key=lambda row: row["seed"])
-        one = {name: value for name, value in first.items() if name not in (*METRICS, "seed", "seconds")}
+        one = {name: value for name, value in first.items() if name not in (*METRICS, "seed", "seconds", *CELL_ONLY)}
         for name in METRICS:
             values = [row[name] for row in rows if name in row]
             if values:
@@ -81,6 +89,69 @@ def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         one["seconds"] = statistics.mean(row["seconds"] for row in rows)
         found.append(one)
     return found
+
+
+def with_differences(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to summed rows their paired differences to the other rows of the same events, and that to the rule.
+
+    Rows of the same events, by seed, are paired; where there are several seeds, their mean differences.
+    """
+    groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
+    for row in cells:
+        if "ranks" in row and row["seen"] == "out":
+            place = tuple(row.get(name) for name in GROUP_KEYS[1:])
+            groups.setdefault(place, {}).setdefault(row["model"], []).append(row)
+    for row in rows:
+        models = groups.get(tuple(row.get(name) for name in GROUP_KEYS[1:]), {})
+        if row["model"] in models:
+            row["differences"] = _paired(models[row["model"]], {**models, row["model"]: []})
+            if row["model"] == RULE:
+                nothing = {"value": 0.0, "interval": [0.0, 0.0]}
+                row["difference"] = {"to": RULE, "recall@10": nothing, "ndcg@10": nothing}
+            elif RULE in row["differences"]:
+                row["difference"] = {"to": RULE, **row["differences"][RULE]}
+    return rows
+
+
+def _paired(own: list[dict[str, Any]], models: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the mean differences of rows to those of other models of the same events, with their intervals."""
+    columns: dict[str, np.ndarray] = {}
+    for other, theirs in models.items():
+        others = {row["asked"]: row for row in theirs}
+        pairs = [(row, others[row["asked"]]) for row in own if row["asked"] in others]
+        if pairs and {len(row["ranks"]) for row, _ in pairs} == {len(own[0]["ranks"])}:
+            columns[other] = np.mean([_gains(row) - _gains(one) for row, one in pairs], axis=0)
+    if not columns:
+        return {}
+    drawn = np.split(resampled_means(np.hstack(list(columns.values()))), len(columns), axis=1)
+    found: dict[str, dict[str, Any]] = {}
+    for (other, mean), means in zip(columns.items(), drawn):
+        figures = zip(("recall@10", "ndcg@10"), mean.mean(0), means.T)
+        found[other] = {name: {"value": float(value), "interval": interval_of(own)} for name, value, own in figures}
+    return found
+
+
+def _gains(row: dict[str, Any]) -> np.ndarray:
+    ranks = np.array(row["ranks"])
+    return np.column_stack([ranks <= 10, ndcg_gains(ranks, 10)])
+
+
+def with_unpaired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the difference to the rule to rows whose ranks were not kept, as if their events were others than the rule's.
+
+    Rows of the same events vary together, so that the interval is wider than a paired one would be.
+    """
+    rules = {tuple(row.get(name) for name in GROUP_KEYS[1:]): row for row in rows if row["model"] == RULE}
+    for row in rows:
+        rule = rules.get(tuple(row.get(name) for name in GROUP_KEYS[1:]))
+        if rule is None or "difference" in row or not {"interval"} <= row.keys() & rule.keys():
+            continue
+        row["difference"] = {"to": RULE, "paired": False}
+        for name in ("recall@10", "ndcg@10"):
+            halves = [(one["interval"][name][1] - one["interval"][name][0]) / 2 for one in (row, rule)]
+            value, half = row[name]["mean"] - rule[name]["mean"], math.hypot(*halves)
+            row["difference"][name] = {"value": value, "interval": [value - half, value + half]}
+    return rows
 
 
 def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -92,9 +163,13 @@ def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
 def with_earlier(rows: list[dict[str, Any]], place: Path, order: list[str]) -> list[dict[str, Any]]:
     """Keep what the results file says of models that have no cell here."""
     earlier = json.loads(place.read_text()) if place.is_file() else []
-    measured = {row["model"] for row in rows}
-    rows = rows + [row for row in earlier if row["model"] not in measured]
+    measured = {_kind(row) for row in rows}
+    rows = rows + [row for row in earlier if _kind(row) not in measured]
     return sorted(rows, key=lambda row: order.index(row["model"]) if row["model"] in order else len(order))
+
+
+def _kind(row: dict[str, Any]) -> tuple:
+    return tuple(row.get(name) for name in ("model", "protocol", "observed"))
 
 
 def parse() -> argparse.Namespace:
@@ -121,11 +196,13 @@ def run(options: argparse.Namespace) -> None:
         for model in options.models or known:
             for row in cell(options, model, seed):
                 figures = "  ".join(f"{name} {row[name]:.4f}" for name in METRICS if name in row)
-                about = f"{row.get('seen', '')} {row.get('subset', '')}"
-                print(f"{options.dataset} {model:16} seed {seed} {about:10} {figures}", flush=True)
-    rows = summed_up(kept_cells(options))
+                names = ("protocol", "observed", "seen", "subset")
+                about = " ".join(str(row[name]) for name in names if name in row)
+                print(f"{options.dataset} {row['model']:16} seed {seed} {about:10} {figures}", flush=True)
+    cells = kept_cells(options)
+    rows = with_differences(summed_up(cells), cells)
     place = RESULTS / f"quality_{options.dataset}.json"
-    rows = with_earlier(rows, place, list(known))
+    rows = with_unpaired(with_earlier(rows, place, [*known, *BASELINES]))
     place.parent.mkdir(exist_ok=True)
     place.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows))

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from m6rec.train.config.recipe import load_recipe
+from m6rec.train.evaluation.baselines import met_together
+from m6rec.train.evaluation.verdicts import RULE
+from m6rec.train.metrics import ndcg_gains
 from tests.modeling_m6rec.tiny import Writer, build, close, item_rows, pad
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -55,6 +58,43 @@ def test_rows_of_models_that_were_measured_elsewhere_stay(tmp_path):
     assert [(one["model"], one["recall@10"]) for one in rows] == [("a", 0.3), ("b", 0.5), ("z", 0.1)]
 
 
+def test_rows_of_another_protocol_stay(tmp_path):
+    place = tmp_path / "quality_beauty.json"
+    earlier = [row("a", 0, 0.3, protocol="time", observed=seen) for seen in (False, True)]
+    place.write_text(json.dumps(earlier))
+    rows = quality.with_earlier([row("a", 0, 0.5, protocol="time", observed=True)], place, ["a"])
+    assert sorted((one["recall@10"], one["observed"]) for one in rows) == [(0.3, False), (0.5, True)]
+
+
+def test_rows_of_the_same_events_are_paired():
+    rng = np.random.default_rng(0)
+    ranks = {seed: rng.integers(1, 30, 300) for seed in (0, 1)}
+    cells = [
+        *(row("ours", seed, 0.0, ranks=np.maximum(ranks[seed] - 2, 1).tolist(), asked=f"{seed}") for seed in (0, 1)),
+        *(row(RULE, seed, 0.0, ranks=ranks[seed].tolist(), asked=f"{seed}") for seed in (0, 1)),
+        row("other", 0, 0.0, ranks=[1] * 300, asked="others"),
+    ]
+    ours, rule, other = quality.with_differences(quality.summed_up(cells), cells)
+    assert "ranks" not in ours and "asked" not in ours
+    mean = np.mean([ndcg_gains(np.maximum(own - 2, 1), 10) - ndcg_gains(own, 10) for own in ranks.values()], axis=0)
+    found = ours["difference"]["ndcg@10"]
+    half = 1.96 * mean.std() / 300**0.5
+    assert found["value"] == pytest.approx(mean.mean()) and found["value"] > 0
+    assert found["interval"] == pytest.approx([mean.mean() - half, mean.mean() + half], abs=0.1 * half)
+    assert rule["difference"]["ndcg@10"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    assert rule["differences"]["ours"]["recall@10"]["value"] == pytest.approx(-ours["difference"]["recall@10"]["value"])
+    assert other["differences"] == {} and "difference" not in other
+
+
+def test_rows_without_ranks_get_a_wider_interval():
+    facts = {"ndcg@10": {"mean": 0.2}, "interval": {"recall@10": [0.1, 0.3], "ndcg@10": [0.17, 0.23]}}
+    rows = [{**row(name, 0, {"mean": 0.2}), **facts} for name in ("ours", RULE)]
+    found = quality.with_unpaired(rows)[0]["difference"]
+    assert (found["paired"], found["to"]) == (False, RULE)
+    assert found["ndcg@10"]["interval"] == pytest.approx([-(0.03 * 2**0.5), 0.03 * 2**0.5])
+    assert found["ndcg@10"]["value"] == 0
+
+
 def test_a_cell_that_is_kept_is_not_run_again(tmp_path, monkeypatch):
     keep(tmp_path, row("a", 0, 0.3))
     monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("ran"))
@@ -63,12 +103,13 @@ def test_a_cell_that_is_kept_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_the_page_tells_means_deviations_and_seeds(tmp_path):
-    rows = quality.summed_up([row("ours", 0, 0.1), row("ours", 1, 0.2), row("cold one", 0, 0.9, subset="cold")])
+    more = {"ndcg@10": 0.4}
+    rows = quality.summed_up([row("ours", 0, 0.1), row("ours", 1, 0.2), row("cold one", 0, 0.9, subset="cold", **more)])
     (tmp_path / "quality_beauty.json").write_text(json.dumps(rows))
     write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "| ours | 0.1500 ± 0.0707 | 1,234 | 2 | 5 | 1.5 | - |" in page
-    assert "cold one" not in page  # of all data sets but the one that is about them
+    assert "| cold one | 0.9000 / 0.4000 |" in page  # parts of the test events stand in a table of their own
 
 
 @pytest.fixture
@@ -78,18 +119,7 @@ def met():
 
 
 def counted(met):
-    return _ranking_rivals.together([np.flatnonzero(own) for own in met], met.shape[1])
-
-
-def test_ease_is_the_ridge_regression_of_each_item_on_the_others(met):
-    histories = [np.array([0, 3, 3]), np.array([6])]
-    scores = _ranking_rivals.ease(counted(met), 2.5)((), histories)
-    weights = np.zeros((7, 7))
-    for item in range(7):
-        others = np.delete(np.arange(7), item)
-        known = met[:, others].astype(float)
-        weights[others, item] = np.linalg.solve(known.T @ known + 2.5 * np.eye(6), known.T @ met[:, item])
-    np.testing.assert_allclose(scores, [weights[0] + weights[3], weights[6]], atol=1e-5)
+    return met_together([np.flatnonzero(own) for own in met], met.shape[1])
 
 
 def test_neighbours_are_the_nearest_of_each_candidate(met):

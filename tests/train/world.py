@@ -8,6 +8,8 @@ from typing import Any
 import numpy
 import pandas
 
+BESIDE = ("intervals", "verdict", "difference", "differences", "settings", "protocol")
+"""What a row of a report holds beside its figures."""
 VERBS = ["watch", "like", "skip"]
 TITLES = [
     *["Red Harbour", "The Long Winter", "Night Train", "A Quiet Field", "Glass Towers", "Salt and Stone", "Low Tide"],
@@ -79,7 +81,7 @@ def best_of_steps(count: int, metric: str) -> dict[str, Any]:
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """What a row of a report measures, without the intervals around it and the comparison with the others."""
-    return {name: value for name, value in row.items() if name not in ("intervals", "verdict")}
+    return {name: value for name, value in row.items() if name not in BESIDE}
 
 
 def recipe_of(data: dict[str, str], output_dir: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:

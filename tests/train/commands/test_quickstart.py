@@ -19,6 +19,7 @@ from m6rec import M6RecForRecommendation
 from m6rec.model_cards import CARDS
 from m6rec.train.cli import main
 from m6rec.train.commands.quickstart import ranking_table
+from m6rec.train.config.arguments import BASELINES
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.evaluation.reports import rank_catalogue, ranking_examples
 from m6rec.train.runs import finetune
@@ -129,7 +130,7 @@ def test_cards_pass_the_hub_and_name_no_figure_that_was_not_measured(done, monke
 def test_report_has_the_shape_that_was_asked_for(done):
     report = read_json(done[0] / "report.json")
     assert list(report) == ["rows", "verdict", "seconds"]
-    models = ["m6rec", "popularity", "similar_text", "neighbours_and_words"]
+    models = ["m6rec", *BASELINES]
     assert [row["model"] for row in report["rows"]] == models
     for row in report["rows"]:
         assert list(row) == ["model", "recall@10", "ndcg@10", "seen"]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
 from m6rec import M6RecForRecommendation
+from m6rec.train.config.arguments import BASELINES as UNTRAINED
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.rows.examples import training_rows
 from m6rec.train.runs.build import prepare, save
@@ -27,7 +28,7 @@ TASKS = {
 }
 MEANS = ["user_mean", "item_mean", "history_mean", "history_and_item"]
 BASELINES = {
-    "retrieval": ["m6rec", "popularity", "similar_text", "neighbours_and_words"],
+    "retrieval": ["m6rec", *UNTRAINED],
     **{name: ["m6rec", *MEANS] for name in ("click", "rating", "interaction")},
 }
 OTHERS = ("batch", "sampled")
