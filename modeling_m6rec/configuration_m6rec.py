@@ -9,22 +9,22 @@ from transformers.modeling_rope_utils import RopeParameters
 from .values_m6rec import RENAMED_KEYS, SCORING_TASKS, ScoringTask, rename_keys
 
 KINDS = ("user", "event", "age", "item", "now", "stat", "fact", "text", "option")
-"""Kinds of segment, in the order of their tokens' ids. A kind's number is its place here + 1; 0 means none."""
+"""Kinds of segment, in the order of their token ids. A kind's number is its index here + 1; 0 means none."""
 
 OTHER_TASKS = ("retrieval", "plausibility", "writing")
 
 TASKS = (*SCORING_TASKS, *OTHER_TASKS)
-"""What a model can be asked for. All but plausibility have trained heads."""
+"""Tasks of a model. All but plausibility have trained heads."""
 
 FORMAT_VERSION = 1
-"""Of the configuration and the weights that belong to it, written as `format_version`; absent = 1.
+"""Format version of the configuration and its weights, written as `format_version`; absent = 1.
 
-It is raised with each change that code which does not know it would misread. A field that older code may ignore, since
-its default means what was the case before it, raises nothing: unknown fields are kept, and written again.
+A change that older code would misread raises it. A new field whose default keeps the earlier behaviour does not: older
+code ignores unknown fields, keeps them and writes them again.
 """
 
 ROLES: dict[str, tuple[str, ...]] = {
-    # Decide segment states: part of the name of each state that a SegmentCache keeps on disk.
+    # Fields that decide segment states: part of the name of each state that a SegmentCache keeps on disk.
     "segments": (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "head_dim", "hidden_act", "gated_mlp", "embedding_size", "num_hidden_groups"),
@@ -34,14 +34,14 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("eos_token_id", "segment_token_id", "first_kind_token_id", "first_option_token_id", "num_options"),
         *("num_joint_layers", "segment_attention", "document_attention", "segment_pooling"),
     ),
-    # Decide item vectors where the weights are the same: part of the fingerprint of a catalogue. The ids of special
-    # tokens are the tokenizer's, which a pipeline compares.
+    # Fields that decide item vectors when the weights are equal: part of the fingerprint of a catalogue. The ids of
+    # special tokens belong to the tokenizer, which a pipeline compares separately.
     "vectors": (
         *("num_hidden_layers", "num_attention_heads", "hidden_act", "num_hidden_groups", "rope_parameters"),
         *("norm_type", "norm_position", "norm_eps", "num_joint_layers", "segment_attention", "segment_pooling"),
         *("max_position_embeddings", "cold_item_bias", "tfidf_weight", "tfidf_dim"),
     ),
-    # Decide which weights there are, or their shapes: a fingerprint sees them by the weights.
+    # Fields that decide which weights exist, or their shapes: a fingerprint covers them through the weights.
     "shapes": (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *(
@@ -58,27 +58,27 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("embedding_dim", "num_item_embeddings", "bow_embeddings", "tfidf_weight", "score_head", "score_tasks"),
         *("rating_values", "rating_loss", "interactions"),
     ),
-    # Decide what the joint layers and the writing head make of segment states: nothing of it outlives the process.
+    # Fields that decide the outputs of the joint layers and the writing head, which no cache keeps on disk.
     "joint": (
         *("num_joint_layers", "history_attention", "joint_positions", "segment_summary", "skipped_kinds", "max_events"),
         *("final_norm", "entry_norm", "exit_layers", "lm_head_transform", "lm_head_bias", "tie_word_embeddings"),
         "use_cache",
     ),
-    # Say how large a model is: a card gives them, in this order.
+    # Sizes that a model card lists, in this order.
     "sizes": (
         *("num_hidden_layers", "num_joint_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
         *("embedding_size", "embedding_dim", "vocab_size", "max_position_embeddings"),
     ),
-    # Decide the outputs of the score head, and what they mean.
+    # Fields that decide the outputs of the score head and their meaning.
     "scores": ("score_head", "score_tasks", "rating_values", "rating_loss", "interactions"),
-    # Act while a model is trained, or say how it was.
+    # Fields that act in training only, or record how the model was trained.
     "training": (
         *("hidden_dropout", "attention_dropout", "entry_dropout", "item_embedding_dropout", "initializer_range"),
         *("embedding_temperature", "class_weights", "label_smoothing", "loss_weights", "trained_tasks"),
     ),
 }
-"""What each field of M6RecConfig decides; a field may have several roles. `vector_settings` and the key of segment
-states follow from this table, so that a new field that changes vectors or states only needs its place here."""
+"""Role -> fields of M6RecConfig; a field may have several roles. `vector_settings` and the key of segment states
+are derived from this table: a new field that changes vectors or states only has to be listed here."""
 
 VECTORS_SINCE = {
     "segment_pooling": "last",
@@ -87,11 +87,11 @@ VECTORS_SINCE = {
     "tfidf_dim": 1024,
     "max_position_embeddings": None,
 }
-"""Fields with the role "vectors" that version 0.1 was without, and their values then: catalogues made with these stay
-valid, since only another value takes part."""
+"""Fields with the role "vectors" that version 0.1 did not have, and the value that reproduces it. Only other values
+enter the fingerprint, so catalogues of version 0.1 stay valid."""
 
 ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
-"""Rotary embeddings that depend on `max_position_embeddings`."""
+"""Types of rotary embeddings that depend on `max_position_embeddings`."""
 
 OF_LIBRARY = frozenset(
     """
@@ -99,10 +99,10 @@ OF_LIBRARY = frozenset(
     output_hidden_states problem_type return_dict
     """.split()  # noqa: SIM905 - a line for each would hide the rest of the file
 )
-"""Fields of every configuration that change no segment state; others that the library may bring count as if they do."""
+"""Fields of Transformers' configurations that change no segment state; all its other fields count as if they did."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # For tests: every width is odd where it can be.
+    # For tests: the widths are no powers of two.
     "tiny": {
         "hidden_size": 36,
         "intermediate_size": 50,
@@ -139,9 +139,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class M6RecConfig(PreTrainedConfig):
     """Everything that decides the shape and the behaviour of an M6Rec model.
 
-    The block is general enough to hold the weights of BERT, GPT-2, Llama, Qwen2 and Qwen3. Each field says what it
-    means below it. A wrong type fails at construction and at assignment; combinations without a meaning fail in
-    `validate_architecture` with the reason. Sources: the M6-Rec paper where named, else ours.
+    The block is general enough to hold the weights of BERT, GPT-2, Llama, Qwen2 and Qwen3. Each field is documented
+    below its definition. A wrong type fails at construction and at assignment; invalid combinations fail in
+    `validate_architecture` with the reason. "Paper" is the M6-Rec paper; "our addition" is not in the paper.
     """
 
     model_type = "m6rec"
@@ -153,15 +153,15 @@ class M6RecConfig(PreTrainedConfig):
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
-    """Grouped-query attention; None = as many as query heads."""
+    """Number of key and value heads (grouped-query attention); None = num_attention_heads."""
     head_dim: int | None = None
-    """None = hidden_size / num_attention_heads."""
+    """Width of an attention head; None = hidden_size // num_attention_heads."""
     hidden_act: str = "silu"
     gated_mlp: bool = True
     embedding_size: int | None = None
     """Width of the token embeddings; smaller than hidden_size = factorised (M6-Edge). None = hidden_size."""
     num_hidden_groups: int | None = None
-    """Distinct sets of layer weights, as in ALBERT; None = one per layer."""
+    """Number of distinct sets of layer weights, as in ALBERT; None = one per layer."""
     position_embedding_type: Literal["rotary", "learned"] = "rotary"
     max_position_embeddings: int = 4096
     rope_parameters: RopeParameters | dict | None = None
@@ -171,28 +171,29 @@ class M6RecConfig(PreTrainedConfig):
     final_norm: bool = True
     embedding_norm: bool = False
     type_vocab_size: int = 0
-    """Rows of a token-type table, of which row 0 is added to every token (BERT); 0 = no table."""
+    """Rows of the token-type table; row 0 is added to every token (BERT); 0 = no table."""
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    """Normalise each head's queries and keys (Qwen3)."""
+    """Whether to normalise each head's queries and keys (Qwen3)."""
     lm_head_transform: bool = False
-    """Dense, activation and norm before the writing head (BERT)."""
+    """Whether a dense layer, an activation and a norm precede the writing head (BERT)."""
     lm_head_bias: bool = False
     tie_word_embeddings: bool = True
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     entry_norm: bool = False
-    """Normalise what enters the joint layers: small vectors, such as those of item memory, then weigh as much as what
-    the layers add to them, and are learnt in a quarter of the steps (ours)."""
+    """Whether to normalise the input of the joint layers. Small vectors, such as item embeddings, then have the same
+    scale as the layers' updates and are learnt in a quarter of the steps (our addition)."""
     entry_dropout: float = 0.0
-    """Of what enters the joint layers: segment states with item memory, kind and place, as SASRec drops its input."""
+    """Dropout rate of the input of the joint layers (segment states plus item, kind and event embeddings), as in
+    SASRec."""
     initializer_range: float | None = None
-    """Standard deviation of new weights; None = hidden_size ** -0.5: with the customary 0.02, which suits widths near
-    1,000, a narrow model's attention is flat, and clicks are not learnt for hundreds of steps (ours)."""
+    """Standard deviation of new weights; None = hidden_size ** -0.5. The customary 0.02 suits widths near 1,000: with
+    it, a narrow model's attention is flat and learns no clicks for hundreds of steps (our addition)."""
     use_cache: bool = True
-    """What `generate` starts from; `forward` keeps no cache unless it is asked to."""
+    """Default of `generate`; `forward` returns a cache only if its own `use_cache` is set."""
 
     pad_token_id: int | None = 0
     unk_token_id: int | None = 1
@@ -203,66 +204,69 @@ class M6RecConfig(PreTrainedConfig):
     eos_token_id: int | None = 6
     segment_token_id: int = 7
     first_kind_token_id: int = 8
-    """Ids of the kind tokens follow one another, in the order of KINDS."""
+    """Id of the first kind token; the kind tokens have consecutive ids in the order of KINDS."""
     first_option_token_id: int = 17
     num_options: int = 16
 
     num_joint_layers: int | None = None
-    """The last layers, which read all segments together; None = all layers (no segment layers)."""
+    """Number of last layers that read all segments together; None = all layers (no segment layers)."""
     segment_attention: Literal["bidirectional", "causal"] = "bidirectional"
     history_attention: Literal["bidirectional", "causal"] = "causal"
     document_attention: Literal["causal", "bidirectional"] = "causal"
-    """Plain rows: causal as in GPT, or bidirectional as in BERT (then `labels` stand where the [MASK] is)."""
+    """Attention within documents (plain rows): causal as in GPT, or bidirectional as in BERT. If bidirectional,
+    `labels` stand at the [MASK] positions."""
     joint_positions: Literal["request", "segment"] = "request"
     segment_pooling: Literal["last", "mean"] = "last"
-    """What its [SEG] holds of a given segment when the joint layers begin: its own state, or the mean of the segment's,
-    as sentence embeddings are read (MiniLM)."""
+    """State at the [SEG] of a given segment when the joint layers begin: its own state, or the mean of the segment's
+    states, as in sentence embeddings (MiniLM)."""
     segment_summary: int | None = None
-    """Of each closed given segment, how many last tokens are keys of the joint layers; None = all."""
+    """Number of last tokens of each closed given segment that are keys of the joint layers; None = all."""
     skipped_kinds: list[str] | None = None
-    """Kinds of given segments that the joint layers leave out, which is faster and loses what they say: "event" where
-    everybody does the same, such as buying; None = they read all kinds (ours)."""
+    """Kinds of given segments that the joint layers skip, which is faster but loses their content: for example "event"
+    if every event has the same type, such as buying. None = no kind is skipped (our addition)."""
     max_events: int = 256
-    """Rows of the event ordinal table; later events share the last row."""
+    """Rows of the table of event ordinals; later events share the last row."""
     embedding_dim: int = 128
     """Width of user and item vectors (the paper's 128)."""
     embedding_temperature: float = 0.07
-    """Of the retrieval softmax (the paper's 0.07)."""
+    """Temperature of the retrieval softmax (the paper's 0.07)."""
     num_item_embeddings: int = 0
-    """Rows of the optional item memory; 0 = off."""
+    """Rows of the optional table of item embeddings; 0 = off."""
     item_embedding_dropout: float = 0.3
-    """Share of occurrences of an item whose memory is left out in training, so that its text alone still works."""
+    """Probability of leaving out an item's embedding at an occurrence in training, so that the text without it still
+    works."""
     bow_embeddings: bool = False
-    """Learn something of each word of an item's text by itself, beside what the segment layers make of the whole: where
-    these are frozen, this is what learns of brands and series, also for items that come later (ours)."""
+    """Whether to add bag-of-words embeddings of an item's text to its segment state. With frozen segment layers these
+    embeddings learn brands and series, which also helps later items (our addition)."""
     cold_item_bias: float = 0.0
-    """Added to the product of a user's and an item's vector where the item's memory has learnt nothing: an item that
-    never was anybody's next scores too low. No loss knows of it: to be chosen on validation events of items held out
-    of training (ours)."""
+    """Bias added to the product of user and item vector if the item's embedding is untrained: an item that never was a
+    training target scores too low. No loss contains it: choose it on validation events of items held out of training
+    (our addition)."""
     tfidf_weight: float = 0.0
-    """So many times the likeness of an item's words to those of the user's last items, rare words above all, is added
-    to the product of a user's and an item's vector: it needs no learning and holds for items that come later. No loss
-    knows of it: to be chosen on validation (ours)."""
+    """Weight of the TF-IDF similarity between an item's words and those of the user's last items, added to the product
+    of user and item vector. It needs no training and works for later items. No loss contains it: choose it on
+    validation (our addition)."""
     tfidf_dim: int = 1024
-    """Places in user and item vectors that this takes; the more, the closer it is to exact words."""
+    """Dimensions of user and item vectors that the hashed TF-IDF takes; more dimensions approximate matches of
+    exact words better."""
     exit_layers: list[int] | None = None
-    """Joint layers (counted from 1) after which scores are trained as well, for early exit; None = the last only."""
+    """Joint layers (counted from 1) after which scores are also trained, for early exit; None = the last only."""
 
     score_head: Literal["linear", "option"] = "linear"
-    """Read scores by a linear layer, or by the embeddings of the option tokens (option tuning)."""
+    """Whether a linear layer or the embeddings of the option tokens (option tuning) give the scores."""
     score_tasks: list[str] | None = None
-    """Scoring tasks that the score head has outputs for, in their order; None = click, rating, interaction."""
+    """Scoring tasks of the score head, in the order of its outputs; None = click, rating, interaction."""
     rating_values: list[float] | None = None
-    """The ratings there are, ascending; None = 1 to 5."""
+    """Possible ratings, ascending; None = 1 to 5."""
     rating_loss: Literal["classes", "regression"] = "classes"
     interactions: list[str] | None = None
-    """Names of the interactions that are predicted side by side; None = like, follow, comment."""
+    """Names of the interactions that are predicted together; None = like, follow, comment."""
     class_weights: dict[str, list[float]] | None = None
-    """Weights of the classes of a scoring task: of "click" (2), "rating" (one a value), or of the positives of
-    "interaction" (one a name)."""
+    """Class weights by scoring task: "click" (2 weights), "rating" (one per value), "interaction" (one per name, for
+    its positives)."""
     label_smoothing: float = 0.0
     loss_weights: dict[str, float] | None = None
-    """Weights of the losses named "text", "retrieval", or as a scoring task; absent = 1."""
+    """Weights of the losses by name: "text", "retrieval" or a scoring task; absent = 1."""
     trained_tasks: list[str] | None = None
     """Tasks whose heads have been trained; None = not recorded."""
 
@@ -284,7 +288,7 @@ class M6RecConfig(PreTrainedConfig):
         self._refuse_other_labels(kwargs.pop("num_labels", None))
         self.id2label = dict(enumerate(self.score_names))
         self.label2id = {name: index for index, name in self.id2label.items()}
-        kwargs.pop("format_version", None)  # of the file; what is written next is of this code's
+        kwargs.pop("format_version", None)  # the file's version: the next save writes this code's
         if not __name__.startswith("transformers_modules."):
             # The installed package registers its pipeline itself: a checkpoint need not ask for trust in its own code.
             kwargs.pop("custom_pipelines", None)
@@ -300,22 +304,22 @@ class M6RecConfig(PreTrainedConfig):
             self.score_tasks = [name for name, task in SCORING_TASKS.items() if task.by_default]
 
     def _set_renamed(self, fields: dict[str, Any]) -> None:
-        """Set the fields that are given by their names of version 0.1, and take these out."""
+        """Set fields given by their names of version 0.1, and remove these names from `fields`."""
         for name in RENAMED_KEYS.keys() & fields.keys():
             setattr(self, RENAMED_KEYS[name], fields.pop(name))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration of what a checkpoint says, unless a newer version wrote it.
+        """Make a configuration from a checkpoint's config.json, unless a newer version wrote it.
 
         Args:
-            config_dict: What config.json holds.
-            **kwargs: As of every configuration.
+            config_dict: Content of config.json.
+            **kwargs: As in `PreTrainedConfig.from_dict`.
 
         Raises:
-            ValueError: If it is of a format that is not known here.
+            ValueError: If the format version is unknown.
         """
-        # Before anything is read: what a newer format says need not even be of the known types.
+        # Check first: the fields of a newer format may have other types.
         check_format(config_dict.get("format_version", 1), FORMAT_VERSION, "the checkpoint's config.json")
         return super().from_dict(rename_keys(config_dict), **rename_keys(kwargs))
 
@@ -325,10 +329,10 @@ class M6RecConfig(PreTrainedConfig):
 
         Args:
             name: Name of the preset.
-            **kwargs: Fields that differ from it.
+            **kwargs: Fields that override the preset's.
 
         Raises:
-            ValueError: If there is no preset of that name.
+            ValueError: If no preset has that name.
         """
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}: choose one of {sorted(PRESETS)}")
@@ -336,14 +340,14 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def num_segment_layers(self) -> int:
-        """Layers that read every segment alone."""
+        """Number of layers that read each segment independently."""
         return self.num_hidden_layers - self.num_joint_layers
 
     @property
     def vector_settings(self) -> dict[str, Any]:
         """Settings that change item vectors without changing a weight, by their names in version 0.1.
 
-        A fingerprint holds these names: catalogues of 0.1 stay valid.
+        The fingerprint contains these names, so that catalogues of version 0.1 stay valid.
         """
         names = {new: old for old, new in RENAMED_KEYS.items()}
         fields = {name: getattr(self, name) for name in ROLES["vectors"]}
@@ -358,10 +362,10 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def scored(self) -> dict[str, ScoringTask]:
-        """The scoring tasks that the score head has outputs for, by name, in the order of their outputs.
+        """Scoring tasks of the score head by name, in the order of their outputs.
 
         Raises:
-            ValueError: If `score_tasks` does not name such tasks, each once.
+            ValueError: If `score_tasks` does not name scoring tasks, each once.
         """
         names = list(self.score_tasks or ())
         if not names or len({*names}) < len(names) or not {*names} <= SCORING_TASKS.keys():
@@ -370,7 +374,7 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def score_slices(self) -> dict[str, slice]:
-        """Where each task's outputs stand among those of the score head."""
+        """Slice of each task's outputs among the outputs of the score head."""
         found, start = {}, 0
         for name, task in self.scored.items():
             found[name] = slice(start, start := start + len(task.outputs(self)))
@@ -378,12 +382,12 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def score_names(self) -> list[str]:
-        """Name of each output of the score head, which is also what its option token stands for."""
+        """Name of each output of the score head, which is also the meaning of its option token."""
         return [name for task in self.scored.values() for name in task.outputs(self)]
 
     @property
     def num_labels(self) -> int:
-        """Number of outputs of the score head, which follows from what is scored; another cannot be set."""
+        """Number of outputs of the score head, derived from the scoring tasks; another number cannot be set."""
         return len(self.score_names)
 
     @num_labels.setter
@@ -396,7 +400,7 @@ class M6RecConfig(PreTrainedConfig):
             )
 
     def _refuse_other_labels(self, number: int | None) -> None:
-        """Refuse a number or names of outputs that do not follow from what is scored."""
+        """Refuse a number or names of outputs that contradict the scoring tasks."""
         if number is not None:
             self.num_labels = number
         names = {str(index): name for index, name in (self.id2label or {}).items()}
@@ -409,26 +413,26 @@ class M6RecConfig(PreTrainedConfig):
 
     @property
     def kind_token_ids(self) -> dict[str, int]:
-        """Kind -> id of the token that opens a segment of that kind."""
+        """Mapping from kind to the id of the token that opens a segment of that kind."""
         return {kind: self.first_kind_token_id + index for index, kind in enumerate(KINDS)}
 
     @property
     def structural_token_ids(self) -> list[int]:
-        """Ids a model never writes: padding, gaps, openers of requests and targets, ends of segments, options."""
+        """Ids that a model never writes: padding, unknown, mask, openers, segment ends, kinds and options."""
         single = [self.pad_token_id, self.unk_token_id, self.mask_token_id, self.bos_token_id]
         options = range(self.first_option_token_id, self.first_option_token_id + self.num_options)
         markers = [self.source_token_id, self.source_end_token_id, self.segment_token_id]
         return [index for index in (*single, *markers, *self.kind_token_ids.values(), *options) if index is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise; names of score outputs follow from other fields and are left out."""
+        """Serialise; the names of score outputs are left out, since other fields determine them."""
         fields = {**super().to_dict(), "format_version": FORMAT_VERSION}
         fields.pop("id2label", None)
         fields.pop("label2id", None)
         return fields
 
     def validate_architecture(self) -> None:
-        """Refuse settings that have no meaning together (called by `strict` at construction)."""
+        """Refuse invalid combinations of settings (called by `strict` at construction)."""
         problems = [*self._problems_of_the_block(), *self._problems_of_the_stages(), *self._problems_of_the_heads()]
         if problems:
             raise ValueError("; ".join(problems))
@@ -538,15 +542,15 @@ class M6RecConfig(PreTrainedConfig):
 
 
 def check_format(found: Any, known: int, what: str) -> None:
-    """Refuse what a newer version of the package wrote.
+    """Refuse a format that a newer version of the package wrote.
 
     Args:
-        found: The format's number as written.
-        known: The newest that is known here.
-        what: What is of that format.
+        found: Format number as written.
+        known: Newest format number that this version reads.
+        what: Name of the file or object, for the message.
 
     Raises:
-        ValueError: If the format is not known.
+        ValueError: If the format is unknown.
     """
     if not isinstance(found, int) or found < 1:
         raise ValueError(f"{what} is damaged: it is of format {found!r}, expected a number from 1 to {known}")
