@@ -1,4 +1,4 @@
-"""The sections of a recipe that no other module owns, as dataclasses; `data` is `DataArguments` in data.py."""
+"""The sections of a recipe as dataclasses, except `data`, which is `DataArguments` in `train.data.log`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,27 +30,27 @@ class TextArguments:
     """The `text:` section: how requests are worded and tokenised."""
 
     domain: str | None = None
-    """Domain of the template. None: the checkpoint's; of a new model `ecommerce`."""
+    """Domain of the template. None: the checkpoint's; for a new model `ecommerce`."""
     language: str | None = None
-    """Language of the template. None: the checkpoint's; of a new model `en`."""
+    """Language of the template. None: the checkpoint's; for a new model `en`."""
     max_length: int = 1024
-    """Tokens of a source with its longest target, at most."""
+    """Maximum number of tokens of a source together with its longest target."""
     max_events: int = 50
-    """Events of a history, at most."""
+    """Maximum number of events in a history."""
     times: bool = True
-    """Tell the model when things happened, where the log knows it."""
+    """Encode the times of events, where the log has them."""
     vocab_size: int = 8000
-    """Tokens of a tokenizer that is trained on the items' texts; a checkpoint or backbone brings its own."""
+    """Vocabulary size of a tokenizer trained on the items' texts; a checkpoint or backbone has its own tokenizer."""
     statistics: list[str] = field(default_factory=list)
-    """What is told of a candidate beside its text, counted in the training events: `item_likes` (how many in a hundred
-    of its labels are 1). Where a candidate is learnt, the user's own labels are not in it."""
+    """Statistics of the training events that are added to a candidate's text: `item_likes` (percentage of the item's
+    labels that are 1). For training rows, the user's own labels are not counted."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.statistics if name not in STATISTICS]:
             raise ValueError(f"text.statistics: unknown {', '.join(unknown)}; expected some of {', '.join(STATISTICS)}")
 
     def template(self, given: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Load the template that is named; a given one, a checkpoint's, stays as it is unless another is named."""
+        """Load the named template; a checkpoint's template (`given`) is kept unless another one is named."""
         known = {"domain": "ecommerce", "language": "en"} if given is None else given
         named = (self.domain or known["domain"], self.language or known["language"])
         return given if given and named == (given["domain"], given["language"]) else load_template(*named)
@@ -58,25 +58,25 @@ class TextArguments:
 
 @dataclass
 class ModelArguments:
-    """The `model:` section: what learns."""
+    """The `model:` section: the model to train."""
 
     checkpoint: str | None = None
-    """Folder or Hub id of an M6Rec model to go on from. None: a new model."""
+    """Folder or Hub id of an M6Rec model to continue from. None: a new model."""
     backbone: str | None = None
-    """Folder or Hub id of a published language model whose weights and tokenizer a new model begins with."""
+    """Folder or Hub id of a published language model that initialises the weights and tokenizer of a new model."""
     preset: str = "tiny"
-    """Named size of a model of one's own, without checkpoint and backbone: those bring theirs."""
+    """Named size of a model that is trained from scratch; a checkpoint or backbone has its own size."""
     shape: dict[str, Any] = field(default_factory=dict)
-    """Fields of M6RecConfig that differ from the preset. Like it, they are for a model of one's own."""
+    """Fields of M6RecConfig that differ from the preset; like the preset, only for a model trained from scratch."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of M6RecConfig for whatever the model begins as; they win over `shape`."""
+    """Fields of M6RecConfig for any initial model (new, checkpoint or backbone); they override `shape`."""
     attention: str | None = None
     """Attention implementation: sdpa, eager, ...; None: the library's choice."""
     freeze_segments: bool = False
-    """Do not train embeddings and segment layers: each text is then read once, and its state kept. Pretraining on texts
-    trains them all the same; that by `likes` and `behaviour` alone does not."""
+    """Do not train embeddings and segment layers: each text is then encoded once, and its state cached. Pretraining on
+    texts trains them nevertheless; pretraining only with `likes` and `behaviour` does not."""
     item_embeddings: bool = False
-    """Give every item of the catalogue a row of item memory."""
+    """Give every item of the catalogue an item embedding."""
 
     def __post_init__(self) -> None:
         fields = {entry.name for entry in dataclasses.fields(M6RecConfig)}
@@ -89,19 +89,19 @@ class ModelArguments:
 
 @dataclass
 class TuningArguments:
-    """The `tuning:` section: which weights learn, how the others are kept, and which of what was learnt is taken."""
+    """The `tuning:` section: which weights are trained, how the frozen ones are stored, which weights are saved."""
 
     method: Method = "full"
-    """How the model is tuned; all but `full` leave its weights as they are and train an adapter beside them."""
+    """How the model is tuned; all methods but `full` freeze its weights and train an adapter."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's PEFT configuration that differ from our defaults."""
     quantization: Quantization | None = None
-    """Keep the weights that do not learn in 8 or 4 bits (bitsandbytes)."""
+    """Store the frozen weights in 8 or 4 bits (bitsandbytes)."""
     merge: bool = False
-    """Write whole weights in the end, with the adapter merged into them, in place of the adapter."""
+    """Merge the adapter into the weights at the end and save these instead of the adapter."""
     average_checkpoints: int = 1
-    """Let the weights in the end be the mean of those of the last so many checkpoints, as of the last epochs
-    (Vaswani et al. 2017). 1: the last ones, or with training.load_best_model_at_end the best."""
+    """Number of last checkpoints whose weights are averaged into the final weights, e.g. those of the last epochs
+    (Vaswani et al. 2017). 1: the last weights, or the best ones with training.load_best_model_at_end."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -121,48 +121,48 @@ class TuningArguments:
 
 @dataclass
 class TaskArguments:
-    """The `task:` section: what is learnt."""
+    """The `task:` section: what the model learns."""
 
     learn: list[str] = field(default_factory=lambda: ["retrieval"])
-    """Tasks, of retrieval, writing, and the scoring tasks: click, rating, interaction."""
+    """Tasks to learn: retrieval, writing, and the scoring tasks click, rating, interaction."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Task -> weight of its loss; 1 where none is given."""
+    """Task -> weight of its loss; default 1."""
     targets: int = 8
-    """Events of a training row that are candidates, for click, rating and interaction."""
+    """Number of events of a training row that are candidates, for click, rating and interaction."""
     group_user_rows: int = 1
-    """Training rows of a user that follow each other and stay together where rows are shuffled. They share most of
-    their texts, which a batch reads once: with 8, a step over a dozen events a row took about half the time."""
+    """Number of consecutive training rows of a user that stay together when rows are shuffled. They share most of
+    their texts, which a batch encodes once: with 8, a step over a dozen events a row took about half the time."""
     shuffle_ties: bool = False
-    """For retrieval: events of a user at the same time have no order of their own; draw one anew in each epoch, in
-    place of one for all."""
+    """For retrieval: events of a user with equal timestamps have no order of their own; draw a new order in each epoch
+    instead of one order for all epochs."""
     interactions: dict[str, list[str]] = field(default_factory=dict)
-    """For interaction: name of an interaction -> events of the log that count as it."""
+    """For interaction: name of an interaction -> values of the log's column `event` that count as it."""
     negatives_per_event: int = 0
-    """For click and interaction, where the log holds no refusals: so many items that the user has never met are drawn
-    as candidates with label 0 beside each event; uniformly, on which every figure depends."""
+    """For click and interaction, where the log has no negative labels: number of items per event that the user has
+    never met and that are added as candidates with label 0. They are drawn uniformly; all metrics depend on that."""
     writing: dict[str, list[str]] = field(default_factory=dict)
-    """For writing: what is written -> events whose text it is (`explanation`, `query`) or whose item is described
+    """For writing: kind of text -> events whose text it is (`explanation`, `query`) or whose item it describes
     (`item_text`), an empty list for all events; `conversation: []` is learnt from `dialogues`."""
     dialogues: str | None = None
-    """Table of dialogues: dialogue_id, speaker and text, a turn a row, in order."""
+    """Table of dialogues: columns dialogue_id, speaker and text, one turn per row, in order."""
     dialogue_columns: dict[str, str] = field(default_factory=dict)
-    """Role -> column of that table, for each role whose column is not called like it."""
+    """Role -> column of that table, for each role whose column has another name."""
     system_speakers: list[str] = field(default_factory=lambda: ["system", "assistant", "recommender"])
-    """What the column speaker holds where the system speaks (any case); all others are the user."""
+    """Values of the column speaker that mean the system (case is ignored); all other values mean the user."""
     negatives: Negatives = "catalogue"
-    """Against which items retrieval is learnt: those of the `batch`, a sample beside, or the whole catalogue, of which
-    items without a training event are left out."""
+    """Negatives of retrieval: the items of the `batch`, these and a sample (`sampled`), or the whole `catalogue` except
+    items without a training event."""
     num_sampled: int = 512
-    """Items drawn for each batch with sampled negatives."""
+    """Number of items drawn for each batch with sampled negatives."""
     cross_batch_negatives: bool = True
-    """With negatives of the `batch`: take those of the whole optimizer step, of all its micro-batches on all processes,
-    by gradient caching (one more forward pass where there are several); false: of each micro-batch alone."""
+    """With negatives of the `batch`: use the items of the whole optimizer step, of all its micro-batches on all
+    processes, by gradient caching (one more forward pass if there are several); false: of each micro-batch only."""
     logq_correction: bool = True
-    """Correct batch and sampled negatives for how often an item gets among them (logQ)."""
+    """Correct batch and sampled negatives for the sampling probability of each item (logQ)."""
     replay: list[str] = field(default_factory=list)
-    """Output folders of earlier runs whose training rows are mixed in, so that they are not forgotten."""
+    """Output folders of earlier runs whose training rows are mixed in to avoid forgetting."""
     replay_share: float = 0.2
-    """Share of the rows that is replayed."""
+    """Share of the rows that comes from `replay`."""
 
     def __post_init__(self) -> None:
         known = ("retrieval", *SCORED, "writing")
@@ -183,7 +183,7 @@ class TaskArguments:
 
     @property
     def scored(self) -> list[str]:
-        """The scoring tasks among those that are learnt."""
+        """The scoring tasks in `learn`."""
         return [task for task in self.learn if task in SCORED]
 
     def _check_scored(self) -> None:
@@ -212,40 +212,41 @@ class TaskArguments:
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weights as `M6RecConfig.loss_weights` has them."""
+        """The weights, keyed as in `M6RecConfig.loss_weights`."""
         return {"text" if task == "writing" else task: weight for task, weight in self.weights.items()}
 
 
 @dataclass
 class PretrainingArguments:
-    """The `pretraining:` section: what `m6rec pretrain` learns, and of which texts."""
+    """The `pretraining:` section: objectives and texts of `m6rec pretrain`."""
 
     objectives: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "infilling": 1.0, "item": 2.0})
-    """Objective -> its share of the rows, by weight. Of raw texts and the items' texts: `text` writes them on,
-    `infilling` writes their masked spans (the paper's two), `masked` tells masked tokens (models that read documents
-    in both directions). Of items: `item` writes an item's text from its segment (ours: with a segment summary, the
-    summary then has to hold the text). Of the training events: `behaviour` writes what a user did next. Of users who
-    are made up: `likes` tells which items they will like, from those they have liked; of the training events it reads
-    only how likes and dislikes are told. Where labels are few, the model then reads histories from the start."""
+    """Objective -> its share of the rows, by weight. On raw texts and the items' texts: `text` continues them,
+    `infilling` generates their masked spans (both from the paper), `masked` predicts masked tokens (bidirectional
+    models). On items: `item` generates an item's text from its segment (not in the paper; with a segment summary, the
+    summary must then hold the text). On the training events: `behaviour` generates a user's next events. On synthetic
+    users: `likes` predicts the items that they will like from those that they have liked; of the training events it
+    uses only the form of likes and dislikes. Where labels are few, the model then uses histories from the start."""
     texts: list[str] | dict[str, float] = field(default_factory=list)
-    """Raw texts beside the items': a file with a text a line (.txt), or what `data` takes as a table, with the column
-    behind a # where it is not called text, such as reviews.csv#review. A list: each text counts alike. With weights,
-    by which sources share the rows, the items are one source more, called `items`."""
+    """Raw texts in addition to the items': a .txt file with one text per line, or a table as `data` accepts it, with
+    `#column` appended if the column is not named text, e.g. reviews.csv#review. A list: all texts have equal weight.
+    A mapping: each source's share of the rows, by weight; the items' texts are then the source `items`."""
     streaming: bool = False
-    """Read raw texts as they are learnt, for more than memory or disk can hold; needs training.max_steps. A resumed
-    training reads again, and passes over, all that it has learnt: it repeats an unbroken one only where the texts and
-    the number of data loader workers are the same."""
+    """Stream raw texts, for more than memory or disk can hold; needs training.max_steps. A resumed training reads and
+    skips all texts it has learnt: it equals an uninterrupted one only if the texts and the number of data loader
+    workers are the same."""
     pack: bool = False
-    """Put the documents of a batch together into rows of `length` tokens; none sees another."""
+    """Pack the documents of a batch into rows of `length` tokens; documents do not attend to each other."""
     length: int | None = None
-    """Tokens of a document, at most; of a longer one a stretch is drawn each time. None: text.max_length."""
+    """Maximum number of tokens of a document; of a longer one a random span is used each time. None:
+    text.max_length."""
     valid_fraction: float = 0.05
-    """Share of the texts held out for the perplexity, and of the users for that of `behaviour`."""
+    """Share of the texts (for `behaviour`: of the users) held out to measure the perplexity."""
     valid_rows: int = 256
-    """Rows by which the perplexity of an objective is measured, at most."""
+    """Maximum number of rows on which the perplexity of an objective is measured."""
     output_dir: str | None = None
-    """Folder of the pretrained model, from which fine-tuning with the same recipe then goes on. None: that of the
-    training, and fine-tuning does not look for it."""
+    """Folder of the pretrained model; fine-tuning with the same recipe starts from it. None: the folder of the
+    training, and fine-tuning does not look for a pretrained model."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingArguments that differ from the section `training`."""
 
@@ -264,51 +265,51 @@ class PretrainingArguments:
 
 @dataclass
 class EvaluationArguments:
-    """The `evaluation:` section: what is measured."""
+    """The `evaluation:` section: how the data are split and what is measured."""
 
     split: SplitName = "leave-one-out"
-    """Which events are held out where there is no `protocol`: each user's last two, all after two moments in time, or
-    as the log's column `part` says."""
+    """Held-out events if there is no `protocol`: each user's last two (`leave-one-out`), all events after two moments
+    (`time`), or those that the log's column `part` names (`given`)."""
     protocol: Protocol | None = None
-    """How rankings are tested; it decides in place of `split`. `published`: each user's last event, events of the same
-    time in the order of the table. `shuffled`: the same, in an order drawn by data.seed. `time`: each user's last event
-    later than the quantile 1 - test_fraction of all times. None: `split` decides, ties shuffled."""
+    """Test events of rankings; replaces `split`. `published`: each user's last event, ties in time keep the order of
+    the table. `shuffled`: the same, ties are shuffled by data.seed. `time`: each user's last event later than the
+    quantile 1 - test_fraction of all times. None: `split` decides, ties are shuffled."""
     validate: Validate | None = None
-    """On which events settings are chosen; one a user, before the test. `fresh`: the last one. `stale`: the same, and
-    the one before it is not learnt either, so that as much lies between what is learnt and what is predicted as in the
-    test. `time`: the last one in a window of time. None: `time` with the protocol `time`, else `fresh`."""
+    """Validation events, on which settings are chosen; one per user, before the test. `fresh`: the last one. `stale`:
+    the same, and the event before it is not learnt either, so that the distance between learnt and predicted events is
+    that of the test. `time`: the last one in a time window. None: `time` with the protocol `time`, else `fresh`."""
     observe_validation: bool = False
-    """Count the validation part where the test is predicted, as a service would, in what counts without training. A
-    history holds its events in any case."""
+    """For the test, include the validation part in statistics that need no training, as a service would. Histories
+    include its events in any case."""
     successive: bool = False
-    """With the protocol `time`, ask about each event after the quantile, after all before it, not the last one only."""
+    """With the protocol `time`, predict each event after the quantile from all events before it, not only the last."""
     baselines: list[str] | None = None
-    """Which of BASELINES stand beside the model in a table of retrieval. None: all, `ease` up to 5,000 items."""
+    """Names of BASELINES that reports of retrieval compare with the model. None: all, `ease` up to 5,000 items."""
     valid_fraction: float = 0.1
-    """Share of the events used for validation, by time."""
+    """Share of the events used for validation, in time order."""
     test_fraction: float = 0.1
-    """Share of the events used for the test, by time."""
+    """Share of the events used for the test, in time order."""
     cold_fraction: float = 0.0
-    """Share of the items whose every training event is left out, as if they had just come in: rankings tell of them
-    under `cold/`."""
+    """Share of the items whose training events are all left out, as if the items were new: reports give their ranking
+    metrics under `cold/`."""
     cold_validation: bool = False
-    """Hold out as many other items instead, and leave the events of the cold ones out altogether: to choose how cold
-    items are treated without having seen them."""
+    """Hold out as many other items instead, and leave the events of the cold items out altogether: to choose settings
+    for cold items on items that are not tested."""
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Cut-offs of the ranking metrics."""
     exclude_seen: bool = True
-    """Leave the items out that the user has met before, as the pipeline does by default."""
+    """Leave out the items that the user has met before, as the pipeline does by default."""
     repeats: Repeats = "miss"
-    """What a held-out event of an item that the user has met before counts as where seen items are left out: `miss`,
-    since the pipeline never recommends such an item, so that figures are those of the product; or `leave_out`: such
-    events are not asked about, and the report says how many they are."""
+    """With exclude_seen, how to count a held-out event of an item that the user has met before. `miss`: as a miss,
+    since the pipeline never recommends such an item, so that metrics are those of the product. `leave_out`: the event
+    is not evaluated, and the report states the number of such events."""
     max_users: int | None = None
-    """Evaluate on so many users, drawn by the seed; None: all."""
+    """Number of users to evaluate on, drawn by the seed; None: all."""
     rolling: bool = False
-    """Ask each held-out click, rating or interaction with everything before it as history, as a service would; else
-    all of a user's are asked at once, after the events of the earlier parts."""
+    """Predict each held-out click, rating or interaction from all events before it, as a service would; else all
+    held-out events of a user are predicted at once from the events of the earlier parts."""
     max_texts: int = 50
-    """Texts that are written, and compared with those of the log, in the report of a writing task."""
+    """Number of texts that are generated and compared with those of the log in the report of a writing task."""
 
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):
@@ -350,22 +351,22 @@ class EvaluationArguments:
 
     @property
     def ties(self) -> Ties:
-        """In which order events of the same user and time stand."""
+        """The order of events with the same user and time."""
         return "table" if self.protocol == "published" else "shuffled"
 
 
 @dataclass
 class RecommendArguments:
-    """The `recommend:` section: what `m6rec run` asks the trained model in the end."""
+    """The `recommend:` section: requests that `m6rec run` sends to the trained model at the end."""
 
     requests: list[Any] = field(default_factory=list)
-    """Requests as the pipeline takes them; open-domain ones describe items in words that no log holds."""
+    """Requests as the pipeline accepts them; open-domain requests describe items that the log does not contain."""
     top_k: int = 5
-    """How many items are listed for each."""
+    """Number of items to list for each request."""
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raise if a mapping has keys that nobody reads: a typo must not pass in silence."""
+    """Raise if a mapping has unknown keys, so that a typo is an error."""
     unknown = sorted(map(str, set(given) - known))
     if unknown:
         raise ValueError(f"{where} has unknown keys {', '.join(unknown)}; known keys are {', '.join(sorted(known))}")

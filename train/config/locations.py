@@ -1,7 +1,7 @@
-"""Where a run's data are: what a saved recipe names is found from every folder, and other data are noticed.
+"""Paths of a run's data: absolute in a saved recipe, and a digest by which changed data are noticed.
 
-A recipe may name files by paths that are relative to the folder where `m6rec` was called. In the recipe that is saved
-beside the weights they are absolute.
+A recipe may name files by paths relative to the working directory of `m6rec`. In the recipe that is saved with the
+weights they are absolute.
 """
 
 import copy
@@ -25,9 +25,9 @@ SETTINGS = (
     ("task", "dialogues"),
     ("task", "replay"),
 )
-"""Section and key of what a run reads. Each may also name something that is no file: an id on the Hub, the items."""
+"""Section and key of a run's inputs. A value need not be a file: it may be a Hub id or the source `items`."""
 ITEMS = "items"
-"""What `pretraining.texts` calls the texts of the log's items."""
+"""Name in `pretraining.texts` of the texts of the log's items."""
 
 
 def located(tree: dict[str, Any]) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def located(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing(tree: dict[str, Any]) -> dict[str, str]:
-    """List what the sections of a saved recipe name by an absolute path that does not exist: setting -> path."""
+    """Return the settings of a saved recipe that hold an absolute path that does not exist: setting -> path."""
     found: dict[str, str] = {}
     for section, key in SETTINGS:
-        if section in ("data", "task"):  # of the others the run's folder holds what came of them
+        if section in ("data", "task"):  # the run's folder holds the results of the other sections
 
             def note(name: str, setting: str = f"{section}.{key}") -> str:
                 if Path(name).is_absolute() and _path(name) is None:
@@ -66,7 +66,7 @@ def log_digest(log: Log) -> str:
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """Change each name of a setting: one, a list of them, or the keys of a mapping."""
+    """Apply `change` to each name of a setting: a text, the entries of a list, or the keys of a mapping."""
     if isinstance(value, list):
         return [change(name) for name in value]
     if isinstance(value, dict):
@@ -80,7 +80,7 @@ def _absolute(name: str) -> str:
 
 
 def _path(name: str) -> Path | None:
-    """Find the file or folder that a name begins with: `table.csv#column`, `folder:split` and patterns name one too."""
+    """Find the file or folder of a name, which may be `table.csv#column`, `folder:split` or a pattern."""
     for candidate in (name, name.partition("#")[0], name.partition(":")[0]):
         path = Path(candidate).expanduser()
         if candidate and path.exists():

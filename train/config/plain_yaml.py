@@ -1,4 +1,4 @@
-"""YAML as recipes need it: as people mean it, bounded, each key once, and every refusal with its line."""
+"""YAML for recipes: stricter types, limited size, unique keys, and a line number in every error."""
 
 import re
 from collections.abc import Hashable
@@ -8,19 +8,19 @@ import yaml
 
 MOST_CHARACTERS = 1_000_000
 MOST_VALUES = 10_000
-"""Values of a document, where each alias counts as all that it stands for."""
+"""Maximum number of values of a document; an alias counts as all values of its anchor."""
 DEEPEST = 50
-"""Collections within collections."""
+"""Maximum depth of nested collections."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 def _identity(key: yaml.Node) -> Hashable:
-    """What two keys of a mapping share where they are the same key."""
+    """Return a value that is equal for equal keys of a mapping."""
     return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-3 is a number; `no` and `=` are texts (YAML 1.1: false, an error); a key stands once in a mapping."""
+    """1e-3 is a number; `no` and `=` are texts (YAML 1.1: false, an error); a key may occur once in a mapping."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "value")]
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping, before anything is merged into it."""
+        """Compose a mapping and refuse repeated keys, before `<<` is merged."""
         node = super().compose_mapping_node(anchor)
         seen: dict[Hashable, yaml.Node] = {}
         for key, _ in node.value:
@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         node.value = list((merged | own).values())
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Make a value; a text that its tag cannot read is an error of the document."""
+        """Construct a value; a text that its tag cannot parse is an error of the document."""
         if not isinstance(node, yaml.ScalarNode):
             return super().construct_object(node, deep)
         try:
@@ -86,7 +86,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|fals
 
 
 class PlainDumper(yaml.SafeDumper):
-    """Quotes the texts that the reader would take for something else."""
+    """Quotes the texts that the loader would read as another type."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -96,10 +96,10 @@ def read_yaml(text: str, place: str) -> Any:
 
     Args:
         text: The document.
-        place: Where it stands, for the error.
+        place: Its name in error messages.
 
     Raises:
-        ValueError: It is no valid YAML, or larger or deeper than any recipe.
+        ValueError: It is not valid YAML, or exceeds the limits of size or depth.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{place} has {len(text)} characters; expected {MOST_CHARACTERS} at most")
@@ -111,7 +111,7 @@ def read_yaml(text: str, place: str) -> Any:
 
 
 def _measure(text: str, place: str) -> None:
-    """Refuse a document that is too large or too deep, before anything is built of it."""
+    """Raise if a document is too large or too deep, before any object is built."""
     open_sizes: list[int] = [0]
     anchors: list[str | None] = [None]
     sizes: dict[str | None, int] = {}
@@ -129,7 +129,7 @@ def _measure(text: str, place: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in anchors:
                 raise ValueError(f"{place} is no valid YAML: *{event.anchor} stands within what it stands for")
-            size = sizes.get(event.anchor, 1)  # an unknown one is refused by the loader
+            size = sizes.get(event.anchor, 1)  # the loader refuses an unknown anchor
         else:
             continue
         open_sizes[-1] += size

@@ -1,8 +1,8 @@
-"""Recipes: what a run does, as dataclasses that are read from YAML and overridden on the command line.
+"""Recipes: the settings of a run as dataclasses, read from YAML and overridden on the command line.
 
-A recipe has one section a question: `data` (what is read), `text` (how it is worded), `model` (what learns),
-`pretraining` (what is learnt of texts), `tuning` (which weights learn), `task` (what is learnt of behaviour),
-`evaluation` (what is measured), `recommend` (what is asked in the end), and `training`, the fields of
+A recipe has these sections: `data` (tables to read), `text` (how requests are worded and tokenised), `model` (the
+model to train), `pretraining` (objectives and texts), `tuning` (which weights are trained), `task` (what is learnt from
+events), `evaluation` (splits and metrics), `recommend` (requests at the end), and `training`, the fields of
 `transformers.TrainingArguments`.
 """
 
@@ -38,15 +38,15 @@ from .plain_yaml import PlainDumper, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.yaml"
-"""Where a run keeps its resolved recipe, beside the weights."""
+"""File name of a run's resolved recipe, in the folder of the weights."""
 VERSIONED = ("torch", "transformers", "tokenizers", "datasets", "peft", "accelerate", "numpy", "pandas")
 LESS_IS_BETTER = ("loss", "error", "rmse", "mae", "perplexity")
-"""How the names of metrics end of which less is better."""
+"""Endings of the names of metrics of which less is better."""
 
 
 @dataclass
 class Recipe:
-    """Everything a run is decided by."""
+    """All settings of a run."""
 
     data: DataArguments = field(default_factory=DataArguments)
     text: TextArguments = field(default_factory=TextArguments)
@@ -91,25 +91,25 @@ class Recipe:
 
     @property
     def output_dir(self) -> Path:
-        """The folder that the run writes."""
+        """The folder to which the run writes."""
         return Path(self.training["output_dir"])
 
     @property
     def seed(self) -> int:
-        """The seed of everything drawn at random."""
+        """The seed of all random draws."""
         return int(self.training.get("seed", 42))
 
     def for_pretraining(self) -> "Recipe":
         """Return the recipe of the pretraining: with its own settings of the Trainer, in its own folder if it has one.
 
-        What a recipe says of tuning, and of evaluation during training, is meant for fine-tuning.
+        A recipe's settings of tuning, and of evaluation during training, are for fine-tuning only.
         """
         own = {"eval_strategy": "no", "load_best_model_at_end": False, **self.pretraining.training}
         own |= {"output_dir": self.pretraining.output_dir} if self.pretraining.output_dir else {}
         return dataclasses.replace(self, training={**self.training, **own}, tuning=TuningArguments())
 
     def for_finetuning(self) -> "Recipe":
-        """Return the recipe of the fine-tuning, which goes on from the pretraining's folder if the recipe names one.
+        """Return the recipe of the fine-tuning, which starts from the pretraining's folder if the recipe names one.
 
         Raises:
             FileNotFoundError: If that folder holds no model.
@@ -125,21 +125,21 @@ class Recipe:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, checkpoint=folder, backbone=None))
 
     def training_arguments(self, **defaults: Any) -> TrainingArguments:
-        """Make the Trainer's arguments; `defaults` give way to the recipe."""
+        """Make the Trainer's arguments; the recipe overrides `defaults`."""
         ours: dict[str, Any] = {"report_to": "none", "remove_unused_columns": False, "label_names": ["labels"]}
         ours["logging_steps"] = 0.01  # a hundred points for the curves
-        ours["ddp_find_unused_parameters"] = True  # heads that a batch has no labels for
-        ours["disable_tqdm"] = not sys.stderr.isatty()  # bars would fill a file
+        ours["ddp_find_unused_parameters"] = True  # a batch may have no labels for a head
+        ours["disable_tqdm"] = not sys.stderr.isatty()  # progress bars would fill a log file
         if self.training.get("fp16"):
             if defaults.get("use_cpu") or self.training.get("use_cpu"):
                 raise ValueError("training.fp16 needs a GPU, and this run computes on the CPU: leave it out")
             defaults["bf16"] = False
-        if metric := self.training.get("metric_for_best_model"):  # the library knows only of losses that less is better
+        if metric := self.training.get("metric_for_best_model"):  # the library minimises only losses
             ours["greater_is_better"] = not metric.endswith(LESS_IS_BETTER)
         return TrainingArguments(**{**ours, **defaults, **self.training})
 
     def save(self, directory: str | Path) -> None:
-        """Write the resolved recipe, with the versions it ran with, beside the weights; paths become absolute."""
+        """Write the resolved recipe and the versions it ran with into the weights' folder; paths become absolute."""
         directory = Path(directory)
         versions = "".join(f"#   {name} {importlib.metadata.version(name)}\n" for name in ("m6rec", *VERSIONED))
         body = yaml.dump(located(dataclasses.asdict(self)), Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
@@ -163,7 +163,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
     Args:
         source: A YAML file, the name of a recipe of the package, a folder that holds the recipe of a run, or a mapping.
-        overrides: Entries such as `training.learning_rate=1e-3`; they win over the file.
+        overrides: Entries such as `training.learning_rate=1e-3`; they override the file.
 
     Raises:
         FileNotFoundError: If there is no such recipe; the message lists those of the package.
@@ -181,10 +181,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
 
 def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read the recipe of a run, whose data must be where they were, unless overrides say where they are now.
+    """Read the recipe of a run. Its data must still be at their paths, unless overrides give new paths.
 
     Raises:
-        FileNotFoundError: If they are not there; the message names all that is missing.
+        FileNotFoundError: If data are missing; the message names all missing paths.
     """
     recipe = load_recipe(folder, overrides)
     if gone := missing(dataclasses.asdict(recipe)):
@@ -207,7 +207,7 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def _check(cls: type, values: Any, section: str) -> None:
-    """Refuse what a dataclass has no field for, or none of that type."""
+    """Raise if a dataclass lacks one of the keys, or a value has the wrong type."""
     if not isinstance(values, Mapping):
         raise ValueError(f"section {section} is {short(values)}; expected keys with values")
     kinds = {entry.name: entry.type for entry in dataclasses.fields(cls) if entry.init}
@@ -222,7 +222,7 @@ def _check(cls: type, values: Any, section: str) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Say whether a value is of a field's type; what a Literal may be is left to the section's own check."""
+    """Return whether a value is of a field's type; the section itself checks the values of a Literal."""
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any or origin is Literal:
         return True
@@ -234,7 +234,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(
             _fits(name, inside[0]) and _fits(entry, inside[1]) for name, entry in value.items()
         )
-    if isinstance(value, bool) and kind is not bool:  # to Python a truth value is a number
+    if isinstance(value, bool) and kind is not bool:  # in Python a bool is an int
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
@@ -251,7 +251,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the keys of version 0.1 their names of today, in each section and in `model.config`."""
+    """Rename the keys of version 0.1 to their current names, in each section and in `model.config`."""
     found = {name: rename_keys(keys) if isinstance(keys, Mapping) else keys for name, keys in tree.items()}
     model = found.get("model")
     if isinstance(model, dict) and isinstance(model.get("config"), Mapping):
@@ -274,7 +274,7 @@ def _override(tree: dict[str, Any], entry: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step: a reader finds the old file or the new one, never half of it."""
+    """Write JSON atomically: a reader sees the old file or the new one, never a part of it."""
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Amazon Beauty, 5-core of 2014, as P5 split it: who bought what, in which order, and when where that is known.
+"""Amazon Beauty, 5-core of 2014, as P5 split it: ordered purchases, with times where they are known.
 
 The published split holds no times. They are read from `times.csv` (user, place, item as in `sequential.txt`, timestamp)
 where that file lies in the folder.
@@ -18,7 +18,7 @@ from .tables import require_files
 FILES = ("sequential.txt", "datamaps.json", "item_id_to_int.json", "products_lookup.csv")
 TIMES = "times.csv"
 UNTITLED = "untitled product"
-"""Text of the seven products without a title: their ids, the only other thing known of them, are no text."""
+"""Text of the seven products without a title: nothing else is known of them but their ids, which are not text."""
 
 
 def beauty_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFrame, None]:
@@ -28,15 +28,15 @@ def beauty_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFrame, 
         directory: The folder of the four files, and of `times.csv` if that is there.
 
     Returns:
-        The interactions (user_id, item_id, event, with times also timestamp; each user's rows stand in the order of
-        the purchases, of which the last is the published split's test and the one before its validation), the items
-        (item_id, which is the ASIN, and title, its HTML entities as characters), and nothing of users.
+        The interactions (user_id, item_id, event, with times also timestamp; each user's rows are in the order of
+        the purchases: the last is the published split's test, the one before its validation), the items (item_id,
+        which is the ASIN, and title, with HTML entities decoded), and None for users.
 
-        No time runs backwards in the published order: in four sequences it would, by twins that were swapped, and
-        there the later time stands for both.
+        Times never decrease in the published order: in four sequences two purchases are swapped, and both get the
+        later time.
 
     Raises:
-        ValueError: If `times.csv` does not tell of the same purchases.
+        ValueError: If `times.csv` does not hold the same purchases.
     """
     require_files(directory, FILES, "amazon-beauty")
     maps = _json(directory / "datamaps.json")

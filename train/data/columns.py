@@ -1,4 +1,4 @@
-"""Which column of a stranger's tables says what: by its usual name, else by what it holds."""
+"""Finds the roles of a table's columns: by usual names, else by the cells."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,22 +33,22 @@ NAMES: dict[str, tuple[str, ...]] = {
     "event": ("event", "event_type", "action", "behavior", "behaviour", "behavior_type"),
     "label": ("label", "liked", "clicked", "click"),
 }
-"""Role -> usual names of its column, the surest first; capitals, spaces, dots and underscores do not count."""
+"""Role -> usual names of its column, the surest first; case, spaces, dots and underscores are ignored."""
 TITLES = ("title", "name", "item_name", "product_name", "product_title", "movie_title", "book_title", "headline")
 FORMS = (
     *("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S"),
     *("%d/%m/%Y", "%d/%m/%Y %H:%M", "%d/%m/%Y %H:%M:%S", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S"),
     *("%m %d, %Y", "%b %d, %Y", "%d %b %Y", "%Y%m%d", "%Y%m%d%H%M%S", "%Y-%m-%d %H:%M:%S UTC"),
 )
-"""Forms of times that are recognised where the rule for times does not read a column."""
+"""Formats of times to try where the rule for times cannot read a column."""
 LOOKED_AT = 10_000
-"""Rows of a table, spread evenly, by which a column is judged."""
+"""Number of evenly spaced rows of a table from which a column's role is inferred."""
 MOSTLY = 0.95
-"""Share of a column's filled cells that decides what it holds."""
+"""Share of a column's filled cells that must be of a kind for the column to be of that kind."""
 SHARED = 0.5
-"""Share of the events' items that the items table must hold for two columns to be of the same ids."""
+"""Minimum share of the events' items that the items table holds, for two columns to hold the same ids."""
 LONG = 300
-"""Characters of a cell, in the mean, from which on a column is a description, which is left out beside a title."""
+"""Mean characters per cell from which a column is a description, which is left out if there is a title."""
 
 _ADDRESS = re.compile(r"(https?://|www\.|/?[\w./-]+\.(jpe?g|png|gif|webp)\b)", re.I)
 _CODE = re.compile(r"(?=.*\d)[\w:/.+-]+")
@@ -57,7 +57,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ].*)?")
 
 
 def plain_name(name: str) -> str:
-    """Return a column's name without what does not count: case, separators, RecBole's type.
+    """Return a column's name without case, separators and RecBole's type.
 
     >>> plain_name("reviewerID"), plain_name("user_id:token"), plain_name("Customer ID")
     ('reviewerid', 'userid', 'customerid')
@@ -67,10 +67,10 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What the columns of two tables are."""
+    """Roles of the columns of two tables."""
 
     columns: dict[str, str | None]
-    """Role -> column of the events table; None: there is none."""
+    """Role -> column of the events table; None: the table has no such column."""
     item_id: str
     """The column of ids in the items table."""
     item_columns: list[str]
@@ -98,16 +98,16 @@ class Sample:
 
     @cached_property
     def by_name(self) -> dict[str, str]:
-        """Plain name -> column; of equal ones the first."""
+        """Plain name -> column; the first of columns with equal plain names."""
         return {plain_name(column): column for column in reversed(self.columns)}
 
     def named(self, role: str) -> list[str]:
-        """Columns that are called as those of a role usually are, the surest first."""
+        """Columns with a usual name of a role, the surest first."""
         names = [plain_name(name) for name in NAMES[role]]
         return [self.by_name[name] for name in names if name in self.by_name]
 
     def cells(self, column: str) -> pandas.Series:
-        """The filled cells of a column in the sample, as text; none where it holds what is no text."""
+        """The filled cells of a column in the sample, as text; empty if the cells are not texts."""
         if column not in self._cells:
             try:
                 texts = self._table.text(column).str.strip()
@@ -126,13 +126,13 @@ class Sample:
 
 
 def find_columns(events: Dataset, items: Dataset, given: Mapping[str, str | None], time_format: str | None) -> Found:
-    """Find what the columns of two tables are.
+    """Find the roles of the columns of two tables.
 
     Args:
-        events: One row an event.
-        items: One row an item.
-        given: Role -> column that the user named; None: there is none.
-        time_format: As the user gave it; None: found.
+        events: One row per event.
+        items: One row per item.
+        given: Role -> column that the user named; None: the table has no such column.
+        time_format: The user's format; None: inferred.
 
     Raises:
         ValueError: A column cannot be found; the message lists the columns and says which setting names it.
@@ -162,7 +162,7 @@ def _check_given(what: Sample, given: Mapping[str, str | None]) -> None:
 
 
 def _item_columns(what: Sample, about: Sample, given: Mapping[str, str | None]) -> tuple[str, str]:
-    """Find the columns of item ids in both tables: those usually called so, if they share ids; else any that do."""
+    """Find the columns of item ids in both tables: those with usual names if they share ids, else any that do."""
     own = given.get("item_id")
     named = [own] if own else what.named("item_id")
     usual = [*dict.fromkeys([*([own] if own in about.columns else []), *about.named("item_id")])]
@@ -198,7 +198,7 @@ def _sharing(what: Sample, columns: Sequence[str], known: Mapping[str, set[str]]
 
 
 def _user_column(what: Sample, taken: set[str | None]) -> str:
-    """Find the column of users among those that are not called so: the one whose cells come back as ids do."""
+    """Find the column of users among those without a usual name: the one whose cells repeat as ids do."""
     aside = {*taken, *(column for role in ("timestamp", "rating", "event", "label") for column in what.named(role))}
     others = [column for column in what.columns if column not in aside and _may_be_users(what, column)]
     if len(others) == 1:
@@ -211,7 +211,7 @@ def _user_column(what: Sample, taken: set[str | None]) -> str:
 
 
 def _may_be_users(what: Sample, column: str) -> bool:
-    """Say whether a column's cells come back as ids of users do, and are short."""
+    """Return whether a column's cells repeat as ids of users do, and are short."""
     cells = what.cells(column)
     distinct = cells.nunique()
     return bool(len(cells)) and 20 < 2 * distinct < 1.8 * len(cells) and cells.str.len().mean() <= 64
@@ -220,7 +220,7 @@ def _may_be_users(what: Sample, column: str) -> bool:
 def _time_column(
     what: Sample, given: Mapping[str, str | None], taken: Sequence[str | None], time_format: str | None
 ) -> tuple[str | None, str | None]:
-    """Find the column of times, and how they are written."""
+    """Find the column of times and their format."""
     if "timestamp" in given:
         column = given["timestamp"]
         return column, time_format or (time_form(what, column) if column else None)
@@ -234,17 +234,17 @@ def _time_column(
 
 
 def _holds_times(what: Sample, column: str) -> bool:
-    """Say whether a column, whatever it is called, holds times of 1995 to 2100 by the rule for times."""
+    """Return whether a column of any name holds times of 1995 to 2100 by the rule for times."""
     seconds, _ = read_times(what.values(column), lambda values: pandas.Series(values.to_pylist(), dtype="str"))
     known = (seconds > 788918400) & (seconds < 4102444800)
     return bool(known.mean() >= MOSTLY) and len(numpy.unique(seconds[known])) > 1
 
 
 def time_form(what: Sample, column: str) -> str | None:
-    """Say how a column's times are written: None by the rule for times, else a form, or the order alone.
+    """Return the format of a column's times: None for the rule for times, else a format or `order`.
 
     Raises:
-        ValueError: Nothing reads it, or days and months cannot be told apart.
+        ValueError: No format fits, or days and months cannot be distinguished.
     """
     cells = what.cells(column)
     if cells.empty:
@@ -274,7 +274,7 @@ def time_form(what: Sample, column: str) -> str | None:
 
 
 def _optional(what: Sample, role: str, taken: Iterable[str | None]) -> str | None:
-    """Find a column of a role that a log may lack: called as usual, and holding what the role needs."""
+    """Find the column of an optional role: one with a usual name and suitable cells."""
     for column in what.named(role):
         cells = what.cells(column)
         if column in taken or cells.empty:
@@ -291,10 +291,10 @@ def _optional(what: Sample, role: str, taken: Iterable[str | None]) -> str | Non
 
 
 def pick_texts(about: Sample, item_id: str) -> tuple[list[str], dict[str, str]]:
-    """Pick the columns of items that are read as text: the title first, then the others in their order.
+    """Select the columns of items that are read as text: the title first, then the others in their order.
 
     Returns:
-        The columns, and the others with the reason why they are not read.
+        The columns, and for each other column the reason why it is not read.
     """
     reasons = {column: _no_text(about, column) for column in about.columns if column != item_id}
     texts = [column for column, reason in reasons.items() if reason is None]
@@ -308,7 +308,7 @@ def pick_texts(about: Sample, item_id: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _no_text(about: Sample, column: str) -> str | None:
-    """Say why a column is no text that describes items; None: it is."""
+    """Return why a column is not a text that describes items; None: it is one."""
     cells = about.cells(column)
     if cells.empty:
         return "empty, or no text"
@@ -340,15 +340,15 @@ def _share(cells: pandas.Series, holds: object) -> float:
 
 
 def write_items(items: Dataset, found: Found, path: Path) -> int:
-    """Write the texts of items as a table whose column of ids is called as that of the events.
+    """Write the texts of items as a table whose id column has the name of the events' id column.
 
     Args:
-        items: One row an item.
-        found: What its columns are.
-        path: The Parquet file that is written.
+        items: One row per item.
+        found: Roles of its columns.
+        path: The Parquet file to write.
 
     Returns:
-        How many items have no text, and are read as their id.
+        Number of items without text, for which their id is the text.
     """
     table = Table("items", items, {"item_id": found.item_id})
     ids = table.text(found.item_id).str.strip()

@@ -1,8 +1,8 @@
-"""Last.fm 2k (HetRec 2011): who listens to whom, and who is a friend of whom. There are no times.
+"""Last.fm 2k (HetRec 2011): users' listening and friendships, without times.
 
-People are users and items at once: a friendship is an event with a person for its item. What a person is described by,
-the artists they play most, must not give away what is predicted of them. So these come first in their events, where
-no split holds anything out, and all else follows in an order drawn by the seed.
+People are both users and items: the item of a friendship event is a person. The description of a person, the artists
+they play most, must not leak held-out events. So these artists come first in the person's events, where no split holds
+anything out, and all other events follow in an order drawn by the seed.
 """
 
 import csv
@@ -15,7 +15,7 @@ from .tables import require_files
 
 FILES = ("artists.dat", "user_artists.dat", "user_friends.dat")
 DESCRIBED_BY = 5
-"""Artists in the description of a person, at most; nor are they more than half of the person's."""
+"""Maximum number of artists in the description of a person; at most half of the person's artists."""
 
 
 def lastfm_tables(directory: Path, seed: int) -> tuple[pandas.DataFrame, pandas.DataFrame, None]:
@@ -23,13 +23,13 @@ def lastfm_tables(directory: Path, seed: int) -> tuple[pandas.DataFrame, pandas.
 
     Args:
         directory: The folder of the three files.
-        seed: Of the order of each user's events, and of who of two friends followed the other.
+        seed: Seed of the order of each user's events, and of the direction of each friendship.
 
     Returns:
         The interactions (user_id, item_id, event: "listen" or "follow"), the items (item_id; name of an artist, text of
-        a person) and nothing of users. Ids are "artist:51" and "user:2". How often an artist was played decides who
-        describes a person and is left out otherwise. A friendship, which the files tell in both directions, is one
-        event of one of the two: else the one direction would give the other away.
+        a person) and None for users. Ids are "artist:51" and "user:2". Play counts select the artists that describe a
+        person and are not used otherwise. A friendship, which the files hold in both directions, is one event of one
+        of the two users: else one direction would leak the other.
     """
     require_files(directory, FILES, "lastfm")
     artists = _read(directory / "artists.dat", ["id", "name"])

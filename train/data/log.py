@@ -1,4 +1,4 @@
-"""What a recommender learns from: one `Log`, read from the user's own tables or from a data set known by name."""
+"""The training data of a recommender: one `Log`, read from the user's own tables or from a named data set."""
 
 import dataclasses
 import logging
@@ -25,18 +25,18 @@ from .times import ORDER, check_form
 logger = logging.getLogger(__name__)
 
 ROLES = ("user_id", "item_id", "timestamp", "rating", "event", "label", "text", "part")
-"""What columns of tables may mean; further scoring tasks add theirs."""
+"""Roles of the columns of tables; further scoring tasks add their own."""
 Frames = tuple[pandas.DataFrame, pandas.DataFrame, pandas.DataFrame | None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that is known by its name."""
+    """A named data set."""
 
     read: Callable[[Path, int], Frames]
-    """From its folder and `data.seed` to interactions, items and users."""
+    """Reads interactions, items and users, given its folder and `data.seed`."""
     find: Callable[[], Path]
-    """Finds its folder where the recipe names none."""
+    """Finds its folder if the recipe names none."""
 
 
 SOURCES = {
@@ -57,37 +57,36 @@ SOURCES = {
 class DataArguments:
     """The `data:` section of a recipe.
 
-    A table is a CSV, Parquet or JSONL file, a folder saved by `datasets`, or a Hub dataset id; of the latter two one
-    split is named as `name:split` or `name:config:split`.
+    A table is a CSV, Parquet or JSONL file, a folder saved by `datasets`, or a Hub dataset id; for the latter two a
+    split is given as `name:split` or `name:config:split`.
     """
 
     source: str = "tables"
-    """Where the log comes from: the user's own `tables`, or one of SOURCES by its name."""
+    """Source of the log: the user's own `tables`, or the name of a data set in SOURCES."""
     interactions: str | None = None
-    """Table of what users did: user_id, item_id, and as far as there are any timestamp, rating, event, label, text."""
+    """Table of events: columns user_id, item_id, and optionally timestamp, rating, event, label, text."""
     items: str | None = None
-    """Table of items: item_id and text columns."""
+    """Table of items: column item_id and text columns."""
     users: str | None = None
-    """Table of users: user_id and text columns. None: nothing is known of users."""
+    """Table of users: column user_id and text columns. None: users have no description."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """Role -> column, for each role whose column is not called like it; an id's is the same in all tables. None: no
-    column is of that role, whatever it is called. The role `part` (train, valid or test, for `evaluation.split: given`)
-    is read only where it is named here."""
+    """Role -> column, for each role whose column has another name; an id column has the same name in all tables. None:
+    no column has that role, even if its name fits. The role `part` (train, valid or test, for
+    `evaluation.split: given`) is read only if it is named here."""
     time_format: str | None = None
-    """How the column of times is written. None: seconds, milliseconds, microseconds or nanoseconds since 1970, by their
-    magnitude, or ISO 8601. Else one of these units, `excel` (days of a spreadsheet), a form such as `%d.%m.%Y`, or
-    `order`: numbers that say which of a user's events came first and nothing of the time between them."""
+    """Format of the column of times. None: seconds, milliseconds, microseconds or nanoseconds since 1970, by their
+    magnitude, or ISO 8601. Else one of these units, `excel` (days of a spreadsheet), a format such as `%d.%m.%Y`, or
+    `order`: numbers that give the order of a user's events but not the time between them."""
     item_columns: list[str] | None = None
     """Columns of the items table that the model reads, in this order. None: all but the id."""
     drop_invalid: bool = False
-    """Leave rows out that cannot be used, and count them by reason, instead of refusing the table."""
+    """Leave out rows that cannot be used, and count them by reason, instead of raising an error."""
     directory: str | None = None
-    """Folder of a data set known by name. None: looked for in the folder M6REC_DATA (ml-100k first in RecBole's
-    wheel)."""
+    """Folder of a named data set. None: searched for in the folder M6REC_DATA (ml-100k first in RecBole's wheel)."""
     min_rating_liked: float = 4.0
-    """Lowest rating that counts as label 1, where there are ratings and no labels."""
+    """Lowest rating that counts as label 1, if there are ratings and no labels."""
     seed: int = 0
-    """Seed of the order in which events of the same user and time are taken."""
+    """Seed of the order of events with the same user and time."""
 
     def __post_init__(self) -> None:
         if self.source != "tables" and self.source not in SOURCES:
@@ -111,19 +110,19 @@ class DataArguments:
 
 @dataclass(frozen=True, eq=False)
 class Log:
-    """All events, items and users. Ids are text; every item that has an event is among the items."""
+    """All events, items and users. Ids are text; every item with an event is in `items`."""
 
     interactions: pandas.DataFrame
-    """user_id, item_id, timestamp (seconds since 1970, UTC; NaN everywhere where the table has no times); where given
-    also rating (NaN where unknown), event, label (0 or 1, NaN where unknown), text (empty where missing), part, and
-    numbers of further scoring tasks (NaN where unknown). Rows keep the table's order, or stand in that of
-    `data.time_format: order`. Ids, events and parts are categories: some 30 bytes a row, and what its text takes."""
+    """Columns user_id, item_id, timestamp (seconds since 1970, UTC; all NaN if the table has no times); if given also
+    rating (NaN if unknown), event, label (0 or 1, NaN if unknown), text (empty if missing), part, and numbers of
+    further scoring tasks (NaN if unknown). Rows keep the table's order, or have that of `data.time_format: order`. Ids,
+    events and parts are categorical: about 30 bytes a row, plus its text."""
     items: pandas.DataFrame
-    """Text columns by item_id; what is missing is empty, and no row is empty altogether."""
+    """Text columns by item_id; missing cells are empty, and no row is entirely empty."""
     users: pandas.DataFrame | None = None
-    """Text columns by user_id; what is missing is empty."""
+    """Text columns by user_id; missing cells are empty."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> rows that were left out for it."""
+    """Reason -> number of rows left out for it."""
 
     def item_fields(self, item_id: str) -> dict[str, str]:
         """The texts of an item by column, in order, without the empty ones."""
@@ -133,7 +132,7 @@ class Log:
         return _filled(self.items, known)
 
     def user_fields(self, user_id: str) -> dict[str, str]:
-        """The texts of a user by column, without the empty ones; nothing for a user whom no table describes."""
+        """The texts of a user by column, without the empty ones; nothing for a user without a description."""
         known = normalize_id(user_id, "user_id")
         if self.users is None or known not in self.users.index:
             return {}
@@ -145,7 +144,7 @@ def _filled(texts: pandas.DataFrame, row: str) -> dict[str, str]:
 
 
 def read_log(arguments: DataArguments) -> Log:
-    """Reads what the `data:` section of a recipe names."""
+    """Reads the log that the `data:` section of a recipe names."""
     if arguments.source in SOURCES:
         source = SOURCES[arguments.source]
         frames = source.read(Path(arguments.directory) if arguments.directory else source.find(), arguments.seed)
@@ -173,17 +172,17 @@ def read_movielens(directory: str | Path) -> Log:
 
 
 def build_log(interactions: Dataset, items: Dataset, users: Dataset | None, arguments: DataArguments) -> Log:
-    """Checks and joins three tables that are already loaded.
+    """Checks and joins three loaded tables.
 
     Args:
-        interactions: One row an event.
-        items: One row an item.
-        users: One row a user.
-        arguments: `columns`, `item_columns`, `drop_invalid` and `min_rating_liked` are heeded.
+        interactions: One row per event.
+        items: One row per item.
+        users: One row per user.
+        arguments: `columns`, `item_columns`, `drop_invalid` and `min_rating_liked` are used.
 
     Returns:
-        The log. An event that is there twice (same user, item, time and, where given, kind of event) is kept once;
-        without times a repetition is an event of its own.
+        The log. A duplicate event (same user, item, time and, if given, kind of event) is kept once; without times
+        a repetition is a separate event.
     """
     described = _described("items", items, arguments)
     table = Table("interactions", interactions, arguments.columns, arguments.drop_invalid)
@@ -213,7 +212,7 @@ def _without_repeated(events: pandas.DataFrame, table: Table) -> pandas.DataFram
 
 
 def _in_order(events: pandas.DataFrame, seed: int) -> pandas.DataFrame:
-    """Puts events into the order that a column says, if one does; equal places at random, as equal times are."""
+    """Sorts events by the column `order`, if there is one; ties are shuffled, as equal times are."""
     if ORDER not in events:
         return events
     rows = numpy.lexsort((tie_keys(events, seed), events[ORDER].to_numpy()))
@@ -221,14 +220,14 @@ def _in_order(events: pandas.DataFrame, seed: int) -> pandas.DataFrame:
 
 
 def nearly(item_id: str, known: Iterable[str]) -> str:
-    """Say which of the known ids nearly is one that is not among them, for an error; nothing if none is."""
+    """Return a hint for an error: the known id that differs from an unknown one only in spelling; empty if none."""
     near = near_id(item_id)
     found = next((each for each in known if near_id(each) == near), None)
     return "" if found is None else f"; {found!r} nearly is it: write the id alike"
 
 
 def repeated_rows(rows: pandas.DataFrame) -> numpy.ndarray:
-    """Which rows are there before; only rows of equal hashes are compared, for pandas takes 70 bytes for each."""
+    """Mask of rows that repeat an earlier row; only rows with equal hashes are compared: pandas needs 70 bytes each."""
     hashes = pandas.util.hash_pandas_object(rows, index=False).to_numpy()
     ordered = numpy.sort(hashes)
     twice = numpy.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -246,7 +245,7 @@ class _Described:
 
 
 def _described(name: str, rows: Dataset, arguments: DataArguments) -> _Described:
-    """Takes the texts of items or users out of their table, by id."""
+    """Reads the texts of items or users from their table, by id."""
     table = Table(name, rows, arguments.columns, arguments.drop_invalid)
     role, columns = name.removesuffix("s") + "_id", arguments.item_columns if name == "items" else None
     ids = table.unique_ids(role)
@@ -284,7 +283,7 @@ def _events(table: Table, item_ids: pandas.Index, arguments: DataArguments) -> p
         events["event"] = table.words(table.column("event"), strip=True)
     if table.has("text"):
         events["text"] = table.text(table.column("text")).str.strip()
-    if "part" in table.columns:  # so called by chance it may mean anything
+    if "part" in table.columns:  # a column with this name by chance may mean anything
         events["part"] = table.words(table.column("part"))
         table.refuse(~events["part"].isin(PARTS), table.column("part"), f"one of {', '.join(PARTS)}")
     events = table.kept(events).reset_index(drop=True)
@@ -294,7 +293,7 @@ def _events(table: Table, item_ids: pandas.Index, arguments: DataArguments) -> p
 
 
 def _nearly_known(unknown: pandas.Series, item_ids: pandas.Index) -> str:
-    """Say how many of the ids that are not in the items table nearly are, and how the first is written there."""
+    """Return a hint: the number of unknown ids that differ from known ones in spelling only, and the first of them."""
     known = {near_id(item_id): item_id for item_id in reversed(item_ids)}
     near = {str(item_id): known[near_id(item_id)] for item_id in unknown.unique() if near_id(item_id) in known}
     if not near:
@@ -305,7 +304,7 @@ def _nearly_known(unknown: pandas.Series, item_ids: pandas.Index) -> str:
 
 
 def _smallest(labels: pandas.Series) -> pandas.Series:
-    """Labels as small numbers: whole ones where all are known."""
+    """Labels in a small number type: integers if all are known."""
     return labels.astype("float32" if labels.hasnans else "int8")
 
 

@@ -17,7 +17,7 @@ _NO_OCCUPATION = {"other": "", "none": ""}
 
 
 def find_movielens() -> Path:
-    """The folder of MovieLens-100K: in RecBole's wheel, which is not imported, else in the folder `M6REC_DATA`."""
+    """The folder of MovieLens-100K: in RecBole's wheel (without importing it), else in the folder `M6REC_DATA`."""
     recbole = importlib.util.find_spec("recbole")
     folders = [Path(place) / "dataset_example" for place in (recbole and recbole.submodule_search_locations) or ()]
     if "M6REC_DATA" in os.environ:
@@ -39,16 +39,16 @@ def movielens_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFram
 
     Returns:
         The interactions (user_id, item_id, rating, timestamp, event), the items (item_id, title, year, genres; the
-        titles as `readable_title` writes them) and the users (user_id, age, gender, occupation). What says nothing
-        is empty: the genre "unknown", the occupations "other" and "none", a year that is none.
+        titles as `readable_title` writes them) and the users (user_id, age, gender, occupation). Cells without
+        information are empty: the genre "unknown", the occupations "other" and "none", an invalid year.
     """
     interactions = _read_atomic(directory / "ml-100k.inter", ["user_id", "item_id", "rating", "timestamp"])
     interactions["event"] = "rate"
 
     items = _read_atomic(directory / "ml-100k.item", ["item_id", "movie_title", "release_year", "class"])
     items.columns = pandas.Index(["item_id", "title", "year", "genres"])
-    items["title"] = items["title"].replace("unkonwn", "unknown")  # so spelt in the file; item 267 has no other text
-    inside = items["title"].str.extract(_TITLE_WITH_YEAR)  # one title has kept its year, and a "V" in its place
+    items["title"] = items["title"].replace("unkonwn", "unknown")  # spelt so in the file; item 267 has no other text
+    inside = items["title"].str.extract(_TITLE_WITH_YEAR)  # one title contains its year, and its year is "V"
     items["title"] = inside[0].fillna(items["title"]).map(readable_title)
     items["year"] = inside[1].fillna(items["year"].where(items["year"].str.fullmatch(r"\d{4}"), ""))
     items["genres"] = items["genres"].replace("unknown", "").str.replace(" ", ", ")
@@ -59,7 +59,7 @@ def movielens_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFram
 
 
 def readable_title(title: str) -> str:
-    """Puts the article back where it is read.
+    """Moves the article to the front of the title.
 
     >>> readable_title("Shawshank Redemption, The")
     'The Shawshank Redemption'

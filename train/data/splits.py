@@ -1,8 +1,8 @@
 """Splits of a log into training, validation and test events, and the events of each user.
 
-Events of one user with the same timestamp have no order of their own. The order of the file often follows popularity
-or the item ids and gives the answer away, so they are shuffled: by a hash of seed, user and item, which does not
-depend on how the file was sorted. Only where a published order is asked for do they keep the order of the table.
+Events of one user with equal timestamps have no order of their own. The order of the file often follows popularity
+or item ids and leaks the answer, so ties are shuffled: by a hash of seed, user and item, which does not depend on the
+order of the file. Only for a published order do they keep the order of the table.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ Validate = Literal["fresh", "stale", "time"]
 class Split:
     """The parts of the interactions.
 
-    Each part is ordered by user, then time, and its index is the row's place in `order(interactions, seed)`:
+    Each part is ordered by user, then time, and its index is the row's position in `order(interactions, seed)`:
     `pandas.concat([train, valid]).sort_index()` is in order again.
 
     Attributes:
-        train: What is learnt before the validation part is predicted.
+        train: Events learnt before the validation part is predicted.
         valid: The validation part.
         test: The test part.
-        gap: Events between the training and the validation part: known when the validation part is predicted, not
-            learnt before it; learnt before the test. Empty unless the validation part is stale or a window in time.
+        gap: Events between the training and the validation part. When the validation part is predicted, they are in
+            histories but not learnt; they are learnt before the test. Empty unless `validate` is `stale` or `time`.
     """
 
     train: pandas.DataFrame
@@ -45,11 +45,11 @@ class Split:
 
 
 def order(interactions: pandas.DataFrame, seed: int, ties: Ties = "shuffled") -> pandas.DataFrame:
-    """Sorts events by user, then time, then part if the log names parts, then at random.
+    """Sorts events by user, then time, then part if the log has parts, then at random.
 
     Args:
-        interactions: The events of a `Log`. Where no timestamps are given (all NaN: a published split) each user's
-            events keep the order of the table.
+        interactions: The events of a `Log`. Without timestamps (all NaN: a published split) each user's events keep
+            the order of the table.
         seed: Seed of the order of events with the same user and time.
         ties: Whether events with the same user and time are "shuffled", or keep the order of the "table".
 
@@ -73,23 +73,23 @@ def hold_out(
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
 ) -> Split:
-    """Holds out what a protocol tests, and a validation part as far from what is learnt as asked.
+    """Holds out the test events of a protocol, and a validation part.
 
     Args:
         interactions: The events of a `Log`; all but `published` and `fresh` or `stale` need timestamps.
         protocol: `published`: each user's last event is the test, ties in the order of the table. `shuffled`: the
             same, ties shuffled. `time`: all events later than the quantile 1 - `test_fraction` of all times are the
             test, ties shuffled.
-        validate: The validation part, of what comes before the test; one event a user. `fresh`: the last one. `stale`:
-            the same, and the one before it is the gap, so that nothing of the two is learnt when it is predicted, as
-            nothing of the last two is when the test is. `time`: the user's last event in the window of the last
-            `valid_fraction` of all events before the test; the others in the window are the gap.
+        validate: The validation part, from the events before the test; one event per user. `fresh`: the last one.
+            `stale`: the same, and the event before it is the gap, so that neither is learnt before the validation part
+            is predicted, as with the last two events before the test is. `time`: the user's last event in the window
+            of the last `valid_fraction` of all events before the test; the other events in the window are the gap.
         seed: Seed of the order of events with the same user and time.
         valid_fraction: Share of the events in the window.
         test_fraction: Share of the events later than the quantile.
 
     Returns:
-        The split. Users with fewer than three events are in the training part altogether unless the test is by time; a
+        The split. All events of users with fewer than three are in the training part, unless the test is by time; a
         user without an earlier event has none in the validation part.
     """
     check_shares(valid_fraction, test_fraction)
@@ -111,7 +111,7 @@ def hold_out(
         test = asked & (users.cumcount(ascending=False) == 0).to_numpy()
     rest = ordered[~test]
     users = rest.groupby("user_id", sort=False, observed=True)["user_id"]
-    left = users.cumcount(ascending=False).to_numpy()  # events of the same user before the test still to come
+    left = users.cumcount(ascending=False).to_numpy()  # remaining events of the same user before the test
     asked = asked[~test] & (users.transform("size") >= 2).to_numpy()
     if validate == "time":
         quantile = 1 - valid_fraction - (test_fraction if protocol == "time" else 0)
@@ -127,7 +127,7 @@ def hold_out(
 
 
 def check_shares(valid_fraction: float, test_fraction: float) -> None:
-    """Refuse shares of the events that leave nothing to learn from."""
+    """Raise if the shares of the events leave no training events."""
     if not (min(valid_fraction, test_fraction) >= 0 and valid_fraction + test_fraction < 1):
         raise ValueError(
             f"valid_fraction {valid_fraction} and test_fraction {test_fraction}: expected shares of 0 or more "
@@ -136,20 +136,20 @@ def check_shares(valid_fraction: float, test_fraction: float) -> None:
 
 
 def _later(times: numpy.ndarray, everything: numpy.ndarray, quantile: float) -> numpy.ndarray:
-    """Which times are later than a quantile of all."""
+    """Mask of the times that are later than a quantile of all times."""
     return times > numpy.sort(everything)[int(quantile * len(everything))]
 
 
 def by_time(
     interactions: pandas.DataFrame, valid_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0
 ) -> Split:
-    """Cuts the log at two moments: all users' training events are earlier than all validation events, and so on.
+    """Cuts the log at two moments: training events precede all validation events, and these all test events.
 
     Args:
         interactions: The events of a `Log`, with timestamps.
-        valid_fraction: Share of the events in the validation part, at least: a moment that lies on a cut belongs to
-            the later part as a whole.
-        test_fraction: Share of the events in the test part, at least.
+        valid_fraction: Minimum share of the events in the validation part: all events at the moment of a cut belong to
+            the later part.
+        test_fraction: Minimum share of the events in the test part.
         seed: Seed of the order of events with the same user and time.
     """
     check_shares(valid_fraction, test_fraction)
@@ -171,11 +171,11 @@ def by_time(
 
 
 def given(interactions: pandas.DataFrame, seed: int = 0) -> Split:
-    """Takes the parts that the log itself names, in its column `part`.
+    """Takes the parts from the log's column `part`.
 
     Args:
-        interactions: The events of a `Log`. No user's event may come before one of an earlier part: to predict it the
-            future would be read.
+        interactions: The events of a `Log`. No user's event may precede one of an earlier part: its prediction would
+            use the future.
         seed: Seed of the order of events with the same user, time and part.
     """
     if "part" not in interactions:
@@ -200,12 +200,12 @@ def given(interactions: pandas.DataFrame, seed: int = 0) -> Split:
 
 
 def shuffled_ties(frame: pandas.DataFrame, seed: int, epoch: int) -> pandas.DataFrame:
-    """Orders events of the same user and time anew.
+    """Draws a new order of events with the same user and time.
 
     Args:
         frame: Events, ordered, with timestamps.
         seed: Every order depends on (seed, epoch) alone.
-        epoch: Each has its own order.
+        epoch: Each epoch has its own order.
     """
     if not has_times(frame):
         raise ValueError(
@@ -227,23 +227,23 @@ def histories(frame: pandas.DataFrame) -> dict[str, numpy.ndarray]:
 
 
 def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool = False) -> Split:
-    """Makes items cold: a draw of the items loses its every training event, as if they had just come in.
+    """Makes items cold: removes all training events of randomly drawn items, as if these items were new.
 
-    The validation and test parts stay as they are. A history holds training events, and in the test validation events
-    too: so no history names a cold item but where a user's own validation event was of one.
+    The validation and test parts do not change. A history holds training events, and in the test also validation
+    events, so it contains a cold item only if the user's own validation event was one.
 
-    Whatever is to be chosen, such as how the scores of items that were never trained on compare with those of others,
-    is chosen on other items that pretend to be cold: as many again, whose validation events stand for the test events
-    of the cold ones. The events of the truly cold items are then in no part at all.
+    Settings, such as the bias of items without training events, are chosen on other items held out in place of the
+    cold ones: a second draw of the same size, whose validation events stand for the test events of the cold items. The
+    events of the cold items are then in no part.
 
     Args:
         split: The parts.
         fraction: Share of the items with events that is drawn.
-        seed: Of the draws.
-        pretend: Hold the second draw out, and leave the first out altogether.
+        seed: Seed of the draws.
+        pretend: Hold out the second draw, and drop all events of the first.
 
     Returns:
-        A split of fewer training events; `cold_items` names those of its held-out items that are cold.
+        A split with fewer training events; `cold_items` returns its held-out items that are cold.
     """
     if not 0 < fraction < 0.5:
         raise ValueError(f"fraction is {fraction}; expected a share of the items above 0 and below 0.5")
@@ -263,15 +263,15 @@ def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool =
 
 
 def cold_items(split: Split) -> set[str]:
-    """The items of the validation and test events that no training event has."""
+    """The items of validation and test events without a training event."""
     return (set(split.valid["item_id"]) | set(split.test["item_id"])) - set(split.train["item_id"])
 
 
 def has_times(interactions: pandas.DataFrame) -> bool:
-    """Say whether events have timestamps.
+    """Return whether events have timestamps.
 
     Raises:
-        ValueError: If some have one and others have none.
+        ValueError: If only some events have one.
     """
     missing = interactions["timestamp"].isna()
     if missing.any() and not missing.all():
@@ -289,14 +289,14 @@ def _part_ranks(interactions: pandas.DataFrame) -> numpy.ndarray:
 
 
 def tie_keys(interactions: pandas.DataFrame, seed: int) -> numpy.ndarray:
-    """A pseudo-random number an event, the same wherever the event stands in the table."""
+    """A pseudo-random number per event, independent of the event's position in the table."""
     who_what = [name for name in ("user_id", "item_id", "event") if name in interactions]
-    secret = hashlib.sha256(str(seed).encode()).hexdigest()[:16]  # pandas takes keys of 16 characters
+    secret = hashlib.sha256(str(seed).encode()).hexdigest()[:16]  # pandas requires keys of 16 characters
     return pandas.util.hash_pandas_object(interactions[who_what], index=False, hash_key=secret).to_numpy()
 
 
 def _start_of_last(moments: numpy.ndarray, count: int) -> float:
-    """The moment from which on at least `count` of the sorted moments lie, if there are as many."""
+    """The latest moment such that at least `count` of the sorted moments are at or after it, if there are as many."""
     return float(moments[-min(count, len(moments))]) if count and len(moments) else math.inf
 
 

@@ -1,4 +1,4 @@
-"""The files of a table: found by a path, a pattern or a folder, and looked through before a reader is let at them."""
+"""The files of a table: found by a path, a pattern or a folder, and checked before they are parsed."""
 
 import bz2
 import glob
@@ -22,12 +22,12 @@ from datasets import Features, Value
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 PACKED: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Suffixes of packed files -> what opens them. Parquet is packed within."""
+"""Suffixes of compressed files -> function that opens them. Parquet is compressed internally."""
 UNPACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
 DEEPEST_JSON = 100
-"""Lists and objects within each other, in a row. Arrow's reader crashes on many more."""
+"""Maximum nesting of lists and objects in a row. Arrow's reader crashes on much deeper ones."""
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
-"""Files by which a folder that `datasets` saved is known."""
+"""Files that identify a folder saved by `datasets`."""
 
 _SEPARATORS = ",;\t"
 _JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -35,7 +35,7 @@ _KNOWN = f"{', '.join(FORMATS)}; of texts also with {', '.join(PACKED)}"
 
 
 def find_files(location: str) -> list[Path] | None:
-    """Find the files of a table that lies here; None where there is no such file or folder.
+    """Find the files of a local table; None if there is no such file or folder.
 
     Args:
         location: A file, a pattern such as `part-*.parquet`, or a folder of files of one kind.
@@ -69,12 +69,12 @@ def find_files(location: str) -> list[Path] | None:
 
 
 def _is_aside(path: Path) -> bool:
-    """Whether a file beside a table's parts is none of them, such as `_SUCCESS` and `.part-0.crc`."""
+    """Whether a file in the folder of a table is not part of it, such as `_SUCCESS` and `.part-0.crc`."""
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def kind_of(path: Path) -> str:
-    """Say by which reader of `datasets` a file is read: csv, json or parquet."""
+    """Return the reader of `datasets` for a file: csv, json or parquet."""
     suffix = path.suffix.lower()
     packed = suffix in PACKED
     kind = FORMATS.get(Path(path.stem).suffix.lower() if packed else suffix)
@@ -84,10 +84,10 @@ def kind_of(path: Path) -> str:
 
 
 def unpacked(path: Path) -> Path:
-    """Return a packed file unpacked into the cache of `datasets`, any other as it is.
+    """Decompress a compressed file into the cache of `datasets`; return any other file as it is.
 
-    `datasets` itself keeps what it has unpacked by the file's path alone, and so reads an old version of a file that
-    has changed; here the name also depends on size and time.
+    `datasets` itself caches decompressed files by path only, and so reads an old version of a changed file; here the
+    name also depends on size and modification time.
     """
     if path.suffix.lower() not in PACKED:
         return path
@@ -107,10 +107,10 @@ def unpacked(path: Path) -> Path:
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse a file that holds no rows, or JSON that is no objects: Arrow's reader dies of some.
+    """Raise if a file holds no rows, or JSON other than objects: Arrow's reader crashes on some of these.
 
     Raises:
-        ValueError: It is such a file.
+        ValueError: The file is of that kind.
     """
     if kind == "parquet":
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
@@ -147,7 +147,7 @@ def _check_depth(text: bytes, place: str) -> None:
 
 
 def _check_whole_json(content: bytes) -> None:
-    """Check a file that is not an object a line: one list of objects, or objects over several lines."""
+    """Check a JSON file without one object per line: one list of objects, or objects over several lines."""
     _check_depth(content, "it")
     text, place, decode = content.decode("utf-8-sig"), 0, json.JSONDecoder().raw_decode
     rows: list[Any] = []
@@ -167,12 +167,12 @@ def _check_whole_json(content: bytes) -> None:
 
 
 def csv_options(path: Path) -> dict[str, Any]:
-    """Settings with which `datasets` reads a CSV file: its separator, and every cell as text."""
+    """Options with which `datasets` reads a CSV file: its separator, and all cells as text."""
     with path.open(encoding="utf-8-sig") as file:
         line = file.readline()
     separator = max(_SEPARATORS, key=line.count)
     head = pandas.read_csv(path, sep=separator, dtype=str, nrows=1)
-    if not isinstance(head.index, pandas.RangeIndex):  # pandas would take the first column for row names
+    if not isinstance(head.index, pandas.RangeIndex):  # pandas would use the first column as row names
         raise ValueError(f"its first row has more cells than its header ({', '.join(head.columns)})")
     features = Features({name: Value("string") for name in head.columns})
     return {"features": features, "keep_default_na": False, "sep": separator}

@@ -1,6 +1,6 @@
 """Tables of any kind (CSV, Parquet, JSONL, a folder saved by `datasets`, a Hub dataset) and their columns, checked.
 
-Everything is read into Arrow files by `datasets`, in pieces, and stays on the disk until a column is asked for.
+`datasets` reads tables into Arrow files, in chunks; rows stay on disk until a column is read.
 """
 
 import glob
@@ -28,18 +28,18 @@ from .times import TIME_SCALES, in_form, read_times, time_hint
 logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NAMELESS = re.compile(r"\s*|Unnamed: [0-9]+(\.[0-9]+)?|__index_level_[0-9]+__")
-"""Names that pandas gives an index, or a column of a CSV file that has none."""
+"""Names that pandas gives to an index, or to a column without a name in a CSV file."""
 _ID = "an id: a text, or a whole number"
 _ROWS_AT_ONCE = 250_000
-"""Rows whose texts are parsed together: as Python's texts they take some 60 bytes each."""
+"""Rows whose texts are parsed together: as Python strings they take about 60 bytes each."""
 
 
 def find_folder(name: str, contents: str) -> Path:
-    """The folder of a data set in the folder that the environment variable M6REC_DATA names.
+    """The folder of a data set below the folder in the environment variable M6REC_DATA.
 
     Args:
-        name: What it is called there.
-        contents: What is to be put there, for the error.
+        name: Its name there.
+        contents: The files that it must hold, for the error message.
     """
     root = os.environ.get("M6REC_DATA")
     if root and (Path(root) / name).is_dir():
@@ -52,7 +52,7 @@ def find_folder(name: str, contents: str) -> Path:
 
 
 def require_files(directory: Path, names: Iterable[str], what: str) -> None:
-    """Raises if a data set's folder lacks one of its files."""
+    """Raises if a data set's folder lacks one of the files."""
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{directory}: no {', '.join(missing)}; expected the folder of {what}")
@@ -62,15 +62,15 @@ def load_table(location: str) -> Dataset:
     """Reads one table.
 
     Args:
-        location: A CSV, Parquet or JSONL file (texts also packed: .csv.gz); a pattern such as `part-*.parquet`, or a
-            folder, of such files with the same columns; else `name`, `name:split` or `name:config:split`, where the
-            name is a folder saved by `datasets` or a Hub dataset id. The split may be left out where there is only one.
-            `~` is the user's home.
+        location: A CSV, Parquet or JSONL file (text files also compressed: .csv.gz); a pattern such as
+            `part-*.parquet`, or a folder, of such files with the same columns; else `name`, `name:split` or
+            `name:config:split`, where the name is a folder saved by `datasets` or a Hub dataset id. The split may be
+            omitted if there is only one. `~` is the user's home.
 
     Returns:
-        The rows. Every column of a CSV file is text (so "007" and "NA" stay what they are), empty where a cell is; its
-        cells are separated by what stands most often in its first line, of comma, semicolon and tab. A field within a
-        field is a column of its own, called `outer.inner`.
+        The rows. All columns of a CSV file are text (so "007" and "NA" are kept), and empty cells are empty texts; its
+        separator is the most frequent one in its first line, of comma, semicolon and tab. A nested field is a separate
+        column, named `outer.inner`.
     """
     return _load(os.path.expanduser(location)).flatten()
 
@@ -80,7 +80,7 @@ def _load(location: str) -> Dataset:
     if files is not None:
         return _load_files(files, location)
     parts = location.split(":")
-    for count in range(len(parts), 0, -1):  # a folder's name may hold colons
+    for count in range(len(parts), 0, -1):  # a folder's name may contain colons
         folder = ":".join(parts[:count])
         if Path(folder).is_dir():
             return _one_split(_load_saved(folder), parts[count:], folder)
@@ -120,7 +120,7 @@ def _load_files(paths: list[Path], location: str) -> Dataset:
 
 
 def _checked(path: Path) -> Path:
-    """Returns a file of a table, unpacked, once it is known to hold rows."""
+    """Checks that a file of a table holds rows, and returns it decompressed."""
     kind = kind_of(path)
     with _named(path, kind):
         plain = unpacked(path)
@@ -132,7 +132,7 @@ def _checked(path: Path) -> Path:
 
 @contextmanager
 def _named(place: str | Path, kind: str) -> Iterator[None]:
-    """Names the file in whatever a reader raises of its contents."""
+    """Adds the file's name to errors that a reader raises about its contents."""
     try:
         yield
     except (DatasetGenerationError, ValueError, OSError, pyarrow.ArrowException, *UNPACKING_ERRORS) as error:
@@ -153,18 +153,18 @@ def _one_split(loaded: Dataset | DatasetDict, parts: list[str], name: str) -> Da
 
 @dataclass
 class Table:
-    """A table while its columns are taken out, each by a method that checks it and names what it refuses."""
+    """Reads the columns of a table; each method checks its column and reports the cells that it refuses."""
 
     name: str
-    """What messages call it."""
+    """Its name in messages."""
     rows: Dataset
-    """All of it; not in memory."""
+    """All rows; not in memory."""
     columns: Mapping[str, str | None]
-    """Role -> column, for the roles whose column is not called like the role; None: there is none of that role."""
+    """Role -> column, for roles whose column has another name; None: no column has that role."""
     drop: bool = False
-    """Whether rows that are refused are left out, and counted, instead of ending it all."""
+    """Whether refused rows are left out and counted, instead of raising an error."""
     dropped: dict[str, int] = field(default_factory=dict, init=False)
-    """Reason -> rows left out for it; a row is counted once, under the first."""
+    """Reason -> number of rows left out for it; a row is counted once, under the first reason."""
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -176,17 +176,17 @@ class Table:
         return self.columns.get(role, role if role in self.rows.column_names else None) is not None
 
     def column(self, role: str) -> str:
-        """The column that plays the role."""
+        """The name of the role's column."""
         return self.named(self.columns.get(role) or role)
 
     def named(self, column: str) -> str:
-        """The column itself, once it is known to be there."""
+        """The column's name; raises if the table lacks it."""
         if column not in self.rows.column_names:
             raise ValueError(f"{self.name}: no column {column!r}; the columns are {', '.join(self.rows.column_names)}")
         return column
 
     def described(self) -> list[str]:
-        """The columns that say something: all but those that hold pandas' row numbers, of which a warning tells."""
+        """All columns but those that hold pandas' row numbers, which are left out with a warning."""
         kept = [name for name in self.rows.column_names if not self._numbers_rows(name)]
         left = [name for name in self.rows.column_names if name not in kept]
         if left:
@@ -204,13 +204,13 @@ class Table:
         return bool((numbers - numbers[0] == numpy.arange(len(numbers))).all() and numbers[0] in (0, 1))
 
     def refuse(self, bad: Any, column: str, expected: str, hint: Callable[[int], str] | None = None) -> None:
-        """Raises on the first bad row, counted from 1 after any header; or notes the bad rows as dropped.
+        """Raises for the first bad row, counted from 1 after any header; or records the bad rows as dropped.
 
         Args:
-            bad: Whether a row is, for each.
-            column: Whose cells they are.
-            expected: What the cells are not.
-            hint: From the first bad row's place to what may be done about it.
+            bad: Mask of the bad rows.
+            column: Column of the refused cells.
+            expected: Description of valid cells, for the message.
+            hint: Returns advice for the message, given the first bad row's position.
         """
         bad = numpy.asarray(bad, dtype=bool)
         if not bad.any():
@@ -227,7 +227,7 @@ class Table:
         )
 
     def kept(self, taken: pandas.DataFrame) -> pandas.DataFrame:
-        """What was taken out, without the rows that were refused."""
+        """The given columns without the refused rows."""
         if self._bad.all():
             reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             raise ValueError(f"{self.name}: no row is left, all were dropped: {reasons}")
@@ -237,14 +237,14 @@ class Table:
         """A column as text.
 
         Whole numbers lose a decimal point (a column with gaps often comes as 7.0), lists are joined by commas, times
-        are written in ISO form, and what is missing is the empty text.
+        are written in ISO form, and a missing cell is the empty text.
         """
         return pandas.concat([self._text(column, piece) for piece in self._pieces(column)], ignore_index=True)
 
     def words(self, column: str, strip: bool = False) -> pandas.Series:
-        """A column of few texts that come often, as categories in the order of the alphabet; else like `text`.
+        """A column of few distinct texts, as categories in alphabetical order; else like `text`.
 
-        In memory each row is a number of at most four bytes, and each text is there once.
+        In memory each row is a number of at most four bytes, and each distinct text is stored once.
         """
         self.named(column)
         values = self._arrow(column)
@@ -267,7 +267,7 @@ class Table:
             raise ValueError(f"{self.name}: column {column!r} cannot be read as text: {error}") from error
 
     def ids(self, role: str) -> pandas.Series:
-        """An id column by the rule for ids (`normalize_id`), in categories; what is no id is refused."""
+        """An id column by the rule for ids (`normalize_id`), as categories; invalid ids are refused."""
         column = self.column(role)
         values = self._arrow(column)
         if pyarrow.types.is_nested(values.type):
@@ -288,7 +288,7 @@ class Table:
         return pandas.Series(pandas.Categorical.from_codes(places[rows], categories))
 
     def unique_ids(self, role: str) -> pandas.Index:
-        """An id column without repetition; where bad rows are dropped, all rows but the first of an id are bad."""
+        """An id column with unique ids; if bad rows are dropped, all rows but the first of an id are bad."""
         ids = self.ids(role)
         repeated = ids.duplicated() & ids.notna()
         self.refuse(repeated, self.column(role), "an id that no earlier row has", lambda row: self._earlier(ids, row))
@@ -299,7 +299,7 @@ class Table:
         return f": {ids[row]!r} stands in row {first + 1}; white space around an id is no part of it"
 
     def numbers(self, role: str) -> pandas.Series:
-        """A numeric column as finite floats; NaN where a cell is empty, but not everywhere."""
+        """A numeric column as finite floats; NaN for empty cells, but not for all."""
         column = self.column(role)
         numbers, missing = self._floats(column), self._missing(column)
         self.refuse(~(_finite(numbers) | missing), column, "a finite number or nothing")
@@ -311,9 +311,9 @@ class Table:
         """A time column as seconds since 1970.
 
         Args:
-            role: Of the column.
-            form: How times are written, see `DataArguments.time_format`. None: by the rule for times (`time_seconds`),
-                and all rows in the same way. Which way a column is written, most of its rows decide.
+            role: Role of the column.
+            form: Format of the times, see `DataArguments.time_format`. None: by the rule for times (`time_seconds`),
+                where all rows must have the format of most rows.
         """
         column = self.column(role)
         if form is not None:
@@ -333,7 +333,7 @@ class Table:
         return pandas.Series(seconds)
 
     def order(self, role: str) -> pandas.Series:
-        """A column of numbers that say in which order events were, and no more."""
+        """A column of numbers that give only the order of events."""
         column = self.column(role)
         numbers = self._floats(column)
         self.refuse(~_finite(numbers), column, "a number that says the order of a user's events")
@@ -346,14 +346,14 @@ class Table:
         return self._parsed(column, lambda texts: in_form(texts, form))
 
     def _floats(self, column: str) -> pandas.Series:
-        """A column as floats, NaN where a cell is no number."""
+        """A column as floats; NaN for a cell that is not a number."""
         values = self._arrow(column)
         if _is_number(values.type):
             return values.cast(pyarrow.float64(), safe=False).to_pandas()
         return self._parsed(column, lambda texts: pandas.to_numeric(texts, errors="coerce").astype(float))
 
     def _missing(self, column: str) -> pandas.Series:
-        """Whether a cell says nothing: it is null, or an empty text."""
+        """Whether a cell is null or an empty text."""
         values = self._arrow(column)
         if _is_number(values.type):
             return values.is_null().to_pandas()
@@ -369,13 +369,13 @@ class Table:
             yield values.slice(start, _ROWS_AT_ONCE)
 
     def _arrow(self, column: str) -> pyarrow.ChunkedArray:
-        if type(self.rows.features[column]).__name__ == "Json":  # `datasets` found no one type, and dropped quotes
+        if type(self.rows.features[column]).__name__ == "Json":  # `datasets` found mixed types, and dropped quotes
             raise ValueError(f"{self.name}: column {column!r} mixes types; write all its values as text or null")
         return self.rows.with_format("arrow").select_columns([column])[:].column(0)
 
 
 def _is_exact(kind: pyarrow.DataType) -> bool:
-    """Whether Arrow's own text of a value of this type is ours too."""
+    """Whether Arrow's text of a value of this type equals ours."""
     types = pyarrow.types
     return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_integer, types.is_boolean))
 
@@ -394,7 +394,7 @@ def _plain(value: Any) -> str:
         return ", ".join(filter(None, map(_plain, value)))
     if isinstance(value, dict | bytes):
         raise TypeError(f"a value is of type {type(value).__name__}")
-    return str(value).removesuffix(" 00:00:00")  # JSON readers turn a mere date into midnight
+    return str(value).removesuffix(" 00:00:00")  # JSON readers turn a date into midnight
 
 
 def _id_or_none(value: Any) -> str | None:
@@ -409,7 +409,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _finite(numbers: pandas.Series) -> pandas.Series:
-    return numbers.abs() < math.inf  # NaN is not
+    return numbers.abs() < math.inf  # false for NaN
 
 
 __all__ = ["FORMATS", "Table", "csv_options", "find_folder", "load_table", "require_files"]

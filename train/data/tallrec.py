@@ -1,7 +1,7 @@
-"""TALLRec's click task on MovieLens-100K: ten films that a user liked or not, and whether they will like one more.
+"""TALLRec's click task on MovieLens-100K: ten films that a user liked or not, and whether the user will like one more.
 
-The rows of its three files follow each other: a row's ten films are the ten before its target, of which the latest was
-the target of the user's row before. So a log of each user's films, in that order, says all of it. The first ten of each
+A user's rows are consecutive: a row's ten films are the ten before its target, and the last of them is the target of
+the user's previous row. So a log of each user's films in that order holds the same data. The first ten films of each
 user have no row of their own: they are history only, and have no label.
 """
 
@@ -20,15 +20,15 @@ _VERBS = ("dislike", "like")
 def tallrec_tables(directory: Path) -> tuple[pandas.DataFrame, pandas.DataFrame, None]:
     """Reads the rows of train.csv, valid.csv and test.csv as one log with `evaluation.split: given`.
 
-    With `text.max_events: 10`, `task.targets: 1` and `evaluation.rolling: true` the model reads each row as it stands
-    in the file; of the moment, which the file tells of the target only, it reads nothing.
+    With `text.max_events: 10`, `task.targets: 1` and `evaluation.rolling: true` the model reads each row as in the
+    file. Times are not read: the file has them for targets only.
 
     Args:
-        directory: The folder of the three files. The films are described by ml-100k: the folder beside it, else
-            wherever `find_movielens` finds it.
+        directory: The folder of the three files. The films' texts come from ml-100k: in the same parent folder,
+            else where `find_movielens` finds it.
 
     Returns:
-        The interactions (user_id, item_id, event: "like" or "dislike", label, part), the films, and nothing of users.
+        The interactions (user_id, item_id, event: "like" or "dislike", label, part), the films, and None for users.
     """
     require_files(directory, [f"{part}.csv" for part in PARTS], "tallrec-movie")
     events: list[tuple[str, str, str, int | None, str]] = []

@@ -1,6 +1,6 @@
-"""How scoring tasks are learnt from a log, and measured: the training half of the table of tasks.
+"""Labels, negatives and metrics of scoring tasks: the training half of the table of tasks.
 
-What their answers are is said by SCORING_TASKS, whose names this table has too.
+SCORING_TASKS, with the same names, defines their answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from ...values_m6rec import IGNORE_INDEX
 
 
 def numbers(values: np.ndarray, names: Mapping[str, list[str]], drawn: bool) -> np.ndarray:
-    """Read N labels off N numbers; NaN is unknown.
+    """Convert N numbers to N labels; NaN is unknown.
 
     >>> numbers(np.array([4.0, np.nan]), {}, False).tolist()
     [4.0, -100.0]
@@ -23,9 +23,9 @@ def numbers(values: np.ndarray, names: Mapping[str, list[str]], drawn: bool) -> 
 
 
 def verbs(values: np.ndarray, names: Mapping[str, list[str]], drawn: bool) -> np.ndarray:
-    """Read N x I labels off N verbs: whether the verb is one of the I-th name's.
+    """Convert N verbs to N x I labels: whether the verb belongs to the I-th name.
 
-    Where negatives are drawn, an event says something of its own names only. An empty verb is unknown.
+    If negatives are drawn, an event has labels for its own names only. An empty verb is unknown.
 
     >>> verbs(np.array(["like", "skip", ""]), {"likes": ["like"], "skips": ["skip"]}, False).tolist()
     [[1, 0], [0, 1], [-100, -100]]
@@ -39,14 +39,14 @@ class ScoredTask:
     """The training half of a row of the table of tasks.
 
     Attributes:
-        column: Column of the log that labels come from. One that no other task reads is a role of `data.columns`, and
+        column: Column of the log with the labels. If no other task reads it, it is a role of `data.columns`, and
             holds numbers.
-        measure: How predictions are measured: a name in MEASURES of `train.evaluation.measures`.
-        labels: Turns N values of the column into N or N x I labels; it is also given what `names_in` holds, and whether
-            negatives are drawn.
-        negatives: Whether an item that the user has not met has label 0, beside an event with label 1.
-        implied: Whether each event has label 1 where the log lacks the column and negatives are drawn.
-        names_in: Key of a recipe's section `task` that names I labels side by side: name -> verbs. The configuration
+        measure: Metrics of the predictions: a name in MEASURES of `train.evaluation.measures`.
+        labels: Turns N values of the column into N or N x I labels; its other arguments are the mapping of
+            `names_in`, and whether negatives are drawn.
+        negatives: Whether items that the user has not met can be drawn with label 0 for an event with label 1.
+        implied: Whether each event has label 1 if the log lacks the column and negatives are drawn.
+        names_in: Key of a recipe's section `task` that names I parallel labels: name -> verbs. The configuration
             has a field of the same name.
     """
 
@@ -58,7 +58,7 @@ class ScoredTask:
     names_in: str | None = None
 
     def names(self, section: Any) -> Mapping[str, list[str]]:
-        """Return the names of labels side by side, and their verbs, in a recipe's section `task`; else nothing."""
+        """Return the names of parallel labels, and their verbs, in a recipe's section `task`; empty if it has none."""
         return getattr(section, self.names_in) if self.names_in else {}
 
 
@@ -74,7 +74,7 @@ KNOWN_COLUMNS = ("rating", "event", "label")
 
 
 def further_columns() -> list[str]:
-    """Name the columns of numbers that a log has for tasks beyond those of `KNOWN_COLUMNS`."""
+    """Return the numeric columns that tasks read in addition to `KNOWN_COLUMNS`."""
     return list(dict.fromkeys(task.column for task in SCORED.values() if task.column not in KNOWN_COLUMNS))
 
 

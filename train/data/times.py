@@ -1,4 +1,4 @@
-"""Columns of times: `time_seconds`, the rule for one value, over many at once; and other forms that a recipe names."""
+"""Columns of times: `time_seconds`, the rule for one value, vectorised; and other formats that a recipe names."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,12 +12,12 @@ import pyarrow.compute
 from ...values_m6rec import EARLIEST, LATEST, MOMENT, TIME_UNITS, WORDS, read_time, short, written_date
 
 WAYS = (*TIME_UNITS, WORDS, MOMENT)
-"""How a time is given; a column's is told by its place here."""
+"""Formats of a time; a column's format is given as an index into this tuple."""
 TIME_SCALES = {name: (0.0, 1.0, in_a_second) for name, (_, _, in_a_second) in TIME_UNITS.items()}
 TIME_SCALES["excel"] = (25569.0, 86400.0, 1.0)
-"""Scale of numbers that a recipe may name -> its 1970, and how many seconds so many are: days, for a spreadsheet."""
+"""Scale of numbers that a recipe may name -> (origin, s, n): v is (v - origin) * s / n seconds since 1970."""
 ORDER = "order"
-"""What a recipe names where numbers say the order of events and no time."""
+"""Name in a recipe for numbers that give the order of events and not their times."""
 
 _PLAIN_NUMBER = r"^-?[0-9]{1,17}(\.[0-9]{1,9})?$"
 _PLAIN_ISO = (
@@ -27,7 +27,7 @@ _EXCEL_DAYS = (20_000, 80_000)  # 1954 to 2119
 
 
 def check_form(form: str | None) -> None:
-    """Refuse a form of times that is none."""
+    """Raise if a format of times is invalid."""
     if form is None or form in TIME_SCALES or form == ORDER:
         return
     try:
@@ -52,13 +52,13 @@ def read_times(
         as_text: Writes values of a type that is neither a number nor a time.
 
     Returns:
-        Seconds since 1970, and how each was given, as a place in WAYS; NaN and -1 where a value is no time.
+        Seconds since 1970, and each value's format as an index into WAYS; NaN and -1 if a value is not a time.
     """
     kind, types = values.type, pyarrow.types
     if types.is_timestamp(kind) or types.is_date(kind):
         seconds = _of_moments(values)
         return seconds, numpy.where(numpy.isnan(seconds), -1, WAYS.index(MOMENT)).astype(numpy.int8)
-    if types.is_decimal(kind):  # Arrow's own cast to a float is off by a last bit at times
+    if types.is_decimal(kind):  # Arrow's cast to float is sometimes off by the last bit
         return _of_numbers(numpy.array([numpy.nan if each is None else float(each) for each in values.to_pylist()]))
     if types.is_integer(kind) or types.is_floating(kind):
         return _of_numbers(values.cast(pyarrow.float64(), safe=False).to_numpy())
@@ -68,7 +68,7 @@ def read_times(
 def _of_moments(values: pyarrow.ChunkedArray) -> numpy.ndarray:
     counted = values.cast(pyarrow.timestamp("us"), safe=False).cast(pyarrow.int64())
     whole = counted.fill_null(0).to_numpy()
-    seconds = whole // 10**6 + whole % 10**6 / 1e6  # in the order of the scalar rule: equal to the last bit
+    seconds = whole // 10**6 + whole % 10**6 / 1e6  # same order of operations as the scalar rule: bitwise equal
     missing = values.is_null().to_numpy() | (seconds < EARLIEST) | (seconds >= LATEST)
     return numpy.where(missing, numpy.nan, seconds)
 
@@ -99,7 +99,7 @@ def _of_texts(texts: pandas.Series) -> tuple[numpy.ndarray, numpy.ndarray]:
     seconds[iso] = _of_moments(pyarrow.chunked_array([pyarrow.array(parsed)]))
     ways[iso & ~numpy.isnan(seconds)] = WAYS.index(WORDS)
     known: dict[str, tuple[float, int]] = {}
-    others = numpy.flatnonzero((ways < 0) & ~plain)  # ISO 8601 of other forms, and what is no time
+    others = numpy.flatnonzero((ways < 0) & ~plain)  # other forms of ISO 8601, and invalid times
     for place, text in zip(others.tolist(), texts.to_numpy(dtype=object)[others].tolist()):
         if text not in known:
             known[text] = _one(text)
@@ -116,17 +116,17 @@ def _one(text: str) -> tuple[float, int]:
 
 
 def in_form(texts: pandas.Series, form: str) -> pandas.Series:
-    """Read texts of a form such as `%d.%m.%Y`; NaN where a text is not of it."""
+    """Parse texts of a format such as `%d.%m.%Y`; NaN for a text that does not match."""
     parsed = pandas.to_datetime(texts.str.strip(), format=form, utc=True, errors="coerce")
     return pandas.Series(_of_moments(pyarrow.chunked_array([pyarrow.array(parsed)])), index=texts.index)
 
 
 def time_hint(value: Any, usual: int) -> str:
-    """Say what may be done about a value that is no time as others of its column are.
+    """Return advice for an error about a value that is not a time in the format of its column.
 
     Args:
         value: The value.
-        usual: How most of the column's times are given, as a place in WAYS; -1 where none is a time.
+        usual: Format of most of the column's times, as an index into WAYS; -1 if none is a time.
     """
     try:
         way = read_time(value, "")[1]
