@@ -1,14 +1,10 @@
-"""What the tokens say: from ids to the place of every token, and from places to who sees whom.
+"""From ids to the layout of a row, from the layout to attention masks, and the places where the heads read.
 
 Shapes: B rows, T tokens of a row, Q queries (the last Q of the T), P virtual tokens in front, K keys = P + T, and for
-picked tokens N slots of up to C tokens each.
+picked tokens N slots of up to C tokens each. Shapes of the heads: N targets of a row, E places of a row that give a
+user vector, M items of a row, H = hidden_size.
 
-What the plan "flat" runs can be exported: sizes are read off `shape`, since `len` would fix them to the example's.
-
-
-Where in a row the heads read, and the likelihood of written text.
-
-Shapes: B rows, T tokens, N targets of a row, E places of a row where a user is read, M items of a row, H = hidden_size.
+The functions of the plan "flat" can be exported: they use `shape`, since `len` would fix sizes to the example's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,28 +20,28 @@ KIND_NUMBER = {kind: index + 1 for index, kind in enumerate(KINDS)}
 
 
 class Layout(NamedTuple):
-    """The place of every token; each field is B x T. Padding holds zeros everywhere."""
+    """The position of each token in the structure of its row; each field is B x T, with zeros at padding."""
 
     valid: torch.Tensor
     """bool: not padding."""
     source: torch.Tensor
     """bool: the user's side of a request."""
     written: torch.Tensor
-    """bool: text that the model writes (causal, carries the loss of writing); plain rows are written."""
+    """bool: text that the model writes (causal, with text loss); plain rows count as written."""
     request: torch.Tensor
-    """1, 2, ... in the row; 0 = before any request (a lone target). The documents of a plain row: 0, 1, ..."""
+    """1, 2, ... in the row; 0 = before any request (a target without source). In a plain row the document: 0, 1, ..."""
     target: torch.Tensor
     """1, 2, ... in the row; 0 = source, or a plain row."""
     kind: torch.Tensor
-    """1 + place in KINDS; 0 = none (markers, strays, plain rows)."""
+    """1 + index in KINDS; 0 = none (markers, tokens outside segments, plain rows)."""
     event: torch.Tensor
     """Ordinal of the event in its request; 0 = outside every event."""
     segment: torch.Tensor
-    """1, 2, ... in the row; a marker is a segment of its own."""
+    """1, 2, ... in the row; each marker is a separate segment."""
     segment_position: torch.Tensor
-    """Place in the segment."""
+    """Position in the segment."""
     request_position: torch.Tensor
-    """Place in the request, other targets left out."""
+    """Position in the request, without other targets."""
 
     def last(self, queries: int) -> "Layout":
         """Return the layout of the last `queries` tokens."""
@@ -57,12 +53,12 @@ class Layout(NamedTuple):
 
     @property
     def plain(self) -> torch.Tensor:
-        """B x T bool: tokens of plain rows, which belong to no request and no target."""
+        """B x T bool: tokens of plain rows, which belong to neither a request nor a target."""
         return self.written & (self.target == 0)
 
     @property
     def mode(self) -> torch.Tensor:
-        """B x T: how the segment layers read a token's segment: 0 = as given, 1 = as written, 2 = as a document."""
+        """B x T: attention mode of a token's segment in the segment layers: 0 = given, 1 = written, 2 = document."""
         return self.written.long() + self.plain
 
 
@@ -73,16 +69,16 @@ class Picked(NamedTuple):
     present: torch.Tensor
 
     def of(self, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
-        """Gather the picked tokens: B x T (x H) -> B x n (x H); what is not present is `fill`, or repeats token 0."""
+        """Gather the picked tokens: B x T (x H) -> B x n (x H); absent ones get `fill`, or repeat token 0."""
         found = gather_tokens(values, self.index)
         return found if fill is None else found.masked_fill(~self.present, fill)
 
     def chosen(self, rows: list[int] | torch.Tensor) -> "Picked":
-        """Return what is picked of some rows."""
+        """Return the picked tokens of some rows."""
         return Picked(self.index[rows], self.present[rows])
 
     def back(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Put B x n x H states where they came from: B x T x H, zero elsewhere."""
+        """Scatter B x n x H states back to their tokens: B x T x H, zero elsewhere."""
         place = self.index + torch.arange(len(states), device=states.device)[:, None] * tokens
         if self.present.all():
             place, found = place.flatten(), states.flatten(0, 1)
@@ -92,14 +88,14 @@ class Picked(NamedTuple):
         return out.index_copy(0, place, found).view(len(states), tokens, -1)
 
     def places(self, tokens: int) -> torch.Tensor:
-        """Say where each of T tokens of a row was put: B x T, zero where it was not picked."""
+        """Return the slot of each of T tokens of a row: B x T, zero for tokens that were not picked."""
         slot = self.index.masked_fill(~self.present, tokens)
         order = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
         return slot.new_zeros(len(slot), tokens + 1).scatter(1, slot, order)[:, :tokens]
 
 
 def gather_tokens(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Pick B x n tokens out of B x T (x H) values; whole rows are copied, where `gather` goes number by number."""
+    """Pick B x n tokens out of B x T (x H) values; this copies whole vectors, `gather` single numbers."""
     first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
     found = values.flatten(0, 1).index_select(0, (index + first).flatten())
     return found.view(*index.shape, *values.shape[2:])
@@ -120,15 +116,15 @@ def pick(slot: torch.Tensor, slots: int) -> Picked:
 
 
 def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: M6RecConfig) -> Layout:
-    """Read the structure of each row off its ids. A later token never changes the place of an earlier one.
+    """Derive the structure of each row from its ids. A later token never changes the layout of an earlier one.
 
-    A row is structured iff its first token that is not padding is [BOS'] or [BOS]; else it is a plain document, or
-    several (packing): there a new number in the mask begins a new document, as in a mask of 1 1 1 2 2 3 3 3 0.
+    A row is structured if and only if its first token that is not padding is [BOS'] or [BOS]. Otherwise it is one plain
+    document, or several (packing): then a new number in the mask begins a new document, as in 1 1 1 2 2 3 3 3 0.
 
     Args:
         input_ids: B x T ids.
-        attention_mask: B x T, nonzero = not padding; None = padding is where the pad id stands.
-        config: Says which ids open and close what.
+        attention_mask: B x T, nonzero = not padding; None = only pad ids are padding.
+        config: Gives the ids that open and close regions and segments.
     """
     number = (input_ids != config.pad_token_id) if attention_mask is None else attention_mask
     valid = number.bool()
@@ -140,7 +136,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
     previous = torch.nn.functional.pad(latest(valid), (1, -1), value=-1)
     opens_document = valid & ~structured & (number != value_at(number, previous))
 
-    # Regions: the latest opener decides. Targets of one request share its source and its positions after it.
+    # Regions: the latest opener decides. Targets of one request share its source, and the positions after it.
     opener = latest(opens_source | opens_target | opens_document)
     before = torch.nn.functional.pad(opener, (1, -1), value=-1)
     source = value_at(opens_source, opener)
@@ -148,7 +144,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
     source_length = value_at(rank - value_at(rank, latest(opens_source)), first_target)
     request_position = rank - value_at(rank, opener) + torch.where(source, 0, source_length)
 
-    # Segments: opened by a kind token, by a marker, and by whatever follows a marker or a closing [SEG].
+    # Segments: opened by a kind token, by a marker, and by any token after a marker or a closing [SEG].
     kind_here = (input_ids - config.first_kind_token_id + 1).clamp(0, len(KINDS) + 1) % (len(KINDS) + 1) * real
     source_end = (input_ids == config.source_end_token_id) & real
     marker = opens_source | opens_target | source_end | (input_ids == config.eos_token_id) & real
@@ -156,14 +152,14 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
     opens_segment = opens_document | real & ((kind_here > 0) | marker | value_at(closes, previous))
     segment_start = latest(opens_segment)
 
-    # Events: [EVENT] opens one; [NOW] and [EOS'] close the last, so that the user vector never reads the moment.
+    # Events: [EVENT] opens one; [NOW] and [EOS'] close the last, so that the user vector never depends on [NOW].
     opens_event = source & (kind_here == KIND_NUMBER["event"])
     ends_event = opens_source | source & ((kind_here == KIND_NUMBER["now"]) | source_end)
     in_event = source & value_at(opens_event, latest(opens_event | ends_event))
     event = opens_event.cumsum(1)
     event = (event - value_at(event, latest(opens_source))) * in_event
 
-    # Written: from the first [TEXT] of a target to the end of that target, whatever follows.
+    # Written: from the first [TEXT] of a target to the end of that target.
     text = latest(~source & (kind_here == KIND_NUMBER["text"]))
     written = ~structured | ~source & (text >= 0) & (text >= opener)
     fields = Layout(
@@ -182,7 +178,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
 
 
 def standalone_layout(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
-    """Make the layout of rows that hold one segment each, as far as `segment_mask` reads it.
+    """Make the layout of rows that hold one segment each, with the fields that `segment_mask` needs.
 
     Args:
         valid: B x T bool.
@@ -195,7 +191,7 @@ def standalone_layout(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
 
 
 def item_layout(ids: torch.Tensor, valid: torch.Tensor) -> Layout:
-    """Make the layout of items that stand alone, as far as `segment_mask` and `item_words` read it.
+    """Make the layout of standalone items, with the fields that `segment_mask` and `item_words` need.
 
     Args:
         ids: M x L ids of [ITEM] ... [SEG], padded right.
@@ -207,9 +203,9 @@ def item_layout(ids: torch.Tensor, valid: torch.Tensor) -> Layout:
 
 
 def segment_mask(lay: Layout, queries: int, config: M6RecConfig) -> torch.Tensor:
-    """Say who sees whom in the segment layers: a token sees its own segment.
+    """Make the attention mask of the segment layers: a token attends to its own segment.
 
-    It sees forwards in given segments if `segment_attention` is bidirectional, and in plain rows if
+    It attends to later tokens in given segments if `segment_attention` is bidirectional, and in plain rows if
     `document_attention` is. Returns B x Q x T bool.
     """
     query = lay.last(queries)
@@ -218,10 +214,10 @@ def segment_mask(lay: Layout, queries: int, config: M6RecConfig) -> torch.Tensor
 
 
 def joint_mask(lay: Layout, queries: int, config: M6RecConfig, keys: torch.Tensor) -> torch.Tensor:
-    """Say who sees whom in the joint layers: a token sees its own past in its source and in its own target.
+    """Make the attention mask of the joint layers: a token attends to earlier tokens of its source and its own target.
 
-    With bidirectional history, source also sees the rest of the source. `keys` (B x T bool) are the tokens that may
-    be seen at all. Returns B x Q x T bool.
+    With bidirectional history, source tokens attend to the whole source. `keys` (B x T bool) are the tokens that may
+    be attended to at all. Returns B x Q x T bool.
     """
     query = lay.last(queries)
     to_source = lay.source[:, None]
@@ -232,7 +228,7 @@ def joint_mask(lay: Layout, queries: int, config: M6RecConfig, keys: torch.Tenso
 
 
 def skipped(lay: Layout, config: M6RecConfig) -> torch.Tensor:
-    """Say which tokens stand in given segments of `skipped_kinds`; B x T bool."""
+    """Mark the tokens of given segments of `skipped_kinds`; B x T bool."""
     found = torch.zeros_like(lay.valid)
     for kind in config.skipped_kinds or ():
         found |= (lay.kind == KIND_NUMBER[kind]) & ~lay.written
@@ -240,10 +236,10 @@ def skipped(lay: Layout, config: M6RecConfig) -> torch.Tensor:
 
 
 def summary_keys(lay: Layout, closing: torch.Tensor, config: M6RecConfig) -> torch.Tensor:
-    """Say which tokens are keys of the joint layers: of a closed given segment only the last `segment_summary` tokens.
+    """Mark the keys of the joint layers: only the last `segment_summary` tokens of a closed given segment.
 
-    `closing` (B x T bool) marks [SEG]. Given segments of `skipped_kinds` have no key, written tokens and markers always
-    are keys. Returns B x T bool.
+    `closing` (B x T bool) marks [SEG]. Given segments of `skipped_kinds` have no keys; written tokens and markers are
+    always keys. Returns B x T bool.
     """
     summary, valid = config.segment_summary, lay.valid & ~skipped(lay, config)
     if summary is None:
@@ -256,9 +252,9 @@ def summary_keys(lay: Layout, closing: torch.Tensor, config: M6RecConfig) -> tor
 
 
 def mean_at_close(states: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
-    """Put at the [SEG] of each given segment the mean of the segment's states; B x T x H.
+    """Replace the state at the [SEG] of each given segment by the mean of the segment's states; B x T x H.
 
-    `closing` (B x T bool) marks [SEG]; the segment must be there whole.
+    `closing` (B x T bool) marks [SEG]; the segment must be complete.
     """
     slots = largest(lay.segment) + 1
     slot = (lay.segment + row_starts(lay.segment, slots)).flatten()
@@ -273,9 +269,9 @@ def attention_bias(
 ) -> torch.Tensor:
     """Turn B x Q x T bool into B x 1 x queries x keys, to be added to attention scores.
 
-    Every token sees itself (padding too: no NaN) and, if `see_virtual`, all P `virtual` tokens, which stand in front of
-    the keys. Virtual tokens that are queries of this very call (prompt tuning: queries > Q) see their own past. Keys
-    beyond P + T are the empty part of a static cache.
+    Every token attends to itself (padding too, to avoid NaN) and, if `see_virtual`, to all P `virtual` tokens, which
+    precede the keys. Virtual tokens that are queries of the same call (prompt tuning: queries > Q) attend to earlier
+    virtual tokens. Keys beyond P + T are the empty part of a static cache.
     """
     rows, tokens = mask.shape[1:]
     index = torch.arange(tokens, device=mask.device)
@@ -292,8 +288,8 @@ def attention_bias(
 def largest(numbers: torch.Tensor) -> int:
     """Return the largest of B x T numbers, or 0 if there are none.
 
-    While a graph is exported these must be the numbers 0 to T of whole rows: a size that `torch.export` and ONNX can
-    follow takes the place of the number, which no graph can hold.
+    During export the numbers must be consecutive from 0 in whole rows: the result is then a size that `torch.export`
+    and ONNX can trace, since a graph cannot hold the Python number.
     """
     if torch.compiler.is_exporting():
         index = torch.arange(numbers.shape[1], device=numbers.device)
@@ -302,7 +298,7 @@ def largest(numbers: torch.Tensor) -> int:
 
 
 def row_starts(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Return where each of B x ... rows begins when they stand one after another, `size` places each: B x 1."""
+    """Return the offset of each of B x ... rows when they are concatenated, `size` places each: B x 1."""
     return torch.arange(rows.shape[0], device=rows.device)[:, None] * size
 
 
@@ -311,7 +307,7 @@ def latest(where: torch.Tensor) -> torch.Tensor:
     tokens = where.shape[1]
     index = torch.arange(tokens, device=where.device).expand_as(where)
     rank = where.cumsum(1)
-    # The index of each True by its rank; rank 0 stands for none, and the last place takes what is not True.
+    # The index of each True by its rank; rank 0 means none, and the last place collects all False.
     places = torch.full((where.shape[0], tokens + 2), -1, device=where.device)
     return places.scatter(1, torch.where(where, rank, tokens + 1), index).gather(1, rank)
 
@@ -338,7 +334,7 @@ def gather_or_zero(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def nan_where_absent(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Put NaN into B x N x D values where the B x N index is -1.
 
-    To be done last: a weight whose input holds NaN gets a gradient of NaN, even from outputs that no loss sees.
+    Call it last: a weight whose input contains NaN gets a NaN gradient, even from outputs that enter no loss.
     """
     return values.masked_fill((index < 0)[..., None], float("nan"))
 
@@ -357,55 +353,55 @@ def _sees_whole_document(query: Layout, config: M6RecConfig) -> torch.Tensor:
 
 
 class SegmentKey(NamedTuple):
-    """What decides the states of a segment: two segments with equal keys have equal states."""
+    """Key of a segment's states: two segments with equal keys have equal states."""
 
     mode: int
-    """As in `Layout.mode`: the same ids are read differently as given text, written text or a document."""
+    """As in `Layout.mode`: states of the same ids differ between given text, written text and documents."""
     ids: tuple[int, ...]
     """All ids of the segment."""
     payload: bytes = b""
-    """Digest of what the segment carries besides its ids; empty = nothing."""
+    """Digest of the segment's content besides its ids; empty = no such content."""
 
 
 Payloads = Sequence[Mapping[int, bytes]]
-"""For each row, the digest of what a segment carries besides its ids, by the segment's number (`Layout.segment`)."""
+"""For each row, digests of its segments' content besides ids, by segment number (`Layout.segment`)."""
 
 
 class Rows(NamedTuple):
-    """What a plan is run on."""
+    """Input of a plan."""
 
     input_ids: torch.Tensor
     """B x T."""
     lay: Layout
-    """Of the B x T tokens."""
+    """Layout of the B x T tokens."""
     item_embedding_ids: torch.Tensor | None
-    """B x T rows of item memory."""
+    """B x T rows of item embeddings."""
     keys: torch.Tensor
-    """B x T bool: tokens that `summary_keys` keeps; the others are left out of the joint layers altogether."""
+    """B x T bool: tokens that `summary_keys` keeps; the joint layers skip all others."""
     hidden: torch.Tensor
-    """B x T bool: tokens that stay, but are seen by no other."""
+    """B x T bool: tokens that stay, but that no other token attends to."""
     exits: Sequence[int]
-    """Joint layers after which states are wanted, ascending."""
+    """Joint layers after which states are needed, ascending."""
     standalone: Sequence[SegmentKey] = ()
-    """Segments that stand in no row (items to choose among), read together with those that do."""
+    """Standalone segments (items to choose from), computed together with the segments of rows."""
     output_mask: torch.Tensor | None = None
-    """B x T bool: tokens whose states after the last exit are wanted; None = all."""
+    """B x T bool: tokens whose states after the last exit are needed; None = all."""
     payloads: Payloads = ()
-    """Of each of the B rows; empty = no segment carries more than ids."""
+    """Payloads of each of the B rows; empty = no segment has content besides ids."""
 
 
 # ----------------------------------------------------------------------------------------------- where the heads read
 
 
 class KeptTokens:
-    """Selects, from a field of the T tokens of rows, the entries of those tokens that have states.
+    """Selects, from a field of the T tokens of rows, the entries of the tokens that have states.
 
-    These are the kept tokens of a plan, or the last of the T where a cache holds the others.
+    These are the kept tokens of a plan, or the last of the T tokens if a cache holds the earlier ones.
 
     Args:
         total: T.
         lay: The layout of the tokens that have states.
-        kept: Which of the T they are; None = the last.
+        kept: Their indices among the T tokens; None = the last.
     """
 
     def __init__(self, total: int, lay: Layout, kept: Picked | None) -> None:
@@ -417,26 +413,26 @@ class KeptTokens:
         return self.kept is None and self.tokens < self.total
 
     def of(self, field: torch.Tensor, fill: int) -> torch.Tensor:
-        """Select from a field of up to T columns, B x T; `fill` stands where it ends or no token is."""
+        """Select from a field of up to T columns, B x T; missing columns and absent tokens get `fill`."""
         field = functional.pad(field, (0, self.total - field.shape[1]), value=fill)
         return field[:, -self.tokens :] if self.kept is None else self.kept.of(field, fill)
 
 
 def target_ends(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
-    """Find each target's [EOS], where it is scored: B x N, -1 where a row has fewer targets."""
+    """Find each target's [EOS], the place of its score: B x N, -1 where a row has fewer targets."""
     return last_index(_ends_target(ids, lay, config), lay.target - 1, largest(lay.target))
 
 
 def user_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Find where users are read: B x E, -1 where absent.
+    """Find the places of user vectors: B x E, -1 where absent.
 
     A source has one place for its head (the last [SEG] of [USER], else [BOS']), then one for each event (its last
-    [SEG]). Places of several requests in a row are numbered on. `seen` (B x T bool) leaves out hidden tokens.
+    [SEG]). Places of several requests in a row are numbered consecutively. `seen` (B x T bool) excludes hidden tokens.
     """
     reads = _tells_user(ids, lay, config)
-    # A place begins where request or event rise above all before: that holds for the kept tokens of a plan as well.
+    # A place begins where request or event exceed all earlier values; this also holds for the kept tokens of a plan.
     number = (lay.request * (ids.shape[1] + 1) + lay.event) * reads
-    # Neither the numbers of heads nor those of events ever fall, so that the highest of each is the latest.
+    # The numbers of heads and those of events never decrease, so the highest of each is the latest.
     of_events = lay.event > 0
     highest = torch.maximum(*(value_at(number, latest(reads & part)) for part in (of_events, ~of_events)))
     place = (number > functional.pad(highest, (1, -1))).cumsum(1)
@@ -449,18 +445,18 @@ def item_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
 
 
 def closes_item(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
-    """Say which tokens are the [SEG] of a given [ITEM] segment: B x T bool."""
+    """Mark the [SEG] of each given [ITEM] segment: B x T bool."""
     return (ids == config.segment_token_id) & (lay.kind == KIND_NUMBER["item"]) & ~lay.written
 
 
 def item_words(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
-    """Say which tokens are words of given items' texts, between the [ITEM] and the [SEG] of a segment: B x T bool."""
+    """Mark the tokens of given items' texts, between the [ITEM] and the [SEG] of a segment: B x T bool."""
     item = (lay.kind == KIND_NUMBER["item"]) & lay.valid & ~lay.written
     return item & (lay.segment_position > 0) & (ids != config.segment_token_id)
 
 
 def marked_places(marked: torch.Tensor) -> torch.Tensor:
-    """Return where the marked of B x T tokens stand, one after another: B x M, -1 where a row has fewer."""
+    """Return the indices of the marked tokens of each row: B x T bool -> B x M, -1 where a row has fewer."""
     number = marked.cumsum(1)
     return last_index(marked, number - 1, largest(number))
 
@@ -468,9 +464,9 @@ def marked_places(marked: torch.Tensor) -> torch.Tensor:
 def mean_log_likelihood(
     states: torch.Tensor, ids: torch.Tensor, lay: Layout, write_logits: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Average the log-likelihood of what follows each target's first [TEXT], up to and including [EOS].
+    """Average the log-likelihood of the tokens after each target's first [TEXT], up to and including [EOS].
 
-    Only states that predict such a token go through the writing head. Source: the paper, zero-shot scoring.
+    Only states that predict these tokens go through the writing head. Source: the paper, zero-shot scoring.
 
     Args:
         states: B x T x H joint states.
@@ -495,7 +491,7 @@ def mean_log_likelihood(
 
 
 def head_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, users: bool = True) -> torch.Tensor:
-    """Say where `target_ends` and, unless users are not read, `user_places` may point to: B x T bool."""
+    """Mark the tokens that `target_ends` and, if `users`, `user_places` may point to: B x T bool."""
     ends = _ends_target(ids, lay, config)
     return ends | _tells_user(ids, lay, config) if users else ends
 

@@ -1,31 +1,25 @@
-"""The cache of keys and values under both of its names: `cache`, and `past_key_values` before Transformers 5.24.
+"""The two-stage network, the plans that run it, and its outputs.
 
-`generate`, PEFT and users' code each know one of the names. Outputs have both, and what takes a cache takes it under
-either.
+Segment layers read each segment independently, joint layers read all segments of a row together.
 
+The cache of keys and values has two names: `cache`, and `past_key_values` before Transformers 5.24. `generate`, PEFT
+and users' code each use one of them: outputs have both, and functions accept either.
 
-Ways to run the network that give the same numbers as the flat one and do less work.
-
-A plan reads segments in one of two ways and joins them in one of two ways:
+Plans are ways to run the network. All give the same numbers as "flat", which masks whole rows, with less work:
 
 | plan | segments | joint layers |
 |---|---|---|
-| compact | each distinct segment of the batch once | whole rows, of the tokens that are keys |
-| reuse | every row as it stands | a user's source once; candidates attend to it |
+| compact | each distinct segment of the batch once | whole rows, only the tokens that are keys |
+| reuse | each row without deduplication | a user's source once; candidates attend to it |
 | cached | each distinct segment once, through a SegmentCache | a user's source once; candidates attend to it |
 
-Shapes: B rows (users), T tokens of a row, N targets of a row, S kept source tokens, C kept tokens of a target, W states
-in the bank, H = hidden_size.
+Shapes of plans: B rows (users), T tokens of a row, N targets of a row, S kept source tokens, C kept tokens of a target,
+W states in the bank, H = hidden_size. Shapes of the network: B rows, T tokens so far, Q queries (the last Q tokens of
+the T, after P virtual tokens on their first call), H = hidden_size.
 
-With torch.compile the stages of the network are compiled, and what is around them stays Python: ids as lists, keys of
-caches and sizes that follow from the data differ from batch to batch, and each would be compiled again. So functions
-that call a stage are disabled for the compiler by themselves (`recursive=False`), all others with what they call.
-
-
-The two-stage network: segment layers that read every segment alone, joint layers that read all of them together.
-
-Shapes: B rows, T tokens so far, Q queries (the last Q tokens of the T, after P virtual tokens on their first call),
-H = hidden_size.
+torch.compile compiles the stages of the network; the code around them stays Python, since its lists of ids, cache keys
+and data-dependent sizes differ between batches and would cause recompilation. Functions that call a stage are therefore
+disabled for the compiler without their callees (`recursive=False`), all others including their callees.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -70,10 +64,10 @@ from .segment_cache_m6rec import PrefixMatches, SegmentCache, UserStates
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""The newer name, which our outputs have, and the older one."""
+"""Newer name, which is the field of M6Rec's outputs, and older name of the cache."""
 
 LIBRARY_NAME = next((field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES), "cache")
-"""The name that the installed Transformers gives to a cache, by which `generate` of the library takes it."""
+"""Name of the cache in the installed Transformers, under which its `generate` accepts a cache."""
 
 
 class CachedOutput(ModelOutput):
@@ -101,7 +95,7 @@ class CachedOutput(ModelOutput):
 
         Args:
             key: Name of the field.
-            default: What is returned if the field is absent.
+            default: Value to return if the field is absent.
         """
         return super().get(_own(key), default)
 
@@ -111,14 +105,14 @@ def _own(key: Any) -> Any:
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Choose among the caches that were given by either name.
+    """Choose the cache if caches were given under both names.
 
-    Prefix tuning replaces the cache under the name that PEFT knows, and leaves the empty one of `generate` under the
-    other name: the filled one counts.
+    Prefix tuning replaces the cache under the name that PEFT uses, and leaves the empty cache of `generate` under the
+    other name: the filled cache is used.
 
     Args:
-        cache: Given by the newer name.
-        past_key_values: Given by the older name.
+        cache: Cache under the newer name.
+        past_key_values: Cache under the older name.
 
     Raises:
         ValueError: If both are filled and differ.
@@ -135,7 +129,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 def library_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return keyword arguments with the cache, if there is one, under the name that the installed library takes."""
+    """Return keyword arguments with the cache, if any, under the name that the installed library accepts."""
     cache = one_cache(*(kwargs.get(name) for name in CACHE_NAMES))
     others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     return others if cache is None else {**others, LIBRARY_NAME: cache}
@@ -147,41 +141,41 @@ def library_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 PLANS = ("flat", "compact", "reuse", "cached")
 
 TOKENS_AT_ONCE = {"cpu": 1024}
-"""Tokens that go through the layers together, by kind of device: fewer read the weights again and again, more leave the
-processor's cache."""
+"""Tokens that go through the layers together, by device type. Fewer tokens load the weights more often; more tokens
+exceed the processor's cache."""
 
 TOKENS_AT_ONCE_ELSEWHERE = 16384
-"""On other devices; bounds memory."""
+"""Tokens that go through the layers together on other devices; this bounds memory."""
 
 PADDED = 1.25
-"""Rows run through the joint layers together as long as padding makes them no more than so many times longer,"""
+"""Rows run through the joint layers together while padding lengthens them by at most this factor plus SPARE_TOKENS."""
 
 PADDED_SEGMENTS = 1.1
-"""The same of segments: these are many, and sorted by length, so that less is enough,"""
+"""The same factor for segments, which are many and sorted by length, so that a smaller one is enough."""
 
 SPARE_TOKENS = 64
-"""or adds no more than so many tokens: a pass over the weights costs as much."""
+"""Number of padding tokens that are always allowed: a further pass over the weights costs as much."""
 
 TOGETHER = 512
-"""Up to so many tokens, targets stand behind their source in one row of the joint layers: a second pass over weights
-would cost more than the attention between targets that is computed in vain."""
+"""Up to this number of tokens, source and targets run as one row of the joint layers: a second pass over the weights
+would cost more than the masked attention between targets."""
 
 Stop = Callable[[torch.Tensor, list[int]], torch.Tensor]
-"""b x n x H states of kept tokens and the b rows they are of -> b bool: go no deeper."""
+"""Maps b x n x H states of kept tokens and their b row numbers to b bool: stop at this exit."""
 
 Decide = Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor]
-"""The same, told which tokens these are and their layout as well."""
+"""Like `Stop`, with two more arguments: which tokens these are, and their layout."""
 
 
 @torch.compiler.disable(recursive=False)
 def segment_states(
     model: "M6RecModel", rows: Rows, distinct: bool, cache: SegmentCache | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read all segments of rows, and those that stand alone.
+    """Run the segment layers on all segments of rows, and on standalone segments.
 
     Returns:
-        The bank, W x H segment states; B x T: the place of each token's state in it; and the last state of each
-        segment that stands alone, without item features.
+        The bank, W x H segment states; B x T, the index of each token's state in the bank; and the last state of each
+        standalone segment, without item features.
     """
     input_ids, lay = rows.input_ids, rows.lay
     if distinct and model.config.num_segment_layers:
@@ -197,16 +191,16 @@ def segment_states(
 
 
 class JointInputs(NamedTuple):
-    """Tokens as they enter the joint layers."""
+    """Input of the joint layers."""
 
     states: torch.Tensor
     """B x T x H."""
     lay: Layout
-    """Of these tokens."""
+    """Layout of these tokens."""
     keys: torch.Tensor
-    """B x T bool: tokens that are seen."""
+    """B x T bool: tokens that others may attend to."""
     output_mask: torch.Tensor
-    """B x T bool: tokens whose states after the last exit are wanted."""
+    """B x T bool: tokens whose states after the last exit are needed."""
 
     def of(self, rows: list[int]) -> "JointInputs":
         """Return some rows."""
@@ -215,7 +209,7 @@ class JointInputs(NamedTuple):
 
 
 def joint_rows(model: "M6RecModel", entered: JointInputs, exits: Sequence[int]) -> list[torch.Tensor]:
-    """Run the joint layers over whole rows (B x T x H); one result for each exit."""
+    """Run the joint layers over whole rows (B x T x H); returns one result per exit."""
     states, lay, keys, output_mask = entered
     size = lay.valid.shape[1]
     bias = attention_bias(joint_mask(lay, size, model.config, keys), size, size, states.dtype)
@@ -233,17 +227,17 @@ def joint_shared(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Run the joint layers over each source once, then over its targets, which attend to it.
 
-    Rows of unlike shapes run apart: padding would cost more.
+    Rows of different shapes run separately: padding would cost more.
 
     Args:
         model: The network.
         entered: The tokens, B x T.
-        exits: Joint layers after which states are wanted.
-        past: What is kept of the beginnings of the sources; then these are read through all layers, and kept.
-        stop: Says after an exit which rows (numbers, in the order of the states) need no further layer.
+        exits: Joint layers after which states are needed.
+        past: Kept prefixes of the sources; if given, sources run through all layers, and are kept.
+        stop: Decides after an exit which rows (numbers, in the order of the states) need no further layer.
 
     Returns:
-        States of each exit, B x T x H, of stopped rows those they stopped with; and the exit of each row.
+        States of each exit, B x T x H; a stopped row repeats its last states. And the exit of each row.
     """
     lay = entered.lay
     if ((lay.request != lay.request.amax(1, keepdim=True)) & lay.valid).any():
@@ -278,7 +272,7 @@ def _alike(lay: Layout) -> list[list[int]]:
 
 
 class _Part(NamedTuple):
-    """Tokens on their way through the joint layers: sources, B x S, or targets, B x N x C."""
+    """Tokens inside the joint layers: sources, B x S, or targets, B x N x C."""
 
     states: torch.Tensor
     """... x H."""
@@ -286,7 +280,7 @@ class _Part(NamedTuple):
     bias: torch.Tensor
     """B x 1 x S x S or B x N x 1 x C x C."""
     output_mask: torch.Tensor
-    """Of the same shape as positions."""
+    """Same shape as positions."""
 
     def chosen(self, rows: torch.Tensor) -> "_Part":
         """Return some rows."""
@@ -294,15 +288,15 @@ class _Part(NamedTuple):
 
 
 class _JointRun:
-    """Rows on their way through the joint layers: sources first, then targets, which attend to their row's source.
+    """A run of rows through the joint layers: sources first, then targets, which attend to their row's source.
 
-    The [BOS] that opens a target sees the source and itself, so that it is the same in all of them: the first is read
-    with the source, as its last token, and stands for the others.
+    The [BOS] that opens a target attends to the source and itself only, so that its state is equal in all targets of a
+    row: the first [BOS] is computed as the last token of the source and used for all targets.
 
     Args:
         model: The network.
-        entered: Their tokens, B x T.
-        rows: Numbers by which others know the rows.
+        entered: The tokens, B x T.
+        rows: Numbers of the rows in the batch.
     """
 
     @torch.compiler.disable
@@ -314,25 +308,25 @@ class _JointRun:
         near = pick(torch.where(lay.valid & (lay.target == 0) | first, 0, -1), 1)
         self.near, self.seen = self._part(entered, near)
         self.place = near.places(tokens)
-        """B x T: where the states of a token are, in sources and then targets."""
+        """B x T: index of a token's state in the concatenation of sources and targets."""
         self.place = torch.where(opens, (self.place * first).sum(1, keepdim=True), self.place)
         slots, self.far = int(lay.target.max()), None
         if slots:
-            # Every target is a row of its own: B * N x C.
+            # Each target becomes a separate row: B * N x C.
             target = pick(torch.where((lay.target > 0) & ~opens, lay.target - 1, -1), slots)
             far, _ = self._part(entered, target, slots)
             self.far = _Part(*(field.unflatten(0, (-1, slots)) for field in far))
             behind = target.places(tokens) + near.index.shape[1]
             self.place = torch.where((lay.target > 0) & ~opens, behind, self.place)
         self.users: list[SharedKeys] = []
-        """Of the layers ahead, where sources were read already."""
+        """Keys and values of the next layers, if the sources have run through them already."""
 
     def _tokens(self, far: _Part) -> int:
         return self.near.positions.numel() + far.positions.numel()
 
     @torch.compiler.disable
     def _united(self, far: _Part) -> _Part:
-        """Put a row's targets behind its source, where they attend to it without further ado."""
+        """Append a row's targets to its source, so that one pass computes both."""
         near, (rows, slots, size) = self.near, far.positions.shape
         start = near.positions.shape[1]
         end = start + slots * size
@@ -348,7 +342,7 @@ class _JointRun:
         return _Part(both("states"), both("positions"), bias, both("output_mask"))
 
     def _part(self, entered: JointInputs, picked: Picked, slots: int = 1) -> tuple[_Part, torch.Tensor]:
-        """Take the picked tokens, each slot as a row of its own; also say which are seen."""
+        """Return the picked tokens, each slot as a separate row, and which of them others may attend to."""
 
         def own(field: torch.Tensor) -> torch.Tensor:
             return field.reshape(len(field) * slots, -1, *field.shape[2:])
@@ -363,11 +357,11 @@ class _JointRun:
     def through(
         self, exits: Sequence[int], past: PrefixMatches | None, stop: Stop | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Go from exit to exit; see `joint_shared`."""
+        """Run from exit to exit; see `joint_shared`."""
         going = torch.arange(len(self.rows), device=self.near.states.device)
         left = torch.full_like(going, exits[-1])
         results: list[torch.Tensor] = []
-        ends_early = past is not None and stop is not None  # sources are then read deeper than targets
+        ends_early = past is not None and stop is not None  # then sources run deeper than targets
         if self.far is not None and not ends_early and self._tokens(self.far) <= TOGETHER:
             self.near, self.far = self._united(self.far), None
         for first, last in pairwise((0, *exits)):
@@ -395,7 +389,7 @@ class _JointRun:
 
     @torch.compiler.disable
     def _only(self, stays: torch.Tensor) -> None:
-        """Leave rows behind."""
+        """Keep only the rows that go on."""
         self.near, self.place, self.seen = self.near.chosen(stays), self.place[stays], self.seen[stays]
         if self.far is not None:
             self.far = self.far.chosen(stays)
@@ -405,10 +399,10 @@ class _JointRun:
     def _read_sources(
         self, first: int, last: int, exits: Sequence[int], past: PrefixMatches | None
     ) -> Iterator[torch.Tensor]:
-        """Joint layers from `first` to the next exit, or to all if they are kept, over the sources.
+        """Run the sources through joint layers `first` to the next exit, or through all layers if they are kept.
 
         Returns:
-            Their states at each exit; what targets attend to, or what is kept, is in `users`.
+            Their states at each exit. `users` then holds the keys and values, for targets and for keeping.
         """
         model, cache = self.model, None if self.far is None and past is None else DynamicCache()
         known = [] if past is None else past.shared(self.rows)
@@ -431,9 +425,9 @@ class _JointRun:
 
     @torch.compiler.disable(recursive=False)
     def _read_targets(self, far: _Part, first: int, last: int, end: int) -> _Part:
-        """Joint layers from `first` to `last` (of `end`) over the targets, some targets of each user at a time."""
+        """Run the targets through joint layers `first` to `last` (of `end`), some targets of each user at a time."""
         parts, (users, slots, size) = [], far.positions.shape
-        step = -(-slots // max(round(users * slots * size / _at_once(far.states.device)), 1))  # none is left over small
+        step = -(-slots // max(round(users * slots * size / _at_once(far.states.device)), 1))  # of similar size
         for start in range(0, slots, step):
             states, positions, bias, output_mask = (field[:, start : start + step].flatten(0, 1) for field in far)
             asked = output_mask if last == end else None
@@ -450,7 +444,7 @@ def _at_once(device: torch.device) -> int:
 def _distinct_segments(
     model: "M6RecModel", rows: Rows, cache: SegmentCache | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read each distinct segment once, or take its states from the cache."""
+    """Compute each distinct segment once, or take its states from the cache."""
     input_ids, lay = rows.input_ids, rows.lay
     row = torch.arange(len(input_ids), device=input_ids.device)[:, None] * (input_ids.shape[1] + 1)
     _, lengths = torch.unique_consecutive((lay.segment + row)[lay.valid], return_counts=True)
@@ -476,7 +470,7 @@ def _distinct_segments(
 
 @torch.compiler.disable
 def _payloads_in_order(rows: Rows) -> list[bytes]:
-    """List the payloads of the segments of all rows, one row after another; nothing where no segment has one."""
+    """List the payloads of the segments of all rows, one row after another; empty if no segment has one."""
     if not any(rows.payloads):
         return []
     segments = [field[valid].unique_consecutive().tolist() for field, valid in zip(rows.lay.segment, rows.lay.valid)]
@@ -484,8 +478,8 @@ def _payloads_in_order(rows: Rows) -> list[bytes]:
 
 
 def last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: SegmentCache | None = None) -> torch.Tensor:
-    """Read segments by themselves: the state of the last token of each, M x H, without item features."""
-    if not segments:  # of what is exported
+    """Run the segment layers on standalone segments: state of each last token, M x H, without item features."""
+    if not segments:  # an exported graph has none
         return model.embed_kind.weight.new_zeros(0, model.config.hidden_size)
     return _last_states(model, segments, cache)
 
@@ -499,7 +493,7 @@ def _last_states(model: "M6RecModel", segments: Sequence[SegmentKey], cache: Seg
 
 
 def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Iterator[list[int]]:
-    """Group segments of similar length: a padded batch holds at most so many tokens, and little padding."""
+    """Group segments of similar length: a padded batch holds at most `tokens` tokens, and little padding."""
     batch: list[int] = []
     own = 0
     for index in sorted(missing, key=lambda number: len(segments[number].ids)):
@@ -515,7 +509,7 @@ def _batches(missing: list[int], segments: list[SegmentKey], tokens: int) -> Ite
 
 @torch.compiler.disable(recursive=False)
 def _encode(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tensor, list[int]]:
-    """One padded batch through the segment layers; returns states without padding, and lengths."""
+    """Run one padded batch through the segment layers; returns states without padding, and lengths."""
     ids, lay = _padded(model, segments)
     payloads = [{1: key.payload} for key in segments] if any(key.payload for key in segments) else ()
     return read_standalone(model, ids, lay, payloads)[lay.valid], [len(key.ids) for key in segments]
@@ -536,7 +530,7 @@ def _padded(model: "M6RecModel", segments: list[SegmentKey]) -> tuple[torch.Tens
 
 
 def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
-    """Read B x T ids of one segment a row, padded right, through the segment layers: B x T x H."""
+    """Run B x T ids, one segment per row, padded right, through the segment layers: B x T x H."""
     width = ids.shape[1]
     index = torch.arange(width, device=ids.device).expand_as(ids)
     embeds = model.embed_ids(ids, lay, payloads)
@@ -555,15 +549,15 @@ def run(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Picked, torch.Tensor | None]:
     """Run the plan "compact", "reuse" or "cached"; only the last uses the cache and `users`.
 
-    `decide` is asked after each exit but the last: of b x n x H states of kept tokens, which these are, their layout
-    and the b rows they stand in, it returns b bool, the rows that go no deeper.
+    `decide` is called after each exit but the last, with b x n x H states of kept tokens, which tokens these are, their
+    layout and their b row numbers; it returns b bool: the rows that stop there.
 
     Returns:
-        Joint states of each exit and segment states, all B x n x H, of the n tokens of a row that were kept; the last
-        states of segments that stand alone, M x H; which tokens were kept; and the exit of each row, if it is decided.
+        Joint states of each exit and segment states, all B x n x H, of the n kept tokens of a row; the last states of
+        standalone segments, M x H; which tokens were kept; and the exit of each row, if `decide` is given.
     """
     past = users.find(model, rows) if users is not None else None
-    if past is not None:  # what is kept counts as absent from here on
+    if past is not None:  # from here on, reused tokens count as absent
         rest = Layout(*(field * ~past.reused for field in rows.lay))
         rows = rows._replace(lay=rest, keys=rows.keys & ~past.reused)
     bank, place, alone = segment_states(model, rows, plan != "reuse", cache if plan == "cached" else None)
@@ -579,7 +573,7 @@ def run(
 def _entered(
     model: "M6RecModel", rows: Rows, bank: torch.Tensor, place: torch.Tensor
 ) -> tuple[JointInputs, torch.Tensor, Picked]:
-    """Pick the tokens that are keys; also return their segment states, B x n x H, and which they are."""
+    """Return the input of the joint layers for the tokens that are keys, their segment states and their indices."""
     kept = pick(torch.where(rows.keys, 0, -1), 1)
     states, here = bank[kept.of(place)], rows.lay.take(*kept)
     entered = model.enter(
@@ -603,20 +597,20 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class M6RecModelOutput(CachedOutput):
-    """What the network returns.
+    """Output of the network.
 
     Attributes:
-        last_hidden_state: B x Q x H; plans other than "flat" leave zeros where the joint layers leave out a token.
-        segment_states: B x Q x H, what the segment layers made of each token.
-        standalone_states: M x H, the last states of the segments that stand alone, without item features.
-        exit_states: Joint states after each wanted exit, B x Q x H each; the last is `last_hidden_state`.
-        cache: The cache, if one was asked for; also found as `past_key_values`.
-        layout: Layout of the Q tokens, virtual ones left out.
+        last_hidden_state: B x Q x H; plans other than "flat" return zeros for tokens that the joint layers skip.
+        segment_states: B x Q x H, output of the segment layers for each token.
+        standalone_states: M x H, last states of the standalone segments, without item features.
+        exit_states: Joint states after each requested exit, B x Q x H each; the last is `last_hidden_state`.
+        cache: The cache, if requested; also available as `past_key_values`.
+        layout: Layout of the Q tokens, without virtual tokens.
         row_layout: Layout of all T tokens of the rows.
-        kept: With `compact_output`, which tokens of the row the Q are.
-        exit_layers: B, the joint layers that each row went through, if `decide` was given.
-        hidden_states: Output of every layer, if asked for.
-        attentions: Attention weights of every layer, if asked for (eager attention only).
+        kept: With `compact_output`, the indices of the Q tokens in the row.
+        exit_layers: B, number of joint layers that each row ran through, if `decide` was given.
+        hidden_states: Output of every layer, if requested.
+        attentions: Attention weights of every layer, if requested (eager attention only).
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -633,7 +627,7 @@ class M6RecModelOutput(CachedOutput):
 
 
 class M6RecPreTrainedModel(PreTrainedModel):
-    """What Hugging Face needs to know of every M6Rec class."""
+    """Settings and initialisation that Transformers needs for every M6Rec class."""
 
     config: M6RecConfig
     config_class = M6RecConfig
@@ -642,7 +636,7 @@ class M6RecPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["M6RecLayer"]
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
-    _supports_flex_attn = False  # torch 2.13 crashes in it on a CPU, with masks such as ours
+    _supports_flex_attn = False  # torch 2.13 crashes in it on a CPU, with M6Rec's masks
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": M6RecLayer, "attentions": M6RecAttention}
 
@@ -652,7 +646,7 @@ class M6RecPreTrainedModel(PreTrainedModel):
             feature.reset(module)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize as the library does, and what item features hold of words with it."""
+        """Resize as the library does, together with the word tables of item features."""
         embeddings = cast(nn.Embedding, super().resize_token_embeddings(*args, **kwargs))
         cast(M6RecModel, self.base_model).resize_word_tables(len(embeddings.weight))
         return embeddings
@@ -685,12 +679,12 @@ class M6RecModel(M6RecPreTrainedModel):
         self.embeddings.tokens = value
 
     def embed_ids(self, ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
-        """Embed tokens: the one place where what a segment carries besides its ids can enter. Nothing does so far.
+        """Embed tokens. An override may embed payloads (content of segments besides ids); this version has none.
 
         Args:
             ids: B x Q ids.
-            lay: Their layout, which says which segment each token is of.
-            payloads: Digests of what the segments of each row carry, by the segments' numbers.
+            lay: Their layout, which gives each token's segment.
+            payloads: For each row, digests of its segments' payloads by segment number.
 
         Returns:
             B x Q x embedding_size.
@@ -698,18 +692,18 @@ class M6RecModel(M6RecPreTrainedModel):
         return self.embeddings.tokens(ids)
 
     def layer(self, index: int) -> M6RecLayer:
-        """Return the weights of layer `index`: consecutive layers share them where there are fewer groups."""
+        """Return the weights of layer `index`; consecutive layers share them if there are fewer groups than layers."""
         group = index * self.config.num_hidden_groups // self.config.num_hidden_layers
         return cast(M6RecLayer, self.layers[group])
 
     def segment_modules(self) -> list[nn.Module]:
-        """Return what decides segment states: the embeddings and the weights of the segment layers."""
+        """Return the modules that decide segment states: the embeddings and the segment layers."""
         layers, groups, segment = self.config.num_hidden_layers, len(self.layers), self.config.num_segment_layers
         used = (segment - 1) * groups // layers + 1 if segment else 0
         return [self.embeddings, *list(self.layers)[:used]]
 
     def freeze_segments(self) -> None:
-        """Stop learning in embeddings and segment layers: states can then be kept while the rest is trained.
+        """Freeze embeddings and segment layers, so that segment states can be kept while the rest is trained.
 
         Raises:
             ValueError: If joint layers share their weights with segment layers.
@@ -733,7 +727,7 @@ class M6RecModel(M6RecPreTrainedModel):
         return not any(weight.requires_grad for module in self.segment_modules() for weight in module.parameters())
 
     def train(self, mode: bool = True) -> "M6RecModel":
-        """Switch drop-out on or off; frozen segments are read without, as they will be when serving."""
+        """Switch dropout on or off; frozen segment layers run without dropout, as in serving."""
         super().train(mode)
         if mode and self.segments_are_frozen:
             for module in self.segment_modules():
@@ -744,14 +738,14 @@ class M6RecModel(M6RecPreTrainedModel):
     def encode_segments(
         self, segments: list[SegmentKey], cache: SegmentCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the segment layers on distinct segments, similar lengths together.
+        """Run the segment layers on distinct segments, batched by similar length.
 
         Args:
-            segments: What decides the states of each.
-            cache: Where states are looked up and kept; it takes no part while the segment layers learn or drop out.
+            segments: Key of each segment.
+            cache: Cache of states; it is not used while the segment layers are trained or use dropout.
 
         Returns:
-            The bank, W x H states one segment after another, and the place of each segment's first state in it.
+            The bank, W x H states one segment after another, and the index of each segment's first state in it.
         """
         learning = torch.is_grad_enabled() and not self.segments_are_frozen
         found: dict[int, torch.Tensor] = {}
@@ -783,9 +777,9 @@ class M6RecModel(M6RecPreTrainedModel):
         lay: Layout,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Read every segment alone: B x Q x embedding_size embeddings of tokens -> B x Q x H segment states.
+        """Read each segment independently: B x Q x embedding_size token embeddings -> B x Q x H segment states.
 
-        `ids` and `lay` are those of the last tokens: the virtual ones in front of them belong to no segment.
+        `ids` and `lay` belong to the last tokens: virtual tokens in front of them belong to no segment.
         """
         states = self.embeddings(embeds, positions)
         rotary = None if self.rotary is None else self.rotary(states, positions)
@@ -797,7 +791,7 @@ class M6RecModel(M6RecPreTrainedModel):
         return states
 
     def add_to_items(self, states: torch.Tensor, item_embedding_ids: torch.Tensor | None) -> torch.Tensor:
-        """Add to ... x H states what features know of items by their ... rows of item embeddings (0 = none)."""
+        """Add to ... x H states the features of items, by ... rows of item embeddings (0 = none)."""
         if item_embedding_ids is None:
             return states
         for feature in features_at("states", self.config):
@@ -805,13 +799,13 @@ class M6RecModel(M6RecPreTrainedModel):
         return states
 
     def add_to_texts(self, states: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Add to M x H states of items that stand alone what features know of their M x L ids of [ITEM] ... [SEG]."""
+        """Add to M x H states of standalone items the features of their M x L ids of [ITEM] ... [SEG]."""
         for feature in features_at("segments", self.config):
             states = states + feature.of_items(self, ids, item_layout(ids, valid)).to(states.dtype)
         return states
 
     def add_to_rows(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Add to B x Q x H segment states what features know of each item, at its [SEG]; T ids, the last of the Q."""
+        """Add to B x Q x H segment states the features of each item, at its [SEG]; T ids, the last of the Q."""
         for feature in features_at("segments", self.config):
             added = feature.in_rows(self, ids, lay).to(states.dtype)
             states = states + functional.pad(added, (0, 0, states.shape[1] - ids.shape[1], 0))
@@ -819,7 +813,7 @@ class M6RecModel(M6RecPreTrainedModel):
 
     @torch.compiler.disable
     def add_to_bank(self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor) -> torch.Tensor:
-        """Add to W x H states of segments, the first of each at its offset, what features know of items, at [SEG]."""
+        """Add to W x H segment states the features of items, at [SEG]; each segment starts at its offset."""
         features = features_at("segments", self.config)
         if not features:
             return bank
@@ -833,17 +827,17 @@ class M6RecModel(M6RecPreTrainedModel):
         return bank
 
     def resize_item_embeddings(self, rows: int) -> None:
-        """Change the number of rows of item embeddings; kept rows stay, new ones say nothing."""
+        """Change the number of rows of item embeddings; existing rows stay, new rows have no effect until trained."""
         for feature in ITEM_FEATURES:
             feature.resize_items(self, rows)
 
     def resize_word_tables(self, words: int) -> None:
-        """Change the number of words that features know, if any do."""
+        """Change the number of words in the word tables of item features, if there are any."""
         for feature in ITEM_FEATURES:
             feature.resize_words(self, words)
 
     def enter(self, states: torch.Tensor, lay: Layout, item_embedding_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Begin the joint layers: add kind, event ordinal and item features to B x Q x H segment states."""
+        """Make the input of the joint layers: add kind, event ordinal and item features to B x Q x H segment states."""
         event = lay.event.clamp_max(self.config.max_events)
         states = self.add_to_items(states + self.embed_kind(lay.kind) + self.embed_event(event), item_embedding_ids)
         return functional.dropout(self.entry_norm(states), self.config.entry_dropout, self.training)
@@ -869,8 +863,8 @@ class M6RecModel(M6RecPreTrainedModel):
     ) -> list[torch.Tensor]:
         """Read all segments together: B x Q x H -> states, before `norm`, after each of the joint layers in `exits`.
 
-        Runs from joint layer `first`, counted from 0, to the last exit. `shared` holds a user's keys in each of these.
-        With `output_mask` (B x Q bool) the last layer is computed for these tokens only; after it the others are zero.
+        Runs from joint layer `first`, counted from 0, to the last exit. `shared` holds a user's keys in each of these
+        layers. With `output_mask` (B x Q bool) the last layer computes these tokens only and sets all others to zero.
         """
         rotary = None if self.rotary is None else self.rotary(states, positions)
         results, start, tokens, asked = [], self.config.num_segment_layers, states.shape[1], None
@@ -908,37 +902,37 @@ class M6RecModel(M6RecPreTrainedModel):
         payloads: Payloads = (),
         **kwargs: Any,
     ) -> M6RecModelOutput:
-        """Read rows.
+        """Run the network on rows.
 
         Args:
             input_ids: B x Q new ids.
-            attention_mask: B x (P + T), nonzero = not padding; None = padding is where the pad id stands.
-            layout_ids: B x T, all ids so far; needed with `inputs_embeds` or a filled cache, else it is `input_ids`.
+            attention_mask: B x (P + T), nonzero = not padding; None = only pad ids are padding.
+            layout_ids: B x T, all ids so far; required with `inputs_embeds` or a filled cache, else `input_ids`.
             item_embedding_ids: B x T rows of item embeddings at the [SEG] of [ITEM] segments, 0 = none.
-            hidden_events: B x T bool, tokens that no other token sees in the joint layers.
+            hidden_events: B x T bool, tokens that no other token attends to in the joint layers.
             past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
             use_cache: Return a cache.
-            plan: How to run (see `network_m6rec`); None = "compact", or "flat" where something asks
-                for every state or a graph is exported.
+            plan: How to run (see `network_m6rec`); None = "compact", or "flat" if every state is needed or a graph is
+                exported.
             segment_cache: Segment states kept between calls, for plan "cached".
-            user_states: Users kept between calls, for plan "cached"; tokens that need not be read again are left out of
-                what is returned, as those that a summary drops.
-            exits: Joint layers, from 1, after which states are wanted; None = the last.
-            decide: Says after each exit which rows go no deeper (see `network_m6rec.run`), for "reuse" and "cached".
-            standalone: Segments that stand in no row, to be read as well.
-            compact_output: Return states and layout of the kept tokens only (Q = the most of a row), where a plan
-                leaves tokens out; `kept` says which.
-            heads: What reads the last states: "score" does where targets are scored, "user" where users are read; of
-                other tokens they then mean nothing, and the last joint layer leaves these out. None = they all count.
-            extra_output_mask: B x T bool, further tokens whose last states are read.
-            cache: A cache to fill or to go on from.
-            payloads: For each row, digests of what its segments carry besides ids, by the segments' numbers: segments
-                with other digests share no state. Empty = nothing; see `embed_ids`.
-            **kwargs: Handed to the attention function.
+            user_states: User histories kept between calls, for plan "cached". Reused tokens have no output, like tokens
+                that a summary drops.
+            exits: Joint layers, from 1, after which states are needed; None = the last.
+            decide: Decides after each exit which rows stop (see `network_m6rec.run`), for "reuse" and "cached".
+            standalone: Standalone segments, which belong to no row, to be computed as well.
+            compact_output: If a plan skips tokens, return states and layout of the kept tokens only (Q = the largest
+                number in a row) and their indices in `kept`.
+            heads: Heads that read the last states: "score" at the ends of targets, "user" at the places of users. The
+                last joint layer then skips all other tokens, whose states are undefined. None = no token is skipped.
+            extra_output_mask: B x T bool, further tokens whose last states are needed.
+            cache: A cache to fill or to continue from.
+            payloads: For each row, digests of its segments' content besides ids, by segment number; segments with
+                different digests share no state. Empty = no such content; see `embed_ids`.
+            **kwargs: Passed to the attention function.
 
         Raises:
-            ValueError: If the arguments contradict each other; the message says what to give.
+            ValueError: If the arguments contradict each other; the message names the arguments to give.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
@@ -984,7 +978,7 @@ class M6RecModel(M6RecPreTrainedModel):
         )
 
     def _usable(self, cache: Cache | None) -> Cache | None:
-        """Leave an empty cache out where layers are computed twice, which would fill it twice; refuse a filled one."""
+        """With gradient checkpointing, drop an empty cache, which would be filled twice, and refuse a filled one."""
         if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache
         if int(cache.get_seq_length()):
@@ -996,13 +990,13 @@ class M6RecModel(M6RecPreTrainedModel):
         return None
 
     def _choose(self, plan: str | None, whole: bool, kwargs: dict[str, Any]) -> str:
-        """Settle the plan: only the flat one can fill caches, take embeddings or record every layer."""
+        """Choose the plan: only "flat" can fill caches, take embeddings or record every layer."""
         recording = any(
             kwargs.get(name) or getattr(self.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         )
         if plan is None:
-            exporting = torch.compiler.is_exporting()  # the other plans depend on the very segments of a batch
+            exporting = torch.compiler.is_exporting()  # the graph of other plans depends on a batch's segments
             return "compact" if whole and not recording and not exporting else "flat"
         if plan not in PLANS:
             raise ValueError(f"plan={plan!r} is unknown: choose one of {list(PLANS)}")
@@ -1014,7 +1008,7 @@ class M6RecModel(M6RecPreTrainedModel):
         return plan
 
     def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None, rows: Rows) -> torch.Tensor:
-        """Return the embeddings of the last Q tokens of rows: those that are given, or else those of the ids."""
+        """Return the given embeddings, or else the embeddings of the ids, of the last Q tokens of rows."""
         if ids is None:
             assert embeds is not None
             return embeds
@@ -1023,7 +1017,7 @@ class M6RecModel(M6RecPreTrainedModel):
     def _flat(
         self, embeds: torch.Tensor, rows: Rows, cache: Cache | None, past: int, **kwargs: Any
     ) -> M6RecModelOutput:
-        """The plain plan: every token goes through every layer, masks say who sees whom."""
+        """Run the plan "flat": every token goes through every layer, masks restrict attention."""
         lay, (queries, total) = rows.lay, (embeds.shape[1], rows.lay.valid.shape[1])
         virtual, new = past + queries - total, min(queries, total)
         self._refuse_bad_chunks(rows, total - new, virtual, cache)
@@ -1036,7 +1030,7 @@ class M6RecModel(M6RecPreTrainedModel):
 
         order = torch.arange(ahead, device=embeds.device).expand(embeds.shape[0], -1)
         positions = torch.cat((order, self.embedding_positions(here)), 1)
-        # Virtual tokens are seen from the joint layers on: a segment state depends on its segment alone.
+        # Only joint layers attend to virtual tokens: a segment state depends on its segment only.
         bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)
         ids = rows.input_ids[:, total - new :]
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
@@ -1062,7 +1056,7 @@ class M6RecModel(M6RecPreTrainedModel):
         )
 
     def _refuse_bad_chunks(self, rows: Rows, start: int, virtual: int, cache: Cache | None) -> None:
-        """States of a given segment, or of text that sees forwards, are final only when all of it is there."""
+        """Refuse a chunk that ends inside a given segment or bidirectional text: its states would change later."""
         if virtual and cache is not None and cache.is_compileable:
             raise ValueError("a static cache has no room for prefix or prompt tuning: use the default cache")
         if not start:
@@ -1081,7 +1075,7 @@ class M6RecModel(M6RecPreTrainedModel):
 
 
 def _widen(field: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Pad a B x T' field with zeros to B x tokens: what is written later has no item and is not hidden."""
+    """Pad a B x T' field with zeros to B x tokens: tokens generated later have no item and are not hidden."""
     return functional.pad(field, (0, tokens - field.shape[1]))
 
 
