@@ -1,1 +1,1 @@
-"""From a log to training rows and batches: requests, labels, negatives, texts, packing, order."""
+"""Training rows and batches from a log: requests, labels, negatives, texts, packing, order."""

@@ -1,4 +1,4 @@
-"""From rows to batches: padding by the processor, and the items that retrieval is learnt against."""
+"""Batches of rows: padding by the processor, and the negatives of retrieval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from ..config.arguments import TaskArguments
 
 
 def label_names(config: M6RecConfig) -> list[str]:
-    """Name all labels that `M6RecForRecommendation.forward` takes."""
+    """Return the names of all labels that `M6RecForRecommendation.forward` takes."""
     return ["labels", *map(label_field, config.scored), "retrieval_labels"]
 
 
 @dataclass(frozen=True)
 class CatalogueRows:
-    """The items of a catalogue as the model reads them, one entry a row.
+    """The encoded items of a catalogue, one entry per catalogue row.
 
     Attributes:
         input_ids: Ids of [ITEM] ... [SEG].
-        memory_ids: Rows of the item memory, 0 = none.
+        memory_ids: Rows of the item embeddings, 0 = none.
         counts: Training events of each item.
     """
 
@@ -35,27 +35,27 @@ class CatalogueRows:
 
     @classmethod
     def read(cls, items: Sequence[dict[str, Any]], counts: np.ndarray, processor: M6RecProcessor) -> "CatalogueRows":
-        """Read items with a processor."""
+        """Encode items with a processor."""
         return cls(processor.encode_items(items), [processor.item_row(item) for item in items], counts)
 
 
 class M6RecDataCollator:
     """Makes a batch of rows.
 
-    Rows with `next_items` become `retrieval_labels`, and the batch then holds the items to choose among, each distinct
-    one once: two items that read the same share a place, so that none is its own negative.
+    `next_items` of rows become `retrieval_labels`, and the batch then holds the candidate items, each distinct one
+    once: two items with equal encodings share an index, so that no item is its own negative.
 
-    A batch with labels of one kind holds one -100 a row for each other kind, which `forward` takes for none: the
-    library's Trainer then computes `eval_loss` for any of the tasks. With rows that have `next_items` the Trainer must
+    A batch with labels of one kind holds one -100 per row for each other kind, which `forward` ignores: the library's
+    Trainer then computes `eval_loss` for any of the tasks. With rows that have `next_items` the Trainer must
     keep all columns: `TrainingArguments(remove_unused_columns=False)`.
 
     Args:
         processor: Pads.
-        config: Says where in a row a user is read.
+        config: Decides the position of the user vector in a row.
         catalogue: The items; needed for rows with `next_items`.
         task: Which items are negatives.
-        seed: Of the sampled negatives, which depend on the seed and on the rows of the batch only: on their `number`,
-            the epoch and index that the Trainer gives them, and where they have none on what came next.
+        seed: Seed of the sampled negatives, which depend only on the seed and on the rows of the batch: on their
+            `number` (epoch and index, set by the Trainer), or without one on their `next_items`.
         padding_side: "right" or "left".
     """
 
@@ -72,15 +72,15 @@ class M6RecDataCollator:
         self.task, self.seed, self.padding_side = task or TaskArguments(), seed, padding_side
         self.all_labels = True
         """A batch with labels of one kind holds placeholders for the other kinds. Runs of the package need none, and
-        PEFT's prompt tuning takes no placeholder."""
+        PEFT's prompt tuning accepts none."""
         self.frozen = False
-        """Texts are not trained, so that the states of the whole catalogue are at hand: a batch need not hold it."""
+        """Segment layers are frozen, so the states of the whole catalogue are cached and batches need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
         self._learnt = self._same[catalogue.counts > 0] if catalogue else self._same
-        """Items with training events: the others are no negatives, since as nobody's next they would only be pushed
-        away, and be found by nobody when they are new."""
+        """Items with training events. Items without are not negatives: never a positive, they would only be pushed away
+        and could not be retrieved when they are new."""
         self.distinct = np.unique(self._learnt)
-        """Rows of the catalogue that negatives "catalogue" means: those learnt that differ from all before them."""
+        """Catalogue rows that are the negatives of "catalogue": items with training events, without duplicates."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the batch that `M6RecForRecommendation.forward` takes."""
@@ -105,12 +105,12 @@ class M6RecDataCollator:
         wanted = torch.full_like(places, IGNORE_INDEX)
         for row, items in enumerate(next_items):
             if items:
-                kept = int((places[row] >= 0).sum())  # old events may have been dropped: the head then knows nothing
+                kept = int((places[row] >= 0).sum())  # if old events were truncated, the head has no label
                 wanted[row, :kept] = torch.tensor(items[-kept:])
                 if kept < len(items):
                     wanted[row, 0] = IGNORE_INDEX
                 if self.config.history_attention == "bidirectional":
-                    wanted[row, : kept - 1] = IGNORE_INDEX  # earlier places have seen what came next
+                    wanted[row, : kept - 1] = IGNORE_INDEX  # earlier positions have attended to the next item
         known = (wanted != IGNORE_INDEX) & (places >= 0)
         rows, positives = self._choose(wanted[known].numpy(), numbers)
         labels = torch.full_like(ids, IGNORE_INDEX)
@@ -118,14 +118,14 @@ class M6RecDataCollator:
         return {"retrieval_labels": labels, **self._items(rows, len(positives))}
 
     def _choose(self, positives: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct catalogue rows to choose among, and the place of each positive among them."""
+        """Return the distinct candidate rows of the catalogue, and the index of each positive among them."""
         positives = self._same[positives]
         if self.task.negatives == "catalogue":
             rows = self.distinct
             if not np.isin(positives, rows).all():
                 raise ValueError("next_items holds an item without a training event: count them all in `counts`")
         else:
-            rows = np.unique(positives) if len(positives) else self._same[:1]  # nothing to learn: a loss of zero
+            rows = np.unique(positives) if len(positives) else self._same[:1]  # no positives: a loss of zero
             if self.task.negatives == "sampled":
                 drawn = np.random.default_rng([self.seed, *(numbers or positives.tolist())]).integers(
                     len(self._learnt), size=self.task.num_sampled
@@ -145,7 +145,7 @@ class M6RecDataCollator:
         return found
 
     def _log_frequency(self, num_positives: int) -> np.ndarray:
-        """Log of how many times each item is expected among the items of a batch: as a positive, and as a draw."""
+        """Log of the expected count of each item in a batch: as a positive, and as a sampled negative."""
         assert self.catalogue is not None
         counts = np.bincount(self._same, weights=self.catalogue.counts, minlength=len(self._same))
         expected = num_positives * counts / max(counts.sum(), 1)
@@ -155,7 +155,7 @@ class M6RecDataCollator:
         return np.log(np.maximum(expected, 1e-12))
 
     def _first_alike(self) -> np.ndarray:
-        """For each item the first one that reads the same and shares its memory."""
+        """For each item the first one with the same encoding and item embedding."""
         assert self.catalogue is not None
         first: dict[tuple, int] = {}
         pairs = zip(self.catalogue.input_ids, self.catalogue.memory_ids)

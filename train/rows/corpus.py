@@ -1,7 +1,7 @@
-"""What a model is pretrained on: raw texts, the items' texts and histories, each text for good in one of two parts.
+"""Pretraining data: raw texts, the items' texts and histories, each text in the training or the validation part.
 
-A hash of a text says whether it is held out: the same text is always on the same side, wherever it is met, in whatever
-order, also where nobody has seen all the texts there are.
+A hash of a text decides whether it is held out. So a text is always in the same part, independent of source and order,
+also for streams.
 """
 
 import glob
@@ -28,15 +28,15 @@ from .examples import RequestWriter, windows
 
 ITEMS, HISTORIES = "items", "histories"
 SHUFFLED = 1000
-"""Texts of a stream that are held in memory, out of which the next is drawn."""
+"""Size of the shuffle buffer of a stream, in texts."""
 VOCABULARY_TEXTS, VOCABULARY_CHARACTERS = 100_000, 10_000
-"""Texts that a new tokenizer learns from, of each source, and characters of each of them: at most 1 GB a source."""
+"""Texts per source on which a new tokenizer is trained, and characters of each: at most 1 GB per source."""
 Document = dict[str, Any]
-"""`text`, and `item` where it is an item's; or `request`: a history, and as candidates what the user did next."""
+"""`text`, and `item` if it is an item's; or `request`: a history, with the user's next events as candidates."""
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Say whether a text belongs to the validation part.
+    """Return whether a text belongs to the validation part.
 
     >>> sum(held_out(str(number), 0.1) for number in range(1000))
     106
@@ -46,12 +46,12 @@ def held_out(text: str, fraction: float) -> bool:
 
 
 class Source:
-    """Documents of one origin that are all at hand, in memory or on the disk.
+    """Documents of one source with random access, in memory or on disk.
 
     Args:
         name: A location, `items` or `histories`.
         documents: All of them.
-        keys: What is hashed, for each; a document without is left out.
+        keys: Text to hash of each document; a document with an empty key is left out.
         valid_fraction: Share held out.
     """
 
@@ -68,26 +68,26 @@ class Source:
         return self.documents[int(self.train[index])]
 
     def order(self, rng: np.random.Generator) -> Iterator[int]:
-        """Yield places of training documents for ever, in a new order each time around."""
+        """Yield indices of training documents without end, in a new order in each pass."""
         while True:
             yield from rng.permutation(len(self)).tolist()
 
     def walk(self, seed: int) -> Iterator[Document]:
-        """Yield training documents for ever."""
+        """Yield training documents without end."""
         return map(self.__getitem__, self.order(np.random.default_rng(seed)))
 
     def validation(self, rows: int, seed: int) -> list[Document]:
-        """Return held-out documents, `rows` at most, drawn by the seed."""
+        """Return at most `rows` held-out documents, drawn by the seed."""
         chosen = np.random.default_rng(seed).permutation(self.valid)[:rows]
         return [self.documents[int(row)] for row in chosen]
 
 
 class StreamedSource:
-    """Raw texts that are read as they are learnt.
+    """Streamed raw texts.
 
     Args:
         name: The location.
-        read: Begins to read the texts anew.
+        read: Starts reading the texts from the beginning.
         valid_fraction: Share held out.
     """
 
@@ -95,13 +95,13 @@ class StreamedSource:
         self.name, self.read, self.valid_fraction = name, read, valid_fraction
 
     def __len__(self) -> int:
-        return 1  # nobody knows
+        return 1  # unknown
 
     def walk(self, seed: int) -> Iterator[Document]:
-        """Yield the training documents for ever; each is drawn out of the next `SHUFFLED` ones.
+        """Yield training documents without end; each is drawn from a buffer of `SHUFFLED` documents.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is no training document.
         """
         rng, waiting = np.random.default_rng(seed), []
         while True:
@@ -119,7 +119,7 @@ class StreamedSource:
             waiting = []
 
     def validation(self, rows: int, seed: int) -> list[Document]:
-        """Return the first held-out documents, `rows` at most."""
+        """Return the first held-out documents, at most `rows`."""
         return [{"text": text} for text, _ in zip(self._part(valid=True), range(rows))]
 
     def _part(self, valid: bool) -> Iterator[str]:
@@ -131,7 +131,7 @@ AnySource = Source | StreamedSource
 
 @dataclass(frozen=True)
 class _Texts(Sequence[Document]):
-    """A column of texts, left on the disk."""
+    """A column of texts on disk."""
 
     rows: Table
     column: str
@@ -148,7 +148,7 @@ class _Texts(Sequence[Document]):
 
 
 class _Histories(Sequence[Document]):
-    """Stretches of the users' training events: what was done, and what was done next."""
+    """Windows of the users' training events: a history and the next events."""
 
     def __init__(self, writer: RequestWriter, frame: pandas.DataFrame, max_events: int, targets: int) -> None:
         self.writer, self.frame, self.places = writer, frame, histories(frame)
@@ -169,17 +169,17 @@ class _Histories(Sequence[Document]):
 
 
 def raw_source(location: str, valid_fraction: float, streaming: bool = False) -> AnySource:
-    """Find raw texts.
+    """Open raw texts.
 
     Args:
-        location: A .txt file, which holds a text a line; or a table as `load_table` takes it. Behind a # the column of
-            the texts; without, it is called `text`, or is the only one that holds texts.
+        location: A .txt file with one text per line; or a table as `load_table` accepts it, with `#column` appended.
+            Without it the column is `text`, or the only one that holds texts.
         valid_fraction: Share held out.
-        streaming: Read the texts as they are learnt.
+        streaming: Stream the texts.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If there is no text in it, or no such column.
+        FileNotFoundError: If there is no such file or table.
+        ValueError: If it holds no text, or no such column.
     """
     place, _, column = location.rpartition("#") if "#" in location else (location, "", "")
     place = os.path.expanduser(place)
@@ -196,27 +196,27 @@ def raw_source(location: str, valid_fraction: float, streaming: bool = False) ->
 
 
 def item_source(log: Log, writer: RequestWriter, processor: M6RecProcessor, valid_fraction: float) -> Source:
-    """Take the items of a log, each with its text as requests word it."""
+    """Return the items of a log, each with its text as in requests."""
     texts = item_texts(processor, writer.items)
     documents = [{"text": text, "item": item} for text, item in zip(texts, writer.items)]
     return Source(ITEMS, documents, item_keys(log), valid_fraction)
 
 
 def item_keys(log: Log) -> list[str]:
-    """Return what decides in which part each item is: its texts, before anybody words them."""
+    """Return the text to hash of each item: its fields, before they are formatted."""
     return [" ".join(log.item_fields(item_id).values()) for item_id in log.items.index]
 
 
 def history_source(
     writer: RequestWriter, frame: pandas.DataFrame, max_events: int, targets: int, valid_fraction: float
 ) -> Source:
-    """Take the histories of training events; a user's are all in one part.
+    """Return the histories of training events; all histories of a user are in one part.
 
     Args:
         writer: Writes requests.
         frame: Training events only.
-        max_events: Events of a history, at most.
-        targets: Events after it that are written.
+        max_events: Maximum number of events in a history.
+        targets: Number of next events to generate.
         valid_fraction: Share of the users held out.
     """
     found = _Histories(writer, frame, max_events, targets)
@@ -224,7 +224,7 @@ def history_source(
 
 
 def vocabulary_texts(source: AnySource, seed: int) -> Iterator[str]:
-    """Yield training texts of a source for a new tokenizer: a draw of them, or of a stream the first."""
+    """Yield training texts of a source for a new tokenizer: a random sample, or the first ones of a stream."""
     if isinstance(source, StreamedSource):
         texts: Iterable[str] = source._part(valid=False)
     else:
@@ -240,7 +240,7 @@ def _table(place: str) -> Table:
 
 
 def _stream(place: str) -> Table | Stream:
-    """Open a table without reading it; a folder saved by `datasets` is read from the disk as it is asked for."""
+    """Open a table without reading it; a folder saved by `datasets` is read from disk on access."""
     path = Path(place)
     if path.suffix == ".txt":
         return load_dataset("text", data_files=_existing(place), split="train", streaming=True)

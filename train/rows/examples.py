@@ -1,4 +1,4 @@
-"""From a log to requests, and from requests to training rows."""
+"""Requests from a log, and training rows from requests."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from ..data.tasks import SCORED
 from .item_likes import ITEM_LIKES, ItemLikes
 
 READ_AT_ONCE = 256
-"""Requests that the processor reads together."""
+"""Number of requests that the processor encodes together."""
 
 
 class RequestWriter:
-    """Writes a log's events as the processor wants them: verb, item, time, rating.
+    """Converts a log's events to the processor's input: verb, item, time, rating.
 
     Args:
-        log: Where items and users are described.
-        times: Whether events say when they happened.
+        log: The log, with the descriptions of items and users.
+        times: Whether events include their times.
 
     Attributes:
-        statistics: What is told of candidates beside their text, if anything.
+        statistics: Statistics added to candidates' texts, if any.
     """
 
     def __init__(self, log: Log, times: bool = True) -> None:
@@ -47,15 +47,15 @@ class RequestWriter:
         self._users: dict[str, dict[str, str]] = {}
 
     def item(self, item_id: str) -> dict[str, str]:
-        """Return the fields of an item, its id among them."""
+        """Return the fields of an item, including its id."""
         return self.items[self.rows[item_id]]
 
     def candidates(self, rows: Sequence[int] | np.ndarray, learner: str | None = None) -> list[dict[str, Any]]:
         """Return items of the catalogue as candidates, with their statistics.
 
         Args:
-            rows: Where they stand in the catalogue.
-            learner: Whose training labels are learnt with them; None: nobody's.
+            rows: Catalogue rows of the items.
+            learner: User whose training labels are learnt from this request; None: no training.
         """
         items: list[dict[str, Any]] = [self.items[row] for row in rows]
         if self.statistics is None:
@@ -64,13 +64,13 @@ class RequestWriter:
         return [{**item, "stats": {ITEM_LIKES: share}} for item, share in zip(items, shares)]
 
     def user(self, user_id: str) -> dict[str, str]:
-        """Return the fields of a user; empty where nothing is known."""
+        """Return the fields of a user; empty if the user is unknown."""
         if user_id not in self._users:
             self._users[user_id] = self.log.user_fields(user_id)
         return self._users[user_id]
 
     def events(self, frame: pandas.DataFrame) -> list[dict[str, Any]]:
-        """Write rows of the log as events, in their order."""
+        """Convert rows of the log to events, in their order."""
         columns = {name: frame[name].tolist() for name in self._said if name in frame}
         events: list[dict[str, Any]] = []
         for place, item_id in enumerate(frame["item_id"]):
@@ -82,7 +82,7 @@ class RequestWriter:
     def request(
         self, user_id: str, history: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]] = ()
     ) -> dict[str, Any]:
-        """Write a request: who the user is, what they did, what might be recommended."""
+        """Make a request: user, history, candidates."""
         request: dict[str, Any] = {"history": list(history)}
         if self.user(user_id):
             request["user"] = self.user(user_id)
@@ -91,7 +91,7 @@ class RequestWriter:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a user's events: `start` to `cut` are the history, `cut` to `stop` the targets."""
+    """A window of a user's events: `start` to `cut` are the history, `cut` to `stop` the targets."""
 
     start: int
     cut: int
@@ -99,14 +99,14 @@ class Window:
 
 
 def windows(num_events: int, max_events: int, targets: int = 1, learn_history: bool = False) -> Iterator[Window]:
-    """Lay windows over a user's events so that each event is learnt once.
+    """Yield windows of a user's events such that each event is learnt once.
 
     Args:
-        num_events: Events of the user.
-        max_events: Events of a history, at most.
-        targets: Events after it that are targets.
-        learn_history: The events of the history are learnt along with the targets (retrieval), all but its first where
-            earlier ones are left out: then windows are `max_events` apart. Else they are `targets` apart.
+        num_events: Number of events of the user.
+        max_events: Maximum number of events in a history.
+        targets: Number of events after the history that are targets.
+        learn_history: The events of the history are learnt together with the targets (retrieval), except its first if
+            earlier events are left out; windows are then `max_events` apart. Else they are `targets` apart.
 
     Yields:
         Windows with at least one target; a user's first ones have short histories.
@@ -132,18 +132,18 @@ def windows(num_events: int, max_events: int, targets: int = 1, learn_history: b
 
 
 class Negatives:
-    """Draws the items that stand beside an event with label 0, where a log holds no refusals.
+    """Draws items as candidates with label 0 for an event, for logs without negative labels.
 
-    They are drawn uniformly, none twice, from the items that occur with the event's verb and that the user has never
-    met. By verb, since in a log where artists are listened to and users are followed it says nothing of anyone's taste
-    that they did not follow an artist. A user who has met nearly all of them gets fewer.
+    They are drawn uniformly without replacement from the items that occur with the event's verb and that the user has
+    never met. By verb, since in a log where artists are listened to and users are followed, an artist who was not
+    followed is not informative. A user who has met nearly all of these items gets fewer.
 
     Args:
-        writer: Knows the catalogue's rows.
-        events: What has been met, and what occurs: the training events in training, so that nothing later is told; in
-            evaluation the whole log, so that no negative is a positive of another part.
-        per_event: How many are drawn for an event.
-        seed: Every draw depends on (seed, epoch, event) and on nothing else.
+        writer: Has the catalogue's rows.
+        events: Events that define met and occurring items: in training the training events, so that later ones do not
+            leak; in evaluation the whole log, so that no negative is a positive of another part.
+        per_event: Number of negatives per event.
+        seed: Each draw depends only on (seed, epoch, event).
     """
 
     def __init__(self, writer: RequestWriter, events: pandas.DataFrame, per_event: int, seed: int) -> None:
@@ -157,10 +157,10 @@ class Negatives:
         """Draw catalogue rows for an event of a user.
 
         Args:
-            user_id: Who the event is of.
-            verb: What happened.
+            user_id: The user.
+            verb: The event's verb.
             event: The event's number in the log.
-            epoch: Each has its own draws.
+            epoch: Each epoch has its own draws.
         """
         free = np.setdiff1d(self._pools[verb], self._met[user_id], assume_unique=True)
         rng = np.random.default_rng([self.seed, epoch, event])
@@ -168,16 +168,16 @@ class Negatives:
 
 
 class Candidates:
-    """Events as candidates: their items, what they say of each task, and behind each its negatives.
+    """Converts events to candidates: the event's item with its labels per task, followed by its negatives.
 
-    A negative has label 0 where its event has label 1; where the event says nothing, so does the negative.
+    A negative has label 0 where its event has label 1; if the event's label is unknown, so is the negative's.
 
     Args:
-        writer: Knows the catalogue's rows.
+        writer: Has the catalogue's rows.
         frame: The events.
         names: Scoring tasks.
-        task: How events are read as labels.
-        negatives: Draws them; None: there are none.
+        task: How labels are derived from events.
+        negatives: Draws the negatives; None: no negatives.
     """
 
     def __init__(
@@ -195,14 +195,14 @@ class Candidates:
 
     @property
     def known(self) -> np.ndarray:
-        """Which events say something of at least one task."""
+        """Mask of the events with a known label of at least one task."""
         found = np.zeros(len(self._rows), dtype=bool)
         for values in self.labels.values():
             found |= (values != IGNORE_INDEX).reshape(len(values), -1).any(1)
         return found
 
     def of(self, places: np.ndarray, epoch: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the catalogue rows of the candidates that the events at these places make, and their labels."""
+        """Return the catalogue rows and the labels of the candidates of the events at these positions."""
         if self.negatives is None:
             return self._rows[places], {name: values[places] for name, values in self.labels.items()}
         rows: list[int] = []
@@ -221,7 +221,7 @@ class Candidates:
 
 
 def _against(name: str, own: Any) -> np.ndarray:
-    """What a negative says, beside an event that says `own`: a rating of what was never met is unknown."""
+    """Label of a negative for an event with label `own`; ratings of negatives are unknown."""
     return np.where((np.asarray(own) == 1) & SCORED[name].negatives, 0, IGNORE_INDEX)
 
 
@@ -230,16 +230,16 @@ def _verbs(frame: pandas.DataFrame) -> np.ndarray:
 
 
 class ScoringRows(Dataset):
-    """Training rows whose candidates are scored: some of a user's events after those that came before them.
+    """Training rows of scoring tasks: some of a user's events as candidates, the events before them as history.
 
-    Rows are read when asked for, since each epoch draws its own negatives.
+    Rows are encoded on access, since each epoch draws its own negatives.
 
     Args:
-        writer: Writes the requests.
+        writer: Makes the requests.
         frame: Training events, ordered.
-        processor: Reads the requests.
-        task: What is learnt.
-        seed: Of the negatives.
+        processor: Encodes the requests.
+        task: The tasks to learn.
+        seed: Seed of the negatives.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class ScoringRows(Dataset):
                     self._windows.append((user_id, window, asked))
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw negatives anew."""
+        """Draw new negatives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -271,7 +271,7 @@ class ScoringRows(Dataset):
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Read several rows at once, which is faster than one by one."""
+        """Encode several rows at once, which is faster than one by one."""
         requests, labels = [], []
         for index in indices:
             user_id, window, asked = self._windows[index]
@@ -291,19 +291,19 @@ def training_rows(
     bidirectional: bool = False,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Read the training events of all users as rows: some for retrieval, others whose candidates are scored.
+    """Convert the training events of all users to rows: rows of retrieval and rows of scoring tasks.
 
     Args:
-        writer: Writes the requests.
+        writer: Makes the requests.
         frame: Training events, ordered.
-        processor: Reads the requests.
-        task: What is learnt.
-        bidirectional: History is read in both directions, so that only what comes after its end can be learnt.
-        seed: Of negatives, which are here those of the first epoch.
+        processor: Encodes the requests.
+        task: The tasks to learn.
+        bidirectional: Attention over the history is bidirectional, so that only the event after its end can be learnt.
+        seed: Seed of the negatives, which are here those of the first epoch.
 
     Returns:
         Rows of `input_ids` and `item_embedding_ids`; with labels of targets, or for retrieval with `next_items`: the
-        catalogue rows that came next after the head of the source and after each event, -100 where nothing is learnt.
+        catalogue rows of the next item after the head of the source and after each event, -100 without a label.
     """
     rows = retrieval_rows(writer, frame, processor, bidirectional) if "retrieval" in task.learn else []
     if task.scored:
@@ -315,7 +315,7 @@ def training_rows(
 def retrieval_rows(
     writer: RequestWriter, frame: pandas.DataFrame, processor: M6RecProcessor, bidirectional: bool
 ) -> list[dict[str, Any]]:
-    """Read the training events of all users as rows of retrieval; see `training_rows`."""
+    """Convert the training events of all users to rows of retrieval; see `training_rows`."""
     requests, extras = [], []
     for user_id, places in histories(frame).items():
         own = frame.iloc[places]
@@ -323,7 +323,7 @@ def retrieval_rows(
         for window in windows(len(events), processor.max_events, learn_history=not bidirectional):
             requests.append(writer.request(user_id, events[window.start : window.cut]))
             following = rows[window.start : window.cut + 1]
-            if window.start:  # the head has not read what came before: only a user's first event is learnt there
+            if window.start:  # earlier events are left out: the head predicts only a user's first event
                 following[0] = IGNORE_INDEX
             extras.append({"next_items": following})
     readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
@@ -331,14 +331,14 @@ def retrieval_rows(
 
 
 class RetrievalRows(Dataset):
-    """Training rows of retrieval where events of the same time have another order in each epoch; see `training_rows`.
+    """Training rows of retrieval where events with equal times get a new order in each epoch; see `training_rows`.
 
     Args:
-        writer: Writes the requests.
+        writer: Makes the requests.
         frame: Training events, ordered.
-        processor: Reads the requests.
-        bidirectional: History is read in both directions.
-        seed: Of the orders.
+        processor: Encodes the requests.
+        bidirectional: Attention over the history is bidirectional.
+        seed: Seed of the orders.
     """
 
     def __init__(
@@ -348,7 +348,7 @@ class RetrievalRows(Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Order and read anew."""
+        """Draw a new order and encode the rows."""
         if epoch == self.epoch:
             return
         writer, frame, processor, bidirectional = self.source
@@ -365,7 +365,7 @@ class RetrievalRows(Dataset):
 def read_requests(
     processor: M6RecProcessor, requests: Sequence[dict[str, Any]], task: str, description: str
 ) -> list[dict[str, Any]]:
-    """Read requests into rows of `input_ids` and `item_embedding_ids`, with a progress bar."""
+    """Encode requests as rows of `input_ids` and `item_embedding_ids`, with a progress bar."""
     rows: list[dict[str, Any]] = []
     with tqdm(
         total=len(requests), desc=description, unit="row", disable=True if len(requests) < READ_AT_ONCE else None
@@ -382,10 +382,10 @@ def read_requests(
 
 
 def target_labels(frame: pandas.DataFrame, task: str, arguments: TaskArguments) -> np.ndarray:
-    """Return what each event says about a task: N labels, or N x I side by side; -100 where it says nothing.
+    """Return the events' labels of a task: N labels, or N x I parallel labels; -100 if unknown.
 
-    With negatives drawn (`negatives_per_event`) the log holds no refusals: an event without a label is a click, and an
-    event says something of its own interactions only.
+    With drawn negatives (`negatives_per_event`) the log has no negative labels: an event without a label is a click,
+    and an event has labels only for its own interactions.
 
     Raises:
         ValueError: If the log has no column for the task.
@@ -405,7 +405,7 @@ def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArgumen
     """Count the likes of each item in training events.
 
     Raises:
-        ValueError: If the log has no labels, or no refusals.
+        ValueError: If the log has no labels, or no negative labels.
     """
     if task.negatives_per_event:
         raise ValueError(
@@ -420,7 +420,7 @@ def item_likes(writer: RequestWriter, frame: pandas.DataFrame, task: TaskArgumen
 
 
 def refuse_equal_labels(labels: np.ndarray, task: str, arguments: TaskArguments) -> None:
-    """Raise if all known labels of a task, or of one of its names, are equal: there is nothing to learn."""
+    """Raise if all known labels of a task, or of one of its names, are equal, so that nothing can be learnt."""
     row = SCORED[task]
     named = zip(row.names(arguments), labels.T) if row.names_in else [(task, labels)]
     for name, values in named:

@@ -1,4 +1,4 @@
-"""Held-out events: which are predicted, and what is known when they are."""
+"""Held-out events to predict, and their histories."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from ..data.splits import Split, histories
 
 @dataclass(frozen=True)
 class EvalQuery:
-    """Held-out events of a user, and what is known when they are asked about.
+    """Held-out events of a user that are predicted with one history.
 
     Attributes:
         user_id: The user.
-        history: Places of the history's events in `all_events`.
-        asked: Places of the held-out events.
+        history: Positions of the history's events in `all_events`.
+        asked: Positions of the held-out events.
     """
 
     user_id: str
@@ -25,7 +25,7 @@ class EvalQuery:
 
 
 def before_and_in(split: Split, part: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Return the events that may be known when a part is predicted, and the part: the test knows the validation."""
+    """Return the events that histories of a part may hold, and the part; for the test they include the validation."""
     known = [split.train] if split.gap.empty else [split.train, split.gap]
     if part == "valid":
         return _together(known), split.valid
@@ -33,12 +33,12 @@ def before_and_in(split: Split, part: str) -> tuple[pandas.DataFrame, pandas.Dat
 
 
 def learnt_before(split: Split, part: str, observe_validation: bool = False) -> pandas.DataFrame:
-    """Return the events that may be learnt and counted before a part is predicted.
+    """Return the events that may be learnt and counted for the prediction of a part.
 
     Args:
         split: The parts.
         part: "valid" or "test".
-        observe_validation: Let the test observe the validation part.
+        observe_validation: For the test, include the validation part.
     """
     if part == "valid":
         return split.train
@@ -51,7 +51,7 @@ def _together(parts: list[pandas.DataFrame]) -> pandas.DataFrame:
 
 
 def drawn_users(users: list[str], arguments: EvaluationArguments, seed: int) -> list[str]:
-    """Draw `max_users` of the users; they keep their order."""
+    """Draw `max_users` of the users, in their original order."""
     if arguments.max_users is None or len(users) <= arguments.max_users:
         return users
     drawn = np.random.default_rng(seed).choice(len(users), arguments.max_users, replace=False)
@@ -66,19 +66,19 @@ def all_events(split: Split) -> pandas.DataFrame:
 def eval_queries(
     split: Split, part: str, labelled: np.ndarray, max_events: int, evaluation: EvaluationArguments, seed: int
 ) -> list[EvalQuery]:
-    """Say which held-out events are asked about, and after which history.
+    """Return the held-out events to predict, with their histories.
 
-    All of a user's are asked at once after the last events of the earlier parts (of the test: training and
-    validation); so a user's later held-out events are asked without the earlier ones. With `rolling` each is asked by
-    itself after the last events before it, of whatever part, as a service would be.
+    By default all held-out events of a user are predicted at once, and their history ends before the held-out part
+    (for the test it holds training and validation events). With `rolling` each is predicted separately from the last
+    events before it, of any part, as a service would.
 
     Args:
         split: The parts.
         part: "valid" or "test".
-        labelled: For each of `all_events` whether it says something that can be asked.
-        max_events: Events of a history, at most.
-        evaluation: Says whether to roll, and how many users to draw.
-        seed: Of the draw.
+        labelled: Mask of the events in `all_events` with a known label.
+        max_events: Maximum number of events in a history.
+        evaluation: `rolling` and `max_users` are used.
+        seed: Seed of the draw of users.
     """
     everything = all_events(split)
     known, held_out = (everything.index.isin(frame.index) for frame in before_and_in(split, part))
@@ -96,15 +96,15 @@ def eval_queries(
 
 
 def rankings(split: Split, part: str, arguments: EvaluationArguments) -> list[EvalQuery]:
-    """Say which held-out events are ranked, each after all events of its user before it; users in their order.
+    """Return the held-out events to rank, each with all earlier events of its user as history; users in their order.
 
-    Of each user it is the first of the part that has an event before it; with the protocol `time` the last one, or all
-    of them if `successive`.
+    For each user this is the first event of the part if another event precedes it; with the protocol `time` the last
+    one, or all of them if `successive`.
 
     Args:
         split: The parts.
         part: "valid" or "test".
-        arguments: Says which.
+        arguments: `protocol` and `successive` are used.
     """
     everything = all_events(split)
     held_out = everything.index.isin(before_and_in(split, part)[1].index)

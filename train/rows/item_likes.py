@@ -1,28 +1,28 @@
-"""What is known of an item beside its text, told with it as a candidate: a short segment that may change every day."""
+"""Statistics of an item that are added to it as a candidate: a short segment that may change every day."""
 
 import numpy as np
 import pandas
 
 ITEM_LIKES = "item_likes"
-"""Name of the statistic, in `text.statistics` and in the templates: how many in a hundred of an item's labels are 1."""
+"""Name of the statistic, in `text.statistics` and in the templates: the percentage of an item's labels that are 1."""
 FOLDS = 5
-"""Parts of the users, in training: what is told of a user's candidates is counted without the users of the own part.
-Were the own label alone left out, each item's text and share would together give it away."""
+"""Folds of the users in training: statistics of a user's candidates are counted without the users of the same fold.
+If only the own label were left out, an item's text and share together would leak it."""
 STRENGTH = 5.0
-"""How many labels the share of all counts as in an item's (ours)."""
+"""Weight of the overall share in an item's share, in labels (not in the paper)."""
 STEP = 5
-"""What is told is rounded to so many in a hundred, so that there are few texts to learn and to keep."""
+"""Percentages are rounded to a multiple of this, so that there are few distinct texts to learn and to cache."""
 
 
 class ItemLikes:
-    """Shares of likes among the training labels of each item, drawn towards the share of all.
+    """Shares of likes among the training labels of each item, smoothed towards the overall share.
 
     Args:
-        users: Ids of whom the N labels are.
-        rows: Catalogue rows of what they are about.
+        users: User ids of the N labels.
+        rows: Catalogue rows of the N labels' items.
         labels: 0 or 1.
-        num_items: Items of the catalogue, M.
-        seed: Of the parts of the users.
+        num_items: Number of items in the catalogue, M.
+        seed: Seed of the folds of the users.
     """
 
     def __init__(self, users: np.ndarray, rows: np.ndarray, labels: np.ndarray, num_items: int, seed: int = 0) -> None:
@@ -38,11 +38,11 @@ class ItemLikes:
         self._without = [_shares(likes[own], counts[own]) for own in kept]
 
     def of(self, rows: np.ndarray, learner: str | None = None) -> list[int]:
-        """Tell how many in a hundred like each of these items.
+        """Return the percentage of likes of each of these items.
 
         Args:
             rows: Catalogue rows.
-            learner: Whose training labels are learnt with this at hand; None: nobody's.
+            learner: User whose training labels are learnt with these statistics; None: no training.
         """
         shares = self._all if learner is None else self._without[self._folds.get(learner, 0)]
         return percent(shares[rows])
@@ -54,7 +54,7 @@ def _shares(likes: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def percent(shares: np.ndarray) -> list[int]:
-    """Round shares to steps in a hundred.
+    """Convert shares to rounded percentages.
 
     >>> percent(np.array([0.0, 0.07, 0.08, 1.0]))
     [0, 5, 10, 100]
@@ -63,13 +63,13 @@ def percent(shares: np.ndarray) -> list[int]:
 
 
 def like_rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray, strength: float = 5.0) -> np.ndarray:
-    """Share of training labels that are 1, by user or by item, drawn towards the overall share.
+    """Share of training labels that are 1, by user or by item, smoothed towards the overall share.
 
     Args:
         labels: N training labels, 0 or 1.
-        groups: N ids of whom they belong to.
-        asked: Ids to answer for; those never seen get the overall share.
-        strength: How many examples the overall share counts as (ours).
+        groups: N ids of the labels' users or items.
+        asked: Ids to return shares for; unknown ids get the overall share.
+        strength: Weight of the overall share, in examples (not in the paper).
 
     >>> like_rates(np.array([1, 1, 0, 0]), np.array(["a", "a", "a", "b"]), np.array(["a", "c"]), strength=2.0).tolist()
     [0.6, 0.5]

@@ -1,7 +1,7 @@
-"""Several documents in one row, none of which sees another.
+"""Packing: several documents in one row, without attention between them.
 
-Rows of requests need nothing for it: each [BOS'] opens a new request. Plain documents are told apart by the numbers in
-their attention mask (`layout`). Positions begin anew in each, so that packed losses are those of rows by themselves.
+In rows of requests each [BOS'] starts a new request. Plain documents are distinguished by the numbers in their
+attention mask (`layout`). Positions restart in each document, so that packed losses equal those of separate rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ Row = dict[str, Any]
 
 
 def pack(rows: Sequence[Row], length: int, structured: frozenset[int]) -> list[Row]:
-    """Put rows together into rows of `length` tokens; a longer one stays by itself.
+    """Pack rows into rows of `length` tokens; a longer row stays separate.
 
-    The longest are placed first, each into the first row that has room. Requests and plain documents are kept apart.
+    The longest are placed first, each into the first row with room. Requests and plain documents are not mixed.
 
     Args:
         rows: Rows of `input_ids` and `labels`, with `item_embedding_ids` or without.
-        length: Tokens of a row.
+        length: Number of tokens of a row.
         structured: Ids with which a row of requests begins: those of [BOS'] and [BOS].
 
     Returns:
-        Rows of `input_ids`, `labels`, `attention_mask`, and `item_embedding_ids` where any row has them.
+        Rows of `input_ids`, `labels`, `attention_mask`, and `item_embedding_ids` if any row has them.
 
     >>> [row["attention_mask"] for row in pack([{"input_ids": [9] * n, "labels": [9] * n} for n in (2, 3, 1)], 5, {8})]
     [[1, 1, 1, 2, 2], [1]]
@@ -54,7 +54,7 @@ def _joined(members: list[Row], memory: bool) -> Row:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Packs the rows of a batch, then makes the batch: fewer rows, the same documents, the same loss.
+    """Packs the rows of a batch before collating them: fewer rows, the same documents, the same loss.
 
     Attributes:
         collator: Makes the batch.

@@ -11,14 +11,14 @@ from ...values_m6rec import IGNORE_INDEX
 
 
 class EpochRows(Dataset):
-    """The rows of an epoch: each with its `number`, and behind them blank ones without any label.
+    """The rows of an epoch, each with its `number`, followed by padding rows without labels.
 
-    The blank ones give all processes as many full batches. The library would fill up with rows from the beginning of
-    the epoch, which are then learnt twice.
+    Padding rows give all processes the same number of full batches. The library would repeat rows from the beginning
+    of the epoch, which are then learnt twice.
 
     Args:
         rows: The rows.
-        multiple: Rows of all processes' batches, of which the epoch is made a multiple.
+        multiple: Rows in one batch of all processes; the epoch is padded to a multiple of it.
     """
 
     def __init__(self, rows: Any, multiple: int = 1) -> None:
@@ -26,7 +26,7 @@ class EpochRows(Dataset):
         self.filled = -(-self.size // multiple) * multiple
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, in which rows may be drawn anew."""
+        """Set the epoch; rows may be drawn again."""
         self.epoch = epoch
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
@@ -35,7 +35,7 @@ class EpochRows(Dataset):
         return self.filled
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row; its `number`, epoch and index, seeds what the collator draws."""
+        """Return a row; its `number` (epoch and index) seeds the collator's draws."""
         row = {**self.rows[index if index < self.size else 0], "number": (self.epoch, index)}
         if index < self.size:
             return row
@@ -51,16 +51,16 @@ def _unknown(labels: Any) -> Any:
 
 
 class SeededOrder(Sampler[int]):
-    """The order of the rows in an epoch, which depends on the seed and the epoch alone.
+    """The order of the rows in an epoch, which depends only on the seed and the epoch.
 
-    The library's sampler by length draws from the global generator, and its random one is not told the epoch where
-    several processes go on within one. Blank rows come last.
+    The library's sampler by length draws from the global generator, and its random sampler does not get the epoch when
+    several processes resume inside one. Padding rows come last.
 
     Args:
         rows: The rows.
-        seed: Of the order.
-        group: Rows that are put together by length; None: a random order, that of the library for one process.
-        together: Rows that follow each other and stay together in a random order; where they are cut is drawn as well.
+        seed: Seed of the order.
+        group: Number of rows that are grouped by length; None: a random order, the library's for one process.
+        together: Number of consecutive rows that stay together in a random order with random cuts.
     """
 
     def __init__(self, rows: Any, seed: int, group: int | None = None, together: int = 1) -> None:
@@ -70,7 +70,7 @@ class SeededOrder(Sampler[int]):
         self.lengths = [len(rows[index]["input_ids"]) for index in range(self.size)] if group else []
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
+        """Set the epoch, which decides the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""Users who are made up, from whom a model learns to read what a history says of likes before it knows a real label.
+"""Synthetic users, from whom a model learns to infer likes from a history before it has seen a real label.
 
-Each likes things with a chance that is theirs, drifts from event to event, and leans towards some words of the items'
-texts. Nobody's behaviour is in it; what is left for the labels of a log to tell is how people differ from this.
+Each user has a base probability of liking, which drifts from event to event, and prefers some words of the items'
+texts. No real behaviour is used; a log's labels then teach only how real users differ.
 """
 
 from typing import Any
@@ -16,22 +16,21 @@ from .examples import RequestWriter, target_labels
 from .item_likes import ITEM_LIKES, percent
 
 LEVEL, DRIFT, TASTE, QUALITY = 1.5, 0.3, 0.7, 0.7
-"""Standard deviations, in logits, between users, from an event to the next, between texts, and between items whose
-likes are told as their statistic (ours)."""
+"""Standard deviations, in logits: between users, from one event to the next, between texts, and between items if
+`item_likes` is given (not in the paper)."""
 STATISTICS_SHARE = 0.5
-"""Share of the users whose candidates come with statistics, if a recipe has any: the others teach to do without."""
+"""Share of the users whose candidates have statistics, if a recipe has any; the rest train the case without."""
 MOST_WORDINGS = 1000
 
 
 class SyntheticUsers:
-    """Makes up users.
+    """Generates synthetic users.
 
     Args:
-        writer: Knows the catalogue, and whether statistics are told.
-        frame: Training events: an event with a label says how a like or a dislike is told, by its verb and rating, and
-            nothing else of it is read.
-        task: How events are read as labels; and candidates of a user, at most.
-        max_events: Events of a history, at most; half of the histories are as long.
+        writer: Has the catalogue and the statistics.
+        frame: Training events: only the verb and rating of labelled events are used, as the form of likes and dislikes.
+        task: How labels are derived from events, and the maximum number of candidates of a user.
+        max_events: Maximum number of events in a history; half of the histories have this length.
 
     Raises:
         ValueError: If the training events have likes or dislikes only.
@@ -46,7 +45,7 @@ class SyntheticUsers:
         self._words = [[numbers.setdefault(word, len(numbers)) for word in sorted({*words})] for words in texts]
 
     def draw(self, item: int, rng: np.random.Generator) -> tuple[dict[str, Any], list[int]]:
-        """Return a request about an item (a row of the catalogue) and others, and which of them are liked."""
+        """Return a request with an item (a catalogue row) and others as candidates, and the candidates' labels."""
         length = min(int(rng.integers(2 * self.max_events)), self.max_events)
         others = rng.permutation(np.setdiff1d(rng.integers(len(self.writer.items), size=length + self.targets), item))
         history, more = others[:length], others[length : length + self.targets - 1]
@@ -65,7 +64,7 @@ class SyntheticUsers:
         return {"history": events, "candidates": candidates}, liked[len(history) :]
 
     def _tastes(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw a weight for each word: how much the user leans to each item, alike for texts that share words."""
+        """Draw a weight per word; return the user's preference for each item, correlated for texts with common words."""
         owners = np.repeat(np.arange(len(rows)), [len(self._words[row]) for row in rows])
         words, places = np.unique([word for row in rows for word in self._words[row]], return_inverse=True)
         sums = np.bincount(owners, rng.normal(0, TASTE, len(words))[places], len(rows))

@@ -1,11 +1,11 @@
-"""Writing: explanations, queries, items' texts and a conversation's answers, as rows, and how well they are written.
+"""Writing tasks: explanations, queries, items' texts and a conversation's answers as rows.
 
-What a log holds of them is said by `task.writing`: the text of an event is an explanation (a review, a reason) or a
-query, by what happened; an item's text is what its template says of it; answers stand in a table of dialogues.
-Each is asked after the events (or turns) before it, at most `max_events` of them.
+`task.writing` selects them from a log: the text of an event is an explanation (a review, a reason) or a query, by the
+event's verb; an item's text is its formatted description; answers come from a table of dialogues. The source of each
+is the events (or turns) before it, at most `max_events`.
 
-What does not fit into `max_length` goes in the processor's order: the oldest events, then fields of the item, then the
-ends of the longest texts. A text whose end was cut is learnt as far as it stands, without the end that is not its own.
+If a row exceeds `max_length`, the processor drops the oldest events, then fields of the item, then the ends of the
+longest texts. A truncated text is learnt without an end token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +27,11 @@ from .held_out import all_events, eval_queries
 
 @dataclass(frozen=True)
 class WritingExample:
-    """A text to be written.
+    """A text to generate.
 
     Attributes:
         name: The writing task.
-        request: What it is written to, without the text.
+        request: The request, without the text.
         text: The text; in a conversation the last turn, which `request` then does not hold.
     """
 
@@ -49,7 +49,7 @@ class WritingExample:
 
 @dataclass(frozen=True)
 class WritingExamples:
-    """Texts to be written, and the rows in which the model reads them.
+    """Texts to generate, and their encoded rows.
 
     Attributes:
         examples: The texts.
@@ -60,17 +60,17 @@ class WritingExamples:
     rows: list[dict[str, Any]]
 
     def of(self, name: str) -> list[int]:
-        """Return the places of a writing task's examples."""
+        """Return the indices of a writing task's examples."""
         return [place for place, example in enumerate(self.examples) if example.name == name]
 
 
 class TextSource:
-    """Says which texts a log holds for a writing task, and to which requests they are written.
+    """Selects the texts of a log for a writing task, and makes their requests.
 
     Args:
-        writer: Writes the requests.
-        processor: Words the items.
-        task: Says which events have which texts.
+        writer: Makes the requests.
+        processor: Formats the items.
+        task: Defines the texts of events.
     """
 
     def __init__(self, writer: RequestWriter, processor: M6RecProcessor, task: TaskArguments) -> None:
@@ -79,7 +79,7 @@ class TextSource:
         self._items = item_texts(processor, writer.items) if "item_text" in self.names else []
 
     def labelled(self, frame: pandas.DataFrame, name: str) -> np.ndarray:
-        """Say which events hold a text for the task.
+        """Return the mask of events with a text for the task.
 
         Raises:
             ValueError: If the log lacks a column for it.
@@ -99,7 +99,7 @@ class TextSource:
         return WritingExample(name, request, text)
 
     def training(self, frame: pandas.DataFrame) -> Iterator[WritingExample]:
-        """Yield what is to be learnt from the training events."""
+        """Yield the examples of the training events."""
         labelled = {name: self.labelled(frame, name) for name in self.names}
         for name, places in labelled.items():
             if not places.any():
@@ -115,7 +115,7 @@ class TextSource:
                         yield self.example(name, user_id, past, events[window.cut])
 
     def held_out(self, split: Split, part: str, evaluation: EvaluationArguments, seed: int) -> Iterator[WritingExample]:
-        """Yield what is to be written in a part, each after the history that `questions` gives it."""
+        """Yield the examples of a part, with the histories of `eval_queries`."""
         everything = all_events(split)
         for name in self.names:
             labelled = self.labelled(everything, name)
@@ -128,9 +128,9 @@ class TextSource:
 def dialogue_examples(
     task: TaskArguments, part: str, evaluation: EvaluationArguments, max_turns: int, seed: int
 ) -> Iterator[WritingExample]:
-    """Yield the system's turns of a part of the dialogues, each with the turns before it.
+    """Yield the system's turns in a part of the dialogues, each with the turns before it.
 
-    Whole dialogues are drawn for validation and test, by the evaluation's fractions and the seed.
+    Validation and test consist of whole dialogues, drawn by the evaluation's fractions and the seed.
     """
     dialogues = read_dialogues(task)
     order = np.random.default_rng(seed).permutation(len(dialogues))
@@ -145,10 +145,10 @@ def dialogue_examples(
 
 
 def read_dialogues(task: TaskArguments) -> list[list[dict[str, str]]]:
-    """Read the table of dialogues: of each its turns, as the processor takes them; turns without words are left out.
+    """Read the table of dialogues: the turns of each in the processor's format, without empty turns.
 
     Raises:
-        ValueError: If no turn is the system's: there is nothing to learn.
+        ValueError: If no turn is the system's, so that nothing can be learnt.
     """
     assert task.dialogues is not None
     table = Table("dialogues", load_table(task.dialogues), task.dialogue_columns)
@@ -177,7 +177,7 @@ def writing_examples(
     evaluation: EvaluationArguments,
     seed: int,
 ) -> WritingExamples:
-    """Prepare the texts of a part, "train", "valid" or "test", of all the writing tasks."""
+    """Make the examples of all writing tasks in a part: "train", "valid" or "test"."""
     source = TextSource(writer, processor, task)
     if part == "train":
         found = list(source.training(split.train))
@@ -200,7 +200,7 @@ def _rows(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iter
     for reading in readings:
         labels = processor.labels(reading)
         if ("text", "text") in reading.dropped.fields:
-            labels[-1] = IGNORE_INDEX  # the row's [EOS]: the text went on
+            labels[-1] = IGNORE_INDEX  # the row's [EOS]: the text was truncated
         row: dict[str, Any] = {"input_ids": reading.input_ids, "labels": labels}
         yield row if processor.item_rows is None else {**row, "item_embedding_ids": reading.item_embedding_ids}
 
