@@ -64,7 +64,7 @@ class SyntheticUsers:
         return {"history": events, "candidates": candidates}, liked[len(history) :]
 
     def _tastes(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw a weight per word; return the user's preference for each item, correlated for texts with common words."""
+        """Draw a weight per word; return the preference for each item, correlated for texts with common words."""
         owners = np.repeat(np.arange(len(rows)), [len(self._words[row]) for row in rows])
         words, places = np.unique([word for row in rows for word in self._words[row]], return_inverse=True)
         sums = np.bincount(owners, rng.normal(0, TASTE, len(words))[places], len(rows))
