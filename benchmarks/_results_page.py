@@ -155,7 +155,7 @@ def _parts(rows: list[dict[str, Any]]) -> list[str]:
 
 def _section(name: str, rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"## {TITLES.get(name, name)}", "", NOTES.get(name, ""), ""]
-    lines += [f"`python benchmarks/quality.py --dataset {name}`", ""]
+    lines += [f"`python benchmarks/quality.py --dataset {name}`; some rows alone by `--models`, draws by `--seeds`", ""]
     tables = ("all", "warm", "cold") if "cold" in name else (None, "all")
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
