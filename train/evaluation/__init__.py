@@ -1,1 +1,1 @@
-"""Measuring: rankings and scores of held-out events, untrained baselines, verdicts, tables, curves, latency."""
+"""Evaluation: rankings and scores of held-out events, untrained baselines, verdicts, tables, curves, latency."""

@@ -1,6 +1,6 @@
 """Rules that need no training, each a class with `scores(histories)`: U x M scores of all items.
 
-Popularity, recent popularity, most similar text, transitions, words, both together, and EASE.
+Popularity, recent popularity, similar text, transitions, words, transitions with words, and EASE.
 """
 
 from collections import Counter
@@ -15,11 +15,11 @@ from ...item_features_m6rec import WIDTH, Evidence, Sparse, Transitions, Words, 
 from ...values_m6rec import WORD
 
 TABLED = 16_384
-"""Items up to which a table of what each says of each is made: a gibibyte in float32."""
+"""Maximum number of items for which the M x M table of item scores is computed: 1 GiB in float32."""
 ROWS_AT_ONCE = 1024
-"""Rows of a table that are made together."""
+"""Number of rows of a table computed together."""
 EASE_ITEMS = 25_000
-"""Items up to which EASE is computed: its matrices take 7.5 GB then."""
+"""Maximum number of items for EASE; its matrices then take 7.5 GB."""
 
 Histories = Iterable[Sequence[int] | np.ndarray]
 
@@ -30,16 +30,16 @@ def popularity_scores(counts: np.ndarray, num_users: int) -> np.ndarray:
 
 
 class RecentPopularity:
-    """Scores items by how many events they had before the user's last one, each counting less the older it is.
+    """Scores items by the number of their events up to the user's last one, with exponential decay by age.
 
     An event counts 2 ** -(age / half_life). Only events up to the moment of a user's last event are counted, so that
-    nothing is known of what was popular later.
+    later popularity does not leak.
 
     Args:
         items: Catalogue row of each of N events.
-        times: When each was, in seconds.
+        times: Time of each event, in seconds.
         num_items: M.
-        half_life: Seconds in which an event comes to count half.
+        half_life: Half-life of an event's weight, in seconds.
 
     >>> rule = RecentPopularity(np.array([0, 1, 1, 2]), np.array([0.0, 10, 10, 20]), num_items=3, half_life=10)
     >>> rule.scores_at(np.array([20.0, 10.0])).tolist()
@@ -93,10 +93,10 @@ class SimilarText:
 
 
 class LastItems:
-    """Scores items by what the last items of a history say of them: a weighted sum over the last items.
+    """Scores items by a weighted sum, over the last items of a history, of those items' evidence.
 
     Args:
-        evidence: What one item says of another.
+        evidence: Scores of items given one item.
         rule: Weights of the last items.
     """
 
@@ -106,7 +106,7 @@ class LastItems:
 
     @cached_property
     def table(self) -> np.ndarray | None:
-        """What each item says of each, M x M in float32; None where there are too many."""
+        """Evidence scores of all pairs of items, M x M in float32; None if there are too many items."""
         if self.num_items > TABLED:
             return None
         found = np.empty((self.num_items, self.num_items), dtype=np.float32)
@@ -137,7 +137,7 @@ class LastItems:
         return summed_rows(self.table, [(own, weights[: len(own)]) for own in several])
 
     def aged(self, recency: Sequence[float]) -> "LastItems":
-        """Return the same with other weights of the last items; the table is shared."""
+        """Return a copy with other weights of the last items; it shares the table."""
         other = LastItems(self.evidence, replace(self.rule, recency=tuple(recency)))
         if "table" in vars(self):
             vars(other)["table"] = self.table
@@ -145,21 +145,21 @@ class LastItems:
 
 
 def second_work(transitions: Transitions) -> int:
-    """Number of additions that following every pair once more takes."""
+    """Number of additions needed for second-order transitions."""
     first, second = np.divmod(transitions.counts().keys, WIDTH)
     return int(np.bincount(first, minlength=transitions.num_items)[second].sum())
 
 
 class NeighboursAndWords:
-    """Scores items by what followed the last items in other histories, and by the rare words they share with them.
+    """Scores items by transitions from the last items in other histories, and by rare words in common with them.
 
-    It is what a catalogue with `Evidence`, where the formula is, ranks by beside the model. Nothing is learnt; the
+    A catalogue with `Evidence`, which defines the formula, adds the same scores to the model's. Nothing is learnt; the
     settings were chosen once, on validation purchases of Amazon Beauty, and are the same for every log.
 
     Args:
         texts: Text of each of the M items.
         sequences: Items of each training history, in order, as rows of the catalogue.
-        words: What the texts have in common, if that is known.
+        words: The `Words` of the texts, if computed already.
 
     >>> rule = NeighboursAndWords(["red shoes", "blue shoes", "green tea", "tea pot"], [[0, 2], [0, 2], [3, 0]])
     >>> rule.scores([[0]])[0].argsort()[::-1].tolist()      # green tea was bought after red shoes
@@ -184,7 +184,7 @@ class Ease:
     An item's score is the sum of the weights from each distinct item of the history.
 
     Args:
-        together: How many users have met both of two items: M x M; see `met_together`.
+        together: Number of users who have met both of two items: M x M; see `met_together`.
         strength: Ridge penalty.
 
     Raises:
@@ -216,7 +216,7 @@ def refuse_large_ease(num_items: int) -> None:
 
 
 def met_together(sequences: Histories, num_items: int) -> np.ndarray:
-    """Count the users who have met both of two items: M x M, with an item's users in the diagonal, in float32."""
+    """Count the users who have met both of two items: M x M in float32, with each item's users on the diagonal."""
     counts = np.zeros((num_items, num_items), dtype=np.float32)
     for sequence in sequences:
         rows = np.unique(np.asarray(sequence, dtype=int))
@@ -225,7 +225,7 @@ def met_together(sequences: Histories, num_items: int) -> np.ndarray:
 
 
 def summed_rows(table: np.ndarray, chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Sum rows of an M x M table by weights, for each of U (rows, weights): U x M."""
+    """Sum weighted rows of an M x M table, for each of U pairs (rows, weights): U x M."""
     found = np.zeros((len(chosen), table.shape[1]), dtype=table.dtype)
     for user, (rows, weights) in enumerate(chosen):
         if len(rows):
@@ -234,13 +234,13 @@ def summed_rows(table: np.ndarray, chosen: Sequence[tuple[np.ndarray, np.ndarray
 
 
 class _Words:
-    """Which words each text holds, and how often.
+    """Word counts of texts, as a sparse matrix.
 
     Attributes:
         rows: Text of each entry.
         columns: Word of each entry.
-        counts: How often the text holds the word.
-        frequency: In how many texts each word is.
+        counts: Count of the word in the text, per entry.
+        frequency: Number of texts with each word.
         shape: Texts x words.
     """
 
@@ -260,7 +260,7 @@ class _Words:
         self.frequency = torch.bincount(self.columns, minlength=self.shape[1]).double()
 
     def matrix(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the texts' vectors of these weights of the entries, each of length 1, as a sparse matrix."""
+        """Return the texts' vectors with these entry weights, normalised to length 1, as a sparse matrix."""
         norms = torch.zeros(self.shape[0], dtype=torch.double).index_add(0, self.rows, weights**2).sqrt()
         values = weights / norms.clamp_min(1e-12)[self.rows]
         places = torch.stack([self.rows, self.columns])
@@ -268,7 +268,7 @@ class _Words:
 
 
 def _likeness(vectors: torch.Tensor, shares: np.ndarray) -> np.ndarray:
-    """Multiply the items' vectors with the users', the sums of those of weighted items (U x M): U x M."""
+    """Multiply the items' vectors with the users' vectors, weighted sums (U x M) of item vectors: U x M."""
     return (vectors @ (vectors.t() @ torch.from_numpy(shares.T.copy()))).T.numpy()
 
 

@@ -1,4 +1,4 @@
-"""A picture of what a training has logged: losses and figures over the steps, and the numbers behind it."""
+"""Plots of a training's log: losses and metrics over the steps, and the plotted numbers."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from ..config.recipe import write_json
 
 CURVES_FILE, PICTURE_FILE = "curves.json", "curves.png"
 NOT_METRICS = ("step", "epoch", "total_flos", "num_input_tokens_seen")
-"""Entries of a log that are no curves; nor is what ends in "runtime" or "per_second"."""
+"""Entries of a log that are not plotted; names ending in "runtime" or "per_second" are not plotted either."""
 
 
 def curves(log_history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Sort the entries of a log by name: (step, value) of each.
+    """Group the entries of a log by name: name -> (step, value) pairs.
 
     >>> curves([{"loss": 2.0, "step": 1}, {"loss": 1.5, "epoch": 0.5, "step": 2}, {"eval_auc": 0.6, "step": 2}])
     {'loss': [(1, 2.0), (2, 1.5)], 'eval_auc': [(2, 0.6)]}
@@ -29,7 +29,7 @@ def curves(log_history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, f
 
 
 def panels(names: Sequence[str]) -> dict[str, list[str]]:
-    """Lay out curves: the losses together, then one panel for each figure, of which all tasks' stand together.
+    """Assign curves to panels: one for all losses, then one for each metric with the curves of all tasks.
 
     >>> panels(["loss", "loss_click", "learning_rate", "eval_click_auc", "eval_auc", "train_loss"])
     {'loss': ['loss', 'loss_click'], 'learning_rate': ['learning_rate'], 'auc': ['eval_click_auc', 'eval_auc']}
@@ -43,13 +43,13 @@ def panels(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def save_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write `curves.json` and `curves.png` into a folder; nothing where nothing was logged."""
+    """Write `curves.json` and `curves.png` into a folder; nothing if the log is empty."""
     found = curves(log_history)
     layout = panels(list(found))
     if not layout:
         return
     write_json(folder / CURVES_FILE, found)
-    # Not pyplot, which would open a window where there is a display, and keep every figure.
+    # Not pyplot: it would open a window if there is a display, and keep every figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

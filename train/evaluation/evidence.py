@@ -1,4 +1,4 @@
-"""The untrained recommender that fits a log: transitions, words, popularity and re-visits, weighed on validation."""
+"""The untrained recommender for a log: transitions, words, popularity and re-visits, weighted on validation."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,47 +15,47 @@ from .reports import COMPARED_AT
 RULE = Rule()
 
 TIE_BREAK = 1e-6
-"""Weight of popularity where nothing else tells items apart: more than rounding, less than any evidence."""
+"""Weight of popularity as a tie-break: above rounding errors, below any evidence."""
 CELLS = 8_000_000
-"""Scores, users times items, by which settings are chosen: seconds of a core."""
+"""Number of scores (users times items) on which settings are chosen: seconds on one core."""
 MOST_PAIRS = 10_000_000
-"""Pairs of events from which on wide neighbourhoods are not tried: they take 40 bytes a pair."""
+"""Maximum number of pairs of events for wide neighbourhoods: they take 40 bytes a pair."""
 WORD_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
 REFINEMENTS = {"popularity": (0.03, 0.1, 0.3, 1.0), "again": (0.1, 0.3, 1.0, 3.0)}
 SURELY = 2.0
-"""Standard errors that a difference must be above zero by."""
+"""Number of standard errors by which a difference must exceed zero."""
 FOLDS = 5
-"""Parts of the users, of which one is ranked while the others are counted."""
+"""Folds of the users: one is ranked while the other folds are counted."""
 LAST_EVENTS = 4
-"""Events of a user that are ranked, at most: the last ones. Where there are many users, the last one."""
+"""Maximum number of a user's last events that are ranked; with many users only the last one."""
 LEAST_EVENTS = 700
-"""Events that are ranked, however many items there are."""
+"""Minimum number of events that are ranked, for any number of items."""
 
 
 @dataclass(frozen=True)
 class EvidenceSettings:
-    """How much each kind of evidence counts. The defaults are those of the row `neighbours_and_words`."""
+    """Weights of the kinds of evidence. The defaults are those of the row `neighbours_and_words`."""
 
     steps: tuple[float, ...] = RULE.steps
-    """Weights of pairs that stand one, two, ... steps apart in a history."""
+    """Weights of pairs that are one, two, ... steps apart in a history."""
     backwards: float = RULE.backwards
-    """Weight of a pair against the order of time."""
+    """Weight of a pair in reverse time order."""
     powers: tuple[float, float] = (RULE.out_power, RULE.in_power)
-    """How much of an item's own frequency is divided out, as the first and as the second of a pair."""
+    """Exponents of an item's frequency in the normalisation of pairs, for the first and the second item."""
     recency: tuple[float, ...] = RULE.recency
     """Weights of the user's last items, the last one first."""
     second: float = RULE.second
-    """Weight of what follows an item that follows."""
+    """Weight of second-order transitions."""
     words: float = RULE.words
     """Weight of rare words in common with the user's last items."""
     popularity: float = 0.0
-    """Weight of popularity: log(1 + count), of the most popular item 1."""
+    """Weight of popularity: log(1 + count), scaled to 1 for the most popular item."""
     again: float = 0.0
-    """Weight of the user's own last items, where seen items are recommended."""
+    """Weight of the user's own last items, if seen items are recommended."""
 
     @property
     def rule(self) -> Rule:
-        """What of it a catalogue counts by."""
+        """The settings that a catalogue uses."""
         out_power, in_power = self.powers
         return Rule(
             words=self.words,
@@ -69,7 +69,7 @@ class EvidenceSettings:
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
-        """Read settings as JSON holds them."""
+        """Make settings from their JSON form."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
         }
@@ -77,23 +77,23 @@ class EvidenceSettings:
 
 
 WIDE = {"steps": (1.0,) * 30, "backwards": 1.0, "powers": (0.5, 0.5), "second": 0.0}
-"""Neighbourhoods: who met the one item met the other, in whatever order."""
+"""Neighbourhoods: pairs of items in one history, in any order."""
 STRUCTURES: tuple[dict[str, Any], ...] = (
     {},
     {"recency": tuple(round(0.8**age, 3) for age in range(12))},
     {**WIDE, "recency": tuple(round(0.9**age, 3) for age in range(30))},
     {**WIDE, "recency": (1.0,) * 50},
 )
-"""How events are paired and how fast they age: tried one by one, beside each weight of words."""
+"""Candidates for pairing and ageing of events, each tried with each weight of words."""
 
 
 class Evidence:
-    """Scores items by what histories and texts say, without learning.
+    """Scores items from histories and texts, without training.
 
     Args:
         texts: Text of each of the M items.
         sequences: Items of each counted history, in order, as rows of the catalogue.
-        settings: How much each kind counts.
+        settings: Weights of the kinds of evidence.
 
     >>> rule = Evidence(["red shoes", "blue shoes", "green tea", "tea pot"], [[0, 2], [0, 2], [3, 0]])
     >>> rule.scores([[0]])[0].argsort()[::-1].tolist()      # green tea was bought after red shoes
@@ -122,7 +122,7 @@ class Evidence:
 
 
 def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:
-    """Return log(1 + count) of the items of some histories, of the most frequent 1: M.
+    """Return log(1 + count) of the items of histories, scaled to a maximum of 1: M.
 
     >>> popularity([[0, 1, 1], [1]], 3).round(2).tolist()
     [0.5, 1.0, 0.0]
@@ -134,32 +134,32 @@ def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and by how much it is better than the defaults on the events it was chosen on."""
+    """The chosen settings, and their gain over the defaults on the events used for the choice."""
 
     settings: EvidenceSettings
     events: int
-    """Held-out events that settings were compared on."""
+    """Number of held-out events on which settings were compared."""
     value: float
-    """Mean NDCG@10 of what was chosen."""
+    """Mean NDCG@10 of the chosen settings."""
     default_value: float
     tried: int
-    """Settings that were compared."""
+    """Number of settings compared."""
 
 
 def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclude_seen: bool, seed: int = 0) -> Choice:
-    """Choose settings for a log, those of the defaults where nothing is clearly better.
+    """Choose settings for a log: the defaults unless others are clearly better.
 
-    The last event, or events, of some users are ranked after those before, with the events of all other users counted:
-    a fifth of the users after the other, until there are as many events as can be ranked in seconds. Of all that is
-    tried the settings are taken whose NDCG@10 is most above that of the defaults, after `SURELY` standard errors of
-    the difference are taken off: noise of few users then changes nothing. First how events are paired and aged, with
-    the weight of words; then popularity, and re-visits where seen items are recommended.
+    The last event (or events) of users are ranked from the events before, with the events of the other folds counted:
+    fold by fold, until there are as many events as can be ranked in seconds. The chosen settings have the largest gain
+    of NDCG@10 over the defaults minus `SURELY` standard errors of the gain, so that noise of few users changes nothing.
+    First pairing and ageing of events are chosen, with the weight of words; then popularity, and re-visits if seen
+    items are recommended.
 
     Args:
         texts: Text of each of the M items.
-        sequences: Items of each user's events that may be known, in order, as rows of the catalogue.
-        exclude_seen: Leave out what a user has met before.
-        seed: Of the draw.
+        sequences: Items of each user's known events, in order, as rows of the catalogue.
+        exclude_seen: Leave out items that a user has met before.
+        seed: Seed of the draw.
     """
     folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
     if not folds:
@@ -188,10 +188,10 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
 def _folds(
     sequences: Sequence[np.ndarray], count: int, exclude_seen: bool, seed: int
 ) -> list[tuple[list[np.ndarray], list[int], list[np.ndarray], np.ndarray]]:
-    """Draw held-out events, some users after the others.
+    """Draw held-out events, fold by fold of the users.
 
     Returns:
-        For each fold the sequences that are counted, and of each held-out event the user, the history and the item.
+        For each fold the counted sequences, and the user, history and item of each held-out event.
     """
     order = np.random.default_rng(seed).permutation(len(sequences))
     askable = sum(len(sequence) > 1 for sequence in sequences)
@@ -230,13 +230,13 @@ def _structures(sequences: Sequence[np.ndarray]) -> Iterator[EvidenceSettings]:
 def _clearly_best(
     gains: Mapping[EvidenceSettings, np.ndarray], default: EvidenceSettings, users: np.ndarray
 ) -> EvidenceSettings:
-    """Return the settings that are most above the default ones, less some standard errors over users."""
+    """Return the settings with the largest gain over the defaults minus `SURELY` standard errors over users."""
     counts = np.bincount(users)
 
     def surely(settings: EvidenceSettings) -> float:
         difference = gains[settings] - gains[default]
         mean = difference.mean()
-        # One event more, which is lost: of very few hits no spread can be seen.
+        # Plus one lost event: very few hits show no variance.
         spread = np.sqrt((np.bincount(users, difference - mean) ** 2).sum() + 1) / counts.sum()
         return float(mean - SURELY * spread)
 
@@ -245,7 +245,7 @@ def _clearly_best(
 
 
 class _Trial:
-    """Measures settings on held-out events; what settings in a row have in common is computed once."""
+    """Measures settings on held-out events; consecutive settings share intermediate results."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class _Trial:
         self._parts: dict[str, np.ndarray] = {}
 
     def gains(self, own: EvidenceSettings) -> np.ndarray:
-        """Return what each event adds to the NDCG."""
+        """Return each event's NDCG."""
         self._begin(own)
         scores = self._part("follow", lambda: self._following).copy()
         if own.second:
@@ -283,7 +283,7 @@ class _Trial:
         return ndcg_gains(ranks, COMPARED_AT)
 
     def _begin(self, own: EvidenceSettings) -> None:
-        """Forget what other settings had in common, if these do not share it."""
+        """Drop intermediate results that these settings do not share."""
         structure = (own.steps, own.backwards, own.powers, own.recency)
         if structure != self._structure:
             self._transitions = Transitions.fit(self.sequences, self.num_items, own.rule)

@@ -1,4 +1,4 @@
-"""How long a model takes to answer one request: the figures, and a picture of them."""
+"""Latency of single requests: measurement, and a plot."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ LATENCY_FILE, LATENCY_PICTURE = "latency.json", "latency.png"
 
 
 def measure_latency(recommend: Callable[[Any], Any], requests: Iterable[Any]) -> list[float]:
-    """Answer requests one by one, and return the milliseconds each took."""
+    """Answer requests one by one, and return the milliseconds of each."""
     found = []
     for request in requests:
         start = time.perf_counter()
@@ -27,7 +27,7 @@ def save_latency(milliseconds: list[float], folder: Path) -> None:
     """Write `latency.json` (median, 95th percentile, number of requests) and `latency.png` into a folder."""
     median, p95 = (float(np.percentile(milliseconds, share)) for share in (50, 95))
     write_json(folder / LATENCY_FILE, {"median_ms": median, "p95_ms": p95, "requests": len(milliseconds)})
-    # Not pyplot, which would open a window where there is a display, and keep every figure.
+    # Not pyplot: it would open a window if there is a display, and keep every figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""How predictions of scoring tasks are measured, and by what they are compared."""
+"""Metrics of scoring tasks, and the metric of their comparisons."""
 
 import logging
 import re
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Measure(ABC):
-    """Measures N or N x I predictions of a task against labels of the same shape, -100 where nothing is known.
+    """Measures N or N x I predictions of a task against labels of the same shape, -100 if unknown.
 
     Attributes:
-        compared_by: The metric by which a model is compared with baselines.
+        compared_by: The metric for the comparison of a model with baselines.
         usual: Metrics that an error may suggest.
     """
 
@@ -31,25 +31,25 @@ class Measure(ABC):
 
         Args:
             predicted: N or N x I.
-            labels: The same.
+            labels: Same shape.
             users: N ids, for metrics within users.
-            names: What the I are called, or the task alone.
+            names: Names of the I outputs, or only the task's.
         """
 
     @abstractmethod
     def errors(self, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Say what each known label adds to `compared_by`, of which the mean is taken."""
+        """Return the value of each known label, of which `compared_by` is the mean."""
 
     @abstractmethod
     def pattern(self, names: Iterable[str]) -> str:
-        """Write the names of all metrics as a pattern; `names` are the I names, or none."""
+        """Return a pattern of the names of all metrics; `names` are the I names, or empty."""
 
 
 class Chances(Measure):
     """AUC, GAUC, log-loss and calibration of probabilities of 0 or 1.
 
-    Of I side by side each is measured apart (`like/auc`), and `auc`, `log_loss` and `calibration_error` are their
-    means. What cannot be measured is left out, and a warning says why.
+    Each of I parallel outputs is measured separately (`like/auc`), and `auc`, `log_loss` and `calibration_error` are
+    means over them. Metrics that are undefined are left out, with a warning that gives the reason.
     """
 
     compared_by, usual = "log_loss", ("auc", "log_loss")
@@ -79,18 +79,18 @@ class Chances(Measure):
             logger.warning(
                 "%s has no AUC: all held-out labels are %g, and an AUC compares two classes", name, labels[0]
             )
-        # With one held-out event a user nothing can be compared within a user: the report then has no GAUC.
+        # GAUC compares events within a user: with one held-out event per user it is undefined and left out.
         return dict(classification_report(chances, labels, users if mixed_groups(labels, users).any() else None))
 
     def errors(self, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return each label's log-loss, weighed so that the mean is the mean of the I log-losses."""
+        """Return each label's log-loss, weighted so that the mean is the mean of the I log-losses."""
         known = labels != IGNORE_INDEX
         losses = log_losses(predicted[known], labels[known])
         counts = np.broadcast_to(known.sum(0), known.shape)[known]
         return losses * (len(losses) / np.count_nonzero(known.sum(0)) / counts)
 
     def pattern(self, names: Iterable[str]) -> str:
-        """Write the names of the metrics of one, or of each and their means."""
+        """Return a pattern of the metrics of one output, or of each output and the means."""
         each = "|".join(map(re.escape, names))
         apart = f"(({each})/)?" if each else ""
         return rf"{apart}(auc|gauc|gauc_groups|gauc_examples|log_loss|calibration_error|accuracy|examples)"
@@ -111,12 +111,12 @@ class Numbers(Measure):
         return (predicted[known] - labels[known]) ** 2
 
     def pattern(self, names: Iterable[str]) -> str:
-        """Write the names of the metrics."""
+        """Return a pattern of the metrics."""
         return "rmse|mae|examples"
 
 
 MEASURES: dict[str, Measure] = {"chances": Chances(), "numbers": Numbers()}
-"""The measures by the names that SCORED of `train.data.tasks` has of them."""
+"""The measures, by the names in SCORED of `train.data.tasks`."""
 
 
 __all__ = ["MEASURES", "Chances", "Measure", "Numbers"]

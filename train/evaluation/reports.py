@@ -1,4 +1,4 @@
-"""What a model is measured on: rankings, clicks, ratings and interactions of held-out events, beside the baselines."""
+"""Reports: rankings, clicks, ratings and interactions of held-out events, for the model and the baselines."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -39,17 +39,17 @@ from .verdicts import OWN, RULE, VERDICT, compare, differences
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 64
 SCORES_AT_ONCE = 1 << 23
-"""Scores, of users for the whole catalogue, that are held at once: 64 MB."""
+"""Maximum number of scores (users times items) in memory at once: 64 MB."""
 LIKE_STRENGTH = 5.0
-"""How many examples the overall mean counts as in the means of a user, an item or a history (ours)."""
+"""Weight of the overall mean, in examples, in the means of a user, an item or a history (not in the paper)."""
 COMPARED_AT = 10
-"""Cut-off of the NDCG by which model and baselines are compared, where it is measured; else the largest one."""
+"""Cut-off of the NDCG for comparisons of model and baselines, if it is in `ks`; else the largest one."""
 SHOWN_REPEATS = 5
-"""Users of repeated items that a warning names, at most."""
+"""Maximum number of users that a warning of repeated items names."""
 FEW_EVENTS = 5
-"""Histories of fewer events are reported apart."""
+"""Histories with fewer events are reported separately."""
 SHOWS_PROGRESS = 2000
-"""Rows from which on an evaluation shows a progress bar."""
+"""Minimum number of rows for a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class RankingExamples:
     """Held-out events, each ranked against the whole catalogue.
 
     Attributes:
-        users: Ids of the users of U events; a user may be asked about more than once.
-        rows: What the model reads of each; empty where none reads.
-        histories: Catalogue rows each has met before, in order.
+        users: User ids of the U events; a user may occur more than once.
+        rows: Encoded rows of the events; empty if no model is measured.
+        histories: Catalogue rows that each user has met before, in order.
         targets: Catalogue rows of the held-out events.
-        cold: U bool: the target never occurs in what was learnt.
-        left_out: Ids of the users who are not asked about, since they have met the target before.
-        transition: U bool: what was learnt has the target one or two steps from the history's last item.
-        times: When the last event of each history was, in seconds since 1970; NaN without times.
-        conditions: What the figures rest on: the `protocol`, and whether the validation part is `observed`.
+        cold: U bool: the target has no learnt event.
+        left_out: Ids of users who are not evaluated, since they have met the target before.
+        transition: U bool: in learnt sequences the target is one or two steps from the history's last item.
+        times: Time of the last event of each history, in seconds since 1970; NaN without times.
+        conditions: Conditions of the metrics: the `protocol`, and whether the validation part is `observed`.
     """
 
     users: list[str]
@@ -85,7 +85,7 @@ class RankingExamples:
 
     @cached_property
     def subsets(self) -> dict[str, np.ndarray]:
-        """Name -> U bool, of those that figures are reported of apart."""
+        """Name -> U bool, for the subsets with separate metrics."""
         found = {"warm": ~self.cold, "cold": self.cold, "repeated": self.repeated}
         if self.transition is not None:
             found["seen_transition"] = self.transition & ~self.cold
@@ -96,18 +96,18 @@ class RankingExamples:
 
 @dataclass(frozen=True)
 class ScoringExamples:
-    """Held-out events whose label or rating is predicted, and the negatives beside them.
+    """Held-out events whose label or rating is predicted, and their negatives.
 
     Attributes:
-        rows: What the model reads: a user's history with candidates.
-        user_ids: Of the N candidates.
-        item_ids: Of the N candidates.
-        labels: N labels or ratings, or N x interactions, -100 where nothing is known.
-        interactions: Names of what is predicted side by side, such as interactions.
-        history_means: What the candidates' own histories say, in the shape of the labels: the share of likes, or the
-            mean rating, drawn towards that of all as in `like_rates`; None where negatives are drawn, since a history
-            then holds positives only.
-        negatives_per_event: How many negatives were drawn for an event.
+        rows: Encoded rows: a user's history with candidates.
+        user_ids: User ids of the N candidates.
+        item_ids: Item ids of the N candidates.
+        labels: N labels or ratings, or N x interactions, -100 if unknown.
+        interactions: Names of parallel outputs, such as interactions.
+        history_means: Mean label of each candidate's history, in the shape of the labels: the share of likes, or the
+            mean rating, smoothed towards the overall mean as in `like_rates`; None with drawn negatives, since a
+            history then holds positives only.
+        negatives_per_event: Number of negatives drawn per event.
     """
 
     rows: list[dict[str, Any]]
@@ -121,11 +121,11 @@ class ScoringExamples:
 
 @dataclass(frozen=True)
 class Scores:
-    """U x M scores of a catalogue, made when some users are asked for: all at once they would fill the memory.
+    """U x M scores of a catalogue, computed for a slice of users at a time to bound memory.
 
     Attributes:
-        of: Makes the scores of a slice of the users. Equal scores share a rank.
-        settings: What was chosen for the rule that makes them.
+        of: Returns the scores of a slice of the users. Equal scores share a rank.
+        settings: Settings chosen for the rule.
     """
 
     of: Callable[[slice], np.ndarray]
@@ -143,17 +143,17 @@ def ranking_examples(
     arguments: EvaluationArguments,
     seed: int,
 ) -> RankingExamples:
-    """Prepare the rankings of a part.
+    """Make the ranking examples of a part.
 
-    With `exclude_seen` and `repeats: leave_out` an event of an item that the user has met before is not asked about.
+    With `exclude_seen` and `repeats: leave_out` an event of an item that the user has met before is not evaluated.
 
     Args:
-        writer: Writes the requests.
-        processor: Reads them; None: no model is measured, and nothing is read.
+        writer: Makes the requests.
+        processor: Encodes them; None: no model is measured, and rows are empty.
         split: The parts.
         part: "valid" or "test".
-        arguments: Says which events are ranked.
-        seed: Of the users that are drawn.
+        arguments: Selects the events to rank.
+        seed: Seed of the draw of users.
     """
     everything = all_events(split)
     rows = np.array([writer.rows[item_id] for item_id in everything["item_id"]], dtype=int)
@@ -187,9 +187,9 @@ def ranking_examples(
 
 
 def protocol_name(arguments: EvaluationArguments, split: Split) -> str:
-    """Name the protocol of a split: published, shuffled or time.
+    """Return the name of a split's protocol: published, shuffled or time.
 
-    Parts that a log names are published ones; where a log has no times, each user's events keep its order.
+    Parts named in the log count as published; so does a log without times, whose order is kept.
     """
     if arguments.protocol:
         return arguments.protocol
@@ -208,10 +208,10 @@ def learnt_sequences(
 
 
 def count_repeats(split: Split, part: str, arguments: EvaluationArguments) -> tuple[int, int]:
-    """Count the events that `ranking_examples` asks about in a part, and those of items that their users know.
+    """Count the events that `ranking_examples` ranks in a part, and those of items that their users have met.
 
     Returns:
-        How many are of items that the user has met before, and how many there are.
+        The number of events of items that the user has met before, and the number of all events.
     """
     items, _ = pandas.factorize(all_events(split)["item_id"])
     found = rankings(split, part, arguments)
@@ -228,9 +228,9 @@ def scoring_examples(
     evaluation: EvaluationArguments,
     seed: int,
 ) -> ScoringExamples:
-    """Prepare the prediction of what a scoring task says of the users' events in the part.
+    """Make the examples of a scoring task in a part.
 
-    Negatives are drawn from the items that the user meets in no part, the same for every model.
+    Negatives are drawn from the items that the user meets in no part; they are the same for every model.
     """
     everything, per_event = all_events(split), _negatives_per_event(task, arguments)
     negatives = Negatives(writer, everything, per_event, seed) if per_event else None
@@ -262,7 +262,7 @@ def _negatives_per_event(task: str, arguments: TaskArguments) -> int:
 
 
 def _means(labels: np.ndarray, overall: Any = 0.0, strength: float = 0.0) -> np.ndarray:
-    """Mean of the known labels, of each interaction apart, drawn towards `overall`; NaN where there is nothing."""
+    """Mean of the known labels per interaction, smoothed towards `overall`; NaN without labels."""
     labelled = labels != IGNORE_INDEX
     with np.errstate(invalid="ignore"):
         return ((labels * labelled).sum(0) + strength * overall) / (labelled.sum(0) + strength)
@@ -302,7 +302,7 @@ def answers(
 ) -> list[torch.Tensor]:
     """Run rows through the model in batches of similar length, and return a part of the output's `field` for each row.
 
-    What `part` returns must not be a view, which would keep the whole batch.
+    `part` must not return a view, which would keep the whole batch in memory.
     """
     model.eval()
     how: dict[str, Any] = {} if cache is None else {"plan": "cached", "segment_cache": cache}
@@ -334,7 +334,7 @@ def user_vectors(
 
 
 def _last_place(vectors: torch.Tensor) -> torch.Tensor:
-    """Take the last of a row's E x D vectors: behind it stands NaN, and a model that has diverged has nothing else."""
+    """Return the last valid of a row's E x D vectors: NaN follows it, and a diverged model gives only NaN."""
     return vectors[max(int(vectors.isfinite().all(-1).sum()) - 1, 0)].clone()
 
 
@@ -379,11 +379,10 @@ def ranking_rows(
     arguments: EvaluationArguments,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Measure model and baselines: who -> metrics.
+    """Measure model and baselines: name -> metrics.
 
-    Each row has intervals, its `differences` to every other row with paired intervals, the `difference` to the rule
-    `neighbours_and_words` among them, and what was chosen as `settings`; the model's row also says how it compares
-    with the best of the others.
+    Each row has intervals, its `differences` to all other rows with paired intervals, its `difference` to the rule
+    `neighbours_and_words`, and its chosen `settings`; the model's row also has the comparison with the best baseline.
     """
     rows, gains = {}, {}
     k = COMPARED_AT if COMPARED_AT in arguments.ks else max(arguments.ks)
@@ -412,7 +411,7 @@ def ranking_rows(
 
 
 def _gains(ranks: np.ndarray, arguments: EvaluationArguments) -> dict[str, np.ndarray]:
-    """Say what each event adds to each metric, which is the mean."""
+    """Return each event's value of each metric, whose mean is the metric."""
     found = {f"recall@{k}": (ranks <= k).astype(float) for k in arguments.ks}
     return found | {f"ndcg@{k}": ndcg_gains(ranks, k) for k in arguments.ks} | {"mrr": 1 / ranks}
 
@@ -420,7 +419,7 @@ def _gains(ranks: np.ndarray, arguments: EvaluationArguments) -> dict[str, np.nd
 def _resampled(
     gains: Mapping[str, Mapping[str, np.ndarray]], groups: Sequence[str] | None, seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return who -> metric -> its value on each bootstrap resample of the users, the same resamples for all."""
+    """Return name -> metric -> its value on each bootstrap resample of the users, the same resamples for all."""
     columns = [(who, name) for who, own in gains.items() for name in own]
     means = resampled_means(np.column_stack([gains[who][name] for who, name in columns]), groups, seed=seed)
     found: dict[str, dict[str, np.ndarray]] = {who: {} for who in gains}
@@ -434,8 +433,8 @@ def ranking_scores_report(
 ) -> dict[str, Any]:
     """Measure U x M scores: recall, NDCG, MRR, coverage and popularity bias.
 
-    Figures of warm, cold and repeated items stand apart as well; of the latter the report says how many there are and
-    what they count as.
+    Warm, cold and repeated items also have separate metrics; for repeated items the report states their number and
+    how they are counted.
     """
     ranks, top = _ranked(scores, examples, arguments.exclude_seen, max(arguments.ks))
     return _ranking_row(ranks, top, examples, counts, arguments)
@@ -456,7 +455,7 @@ def _ranking_row(
 
 
 def _repeats(examples: RankingExamples, arguments: EvaluationArguments) -> dict[str, Any]:
-    """Say how many held-out events are of items that their users have met before, and what they count as."""
+    """Return the number of held-out events of items that their users have met before, and how they are counted."""
     count = int(examples.repeated.sum()) + len(examples.left_out)
     if not count:
         return {}
@@ -466,7 +465,7 @@ def _repeats(examples: RankingExamples, arguments: EvaluationArguments) -> dict[
 
 
 def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -> None:
-    """Say which held-out events are of items that are left out of the ranking, and what may be done about it."""
+    """Warn of held-out events whose items are excluded from the ranking, with advice."""
     users = examples.left_out or [user for user, repeated in zip(examples.users, examples.repeated) if repeated]
     if not users or not arguments.exclude_seen:
         return
@@ -484,7 +483,7 @@ def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -
 
 
 def ranking_intervals(ranks: np.ndarray, arguments: EvaluationArguments, seed: int) -> dict[str, list[float]]:
-    """Return 95% bootstrap intervals, over users, of what their targets' ranks say: metric -> [low, high]."""
+    """Return 95% bootstrap intervals, over users, of the metrics of their targets' ranks: metric -> [low, high]."""
     means = _resampled({OWN: _gains(ranks, arguments)}, None, seed)[OWN]
     return {name: interval_of(own) for name, own in means.items()}
 
@@ -497,7 +496,7 @@ def predictions(
     bf16: bool = False,
     cache: SegmentCache | None = None,
 ) -> np.ndarray:
-    """Predict the N candidates' click probabilities or ratings, or N x interactions probabilities."""
+    """Return the N candidates' click probabilities or ratings, or N x interactions probabilities."""
     scores = answers(model, examples.rows, collator, "scores", bf16, cache)
     lengths = [row["input_ids"].count(model.config.bos_token_id) for row in examples.rows]
     found = [model.read_scores(own[:length], task) for own, length in zip(scores, lengths)]
@@ -515,7 +514,7 @@ def scoring_report(predicted: np.ndarray, examples: ScoringExamples, task: str) 
 def scoring_rows(
     predicted: Mapping[str, np.ndarray], examples: ScoringExamples, task: str, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Measure predictions of model and baselines: who -> metrics; the model's row also says how it compares."""
+    """Measure predictions of model and baselines: name -> metrics; the model's row also has the comparison."""
     rows = {who: scoring_report(own, examples, task) for who, own in predicted.items()}
     known = examples.labels != IGNORE_INDEX
     if not known.any():
@@ -538,9 +537,9 @@ def scoring_baselines(
 ) -> dict[str, np.ndarray]:
     """Predict the same candidates by means of known labels: the user's, the item's, and the request's own history's.
 
-    What is known are the events of the earlier parts and, where negatives are drawn, negatives beside them, so that
-    `item_mean` is the item's popularity, read as a probability. `history_mean` is what the candidate's own history
-    says (with `rolling` it holds earlier held-out events), `history_and_item` the mean of both.
+    Known are the events of the earlier parts and, with drawn negatives, their negatives, so that `item_mean` is the
+    item's popularity as a probability. `history_mean` is the mean of the candidate's own history (with `rolling` it
+    holds earlier held-out events), `history_and_item` the mean of both.
     """
     known, _ = before_and_in(split, part)
     per_event = _negatives_per_event(task, arguments)
@@ -565,7 +564,7 @@ def scoring_baselines(
 
 
 def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """`like_rates` of the known labels, of each interaction apart."""
+    """`like_rates` of the known labels, per interaction."""
     if labels.ndim == 2:
         return np.stack([_rates(column, groups, asked) for column in labels.T], 1)
     labelled = labels != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""What a person reads: reports as tables, and answers beside what was asked."""
+"""Reports and answers as text for people."""
 
 import errno
 import json
@@ -9,7 +9,7 @@ from .verdicts import verdicts
 
 
 def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Lay out a report of `full_report`: a table a task, a row a model, and how the model compares.
+    """Format a report of `full_report`: one table per task, one row per model, and the comparison.
 
     >>> print(tables({"rating": {"m6rec": {"rmse": 1.0, "examples": 3}, "item_mean": {"rmse": 1.25, "examples": 3}}}))
     rating (3 examples)
@@ -43,12 +43,12 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _difference_of(row: dict[str, Any]) -> str | None:
-    """Name the metric whose difference to the rule is shown; None where there is none."""
+    """Return the metric whose difference to the rule is shown; None if there is none."""
     return next((name for name in row.get("difference", ()) if name.startswith("ndcg@")), None)
 
 
 def _difference(row: dict[str, Any], metric: str | None) -> list[str]:
-    """Write a row's difference to the rule with its interval."""
+    """Format a row's difference to the rule with its interval."""
     if metric is None or row["difference"]["to"] not in row["differences"]:
         return []
     found = row["difference"][metric]
@@ -57,7 +57,7 @@ def _difference(row: dict[str, Any], metric: str | None) -> list[str]:
 
 
 def answer_lines(request: Any, answer: list[dict[str, Any]]) -> str:
-    """Lay out what was asked and what was recommended, an item a line.
+    """Format a request and its answer, one item per line.
 
     >>> print(answer_lines("likes the sea", [{"rank": 1, "item": {"title": "Salt"}, "score": 0.5}]))
     likes the sea
@@ -76,7 +76,7 @@ def answer_lines(request: Any, answer: list[dict[str, Any]]) -> str:
 
 
 def why_unwritable(error: OSError, folder: Path) -> str:
-    """Say what can be done about an error of writing into a folder.
+    """Return advice for an error of writing into a folder.
 
     >>> why_unwritable(OSError(errno.ENOSPC, "No space left on device"), Path("runs"))
     'The disk is full: make room.'

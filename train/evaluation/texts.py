@@ -1,4 +1,4 @@
-"""Measuring written texts: perplexity, and a comparison with the texts of the log."""
+"""Metrics of generated texts: perplexity, and a comparison with the texts of the log."""
 
 import copy
 import math
@@ -17,13 +17,13 @@ from ..rows.writing import WritingExample, WritingExamples
 
 WRITTEN_AT_ONCE = 16
 NEW_TOKENS = 64
-"""Tokens of a text that is written for the report, at most."""
+"""Maximum number of tokens of a text generated for the report."""
 
 
 def measure_writing(
     model: M6RecForRecommendation, examples: WritingExamples, collator: M6RecDataCollator, bf16: bool = False
 ) -> dict[str, Any]:
-    """Return the perplexity of a token, over all texts and for each writing task (`explanation/perplexity`)."""
+    """Return the perplexity per token, over all texts and for each writing task (`explanation/perplexity`)."""
     names = dict.fromkeys(example.name for example in examples.examples)
     report: dict[str, Any] = {"perplexity": perplexity(model, examples.rows, collator, bf16)}
     for name in names:
@@ -33,7 +33,7 @@ def measure_writing(
 
 
 def unigram_perplexity(training: WritingExamples, examples: WritingExamples, vocab_size: int) -> dict[str, Any]:
-    """Measure the baseline that knows how often each token is written, and nothing else (add-one smoothing)."""
+    """Measure the unigram baseline: token frequencies with add-one smoothing."""
     counts = np.ones(vocab_size)
     for row in training.rows:
         np.add.at(counts, _written(row), 1)
@@ -50,14 +50,14 @@ def _written(row: dict[str, Any]) -> np.ndarray:
 def measure_texts(
     model: M6RecForRecommendation, examples: WritingExamples, processor: M6RecProcessor, max_texts: int, seed: int
 ) -> dict[str, Any]:
-    """Let the model write, and compare with what people wrote (`explanation/rouge_l`, ...).
+    """Generate texts and compare them with the log's (`explanation/rouge_l`, ...).
 
     Args:
-        model: Writes greedily, `NEW_TOKENS` at most.
-        examples: What is to be written.
-        processor: Reads requests and answers.
-        max_texts: So many of each writing task, drawn by the seed.
-        seed: Of the draw.
+        model: Generates greedily, at most `NEW_TOKENS` tokens.
+        examples: The texts to generate.
+        processor: Encodes requests and decodes answers.
+        max_texts: Maximum number of texts per writing task, drawn by the seed.
+        seed: Seed of the draw.
     """
     report: dict[str, Any] = {}
     for name in dict.fromkeys(example.name for example in examples.examples):
@@ -71,7 +71,7 @@ def measure_texts(
 
 @torch.no_grad()
 def write(model: M6RecForRecommendation, examples: Sequence[WritingExample], processor: M6RecProcessor) -> list[str]:
-    """Write the texts of examples of one writing task, greedily."""
+    """Generate the texts of examples of one writing task, greedily."""
     model.eval()
     reader = copy.copy(processor)
     reader.max_length = max(processor.max_length - NEW_TOKENS, processor.max_length // 2)  # room for the answer

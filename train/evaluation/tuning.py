@@ -11,16 +11,16 @@ from ..metrics import ndcg_gains, target_ranks
 from .baselines import TABLED, LastItems, second_work
 
 CUT_OFF = 10
-"""Of the NDCG by which settings are chosen."""
+"""Cut-off of the NDCG by which settings are chosen."""
 USERS_AT_ONCE = 256
 MOST_PAIRS = 20_000_000
-"""Pairs of events up to which a window of steps is tried."""
+"""Maximum number of pairs of events for which a window of steps is tried."""
 MOST_WORK = 300_000_000
-"""Additions up to which what follows an item that follows is counted in, of catalogues too large for tables."""
+"""Maximum number of additions for second-order transitions, for catalogues too large for tables."""
 
 
 def falling(length: int, share: float) -> tuple[float, ...]:
-    """Return weights that fall by a share from one to the next.
+    """Return weights with a constant ratio `share` of consecutive weights.
 
     >>> falling(3, 0.5)
     (1.0, 0.5, 0.25)
@@ -30,7 +30,7 @@ def falling(length: int, share: float) -> tuple[float, ...]:
 
 DEFAULT = Evidence()
 WINDOWS = ((1.0,), falling(5, 0.9), falling(20, 0.95), falling(60, 0.98))
-"""Beside the default."""
+"""Windows tried in addition to the default."""
 WIDE_RECENCY = falling(30, 0.9)
 RECENCIES = (DEFAULT.recency, (1.0,), (1.0,) * 5, falling(10, 0.8), WIDE_RECENCY, falling(50, 0.95))
 POWERS = ((0.7, 0.3), (0.5, 0.5), (0.7, 0.6), (1.0, 0.0))
@@ -44,12 +44,12 @@ def counted(rule: Evidence, sequences: Sequence[np.ndarray], num_items: int) -> 
 
 
 class Trial:
-    """Held-out events that settings are compared on.
+    """Held-out events on which settings are compared.
 
     Args:
         histories: Catalogue rows that each of U users has met, in order.
         targets: Catalogue rows of the held-out events.
-        exclude_seen: Leave out what a user has met before.
+        exclude_seen: Leave out items that a user has met before.
     """
 
     def __init__(self, histories: Sequence[np.ndarray], targets: np.ndarray, exclude_seen: bool) -> None:
@@ -59,7 +59,7 @@ class Trial:
         return len(self.histories)
 
     def value(self, score: Callable[[slice], np.ndarray]) -> float:
-        """Return the mean NDCG of scores that are made for a slice of the users."""
+        """Return the mean NDCG of scores; `score` returns those of a slice of the users."""
         total = 0.0
         for start in range(0, len(self), USERS_AT_ONCE):
             part = slice(start, start + USERS_AT_ONCE)
@@ -73,7 +73,7 @@ class Trial:
 
 
 def best(settings: Iterable[Setting], value: Callable[[Setting], float]) -> Setting:
-    """Return the setting of the highest value, of equals the first.
+    """Return the setting with the highest value; of ties the first.
 
     >>> best([1, -3, 3], abs)
     -3
@@ -82,12 +82,12 @@ def best(settings: Iterable[Setting], value: Callable[[Setting], float]) -> Sett
 
 
 def choose_counting(sequences: Sequence[np.ndarray], num_items: int, trial: Trial) -> Evidence:
-    """Choose how transitions are counted, one setting after the other; a window with ages that suit a wide one too.
+    """Choose how transitions are counted, one setting at a time; windows are also tried with the recency of wide ones.
 
     Args:
         sequences: Items of each counted history, in order.
         num_items: M.
-        trial: What the settings are compared on.
+        trial: The comparison of settings.
     """
     values: dict[Evidence, float] = {}
 
@@ -116,7 +116,7 @@ def choose_counting(sequences: Sequence[np.ndarray], num_items: int, trial: Tria
 
 
 def _windows(sequences: Sequence[np.ndarray], num_items: int) -> list[tuple[float, ...]]:
-    """List the windows whose pairs can be counted."""
+    """Return the windows with few enough pairs."""
     lengths = np.array([len(sequence) for sequence in sequences])
     found = []
     for steps in WINDOWS:
@@ -127,12 +127,12 @@ def _windows(sequences: Sequence[np.ndarray], num_items: int) -> list[tuple[floa
 
 
 def choose_words(words: LastItems, trial: Trial) -> LastItems:
-    """Choose how much the words of older items count."""
+    """Choose the recency weights of words."""
     return words.aged(best(RECENCIES, lambda recency: trial.of(words.aged(recency))))
 
 
 def choose_weight(transitions: LastItems, words: LastItems, trial: Trial) -> float:
-    """Choose what likeness of words counts beside transitions."""
+    """Choose the weight of word similarity relative to transitions."""
     parts = []
     for start in range(0, len(trial), USERS_AT_ONCE):
         own = trial.histories[start : start + USERS_AT_ONCE]

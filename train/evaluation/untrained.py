@@ -1,4 +1,4 @@
-"""The rows of a table of retrieval that need no training, as strong as settings chosen on validation make them."""
+"""The untrained rows of a table of retrieval, with settings chosen on validation."""
 
 import dataclasses
 import logging
@@ -28,34 +28,34 @@ from .tuning import DEFAULT, Trial, best, choose_counting, choose_weight, choose
 
 logger = logging.getLogger(__name__)
 TUNED_USERS = 2000
-"""Users of the validation part that settings are chosen on, at most."""
+"""Maximum number of users of the validation part on which settings are chosen."""
 TUNED_CELLS = 30_000_000
-"""Scores, users times items, that settings are chosen on, at most; unless those of `LEAST_USERS` are more."""
+"""Maximum number of scores (users times items) on which settings are chosen, but at least `LEAST_USERS` users."""
 LEAST_USERS = 200
 EASE_UNASKED = 5_000
-"""Items up to which EASE is computed where nobody asks for it: its time grows with the cube of their number."""
+"""Maximum number of items for which EASE is computed by default: its time is cubic in the number of items."""
 STRENGTHS = (300.0, 100.0, 1000.0)
 DAY = 86_400.0
 HALF_LIVES = (30 * DAY, 3 * DAY, 10 * DAY, 100 * DAY, 300 * DAY)
 
 
 PLAIN = ("popularity", "similar_text", "neighbours_and_words")
-"""Rows without settings, made within seconds."""
+"""Rows without settings, computed within seconds."""
 
 
 def plain(arguments: EvaluationArguments) -> EvaluationArguments:
-    """Ask for the rows without settings, unless rows are named."""
+    """Select the rows without settings, unless rows are named."""
     return dataclasses.replace(arguments, baselines=arguments.baselines or list(PLAIN))
 
 
 class Learnt:
-    """What may be counted before a part is predicted.
+    """Events that may be counted for the prediction of a part.
 
     Args:
-        writer: Knows the catalogue's rows.
+        writer: Has the catalogue's rows.
         split: The parts.
         part: "valid" or "test".
-        arguments: Says whether the test observes the validation part.
+        arguments: `observe_validation` is used.
     """
 
     def __init__(self, writer: RequestWriter, split: Split, part: str, arguments: EvaluationArguments) -> None:
@@ -68,30 +68,30 @@ class Learnt:
 
     @property
     def counts(self) -> np.ndarray:
-        """Events of each item."""
+        """Number of events of each item."""
         return np.bincount(self.items, minlength=self.num_items)
 
     def recent_popularity(self, half_life: float) -> RecentPopularity:
-        """Count events by their age."""
+        """Count events with decay by age."""
         return RecentPopularity(self.items, self.times, self.num_items, half_life)
 
 
 class Untrained:
-    """Makes the rules that need no training for a log.
+    """Makes the untrained rules for a log.
 
-    What there is to choose is chosen on the validation part, with what may be learnt before it counted; for the part
-    that is asked about, what may be learnt before that one is counted. Where nothing is held out for validation the
-    first of the settings is taken.
+    Settings are chosen on the validation part, with the events that may be learnt before it counted; for the measured
+    part, the events that may be learnt before that part are counted. Without validation events the first settings are
+    used.
 
     Args:
-        writer: Knows the catalogue's rows.
+        writer: Has the catalogue's rows.
         texts: Text of each of the M items.
         split: The parts.
-        arguments: Says which rows are wanted, and what may be counted.
-        seed: Of the users that settings are chosen on.
+        arguments: `baselines` and `observe_validation` are used.
+        seed: Seed of the draw of users for the choice of settings.
 
     Raises:
-        ValueError: EASE is asked for by name, and there are too many items for it.
+        ValueError: `baselines` names EASE, and there are too many items for it.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Untrained:
         self.wanted = self._wanted()
 
     def _wanted(self) -> list[str]:
-        """List the rows that are wanted and can be made."""
+        """Return the requested rows that can be computed."""
         named, size = self.arguments.baselines, len(self.texts)
         if named is not None and "ease" in named:
             refuse_large_ease(size)
@@ -118,7 +118,7 @@ class Untrained:
         return wanted
 
     def scores(self, examples: RankingExamples, part: str) -> dict[str, Scores]:
-        """Make the scores of the rows that are wanted, for the events of a part: name -> scores."""
+        """Make the scores of the requested rows, for the events of a part: name -> scores."""
         makers: dict[str, Callable[[Learnt, RankingExamples], Scores]] = {
             "popularity": self._popularity,
             "recent_popularity": self._recent_popularity,
@@ -134,19 +134,19 @@ class Untrained:
 
     @cached_property
     def valid(self) -> RankingExamples:
-        """Validation events that settings are chosen on."""
+        """Validation events on which settings are chosen."""
         most = max(min(TUNED_USERS, TUNED_CELLS // max(len(self.texts), 1)), LEAST_USERS)
         asked = dataclasses.replace(self.arguments, max_users=min(most, self.arguments.max_users or most))
         return ranking_examples(self.writer, None, self.split, "valid", asked, self.seed)
 
     @cached_property
     def trial(self) -> Trial:
-        """Compares settings on them."""
+        """Comparison of settings on the validation events."""
         return Trial(self.valid.histories, self.valid.targets, self.arguments.exclude_seen)
 
     @cached_property
     def before(self) -> Learnt:
-        """What may be counted before the validation part."""
+        """Events that may be counted for the validation part."""
         return Learnt(self.writer, self.split, "valid", self.arguments)
 
     @cached_property
@@ -156,24 +156,24 @@ class Untrained:
 
     @cached_property
     def words(self) -> LastItems:
-        """Words in common with the last items, with weights that are chosen."""
+        """Words in common with the last items, with chosen weights."""
         return choose_words(self.plain_words, self.trial) if len(self.trial) else self.plain_words
 
     @cached_property
     def counting(self) -> Evidence:
-        """How transitions are counted, chosen."""
+        """The chosen rule for counting transitions."""
         return choose_counting(self.before.sequences, len(self.texts), self.trial) if len(self.trial) else DEFAULT
 
     @cached_property
     def weight(self) -> float:
-        """What words count beside transitions, both chosen before, chosen."""
+        """The chosen weight of words relative to transitions."""
         if not len(self.trial):
             return DEFAULT.words
         return choose_weight(counted(self.counting, self.before.sequences, len(self.texts)), self.words, self.trial)
 
     @cached_property
     def half_life(self) -> float:
-        """Half-life of recent popularity in seconds, chosen."""
+        """The chosen half-life of recent popularity, in seconds."""
         times = _times(self.valid)
 
         def value(half_life: float) -> float:
@@ -184,7 +184,7 @@ class Untrained:
 
     @cached_property
     def strength(self) -> float:
-        """Ridge penalty of EASE, chosen."""
+        """The chosen ridge penalty of EASE."""
         together = met_together(self.before.sequences, len(self.texts))
 
         def value(strength: float) -> float:
@@ -228,7 +228,7 @@ class Untrained:
         return Scores(scores, {**_settings(self.counting), **chosen})
 
     def _counted(self, learnt: Learnt) -> LastItems:
-        """Count transitions by the chosen settings; the rows that need them share one count."""
+        """Count transitions with the chosen settings; rows share the counts."""
         if learnt.transitions is None:
             learnt.transitions = counted(self.counting, learnt.sequences, len(self.texts))
         return learnt.transitions
@@ -241,18 +241,18 @@ class Untrained:
 def untrained_rows(
     writer: RequestWriter, texts: Sequence[str], split: Split, part: str, arguments: EvaluationArguments, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Measure the rows that need no training on a part of a log: name -> metrics, as `ranking_rows` returns them.
+    """Measure the untrained rows on a part of a log: name -> metrics, as `ranking_rows` returns them.
 
     Args:
-        writer: Knows the catalogue's rows.
+        writer: Has the catalogue's rows.
         texts: Text of each item of the catalogue.
         split: The parts.
         part: "valid" or "test".
-        arguments: Says what is measured.
-        seed: Of all that is drawn.
+        arguments: Settings of the evaluation.
+        seed: Seed of all draws.
 
     Raises:
-        ValueError: The part holds no event that can be ranked.
+        ValueError: The part has no event that can be ranked.
     """
     examples = ranking_examples(writer, None, split, part, arguments, seed)
     warn_of_repeats(examples, arguments)
@@ -263,7 +263,7 @@ def untrained_rows(
 
 
 def _settings(rule: Evidence) -> dict[str, Any]:
-    """Return how transitions are counted, as JSON holds it."""
+    """Return the rule for counting transitions in JSON form."""
     names = ("steps", "backwards", "out_power", "in_power", "second", "recency")
     return {name: value for name, value in rule.to_dict().items() if name in names}
 

@@ -1,4 +1,4 @@
-"""Whether a model is better than the rules that need no training: one sentence, with an interval."""
+"""Comparison of a model with untrained rules: one sentence, with an interval."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from ..config.recipe import LESS_IS_BETTER, Recipe
 from ..metrics import interval_of, resampled_means
 
 RULE = "neighbours_and_words"
-"""The row that every other one is compared with: the same untrained rule, with the same settings, for every log."""
+"""The reference row of all comparisons: the same untrained rule, with the same settings, for every log."""
 
 
 def compare(
@@ -25,16 +25,16 @@ def compare(
     """Compare the model with the best baseline on the same examples.
 
     Args:
-        metric: What is compared: the mean of the values; where it ends in `rmse`, its root.
-        values: Who, of whom one is `OWN`, -> what each of N examples adds.
-        groups: N ids of the users, which are drawn with all their examples; None: each example is of another user.
-        seed: Of the bootstrap.
-        resampled: Who -> means of the values on resamples, if they are known.
+        metric: The compared metric: the mean of the values, or its root if the name ends in `rmse`.
+        values: Name, one of which is `OWN`, -> values of N examples.
+        groups: N ids of the users, which are drawn with all their examples; None: each example has another user.
+        seed: Seed of the bootstrap.
+        resampled: Name -> means of the values on resamples, if computed already.
 
     Returns:
         `metric`, `value` of the model, the best `baseline` with its `baseline_value`, the `difference` with its 95%
         `interval` (paired bootstrap over users), `better` (the whole interval is on the good side), `worse` (on the
-        other), and all of it as a `sentence`.
+        bad side), and a `sentence` with these facts.
 
     >>> found = compare("ndcg@10", {"m6rec": np.ones(8), "popularity": np.zeros(8), "similar_text": np.full(8, 0.5)})
     >>> found["baseline"], found["difference"], found["interval"], found["better"]
@@ -70,14 +70,14 @@ def compare(
 def differences(
     figures: Mapping[str, Mapping[str, float]], resampled: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compare each row of a table with every other one, on the same resamples.
+    """Compare each row of a table with every other row, on the same resamples.
 
     Args:
-        figures: Who -> metric -> value.
-        resampled: Who -> metric -> the metric on each resample.
+        figures: Name -> metric -> value.
+        resampled: Name -> metric -> the metric on each resample.
 
     Returns:
-        Who -> the other -> metric -> `value` of the difference, and its 95% `interval`.
+        Name -> other name -> metric -> `value` of the difference, and its 95% `interval`.
 
     >>> drawn = {"mrr": np.ones(3)}
     >>> differences({"a": {"mrr": 0.5}, "b": {"mrr": 0.25}}, {"a": drawn, "b": drawn})["b"]
@@ -109,7 +109,7 @@ def _sentence(found: Mapping[str, Any], users: int) -> str:
 
 
 def advised(found: Mapping[str, Any], task: str, recipe: Recipe, config: M6RecConfig) -> dict[str, Any]:
-    """Add to a comparison, where the model is not better, what to try."""
+    """Add advice to a comparison in which the model is not better."""
     if found["better"]:
         return {**found, "sentence": f"{found['sentence']}."}
     tries = []
