@@ -1,6 +1,7 @@
-"""Registers ours with a library once that library is imported, without importing it for everybody.
+"""Registers m6rec's classes with a library when that library is first imported.
 
-Tokenizers, pipelines and PEFT take long to import, and a process that only wants the model needs none of them.
+`import m6rec` then need not import tokenizers, pipelines and PEFT, which are slow to import and not needed to run the
+model.
 """
 
 import sys
@@ -13,11 +14,11 @@ from typing import Any
 
 
 class _Imports(threading.local):
-    """Of the watched modules, those that a thread is importing, one inside the other, and those that it has imported.
+    """Per thread: the watched imports that are running, nested, and those that have finished.
 
     Attributes:
-        depth: How many are being imported.
-        whole: Those that were imported meanwhile.
+        depth: Number of running imports.
+        whole: Names of the modules whose import finished meanwhile.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class _Imports(threading.local):
 
 
 class _Watcher(MetaPathFinder):
-    """Finds modules as the other finders do, and runs what waits for one when no watched module is half imported."""
+    """Finds modules by the other finders, and runs the waiting actions when no watched import is running."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Callable[[], object]]] = {}
@@ -35,7 +36,7 @@ class _Watcher(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a module that is watched; None for every other."""
+        """Find a watched module; None for any other module."""
         if fullname not in self.actions:
             return None
         finders = [finder for finder in sys.meta_path if finder is not self]
@@ -69,12 +70,12 @@ _WATCHER = _Watcher()
 
 
 def register_on_import(library: str, own: str, register: Callable[[], object]) -> None:
-    """Register ours with a library now if it is imported already, else right after it will be.
+    """Register a module of m6rec with a library: now if the library is imported already, else after its import.
 
     Args:
         library: Name of the library's module.
-        own: Name of the module of ours that is registered. It may be what imports the library: then it has to be whole.
-        register: What makes ours known to the library.
+        own: Name of m6rec's module. If it imports the library itself, registration waits until it is complete.
+        register: Function that registers it.
     """
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)

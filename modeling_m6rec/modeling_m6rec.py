@@ -1,24 +1,16 @@
-"""Folders that hold an adapter: what is beside the adapter, and how the model below it is found and loaded.
+"""M6Rec for recommendation: one network with four heads (score, embed, plausibility, write), and its checkpoints.
 
-`m6rec finetune` writes the adapter with the configuration of the model as it was tuned, which may differ from the
-base's in what it scores. The base stands in the folder `base` beside it where it had no folder of its own.
+User and item vectors rank a catalogue by their product. Their first part is learnt and l2-normalised; losses use this
+part only (the paper's retrieval). Each item feature that acts on vectors appends one part (`item_features_m6rec`; our
+addition).
 
-
-What a checkpoint's weights have to be: all there, and finite. A model that answers at random is worse than none.
-
-The vectors of users and items, whose product ranks a catalogue.
-
-Their first part is what was learnt, l2-normalised, which losses see alone (the paper's retrieval). Item features that
-act on vectors add a part each (`item_features_m6rec`; ours).
-
-Shapes: B rows, T tokens, E places of a row where a user is read, M items of a row, H = hidden_size,
-W = tfidf_dim, D = vector_width.
-
-
-M6Rec for recommendation: one network, four heads (score, embed, plausibility, write).
+A folder with an adapter holds the configuration of the tuned model, which may score other tasks than the base. The
+base is in the adapter's folder `base` if it has no other place. A checkpoint is refused unless all its weights are
+present and finite.
 
 Shapes: B rows, T tokens so far, Q queries (the last Q of the T), N targets of a row, S = config.num_labels outputs of
-the score head, E places of a row where a user is read, M items, H = hidden_size, V = vocab_size, D = vector_width.
+the score head, E places of a row that give a user vector, M items, H = hidden_size, V = vocab_size, W = tfidf_dim,
+D = vector_width.
 """
 
 import hashlib
@@ -87,41 +79,41 @@ from .values_m6rec import IGNORE_INDEX, label_field
 
 
 BASE = "base"
-"""Folder of a base that has no other place, within the adapter's folder."""
+"""Folder, within the adapter's folder, of a base that has no other place."""
 
 VIRTUAL = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
-"""Methods of PEFT that act outside of the model, with virtual tokens."""
+"""PEFT methods that act outside the model, with virtual tokens."""
 
 OWN = "M6REC_ADAPTER"
-"""Our method of tuning, which only the package makes known to PEFT; all others PEFT knows by itself."""
+"""Type of M6Rec's own tuning method, which the package registers with PEFT; all others are PEFT's."""
 
 
 def adapter_settings(name: str | Path, **hub: Any) -> dict[str, Any] | None:
-    """Read what a folder or a repository of the Hub says of its adapter; None if it holds none, or a whole model too.
+    """Read the adapter settings of a folder or a Hub repository; None if it holds no adapter, or a whole model as well.
 
     Args:
-        name: The folder or the name on the Hub.
+        name: Folder, or name on the Hub.
         **hub: `revision`, `token` and so on.
     """
     folder = Path(name)
     if any((folder / weights).is_file() for weights in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        return None  # the library loads an adapter beside its base by itself
+        return None  # the library itself loads an adapter next to its base
     file = find_adapter_config_file(str(name), **hub)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Load the model below an adapter, configured as it was when the adapter was trained.
+    """Load the base model of an adapter, with the configuration that the adapter was trained with.
 
     Args:
-        cls: Its class.
+        cls: Class of the model.
         name: Folder or Hub name of the adapter.
-        settings: What `adapter_settings` found there.
-        *args: As of `PreTrainedModel.from_pretrained`, as are
-        **kwargs: these.
+        settings: Result of `adapter_settings`.
+        *args: Arguments of `PreTrainedModel.from_pretrained`.
+        **kwargs: Keyword arguments of `PreTrainedModel.from_pretrained`.
 
     Raises:
-        ValueError: If the adapter does not say what it belongs to, or that has other weights than it was trained with.
+        ValueError: If the adapter does not name its base, or the base's weights differ from those of its training.
     """
     given = settings.get("base_model_name_or_path")
     if not given:
@@ -135,7 +127,7 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
     if not isinstance(config, M6RecConfig):
         found = cached_file(str(name), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
         config, kwargs = M6RecConfig.from_pretrained(found or base, return_unused_kwargs=True, **kwargs)
-    quantized = vars(config).pop("quantization_config", None)  # says how the base was read, not how it is stored
+    quantized = vars(config).pop("quantization_config", None)  # describes how the base was loaded, not stored
     if quantized is not None:
         kwargs.setdefault("quantization_config", quantized)
     try:
@@ -144,7 +136,7 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
         )
     except OSError as error:
         raise OSError(f"the base {base!r} of the adapter {str(name)!r} cannot be loaded: {error}") from error
-    own = ("score_head.", *feature_weights(trained=True))  # of these the adapter has its own, in its own shape
+    own = ("score_head.", *feature_weights(trained=True))  # the adapter brings these, in its own shapes
     mismatched = sorted(map(str, info["mismatched_keys"]))
     wrong = [entry for entry in mismatched if not any(part in entry for part in own)]
     if wrong:
@@ -152,22 +144,22 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
     drawn = (*map(str, info["missing_keys"]), *mismatched)
     for feature in ITEM_FEATURES:
         if feature.is_trained and any(f"model.{feature.weights}." in entry for entry in drawn):
-            # As when the adapter was trained. The library has drawn numbers, and so each time another fingerprint.
+            # Restore the state of training: the library drew random numbers, which change the fingerprint each time.
             feature.forget(model.model)
     return model
 
 
 def _beside(adapter: Path, given: str) -> str | None:
-    """Find a base that stands beside its adapter, or beside the checkpoints of one, wherever the folder is now."""
+    """Find a base next to its adapter, or next to the adapter's checkpoints, even if the folder was moved."""
     places = (adapter / BASE, adapter.parent / BASE) if Path(given).name == BASE else ()
     return next((str(place) for place in places if place.is_dir()), None)
 
 
 def load_adapted(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Load a model with its adapter inside, as `from_pretrained` of a folder with an adapter does; see `load_base`.
+    """Load a model with its adapter inside, as `from_pretrained` does for an adapter's folder; see `load_base`.
 
     Raises:
-        ValueError: If the adapter acts outside of the model.
+        ValueError: If the adapter acts outside the model.
     """
     kind = settings.get("peft_type")
     if kind in VIRTUAL:
@@ -178,7 +170,7 @@ def load_adapted(cls: Any, name: str | Path, settings: dict[str, Any], *args: An
     output_loading_info = kwargs.pop("output_loading_info", False)
     if kind == OWN:
         try:
-            importlib.import_module("m6rec.tuning")  # makes our method known to PEFT
+            importlib.import_module("m6rec.tuning")  # registers M6Rec's method with PEFT
         except ImportError as error:
             raise ImportError(f"the adapter {str(name)!r} needs the package: pip install m6rec") from error
     model = load_base(cls, name, settings, *args, **kwargs)
@@ -191,8 +183,8 @@ def load_adapted(cls: Any, name: str | Path, settings: dict[str, Any], *args: An
 def keep_trainable(model: torch.nn.Module) -> None:
     """Keep a 4-bit model from repacking its weights for inference when it is first evaluated.
 
-    On processors with AVX512-BF16 bitsandbytes does so for good, with a kernel that has no gradient: adapters below it
-    would learn nothing from then on. Call it before anything is read.
+    On processors with AVX512-BF16, bitsandbytes repacks permanently, for a kernel without gradient: adapters below it
+    would no longer learn. Call this function before the first forward pass.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -205,23 +197,23 @@ def keep_trainable(model: torch.nn.Module) -> None:
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 SHOWN = 3
-"""Names of weights that an error gives."""
+"""Number of weight names in an error message."""
 
 
 def refuse_incomplete(cls: Any, name: str | Path, missing: Collection[str], **hub: Any) -> None:
-    """Raise if a checkpoint lacks weights that its own configuration says it has.
+    """Raise if a checkpoint lacks weights that its own configuration requires.
 
-    What the caller's configuration adds, such as item memory, is new on purpose, and so are the heads above a bare
-    network.
+    Weights that the caller's configuration adds, such as item embeddings, may be new, and so may the heads of a
+    checkpoint that holds the network only.
 
     Args:
-        cls: Class of the model that was loaded.
+        cls: Class of the loaded model.
         name: Folder or Hub name of the checkpoint.
-        missing: Names of the weights that were not found there.
+        missing: Names of the weights that the checkpoint lacks.
         **hub: `revision`, `token` and so on.
 
     Raises:
-        ValueError: Weights are missing.
+        ValueError: If required weights are missing.
     """
     if not missing:
         return
@@ -243,10 +235,10 @@ def refuse_not_finite(model: nn.Module, name: str | Path) -> None:
 
     Args:
         model: The model.
-        name: Where it was loaded from.
+        name: Folder or Hub name of its checkpoint.
 
     Raises:
-        ValueError: Naming such weights.
+        ValueError: If there are such weights; the message names them.
     """
     broken = [
         weight
@@ -273,33 +265,33 @@ def _some(names: list[str]) -> str:
 
 
 class Given(NamedTuple):
-    """Rows as they were given, of T tokens."""
+    """Input rows of T tokens."""
 
     input_ids: torch.Tensor
     """B x T."""
     attention_mask: torch.Tensor | None
     """B x (P + T)."""
     item_embedding_ids: torch.Tensor | None
-    """B x T rows of item memory."""
+    """B x T rows of item embeddings."""
     hidden: torch.Tensor | None
-    """B x T: tokens that no other sees."""
+    """B x T: tokens that no other token attends to."""
 
 
 def learnt_user_vectors(model: "M6RecForRecommendation", states: torch.Tensor) -> torch.Tensor:
-    """Make vectors of ... x H joint states, as losses see them: ... x embedding_dim."""
+    """Make the learnt part of user vectors, which losses use, from ... x H joint states: ... x embedding_dim."""
     return functional.normalize(model.user_projection(states).float(), dim=-1)
 
 
 def learnt_item_vectors(
     model: "M6RecForRecommendation", texts: torch.Tensor, memory_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """Make vectors of ... x H texts and ... rows of item memory, as losses see them: ... x embedding_dim."""
+    """Make the learnt part of item vectors from ... x H texts and ... rows of item embeddings: ... x embedding_dim."""
     states = model.model.add_to_items(texts, memory_ids)
     return functional.normalize(model.item_projection(model.item_norm(states)).float(), dim=-1)
 
 
 def item_vectors(model: "M6RecForRecommendation", items: LoneItems) -> torch.Tensor:
-    """Make M x D vectors of items that stand alone."""
+    """Make M x D vectors of standalone items."""
     parts = [learnt_item_vectors(model, items.texts, items.embedding_ids)]
     parts += [feature.item_vectors(model.model, items) for feature in features_at("vectors", model.config)]
     return torch.cat(parts, -1)
@@ -308,13 +300,13 @@ def item_vectors(model: "M6RecForRecommendation", items: LoneItems) -> torch.Ten
 def row_vectors(
     model: "M6RecForRecommendation", out: "M6RecModelOutput", given: Given, kept: KeptTokens
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Make the vectors of rows, B x E x D and B x M x D; None without segment layers, or when going on from a cache.
+    """Make user and item vectors of rows, B x E x D and B x M x D; None without segment layers or with a filled cache.
 
     Args:
         model: The model.
-        out: What its network returned.
+        out: Output of its network.
         given: The rows.
-        kept: Selects what belongs to the tokens that have states.
+        kept: Selects the entries of the tokens that have states.
     """
     config, lay = model.config, out.layout
     if not config.num_segment_layers or kept.is_part:
@@ -340,35 +332,35 @@ def row_vectors(
 
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-"""Arguments of `from_pretrained` that say where a configuration is."""
+"""Arguments of `from_pretrained` that locate a configuration."""
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-"""Files of weights, which must not outlive the model that they belong to."""
+"""Files of weights, which saving another model into the folder removes."""
 
 PUSH = (
     *("push_to_hub", "repo_id", "commit_message", "commit_description", "private", "create_pr", "token", "tags"),
     "revision",
 )
-"""Arguments of `save_pretrained` that say where to the model is pushed after it was saved."""
+"""Arguments of `save_pretrained` that control the push after saving."""
 
 
 @dataclass
 class M6RecOutput(CachedOutput):
-    """What M6Rec returns; NaN stands where a row has fewer targets, places or items than the longest.
+    """Output of M6Rec; NaN fills places where a row has fewer targets, places or items than the longest.
 
     Attributes:
         loss: Weighted sum of the losses whose labels were given.
-        logits: B x Q x V of the writing head; None where only other losses were asked for.
-        scores: B x N x S logits of the score head at each target's [EOS]; `read_scores` makes answers of them.
+        logits: B x Q x V of the writing head; None if only labels of other heads were given.
+        scores: B x N x S logits of the score head at each target's [EOS]; `read_scores` turns them into answers.
         user_vectors: B x E x D, l2-normalised: the user after the source's head, then after each event.
         item_vectors: B x M x D, l2-normalised: the items of the row in their order.
-        plausibility: B x N mean log-likelihood of each target's written tokens, if asked for.
+        plausibility: B x N mean log-likelihood of each target's written tokens, if requested.
         losses: Each loss by name, unweighted.
-        cache: The cache, if one was asked for; also found as `past_key_values`.
+        cache: The cache, if requested; also available as `past_key_values`.
         layout: Layout of the Q tokens.
-        exit_layers: B, the joint layers that each row went through, if `decide` was given.
-        hidden_states: Output of every layer, if asked for.
-        attentions: Attention weights of every layer, if asked for.
+        exit_layers: B, number of joint layers that each row ran through, if `decide` was given.
+        hidden_states: Output of every layer, if requested.
+        attentions: Attention weights of every layer, if requested.
     """
 
     loss: torch.FloatTensor | None = None
@@ -388,16 +380,16 @@ class M6RecOutput(CachedOutput):
 class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     """The recommender that `AutoModel` and `AutoModelForCausalLM` load.
 
-    `forward` returns everything the heads read; `score`, `embed`, `plausibility` and `generate` are its shorter forms.
-    Prefix and prompt tuning act in `forward` only: on a PeftModel of these methods call the PeftModel itself and pass
-    its `scores` to `read_scores`.
+    `forward` returns the outputs of all heads; `score`, `embed`, `plausibility` and `generate` are its shorter forms.
+    Prefix and prompt tuning act in `forward` only: with these methods, call the PeftModel itself and pass its `scores`
+    to `read_scores`.
     """
 
     accepts_loss_kwargs = False
-    """What the library's Trainer would hand on is the number of tokens to be written in a step; no other loss is a part
-    of that. Each loss is the mean of its micro-batch."""
+    """The library's Trainer would pass the number of labelled tokens in a step, which only normalises the text loss.
+    Each loss is the mean of its micro-batch."""
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
-    _keys_to_ignore_on_load_unexpected = [r"^score_head\."]  # of a checkpoint whose scores are now read by options
+    _keys_to_ignore_on_load_unexpected = [r"^score_head\."]  # of a checkpoint now loaded with score_head="option"
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__(config)
@@ -406,7 +398,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         self.lm_transform = LMHeadTransform(config)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias)
         self.score_head = nn.Linear(size, config.num_labels) if config.score_head == "linear" else None
-        # Item vectors come from the raw residual of the last segment layer, which needs a norm (DESIGN, item vector).
+        # Item vectors come from the raw residual of the last segment layer, which needs a norm.
         self.item_norm = make_norm(config, size)
         self.user_projection = nn.Linear(size, config.embedding_dim, bias=False)
         self.item_projection = nn.Linear(size, config.embedding_dim, bias=False)
@@ -446,40 +438,41 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> M6RecOutput:
-        """Read rows and answer with every head; the labels that are given select the losses.
+        """Run the network and every head; the given labels select the losses.
 
         Args:
             input_ids: B x Q new ids.
-            attention_mask: B x (P + T), nonzero = not padding; None = padding is where the pad id stands.
-            layout_ids: B x T, all ids so far (P virtual tokens left out); see `M6RecModel.forward`.
-            item_embedding_ids: B x T rows of item memory, 0 = none.
-            hidden_events: B x T bool, tokens that no other token sees in the joint layers.
+            attention_mask: B x (P + T), nonzero = not padding; None = only pad ids are padding.
+            layout_ids: B x T, all ids so far (without P virtual tokens); see `M6RecModel.forward`.
+            item_embedding_ids: B x T rows of item embeddings, 0 = none.
+            hidden_events: B x T bool, tokens that no other token attends to in the joint layers.
             past_key_values: The older name of `cache`.
             inputs_embeds: B x Q x embedding_size, in place of `input_ids`.
             labels: B x T ids of the tokens to be written, else -100.
             click_labels: B x N, 0 or 1, -100 = unknown.
             rating_labels: B x N ratings, -100 = unknown.
             interaction_labels: B x N x I, 0 or 1, -100 = unknown.
-            retrieval_labels: B x T: where a user is read, the row (among the given items) of the item that came next.
+            retrieval_labels: B x T: at places of user vectors, the index (among the M items) of the next item.
             item_input_ids: M x L ids of items' segments ([ITEM] ... [SEG], padded right) for the retrieval loss.
             item_attention_mask: M x L, nonzero = not padding.
-            item_states: M x H of `item_states`, in place of the ids (frozen text), or beside them (word memory).
-            candidate_embedding_ids: M rows of item memory of these items.
+            item_states: M x H of `item_states`, in place of the ids (frozen text), or with them (bag-of-words
+                embeddings).
+            candidate_embedding_ids: M rows of item embeddings of these items.
             item_log_frequency: M log probabilities for the logQ correction.
             use_cache: Return a cache.
-            logits_to_keep: Only the last so many tokens get logits (0 = all), or the given indices.
-            return_logits: Compute `logits`; None = unless only other heads' labels were given.
+            logits_to_keep: Number of last tokens that get logits (0 = all), or their indices.
+            return_logits: Compute `logits`; None = unless only labels of other heads were given.
             return_plausibility: Compute `plausibility`.
             return_vectors: Compute `user_vectors` and `item_vectors`.
-            exit_layer: Stop after so many joint layers; None = all.
+            exit_layer: Number of joint layers to run; None = all.
             plan: How to run; see `network_m6rec`.
             segment_cache: Segment states kept between calls, for plan "cached".
-            only_losses: Return the losses and compute nothing else: what training reads.
-            contrast: Computes the retrieval loss; arguments as of `retrieval_loss`.
-            cache: A cache to fill or to go on from.
-            **kwargs: Handed on, such as `user_states` and `decide`; `num_items_in_batch` to the losses: a number of
-                tokens to be written, or for each loss by name the weight of its labels (`label_weights`) in the whole
-                optimizer step. Labels of further scoring tasks are called NAME_labels.
+            only_losses: Return the losses and compute nothing else, for training.
+            contrast: Function that computes the retrieval loss, with the arguments of `retrieval_loss`.
+            cache: A cache to fill or to continue from.
+            **kwargs: Passed to the network, such as `user_states` and `decide`. The losses get `num_items_in_batch`:
+                a number of tokens to be written, or for each loss by name the weight of its labels (`label_weights`)
+                in the whole optimizer step. Labels of further scoring tasks are named NAME_labels.
         """
         labels, retrieval_labels = given_labels(labels), given_labels(retrieval_labels, "retrieval_labels")
         step = kwargs.pop("num_items_in_batch", None)
@@ -554,8 +547,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
         Args:
             task: "click" gives B x N probabilities, "rating" B x N expected ratings, "interaction" B x N x I
-                probabilities; others what their row of SCORING_TASKS says.
-            **batch: What `forward` takes: `input_ids`, `attention_mask`, `plan`, `segment_cache`, ...
+                probabilities; SCORING_TASKS defines other tasks.
+            **batch: Arguments of `forward`: `input_ids`, `attention_mask`, `plan`, `segment_cache`, ...
         """
         return self.read_scores(self(**batch, return_logits=False, return_vectors=False).scores, task)
 
@@ -566,7 +559,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return form_of(task, self.config).answer(scores[..., self.config.score_slices[task]], task, self.config)
 
     def embed(self, **batch: Any) -> M6RecOutput:
-        """Return `user_vectors` (B x E x D) and `item_vectors` (B x M x D) of rows; arguments as of `forward`."""
+        """Return `user_vectors` (B x E x D) and `item_vectors` (B x M x D) of rows; arguments as in `forward`."""
         self._require_segment_layers()
         return self(**batch, return_logits=False)
 
@@ -578,7 +571,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         memory_ids: torch.Tensor | None = None,
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
-        """Embed items by themselves, M x D: of M x L ids ([ITEM] ... [SEG], padded right), or M x H `item_states`."""
+        """Embed standalone items, M x D, from M x L ids ([ITEM] ... [SEG], padded right) or M x H `item_states`."""
         texts = self._texts(input_ids, attention_mask, states, segment_cache)
         lay = None if input_ids is None else item_layout(input_ids, self._valid(input_ids, attention_mask))
         return item_vectors(self, LoneItems(texts, memory_ids, input_ids, lay))
@@ -590,7 +583,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         states: torch.Tensor | None,
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
-        """Read items as `embed_items` does, with what features know of their texts: M x H."""
+        """Compute the states of items as in `embed_items`, with the features of their texts: M x H."""
         self._require_segment_layers()
         features = features_at("segments", self.config)
         if input_ids is None and (states is None or features):
@@ -611,11 +604,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         segment_cache: SegmentCache | None = None,
     ) -> torch.Tensor:
-        """Read items by themselves: M x L ids of [ITEM] ... [SEG], padded right -> M x H, without any memory."""
+        """Compute states of standalone items without features: M x L ids of [ITEM] ... [SEG], padded right -> M x H."""
         return last_states(self.model, self._item_keys(input_ids, attention_mask), segment_cache)
 
     def plausibility(self, **batch: Any) -> torch.Tensor:
-        """Return B x N mean log-likelihoods of each target's written text, its [EOS] counted (paper, zero-shot)."""
+        """Return B x N mean log-likelihoods of each target's written text, including [EOS] (paper, zero-shot)."""
         return self(**batch, return_logits=False, return_vectors=False, return_plausibility=True).plausibility
 
     def write_logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -625,10 +618,10 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def generate(
         self, inputs: torch.LongTensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> torch.LongTensor | ModelOutput:
-        """Write on from the last token, which must stand in written text; structure itself is never written.
+        """Continue from the last token, which must be inside written text; structural tokens are never generated.
 
-        Arguments are those of `GenerationMixin.generate`; `suppress_tokens` is added to what is suppressed anyway.
-        With `guidance_scale` no cache is kept, and `negative_prompt_ids` must end in written text as well.
+        Arguments are those of `GenerationMixin.generate`; `suppress_tokens` adds to the structural ids, which are
+        always suppressed. With `guidance_scale` no cache is kept; `negative_prompt_ids` must end in written text too.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is None:
@@ -649,7 +642,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _refuse_unwritable(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Refuse rows that nothing can be written behind."""
+        """Refuse rows that cannot be continued."""
         lay = layout(ids, mask, self.config)
         if not lay.written[:, -1].all():
             raise ValueError(
@@ -660,7 +653,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             raise ValueError("a document that is read in both directions cannot be written on: use a [TEXT] target")
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Give `forward` all ids so far, off which it reads the layout, and PEFT the cache under both names."""
+        """Pass `forward` all ids so far, from which it derives the layout, and the cache under both names (PEFT)."""
         kwargs = {**library_arguments(kwargs), "layout_ids": input_ids}
         prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = one_cache(*(prepared.get(name) for name in CACHE_NAMES))
@@ -668,7 +661,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """Hand on the 2-D mask: `forward` builds the real ones, for static caches too."""
+        """Return the 2-D mask unchanged: `forward` builds the attention masks, also for static caches."""
         return attention_mask
 
     # ------------------------------------------------------------------------------------------------ reading states
@@ -683,19 +676,19 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return [*trained, joint] if training_scores or deciding else [joint]
 
     def score_logits(self, states: torch.Tensor, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Read B x N x S logits off the B x T x H joint states, at the [EOS] of each target."""
+        """Compute B x N x S logits from the B x T x H joint states at the [EOS] of each target."""
         ends = target_ends(ids, lay, self.config)
         states = gather_or_zero(states, ends)
         if self.score_head is not None:
             return nan_where_absent(self.score_head(states), ends)
         first = self.config.first_option_token_id
-        # The module is asked, not its weight: an adapter may have trained these tokens.
+        # Call the module, not its weight: an adapter may have trained these tokens.
         options = torch.arange(first, first + self.config.num_labels, device=ids.device)
         embeds = self.model.embeddings.projection(self.model.embeddings.tokens(options))
         return nan_where_absent(states @ embeds.T, ends)
 
     def _logits(self, out: M6RecModelOutput, tokens: int, to_keep: int | torch.Tensor) -> torch.Tensor:
-        """B x Q x V logits; of tokens that were left out they mean nothing."""
+        """Compute B x Q x V logits; they are undefined for skipped tokens."""
         states = out.last_hidden_state if out.kept is None else out.kept.back(out.last_hidden_state, tokens)
         return self.write_logits(states[:, slice(-to_keep, None) if isinstance(to_keep, int) else to_keep])
 
@@ -709,7 +702,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------------------- losses
 
     def _score_labels(self, named: dict[str, torch.Tensor | None], others: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Collect the labels of scoring tasks that were given, and take those of further tasks out of `others`."""
+        """Collect the given labels of scoring tasks, and remove those of further tasks from `others`."""
         further = [name for name in others if name.endswith("_labels")]
         given = named | {name.removesuffix("_labels"): others.pop(name) for name in further}
         found = {task: given_labels(labels, label_field(task)) for task, labels in given.items()}
@@ -738,7 +731,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     @torch.compiler.disable
     def _item_keys(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[SegmentKey]:
-        """M x L ids of items' segments, padded right -> the segments as plans take them; none of no ids."""
+        """Convert M x L ids of items' segments, padded right, to segment keys; empty without ids."""
         if input_ids is None:
             return []
         lengths = self._valid(input_ids, attention_mask).sum(1).tolist()
@@ -765,14 +758,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------------------- keeping
 
     def resize_item_embeddings(self, rows: int) -> None:
-        """Change the number of item memory rows; kept rows stay, new ones start at zero (their text speaks first)."""
+        """Change the number of rows of item embeddings; existing rows stay, new rows start at zero (text only)."""
         self.model.resize_item_embeddings(rows)
 
     def fingerprint(self) -> str:
-        """Return a digest of everything that decides item vectors: weights below the joint layers, and settings."""
+        """Return a digest of the weights below the joint layers and the settings that decide item vectors."""
         parts = [*self.model.segment_modules(), self.item_norm, self.item_projection]
         settings, adapters = sorted(self.config.vector_settings.items()), active_adapters(parts)
-        # Without adapters as in version 0.1, whose catalogues stay valid.
+        # Without adapters the digest equals that of version 0.1, whose catalogues stay valid.
         digest = hashlib.sha256(repr((settings, adapters) if adapters else settings).encode())
         digest_weights(digest, [*parts, *feature_modules(self.model)])
         return digest.hexdigest()
@@ -781,8 +774,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path | None, *args: Any, revision: str = "main", **kwargs: Any
     ) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does, and remember the revision: the catalogue's is the same."""
-        # Of an adapter's name, where the first argument and `revision` are its base's.
+        """Load like `PreTrainedModel.from_pretrained`, and store the revision, which the catalogue shares."""
+        # Set if an adapter is loaded; then the first argument and `revision` belong to its base.
         beside = kwargs.get("adapter_kwargs") or {}
         adapter = beside.get("_adapter_model_path") or pretrained_model_name_or_path
         own = beside.get("revision", revision)
@@ -798,11 +791,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _load_whole(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as `PreTrainedModel.from_pretrained` does, and refuse weights that are missing or not finite."""
+        """Load like `PreTrainedModel.from_pretrained`, and refuse weights that are missing or not finite."""
         output_loading_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        if name is not None and kwargs.get("state_dict") is None:  # else the caller gives the weights
+        if name is not None and kwargs.get("state_dict") is None:  # otherwise the caller passes the weights
             hub = {key: kwargs[key] for key in HUB if key in kwargs}
             refuse_incomplete(cls, name, info["missing_keys"], **hub)
             refuse_not_finite(model, name)
@@ -812,7 +805,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def from_backbone(
         cls, backbone: Any, num_joint_layers: int | None = None, tokenizer: Any = None, **fields: Any
     ) -> Any:
-        """Make an M6Rec of a published language model; arguments as of `m6rec.conversion.from_backbone`."""
+        """Convert a published language model to M6Rec; arguments as in `m6rec.conversion.from_backbone`."""
         try:
             conversion = importlib.import_module("m6rec.conversion")
         except ImportError as error:
@@ -820,14 +813,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return conversion.from_backbone(backbone, num_joint_layers, tokenizer, **fields)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save weights, configuration and the code that loads them without this package: all of it, or nothing.
+        """Save atomically weights, configuration and the code that loads them without this package.
 
         Args:
-            save_directory: The folder. Weights of a model that was there before are removed, other files stay.
-            *args: As of `PreTrainedModel.save_pretrained`, as are
-            **kwargs: these.
+            save_directory: The folder. Weights of an earlier model there are removed, other files stay.
+            *args: Arguments of `PreTrainedModel.save_pretrained`.
+            **kwargs: Keyword arguments of `PreTrainedModel.save_pretrained`.
         """
-        # Pipelines take long to import, and loading needs none. From here too the file travels with this one.
+        # Importing pipelines is slow, and loading needs none. The library also copies files that are imported here.
         from .pipeline_m6rec import RecommendationPipeline
 
         module = type(self).__module__.rpartition(".")[2]

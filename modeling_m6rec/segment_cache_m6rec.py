@@ -1,17 +1,16 @@
-"""Values in a folder, one file each, shared by any number of processes. It may lose a value, never tell a wrong one.
+"""Caches between calls: segment states in memory and on disk, and the joint layers' keys and values of users.
 
-There is no index and no lock, so nothing goes stale and nothing stays locked when a process is killed: a file takes its
-name by renaming, when it is whole, and whoever reads it believes it only if its digest bears it out.
+`SegmentStore` keeps values in a folder, one file each, shared by any number of processes. It may lose a value, but
+never returns a wrong one. It has no index and no lock, so a killed process leaves nothing stale or locked: a complete
+file gets its name by renaming, and a reader checks its digest and treats a mismatch as a miss.
 
+`SegmentCache` keeps segment states: an item's text is encoded once while the model does not change.
 
-Segment states kept between calls: an item's text is read once, for as long as the model does not change.
+`UserStates` keeps prefixes of histories: a growing history continues from where it ended. With causal history, keys and
+values of a source's prefix do not depend on later tokens, so they serve every later request that begins with the same
+segments.
 
-Users kept between calls: a history that grows is read from where it ended, not from its beginning.
-
-With causal history the joint layers make of a source's beginning the same whatever follows. So the keys and values of
-its kept tokens serve every later request that begins with the same segments.
-
-Shapes: B rows, T tokens, L joint layers that were run, G key/value heads, P positions of a beginning, D = head_dim.
+Shapes: B rows, T tokens, L joint layers that were run, G key/value heads, P positions of a prefix, D = head_dim.
 """
 
 import hashlib
@@ -48,27 +47,28 @@ logger = logging.get_logger(__name__)
 DIGEST = hashlib.sha256().digest_size
 
 KEPT_FREE = 16
-"""A sweep leaves 1/16 of the bound free, which a process then fills before it sweeps again."""
+"""A sweep leaves 1/16 of the bound free; a process sweeps again after writing that many bytes."""
 
 OWN_NAME = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32})?")
-"""A value, or one that was being written; the folder's other files are let alone."""
+"""Names of value files, complete or being written; other files in the folder are not touched."""
 
 
 class SegmentStore:
-    """Keeps values by 64 hexadecimal digits in a folder.
+    """Keeps values in a folder; a key has 64 hexadecimal digits.
 
-    Several processes may read, write and sweep at once, also after a fork; renaming within a folder is all that is
-    asked of the file system, so that it may be a network's. Nothing waits for the disk: what a power cut tears or
-    empties is found out and written again. A folder that cannot be written to is read; one that cannot be read holds
-    nothing. The digests guard against accidents: do not use a folder that others may forge files in.
+    Several processes may read, write and sweep concurrently, also after a fork. The file system only has to support
+    renaming within a folder, so it may be a network file system. Writes are not synchronised to disk: digests reveal
+    files damaged by a power failure, which are then rewritten. A folder without write permission is only read; without
+    read permission it counts as empty. Digests protect against accidents, not against forged files: use a folder that
+    only trusted users can write to.
 
-    When the folder is opened, and after every sixteenth of the bound that a process has written, the files that were
-    written, or read by any process, longest ago are removed. One process thus keeps the bound, P processes exceed it by
-    at most (P - 1) / 16. What killed processes left unfinished counts, and leaves in its turn.
+    A sweep removes the files that were least recently written or read by any process. It runs when the folder is
+    opened, and whenever a process has written a sixteenth of the bound. One process stays within the bound, P processes
+    exceed it by at most (P - 1) / 16. Unfinished files of killed processes count, and are removed likewise.
 
     Args:
-        directory: The folder; it is made if need be.
-        max_bytes: Bytes of files that are kept at most.
+        directory: The folder; it is created if it does not exist.
+        max_bytes: Most bytes of files to keep.
     """
 
     def __init__(self, directory: str | Path, max_bytes: int) -> None:
@@ -83,7 +83,7 @@ class SegmentStore:
         self.sweep()
 
     def get(self, key: str, longest: int) -> bytearray | None:
-        """Return the value of a key; None if there is none that is whole, or it has more than `longest` bytes."""
+        """Return the value of a key; None if it is absent, damaged or longer than `longest` bytes."""
         path = self._path(key)
         try:
             with open(path, "rb") as file:
@@ -102,7 +102,7 @@ class SegmentStore:
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Keep a value, also in the place of a damaged one. If that cannot be done, the old state of things remains."""
+        """Keep a value, or replace a damaged one. If writing fails, the folder is unchanged."""
         path, data = self._path(key), value + _file_digest(key, value)
         if len(data) > self.max_bytes:
             return
@@ -120,7 +120,7 @@ class SegmentStore:
             self.sweep()
 
     def sweep(self) -> None:
-        """Measure the folder, and remove the files used longest ago until a sixteenth of the bound is free."""
+        """Measure the folder, and remove the least recently used files until a sixteenth of the bound is free."""
         found = list(self._files())
         self.num_bytes = sum(size for _, size, _ in found)
         self._until_sweep = self.max_bytes // KEPT_FREE
@@ -140,10 +140,10 @@ class SegmentStore:
                 return
 
     def _files(self) -> Iterator[tuple[int, int, str]]:
-        """Yield time of last use, size and path of each of our files."""
+        """Yield time of last use, size and path of each file of the store."""
         for folder in _entries(self.directory):
             for file in _entries(folder.path) if re.fullmatch("[0-9a-f]{2}", folder.name) else ():
-                with suppress(OSError):  # removed in this moment
+                with suppress(OSError):  # removed meanwhile
                     facts = file.stat(follow_symlinks=False)
                     if OWN_NAME.fullmatch(file.name) and stat.S_ISREG(facts.st_mode):
                         yield facts.st_mtime_ns, facts.st_size, file.path
@@ -157,14 +157,14 @@ class SegmentStore:
 
 
 def _file_digest(key: str, value: bytes | bytearray) -> bytes:
-    """Digest a value and the key that it belongs to."""
+    """Digest a value together with its key."""
     digest = hashlib.sha256(key.encode())
     digest.update(value)
     return digest.digest()
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """List a folder; one that cannot be read, or is gone, is empty."""
+    """List a folder; an unreadable or missing folder is empty."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -178,17 +178,17 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 FORMAT = b"m6rec segment states 1"
 
 NUMBER_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Of states on disk; the place here is what is written: FORMAT changes with it."""
+"""Number types of states on disk. A file holds the index in this tuple: change FORMAT if the order changes."""
 
 WARMED_AT_ONCE = 256
-"""Segments that are read between two steps of the progress bar."""
+"""Segments that are encoded between two steps of the progress bar."""
 
 IGNORED_BY_SEGMENTS = OF_LIBRARY.union(*ROLES.values()).difference(ROLES["segments"])
-"""Fields of the configuration that change no segment state; one without a role costs a miss, no wrong state."""
+"""Fields of the configuration that change no segment state. A field without a role causes a miss, not a wrong state."""
 
 
 class Network(Protocol):
-    """What stores of states know of the network whose states they keep (`M6RecModel`)."""
+    """Interface of the network (`M6RecModel`) that the caches use."""
 
     config: M6RecConfig
     embed_kind: nn.Embedding
@@ -199,33 +199,34 @@ class Network(Protocol):
 
 
 class Owner(NamedTuple):
-    """A model as it stands, whose states are asked for."""
+    """A model with its current weights, whose states are requested."""
 
     digest: bytes
-    """Of all that decides states, for the disk."""
+    """Digest of everything that decides states, for keys on disk."""
     width: int
     device: torch.device
 
 
 class SegmentCache:
-    """Segment states: a bounded store in memory, and if a folder is given a larger one below it, shared by processes.
+    """A bounded cache of segment states in memory, with an optional larger cache on disk that processes share.
 
-    In memory it belongs to one model at a time: when weights that decide segment states, adapters, number type or
-    configuration have changed since the last call, or another model asks, all states in memory are forgotten; when
-    there are too many, the least recently used ones. On disk (see `SegmentStore`) states of any number of models stand
-    side by side: a state's key is a digest of the weights and active adapters below the joint layers, of the settings
-    that change states, and of the whole segment. The network knows text as ids only, so no tokenizer takes part; nor do
-    the device and the texts that were read together, which change a state's rounding and nothing else.
+    The memory cache serves one model at a time. All states in memory are dropped when another model uses the cache, or
+    when weights that decide segment states, adapters, number type or configuration have changed since the last call; if
+    there are too many states, the least recently used are dropped. The disk cache (see `SegmentStore`) serves many
+    models: a state's key is a digest of the weights and active adapters below the joint layers, of the settings that
+    change states, and of the whole segment. Tokenizer, device and the composition of a batch are not part of the key:
+    the network receives ids only, and device and batch change a state's rounding only.
 
-    It may lose a state, it never returns a wrong one. What it cannot see is a weight written to through `.data` or
-    `.numpy()`, which PyTorch does not count: call `clear` after that. Of a model made inside `torch.inference_mode()`
-    it counts nothing, so that every call counts as a change. While the segment layers learn or drop out it takes no
-    part. Copies of a cache, in another process too, start empty and share the folder.
+    The cache may lose a state, but never returns a wrong one, with one exception: PyTorch does not count writes to a
+    weight through `.data` or `.numpy()`; call `clear` after them. PyTorch counts no writes for a model made inside
+    `torch.inference_mode()`: every call then counts as a change. The cache is not used while the segment layers are
+    trained or use dropout. Copies of a cache, also in other processes, start empty and share the folder.
 
     Args:
-        max_bytes: Bytes of states that are kept in memory at most.
-        directory: Folder of the states on disk; None = none. Whatever is read is kept there, what users said included.
-        max_disk_bytes: Bytes of files that are kept there at most.
+        max_bytes: Most bytes of states to keep in memory.
+        directory: Folder of the states on disk; None = no disk cache. It holds states of all segments, including users'
+            texts.
+        max_disk_bytes: Most bytes of files to keep there.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class SegmentCache:
 
     @torch.compiler.disable
     def serve(self, model: Network) -> Owner:
-        """Say whose states are asked for from now on; they are forgotten unless it is, weight for weight, as before."""
+        """Register the model for the next calls; states in memory are dropped if the model or its weights changed."""
         identity = live_identity(model, model.segment_modules())
         with self._lock:
             if self._owner is None or identity != self._identity:
@@ -260,7 +261,7 @@ class SegmentCache:
                 digest = b"" if self._store is None else _digest(model)
                 self._owner = Owner(digest, model.config.hidden_size, model.embed_kind.weight.device)
                 self._identity = identity
-                # As long as these are held, no other weights can get the numbers of those that are gone.
+                # While these references exist, new weights cannot reuse the addresses of freed ones.
                 self._storages = storages(model.segment_modules())
             return self._owner
 
@@ -272,7 +273,7 @@ class SegmentCache:
 
     @torch.compiler.disable
     def find(self, owner: Owner, segments: Sequence[SegmentKey]) -> dict[int, torch.Tensor]:
-        """Look several segments up: the length x H states of those that are kept, by number; not to be written to."""
+        """Look up several segments: number -> length x H states of each one that is kept; do not modify them."""
         found = {}
         with self._lock:
             for number, segment in enumerate(segments):
@@ -297,18 +298,18 @@ class SegmentCache:
             self._store.put(_key(owner, segment), data + bytes([NUMBER_TYPES.index(states.dtype)]))
 
     def clear(self) -> None:
-        """Forget all states in memory, and whose they were."""
+        """Drop all states in memory and their owner."""
         with self._lock:
             self._states.clear()
             self.num_bytes, self._owner = 0, None
 
     def stats(self) -> dict[str, float]:
-        """Return what was asked and what is kept.
+        """Return counts of look-ups and sizes.
 
         Returns:
-            `hits` (of which `disk_hits` came from the disk), `misses`, `hit_rate`, `segments` and `bytes` in memory;
-            with a folder also `disk_bytes` (as of the last sweep, and what was written since), `disk_damaged` (files
-            that were not believed) and `disk_failures` (reads and writes that the system refused).
+            `hits` (including `disk_hits` from disk), `misses`, `hit_rate`, `segments` and `bytes` in memory; with a
+            folder also `disk_bytes` (at the last sweep, plus writes since), `disk_damaged` (files with a wrong digest)
+            and `disk_failures` (reads and writes that the system refused).
         """
         asked = self.hits + self.misses
         found: dict[str, float] = {
@@ -326,14 +327,14 @@ class SegmentCache:
     def warm(
         self, model: nn.Module, segments: Iterable[SegmentKey | tuple[int, tuple[int, ...]]], progress: bool = True
     ) -> None:
-        """Read segments now, so that later calls find them.
+        """Encode segments now, so that later calls find them.
 
         Args:
             model: The network, or any model around it.
-            segments: (mode, ids) of each, or `SegmentKey`; items are (0, the ids of `M6RecProcessor.encode_items`).
-            progress: Show a bar, if it takes more than two seconds.
+            segments: (mode, ids) or `SegmentKey` of each; an item is (0, its ids from `M6RecProcessor.encode_items`).
+            progress: Show a progress bar if encoding takes more than two seconds.
         """
-        # Classes are asked: what wraps a network hands its methods on.
+        # Check classes, not instances: wrappers forward the methods of the network inside.
         network: Any = next((part for part in model.modules() if hasattr(type(part), "segment_modules")), None)
         if network is None or not network.config.num_segment_layers:
             raise ValueError(
@@ -378,11 +379,11 @@ class SegmentCache:
 
 
 def live_identity(model: Network, modules: Iterable[nn.Module]) -> tuple:
-    """Return what changes whenever that may which some modules of a live model compute.
+    """Return a key that changes whenever the output of these modules could change.
 
-    It tells weights apart by where they are, which holds only as long as `storages` of before are kept.
+    It identifies weights by their addresses, which is valid only while the earlier result of `storages` is kept.
     """
-    parts = _parts(modules)  # gone through once: this stands before every call of the model
+    parts = _parts(modules)  # one pass, since this precedes every call of the model
     weights = tuple(
         (weight.untyped_storage()._cdata, weight.storage_offset(), _writes(weight), weight.dtype)
         for weight in _weights(parts)
@@ -393,12 +394,12 @@ def live_identity(model: Network, modules: Iterable[nn.Module]) -> tuple:
 
 
 def storages(modules: Iterable[nn.Module]) -> list[StorageWeakRef]:
-    """Refer to where the weights are: as long as the result is held, no other weights can be told to be there."""
+    """Return weak references to the weights' storages; while they exist, no other weight can get the same address."""
     return [StorageWeakRef(weight.untyped_storage()) for weight in _weights(_parts(modules))]
 
 
 def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """List modules and all that is in them; `Module.modules` takes twice as long."""
+    """List modules and all their submodules; `Module.modules` takes twice as long."""
     parts = list(modules)
     for part in parts:
         if part._modules:
@@ -412,7 +413,7 @@ def _weights(parts: Iterable[nn.Module]) -> list[torch.Tensor]:
 
 
 def _writes(weight: torch.Tensor) -> Any:
-    """Say how often a weight was written to; where that is not counted, give what equals nothing."""
+    """Return the number of writes to a weight; if PyTorch does not count them, an object that equals no other."""
     if not weight.is_inference():
         return weight._version
     logger.warning_once(
@@ -423,20 +424,20 @@ def _writes(weight: torch.Tensor) -> Any:
 
 
 def _tuned(parts: Sequence[nn.Module]) -> list[Any]:
-    """Find the places with adapters; classes are asked, since a module takes long to say what it lacks."""
+    """Return the modules with adapters; checks classes, since a module's missing attribute is slow to detect."""
     kinds = {kind for kind in set(map(type, parts)) if hasattr(kind, "active_adapters")}
     return [part for part in parts if type(part) in kinds] if kinds else []
 
 
 def _numbers(model: Network) -> tuple:
-    """How numbers are computed: settings of PyTorch that change results by more than their rounding."""
+    """Return the numeric settings: PyTorch options that change results by more than rounding."""
     device = model.embed_kind.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return autocast, torch.get_float32_matmul_precision(), model.config._attn_implementation
 
 
 def _digest(model: Network) -> bytes:
-    """Digest all that decides segment states, so that it is the same in every process."""
+    """Digest everything that decides segment states; the digest is equal in every process."""
     fields = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_BY_SEGMENTS}
     settings = fields, active_adapters(model.segment_modules()), _numbers(model)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -457,23 +458,23 @@ def digest_weight(digest: Any, name: str, value: Any) -> None:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return
-    packed = io.BytesIO()  # quantized layers have (weight, bias) and a number type there
+    packed = io.BytesIO()  # quantized layers: (weight, bias) and a number type
     torch.save(value, packed)
     digest.update(name.encode() + packed.getvalue())
 
 
 def _key(owner: Owner, segment: SegmentKey) -> str:
-    """Name a state on disk: a digest of fields that each say their length, so that none runs into the next."""
+    """Return the name of a state on disk: a digest of length-prefixed fields."""
     mode, ids, payload = segment
     digest = hashlib.sha256()
-    # Without a payload as ever: the states that are on disk stay valid.
+    # Without a payload the digest is as in earlier versions: states on disk stay valid.
     for part in (FORMAT, owner.digest, bytes([mode]), np.array(ids, "<i8").tobytes(), *[payload] * bool(payload)):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
 def active_adapters(modules: Iterable[nn.Module]) -> tuple:
-    """Say of each place with adapters of PEFT which are active, or that they are disabled, and how they are scaled."""
+    """Return, for each module with PEFT adapters, whether they are disabled, the active ones and their scales."""
     return _adapters(_tuned(_parts(modules)))
 
 
@@ -481,7 +482,7 @@ def _adapters(tuned: Iterable[Any]) -> tuple:
     found = []
     for part in tuned:
         active = part.active_adapters
-        if isinstance(active, list | tuple):  # a method, of a whole model of Transformers
+        if isinstance(active, list | tuple):  # in Transformers' models it is a method
             scales = getattr(part, "scaling", None)
             found.append((bool(getattr(part, "disable_adapters", False)), tuple(active), repr(scales)))
     return tuple(found)
@@ -491,16 +492,16 @@ def _adapters(tuned: Iterable[Any]) -> tuple:
 
 
 BOUNDARY_BYTES = 128
-"""What the number of a boundary costs in a list and a table."""
+"""Memory of a boundary's hash in a list and a table."""
 
 
 class CachedPrefix(NamedTuple):
-    """The beginning of one source, up to the moment and the source's end, which differ from request to request."""
+    """The prefix of a source before [NOW] and the source's end, which differ between requests."""
 
     data: bytes
-    """Ids and rows of item memory of all its tokens, and what its segments carry besides them."""
+    """Ids and rows of item embeddings of all its tokens, and its segments' other content."""
     numbers: list[int]
-    """A hash of all that stands before each boundary between segments."""
+    """For each boundary between segments, a hash of everything before it."""
     keys: torch.Tensor
     """L x G x P x D."""
     values: torch.Tensor
@@ -508,35 +509,35 @@ class CachedPrefix(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of the cached prefix."""
         return self.keys.nbytes + self.values.nbytes + len(self.data) + BOUNDARY_BYTES * len(self.numbers)
 
 
 class PrefixMatch(NamedTuple):
-    """The beginning of a row's source, and what is known of it already."""
+    """The prefix of a row's source, and the cached prefix that matches it."""
 
     data: bytes
     numbers: list[int]
     positions: int
-    """Positions of the joint layers in the whole of it."""
+    """Number of its positions in the joint layers."""
     known: CachedPrefix | None
     reused: int
-    """Positions of `known` that stand at the begin of this row, too."""
+    """Number of positions of `known` that this row begins with."""
 
 
 class UserStates:
-    """A bounded store of what the joint layers made of users' histories; the least recently used leave first.
+    """A bounded LRU cache of the joint layers' keys and values of users' histories.
 
-    It needs no name of a user: of each source it finds the longest beginning, cut between two segments, that it has
-    seen, and appends what is new. A new event so costs its own tokens and the source's end. What it returns equals
-    reading all again; where that is not so, it takes no part: with bidirectional history, where events are hidden
-    (explanations), in training. It belongs to one model at a time, like `SegmentCache`, and forgets everything when any
-    weight, adapter, number type or setting has changed.
+    It needs no user ids: for each source it finds the longest known prefix that ends between two segments, and appends
+    the new tokens. A new event then costs its own tokens and the source's end. Results equal a full computation. The
+    cache is not used where they would not: with bidirectional history, with hidden events (explanations) and in
+    training. It serves one model at a time, like `SegmentCache`, and drops everything when any weight, adapter, number
+    type or setting has changed.
 
     `hits` and `misses` count sources, `positions_reused` and `positions_run` their positions in the joint layers.
 
     Args:
-        max_bytes: Bytes that are kept at most.
+        max_bytes: Most bytes to keep.
     """
 
     def __init__(self, max_bytes: int = 1 << 28) -> None:
@@ -551,21 +552,21 @@ class UserStates:
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        """Count the histories that are kept."""
+        """Return the number of kept histories."""
         return len(self._kept)
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(self), (self.max_bytes,)
 
     def clear(self) -> None:
-        """Forget all histories."""
+        """Drop all histories."""
         with self._lock:
             self._kept.clear()
             self._index.clear()
             self.num_bytes, self._identity = 0, None
 
     def stats(self) -> dict[str, float]:
-        """Return what was asked and what is kept: `hits`, `misses`, `positions_*`, `users` and `bytes`."""
+        """Return counts of look-ups and sizes: `hits`, `misses`, `positions_*`, `users` and `bytes`."""
         return {
             "hits": self.hits,
             "misses": self.misses,
@@ -577,7 +578,7 @@ class UserStates:
 
     @torch.compiler.disable
     def find(self, model: Network, rows: Rows) -> "PrefixMatches | None":
-        """Find what is kept of the sources of rows; None where nothing may be reused or kept."""
+        """Find the cached prefixes of rows' sources; None if nothing may be reused or kept."""
         config = model.config
         if config.history_attention != "causal" or torch.is_grad_enabled() or model.training:
             return None
@@ -586,14 +587,14 @@ class UserStates:
             if self._identity is None or identity != self._identity:
                 self.clear()
                 self._identity = identity
-                # As long as these are held, no other weights can get the numbers of those that are gone.
+                # While these references exist, new weights cannot reuse the addresses of freed ones.
                 self._storages = storages([cast(nn.Module, model)])
             return PrefixMatches(self, model, rows, self._identity)
 
     def longest(self, data: bytes, numbers: Sequence[int], ends: Sequence[int]) -> tuple[CachedPrefix | None, int]:
-        """Find the longest beginning of some bytes that is kept, and how many of its boundaries it spans.
+        """Find the longest cached prefix of `data`, and the number of its boundaries that the prefix spans.
 
-        The first boundary, after [BOS'], is that of every source, and nothing is saved by it.
+        The first boundary, after [BOS'], is common to all sources: a match there saves nothing and is ignored.
         """
         with self._lock:
             for count in range(len(ends), 1, -1):
@@ -604,13 +605,13 @@ class UserStates:
         return None, 0
 
     def holds(self, data: bytes, number: int) -> bool:
-        """Say whether a whole beginning is kept."""
+        """Whether exactly this prefix is kept."""
         with self._lock:
             found = self._index.get(number)
             return found is not None and found.data.startswith(data)
 
     def put(self, identity: tuple, new: CachedPrefix, replaced: CachedPrefix | None) -> None:
-        """Keep a beginning, in place of one that it goes on from."""
+        """Keep a prefix, in place of the one that it extends."""
         with self._lock:
             if identity is not self._identity or new.num_bytes > self.max_bytes:
                 return  # the model has changed meanwhile
@@ -634,21 +635,21 @@ class UserStates:
 
 
 def _written(payload: bytes) -> bytes:
-    """Write what a segment carries behind its ids: after an id of -1, which no token has, and its length."""
+    """Encode a segment's payload for `data`: the id -1, which no token has, the length, then the payload."""
     return np.array((-1, len(payload)), np.int64).tobytes() + payload if payload else b""
 
 
 class PrefixMatches:
-    """What is kept of the sources of one batch.
+    """Cached prefixes of the sources of one batch.
 
     Args:
-        store: Where it is kept.
+        store: The cache.
         model: The network.
-        rows: The rows that are read.
-        identity: What `store` knows the model by.
+        rows: The rows of the batch.
+        identity: Key of the model in `store`.
 
     Attributes:
-        reused: B x T bool, tokens that need not be read again.
+        reused: B x T bool, tokens that need not be computed again.
     """
 
     def __init__(self, store: UserStates, model: Network, rows: Rows, identity: tuple) -> None:
@@ -671,7 +672,7 @@ class PrefixMatches:
         self.reused = torch.from_numpy(reused).to(ids.device)
 
     def _read(self, fields: np.ndarray, depth: int, payloads: Mapping[int, bytes]) -> tuple[PrefixMatch, int] | None:
-        """Look up a source: 6 x S `ids`, `memory`, `segment`, `ends`, `read` and `keys`; also count reused tokens."""
+        """Look up a source, 6 x S `ids`, `memory`, `segment`, `ends`, `read` and `keys`; also return reused tokens."""
         store, (segment, ends, read, keys) = self._store, fields[2:]
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
         length = int(ends.argmax()) if ends.any() else len(ends)
@@ -686,7 +687,7 @@ class PrefixMatches:
             number = hash((number, pieces[-1]))
             numbers.append(number)
         data, offsets = b"".join(pieces), [*accumulate(map(len, pieces))]
-        # Where the user is read last is read again: the request may ask for the state there.
+        # The last place of a user vector is computed again: the request may need the state there.
         last = int(np.flatnonzero(read[starts])[-1]) if read[starts].any() else len(starts)
         known, count = store.longest(data, numbers, offsets[:last])
         reused = int(keys[: bounds[count]].sum())
@@ -698,7 +699,7 @@ class PrefixMatches:
 
     @torch.compiler.disable
     def shared(self, rows: Sequence[int]) -> list[SharedKeys]:
-        """Return what is known of some rows in each joint layer, padded to the longest; nothing if nothing is."""
+        """Return cached keys and values of some rows per joint layer, padded to the longest; empty if none."""
         known = [
             (place, each.known, each.reused) for place, each in enumerate(self._chosen(rows)) if each and each.known
         ]
@@ -717,7 +718,7 @@ class PrefixMatches:
 
     @torch.compiler.disable
     def keep(self, rows: Sequence[int], users: Sequence[SharedKeys], width: int) -> None:
-        """Keep the sources of some rows: `width` positions that `shared` gave, then what was read now."""
+        """Keep the sources of some rows: `width` positions from `shared`, then the newly computed ones."""
         for place, beginning in enumerate(self._chosen(rows)):
             if beginning is None:
                 continue

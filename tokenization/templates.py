@@ -1,4 +1,4 @@
-"""Templates: how requests are worded, one per domain and language, kept as YAML that people can edit."""
+"""Templates for the text of requests, one per domain and language, stored as editable YAML."""
 
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ def available_templates() -> list[tuple[str, str]]:
 
 
 def load_template(domain: str = "ecommerce", language: str = "en") -> dict[str, Any]:
-    """Load a template: the language's common wording with the domain's own laid over it.
+    """Load a template: the language's common template, overridden by the domain's.
 
     >>> load_template("video", "zh")["tasks"]["plausibility"]
     '还观看了{item}'
 
     Raises:
-        ValueError: There is no such template, or its file has unknown, missing or wrong keys.
+        ValueError: If there is no such template, or its file has unknown, missing or wrong keys.
     """
     if (domain, language) not in available_templates():
         known = ", ".join("/".join(pair) for pair in available_templates())
@@ -43,7 +43,7 @@ def _read(domain: str, language: str) -> dict[str, Any]:
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings key by key, at every depth; anything else is replaced."""
+    """Merge mappings recursively, key by key; other values are replaced."""
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict):

@@ -1,4 +1,4 @@
-"""m6rec.tuning: the nine ways to tune a model, all but `full` as adapters of PEFT. Importing it makes ours known."""
+"""m6rec.tuning: the nine tuning methods, all but `full` as PEFT adapters. Importing it registers M6Rec's own method."""
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method

@@ -1,8 +1,7 @@
-"""Adapters beside the feed-forward blocks, and scores read by options, as one PEFT method (paper, section 3).
+"""Adapters parallel to the feed-forward blocks, and scores by option tokens, as one PEFT method (paper, section 3).
 
-The method has two parts, each of which may be left out: a low-rank adapter in parallel to each feed-forward block, and
-trained embeddings of the option tokens and the other special tokens. Alone they are adapter tuning and option tuning,
-together option-adapter tuning.
+The method has two optional parts: a low-rank adapter parallel to each feed-forward block (adapter tuning), and trained
+embeddings of the option tokens and the other special tokens (option tuning). Both together are option-adapter tuning.
 """
 
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ NO_ADAPTERS = DUMMY_TARGET_MODULES
 
 @dataclass
 class M6RecAdapterConfig(PeftConfig):
-    """What PEFT needs to know of the method; fields without a line here are as in every PEFT configuration."""
+    """PEFT configuration of the method; fields without a docstring are as in every PEFT configuration."""
 
     r: int = 64
-    """Width of an adapter's bottleneck (not given in the paper; ours)."""
+    """Width of an adapter's bottleneck (not given in the paper; our choice)."""
     target_modules: list[str] | str | None = None
     """Feed-forward blocks with an adapter; None = all, NO_ADAPTERS = none."""
     exclude_modules: list[str] | str | None = None
@@ -36,11 +35,11 @@ class M6RecAdapterConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Tokens whose embeddings are trained."""
     score_names: list[str] | None = None
-    """What the options stand for, in their order, where scores are read by options; None = by the model's own head."""
+    """Names of the score outputs that the options represent, in their order; None = scores by the model's own head."""
     init_weights: bool = True
-    """Begin as the model without adapters; False = at random, for tests."""
+    """Initialise to the model without adapters; False = random values, for tests."""
     format_version: int = FORMAT_VERSION
-    """Of what is said here and of the adapter's weights; a newer one is refused."""
+    """Format version of this configuration and the adapter's weights; newer versions are refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,13 +53,13 @@ class M6RecAdapterConfig(PeftConfig):
 
 
 class M6RecAdapterLayer(nn.Module, BaseTunerLayer):
-    """A feed-forward block with adapters beside it (paper, option-adapter tuning).
+    """A feed-forward block with parallel adapters (paper, option-adapter tuning).
 
     FFN(Z) becomes FFN(Z) + lambda * (ReLU(Z W1 + b1) W2 + b2). W2, b2 start at zero and lambda at 1 (not given in the
-    paper; ours): the model begins as it was.
+    paper; our choice): initially the model's outputs are unchanged.
     """
 
-    # PEFT finds an adapter's weights by these names, which hold the method's prefix, and one level below them.
+    # PEFT finds an adapter's weights one level below these names, which contain the method's prefix.
     adapter_layer_names = ("m6rec_adapter_down", "m6rec_adapter_up", "m6rec_adapter_scale")
     other_param_names = ()
 
@@ -77,13 +76,13 @@ class M6RecAdapterLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: M6RecAdapterConfig) -> None:
         """Add an adapter."""
-        first: Any = self.base_layer.up_proj  # with adapters or in few bits it is no nn.Linear
+        first: Any = self.base_layer.up_proj  # not an nn.Linear if it has adapters or is quantised
         size, weight = first.in_features, first.weight
         down, up, scale = nn.Linear(size, config.r), nn.Linear(config.r, size), torch.ones(1)
         if config.init_weights:
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
-        if not up.weight.is_meta:  # PEFT makes it so where weights will be loaded
+        if not up.weight.is_meta:  # PEFT uses meta weights before it loads weights
             dtype: Any = weight.dtype if weight.is_floating_point() else None
             down, up, scale = down.to(weight.device, dtype), up.to(weight.device, dtype), scale.to(weight.device, dtype)
         self.m6rec_adapter_down[adapter_name], self.m6rec_adapter_up[adapter_name] = down, up
@@ -105,18 +104,18 @@ class M6RecAdapterLayer(nn.Module, BaseTunerLayer):
         return self.m6rec_adapter_scale[name] * self.m6rec_adapter_up[name](inner)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a bottleneck with an activation is no change of the block's weights."""
+        """Refuse: a bottleneck with an activation cannot be expressed as a change of the block's weights."""
         raise ValueError(
             "adapters beside the feed-forward blocks are not linear and cannot be merged into the weights: keep the "
             "adapter, or tune by lora, adalora, ia3 or option"
         )
 
     def unmerge(self) -> None:
-        """Do nothing: nothing is ever merged."""
+        """Do nothing: adapters are never merged."""
 
 
 class M6RecAdapterModel(BaseTuner):
-    """Puts the method into an M6Rec model."""
+    """Inserts the method into an M6Rec model."""
 
     prefix = "m6rec_adapter_"
     tuner_layer_cls = M6RecAdapterLayer
@@ -157,7 +156,7 @@ class M6RecAdapterModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, TrainableTokensWrapper):  # its weight is made of two, and cannot be handed on
+        if isinstance(child, TrainableTokensWrapper):  # its weight is composed and cannot be passed on
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -165,15 +164,15 @@ class M6RecAdapterModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         for module in self.model.modules():
             if isinstance(module, M6RecAdapterLayer):
-                module.merge()  # refuses, before anything else has been merged
+                module.merge()  # raises before anything is merged
         super()._check_merge_allowed()
 
 
 def _read_scores_by_options(model: Any, names: list[str]) -> None:
-    """Let a model read scores by option tokens in place of a head; what they stand for must be what it was trained for.
+    """Make a model score by option tokens in place of a head; `names` must equal the model's score outputs.
 
     Raises:
-        ValueError: If the model scores something else, or another adapter has a head of its own.
+        ValueError: If the names differ, or another adapter has its own head.
     """
     config = model.config
     if config.score_names != names:

@@ -1,4 +1,4 @@
-"""Loading what was tuned, from the folder that `m6rec finetune` wrote."""
+"""Loading tuned models from the folder that `m6rec finetune` wrote."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ def load_tuned(name: str | Path, **kwargs: Any) -> Any:
 
     Args:
         name: Folder or Hub name of the adapter.
-        **kwargs: As of `from_pretrained`, for the base.
+        **kwargs: Arguments of `from_pretrained` for the base.
 
     Raises:
         ValueError: If there is no adapter.
@@ -30,7 +30,7 @@ def load_tuned(name: str | Path, **kwargs: Any) -> Any:
 
 
 def load_model(name: str | Path, **kwargs: Any) -> Any:
-    """Load what a folder or the Hub holds: a whole model, or an adapter with its base."""
+    """Load a whole model, or an adapter with its base, from a folder or the Hub."""
     whole = adapter_settings(name) is None
     return AutoModel.from_pretrained(str(name), **kwargs) if whole else load_tuned(name, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The tuning methods: which weights of an M6Rec model each of them trains."""
+"""The tuning methods: each defines which weights of an M6Rec model are trained."""
 
 import dataclasses
 import logging
@@ -40,17 +40,17 @@ METHODS: dict[str, type[PeftConfig] | None] = {
 }
 """Method -> its PEFT configuration; None = every weight is trained, without PEFT."""
 MERGEABLE = ("lora", "adalora", "ia3", "option")
-"""Methods whose result is again a model of plain weights."""
+"""Methods whose result can be merged into plain weights."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 SCALED = ("k_proj", "v_proj", "down_proj")
-"""By (IA)3: keys, values, and the inner states of the feed-forward blocks, which go into down_proj."""
+"""Scaled by (IA)3: keys, values, and the inner states of the feed-forward blocks (the input of down_proj)."""
 BOTTLENECK = 64
-"""Of adapters, about 1% of the weights of M6-base (not given in the paper; ours)."""
+"""Width of adapters, about 1% of the weights of M6-base (not given in the paper; our choice)."""
 
 
 def heads(config: M6RecConfig, tasks: Collection[str]) -> list[str]:
-    """Name the heads that tasks are learnt with, which begin at random and so are trained whole beside any adapter."""
+    """Name the heads of the given tasks, which start from random values and are trained fully with any adapter."""
     found = []
     if config.score_head == "linear" and not SCORING_TASKS.keys().isdisjoint(tasks):
         found.append("score_head")
@@ -66,20 +66,20 @@ def peft_config(
 ) -> PeftConfig | None:
     """Make the PEFT configuration of a method.
 
-    Where the segment layers are frozen, only joint layers are adapted, so that segment states can be kept.
+    If the segment layers are frozen, only joint layers are adapted, so that segment states can be kept.
 
     Args:
         method: One of METHODS.
         model: The model, without adapters.
-        tasks: What is learnt: click, rating, interaction, retrieval, writing.
-        **settings: Fields of the method's configuration that differ from our defaults; `modules_to_save` adds to the
+        tasks: Tasks to learn: click, rating, interaction, retrieval, writing.
+        **settings: Fields of the method's configuration that override M6Rec's defaults; `modules_to_save` adds to the
             heads.
 
     Returns:
         The configuration; None for "full".
 
     Raises:
-        ValueError: If there is no such method or field, or the method cannot be used on this model.
+        ValueError: If the method or a field is unknown, or the method cannot be used with this model.
     """
     if method not in METHODS:
         raise ValueError(f"there is no tuning method {method!r}: choose one of {', '.join(METHODS)}")
@@ -104,14 +104,14 @@ def _defaults(method: str, model: M6RecForRecommendation) -> dict[str, Any]:
         return {"r": 8, "lora_alpha": 16, "target_modules": _targets(model, [*ATTENTION, *FEED_FORWARD])}
     if method == "adalora":
         targets = _targets(model, [*ATTENTION, *FEED_FORWARD])
-        # The number of steps is known when training begins; PEFT wants one before.
+        # The number of steps is known only when training begins; PEFT requires one earlier.
         return {"init_r": 8, "target_r": 4, "lora_alpha": 16, "total_step": 1, "target_modules": targets}
     if method == "ia3":
         return {"target_modules": _targets(model, SCALED), "feedforward_modules": _targets(model, SCALED[2:])}
     if method == "prefix":
         return {"num_virtual_tokens": 16}
     if method == "prompt":
-        # The library takes the width of the states for that of the embeddings.
+        # The library assumes that embeddings are as wide as the states.
         return {
             "num_virtual_tokens": 16,
             "token_dim": config.embedding_size,
@@ -130,9 +130,9 @@ def _defaults(method: str, model: M6RecForRecommendation) -> dict[str, Any]:
 
 
 def special_tokens(config: M6RecConfig) -> list[int]:
-    """List the tokens that option tuning trains: options, and what structures a request (paper: soft prompts too).
+    """List the tokens that option tuning trains: options, structural tokens and soft prompts (paper).
 
-    Options beyond the classes are the soft prompts.
+    Options beyond the classes serve as the soft prompts.
     """
     markers = [config.source_token_id, config.source_end_token_id, config.bos_token_id, config.eos_token_id]
     kinds = range(config.first_kind_token_id, config.first_kind_token_id + len(KINDS))
@@ -141,7 +141,7 @@ def special_tokens(config: M6RecConfig) -> list[int]:
 
 
 def _targets(model: M6RecForRecommendation, names: Sequence[str]) -> list[str] | str:
-    """Name the modules of all layers, or of the joint ones where the segment layers are frozen."""
+    """Name the modules of all layers, or of the joint layers if the segment layers are frozen."""
     network = model.model
     if not (network.config.num_segment_layers and network.segments_are_frozen):
         return list(names)
@@ -152,10 +152,10 @@ def _targets(model: M6RecForRecommendation, names: Sequence[str]) -> list[str] |
 
 
 def tune(model: M6RecForRecommendation, method: str, tasks: Collection[str], **settings: Any) -> Any:
-    """Put the adapter of a method into a model; arguments as of `peft_config`.
+    """Insert the adapter of a method into a model; arguments as in `peft_config`.
 
     Returns:
-        The PeftModel; for "full" the model as it is.
+        The PeftModel; for "full" the unchanged model.
     """
     config = peft_config(method, model, tasks, **settings)
     if config is None:
@@ -163,7 +163,7 @@ def tune(model: M6RecForRecommendation, method: str, tasks: Collection[str], **s
     keep_trainable(model)
     tuned = get_peft_model(model, config)
     if method == "prefix":
-        # PEFT draws from a normal distribution of width 1, far wider than what a model's layers begin with.
+        # PEFT draws with standard deviation 1, far larger than the initial weights of a model's layers.
         width = model.config.initializer_range
         assert width is not None
         with torch.no_grad():
@@ -173,7 +173,7 @@ def tune(model: M6RecForRecommendation, method: str, tasks: Collection[str], **s
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Count the trained parameters, and those of the model without adapters."""
+    """Return the numbers of trained parameters and of the model's parameters without adapters."""
     if isinstance(model, PeftModel):
         trained, everything = model.get_nb_trainable_parameters()
         return trained, everything - trained

@@ -1,6 +1,6 @@
-"""A name for our method in PEFT's list of types.
+"""Adds M6Rec's method to PEFT's enumeration of types.
 
-`register_peft_method` asks for a member of the enumeration PeftType, and PEFT has no public way to add one.
+`register_peft_method` requires a member of PeftType, and PEFT has no public way to add one.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ ADAPTER_TYPE = OWN
 
 
 def add_peft_type(name: str) -> Any:
-    """Return the member of PeftType with this name, made if there is none."""
+    """Return the member of PeftType with this name; it is added if absent."""
     if name not in PeftType.__members__:
         members: Any = PeftType
         member = str.__new__(members, name)

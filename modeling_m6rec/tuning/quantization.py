@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits under an adapter, by bitsandbytes."""
+"""Quantisation of an adapter's base to 8 or 4 bits, by bitsandbytes."""
 
 import importlib.util
 import logging
@@ -14,11 +14,11 @@ UNQUANTIZED_MODULES = [
     "lm_transform",
     "embeddings.projection",
 ]
-"""Linear layers that are small, that learn, or whose weights are looked at: they are not quantised."""
+"""Linear layers that are not quantised: they are small, are trained, or have weights that code reads directly."""
 
 
 def quantization_config(kind: str) -> BitsAndBytesConfig:
-    """Say how a checkpoint is quantised while it is loaded.
+    """Return the settings for quantising a checkpoint while it is loaded.
 
     Args:
         kind: "8bit", or "nf4" (4 bits, the constants quantised again, as in QLoRA).
@@ -34,13 +34,13 @@ def quantization_config(kind: str) -> BitsAndBytesConfig:
     }
     if kind not in settings:
         raise ValueError(f"quantization {kind!r} is unknown: expected one of {', '.join(settings)}")
-    # It says with every matrix product that it rounds its input, which is what was asked for.
+    # It warns at every matrix product that it rounds its input, which is intended here.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(**settings[kind], llm_int8_skip_modules=UNQUANTIZED_MODULES)
 
 
 def quantized(kind: str | None) -> dict[str, Any]:
-    """Return what `from_pretrained` is given so that a checkpoint is quantised; nothing for None."""
+    """Return the arguments of `from_pretrained` that quantise a checkpoint; empty for None."""
     return {} if kind is None else {"quantization_config": quantization_config(kind)}
 
 
