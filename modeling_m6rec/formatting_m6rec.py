@@ -1,10 +1,8 @@
-"""What a request may hold: the checks every part of it passes, with errors that name the place.
+"""Formatting of requests: checks, conversations, templates, and comparison of items by their text.
 
-The turns of a conversation: who says what, and nobody in another's name.
-
-How the parts of a request are worded: a checked template, and the segments it makes.
-
-Which items are the same where ids do not say so: by the field that names them, and by all that both say.
+Checks of a request's parts raise errors that name the place. Turns of a conversation cannot imitate another speaker. A
+checked template turns the parts of a request into segments. Items without ids are compared by the field that names
+them, and by all fields that both have.
 """
 
 import math
@@ -42,7 +40,7 @@ WRITING_TASKS = ("explanation", "query", "conversation", "item_text")
 OTHER_TASKS = ("retrieval", "plausibility", *WRITING_TASKS)
 
 TASKS = (*SCORING_TASKS, *OTHER_TASKS)
-"""What requests are read for."""
+"""Tasks of a request."""
 
 REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text"})
 
@@ -50,10 +48,7 @@ EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"}
 
 
 class LRUCache(OrderedDict):
-    """A bounded memory that forgets what was used least recently. It is copied and pickled empty.
-
-    Several threads may use one.
-    """
+    """A bounded, thread-safe cache that drops the least recently used entry. Its copies and pickles are empty."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -61,7 +56,7 @@ class LRUCache(OrderedDict):
         self._lock = threading.Lock()
 
     def find(self, key: Hashable) -> Any:
-        """Return what is kept under `key`, or None."""
+        """Return the value of `key`, or None."""
         with self._lock:
             value = self.get(key)
             if value is not None:
@@ -69,7 +64,7 @@ class LRUCache(OrderedDict):
             return value
 
     def keep(self, key: Hashable, value: Any) -> None:
-        """Keep `value`, and forget the oldest if there are too many."""
+        """Keep `value`, and drop the least recently used entry if there are too many."""
         with self._lock:
             self[key] = value
             if len(self) > self.capacity:
@@ -85,12 +80,12 @@ def wrong_type(value: Any, place: str, expected: str) -> TypeError:
 
 
 def check_text(value: Any, place: str, limited: bool = True) -> str:
-    """Return a text without the white space around it; it must hold something, and be valid Unicode.
+    """Return a text without surrounding white space; it must be valid Unicode and not empty.
 
     Args:
         value: The text.
-        place: Where it stands, for the error.
-        limited: Its length is limited, as that of every text of a request.
+        place: Its place in the request, for the error.
+        limited: Whether to limit its length, as for all texts of a request.
     """
     if not isinstance(value, str):
         raise wrong_type(value, place, "a text")
@@ -107,7 +102,7 @@ def check_text(value: Any, place: str, limited: bool = True) -> str:
 
 
 def check_mapping(value: Any, place: str, known: frozenset[str] | None = None) -> Mapping[str, Any]:
-    """Return a mapping whose keys are texts, and among `known` if that is given."""
+    """Return a mapping after checking that its keys are texts, and among `known` if given."""
     if not isinstance(value, Mapping):
         raise wrong_type(value, place, "a mapping")
     if known is not None and value.keys() <= known:
@@ -121,7 +116,7 @@ def check_mapping(value: Any, place: str, known: frozenset[str] | None = None) -
 
 
 def check_list(value: Any, place: str, most: int = MAX_VALUES) -> list[Any]:
-    """Return a list of at most so many entries; tuples and one-dimensional arrays pass, None is an empty list."""
+    """Return a list of at most `most` entries; accepts tuples and one-dimensional arrays; None is an empty list."""
     if value is None:
         return []
     if not isinstance(value, list | tuple) and not (isinstance(value, np.ndarray) and value.ndim == 1):
@@ -131,7 +126,7 @@ def check_list(value: Any, place: str, most: int = MAX_VALUES) -> list[Any]:
 
 
 def check_read(parts: Mapping[str, Any], task: str) -> None:
-    """Refuse a text for a task that reads none."""
+    """Refuse `text` for a task that does not read it."""
     if parts.get("text") is not None and task not in WRITING_TASKS:
         raise ValueError(
             f"text: task {task!r} does not read it, only {', '.join(WRITING_TASKS)} do. Say who the user is in `user`, "
@@ -140,7 +135,7 @@ def check_read(parts: Mapping[str, Any], task: str) -> None:
 
 
 def check_number(value: Any, place: str) -> float:
-    """Return a finite number; booleans are none."""
+    """Return a finite number; booleans are refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise wrong_type(value, place, "a number")
     try:
@@ -153,12 +148,12 @@ def check_number(value: Any, place: str) -> float:
 
 
 def check_moment(value: Any, place: str) -> float:
-    """Return a moment in seconds, read by the rule for times; small numbers count from a beginning of their own."""
+    """Return a moment in seconds, by the rule of `time_seconds`; small numbers count from an arbitrary start."""
     return time_seconds(value, place, relative=True)
 
 
 def number_text(value: float) -> str:
-    """Write a number as people do: 1995, 4.5, and 4 for 4.0.
+    """Format a number for people: 1995, 4.5, and 4 for 4.0.
 
     >>> number_text(4.0), number_text(4.5), number_text(1995)
     ('4', '4.5', '1995')
@@ -169,12 +164,12 @@ def number_text(value: float) -> str:
 
 
 def value_text(value: Any, place: str, words: Mapping[str, str]) -> str:
-    """Word the value of a field: a text, a number, a truth value, or a list of these.
+    """Format the value of a field: a text, a number, a truth value, or a list of these.
 
     Args:
         value: The value.
-        place: Where it stands, for the error.
-        words: The template's `words`: what truth values are called, and what stands between a list's values.
+        place: Its place in the request, for the error.
+        words: The template's `words`: words for truth values, and the separator of lists.
     """
     if isinstance(value, str):
         return check_text(value, place)
@@ -188,7 +183,7 @@ def value_text(value: Any, place: str, words: Mapping[str, str]) -> str:
         return time_text(value, place)
     if isinstance(value, Real):
         check_number(value, place)
-        return number_text(value)  # type: ignore[arg-type]  # numbers.Real is no type to mypy
+        return number_text(value)  # type: ignore[arg-type]  # mypy does not know numbers.Real
     raise wrong_type(value, place, "a text, a number, a truth value or a list of these")
 
 
@@ -205,18 +200,18 @@ ASSISTANT = "assistant"
 def read_turns(turns: Sequence[Any], speakers: Mapping[str, str]) -> list[tuple[str, str]]:
     """Read turns as (role, content), where a role is "user" or "system", which is the recommender.
 
-    A turn is a text, and then speakers alternate and the user begins, or a mapping as of chat messages. The recommender
-    is called "assistant". "system" is the recommender, too, unless it opens the conversation or there are assistants:
-    then it is an instruction to a chat model, which nothing reads. Where a content holds the label of a speaker, it is
-    put between quotation marks, so that nobody's words open a turn of another.
+    A turn is a text or a mapping like a chat message. Of texts, speakers alternate, beginning with the user. In
+    mappings the recommender has the role "assistant". "system" also means the recommender, unless it opens the
+    conversation or there are assistants: then it is an instruction to a chat model and is refused. Labels of speakers
+    within a content are put in quotation marks, so that a content cannot start another speaker's turn.
 
     Args:
         turns: The turns, oldest first.
         speakers: The template's labels of speakers, by role.
 
     Raises:
-        ValueError: A role or a content cannot be used, named by its place.
-        TypeError: One has the wrong type.
+        ValueError: If a role or a content is invalid; the message names its place.
+        TypeError: If one has the wrong type.
     """
     chat = any(isinstance(turn, Mapping) and turn.get("role") == ASSISTANT for turn in turns)
     labels = re.compile("|".join(rf"(?<!\w){re.escape(label)}" for label in speakers.values()))
@@ -264,16 +259,16 @@ def _part(part: Any, place: str) -> str:
 
 
 KEPT_ITEMS = 100_000
-"""Items and verbs whose wording is kept, since logs repeat them."""
+"""Number of items and verbs whose text is cached, since logs repeat them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One short text of a request.
 
-    `text` is what may be shortened: it is made of `parts` (the worded fields called `names`), put together by `join`
-    and set into `frame`. `lead` stands before it and is never shortened. `row` is the item's row in the item memory.
-    A `written` segment is what the model writes: no [SEG] closes it.
+    `text` may be shortened: it consists of `parts` (the texts of the fields `names`), joined by `join` and put into
+    `frame`. `lead` precedes it and is never shortened. `row` is the item's row of item embeddings. The model writes a
+    `written` segment: no [SEG] closes it.
     """
 
     kind: str
@@ -288,21 +283,21 @@ class Segment:
 
     @property
     def is_item(self) -> bool:
-        """Whether its parts are an item's fields: an item's own segment, or a text that words an item."""
+        """Whether its parts are an item's fields: an item segment, or a text segment with an item's text."""
         return self.kind in ("item", "text") and bool(self.parts)
 
     def only(self, fields: Sequence[int]) -> "Segment":
-        """Return the segment with these of its fields only."""
+        """Return the segment with only these fields."""
         names, parts = (tuple(own[index] for index in fields) for own in (self.names, self.parts))
         return replace(self, names=names, parts=parts).framed(self.frame)
 
     def framed(self, frame: tuple[str, str]) -> "Segment":
-        """Return the segment with its parts set into another frame."""
+        """Return the segment with its parts in another frame."""
         return replace(self, text=f"{frame[0]}{self.join.join(self.parts)}{frame[1]}", frame=frame)
 
 
 class Event(NamedTuple):
-    """A worded event: its verb, then an item, a text, or both; and when it was."""
+    """A formatted event: its verb, then an item, a text, or both; and its time."""
 
     verb: Segment
     item: Segment | None
@@ -311,11 +306,11 @@ class Event(NamedTuple):
 
 
 class RequestFormatter:
-    """Turns the parts of a request into segments, as a template says.
+    """Turns the parts of a request into segments by a template.
 
     Args:
-        template: A template as `load_template` returns it.
-        item_rows: Rows of the item memory by item id.
+        template: A template as returned by `load_template`.
+        item_rows: Rows of item embeddings by item id.
     """
 
     def __init__(self, template: Mapping[str, Any], item_rows: Mapping[str, int] | None = None) -> None:
@@ -330,7 +325,7 @@ class RequestFormatter:
         self._ages = _Table(template["user"]["ages"])
 
     def user(self, user: Any) -> Segment | None:
-        """Word who the user is; None where nothing is said. A `user_id` is no text and is left out."""
+        """Format the user; None if there is nothing to say. A `user_id` is left out of the text."""
         if user is None or isinstance(user, str):
             return None if user is None else Segment("user", check_text(user, "user"))
         check_size(user, "user")
@@ -353,11 +348,11 @@ class RequestFormatter:
         return self._segment("user", ("subject", *names), (subject, *parts), wording["join"])
 
     def now(self, now: Any, since: float | None) -> Segment | None:
-        """Word the moment; None where nothing is said.
+        """Format the moment; None if there is nothing to say.
 
         Args:
-            now: A text, or fields; `timestamp` is no text and is left out.
-            since: Seconds since the last event, where known.
+            now: A text, or fields; `timestamp` is left out of the text.
+            since: Seconds since the last event, if known.
         """
         wording = self.template["now"]
         names: list[str] = []
@@ -375,7 +370,7 @@ class RequestFormatter:
         return self._segment("now", tuple(names), tuple(parts), wording["join"]) if parts else None
 
     def _month(self, value: Any) -> Any:
-        """A date becomes its month, which is what tells of season and holidays; other texts stand as they are."""
+        """Replace a date by its month, which indicates season and holidays; other texts stay unchanged."""
         if isinstance(value, str):
             try:
                 value = datetime.fromisoformat(value.strip())
@@ -383,11 +378,11 @@ class RequestFormatter:
                 return value
         if not isinstance(value, date):
             return value
-        check_moment(value, "now.date")  # a missing date of pandas is a datetime too
+        check_moment(value, "now.date")  # refuses pandas' NaT, which is also a datetime
         return self.template["now"]["months"][value.month - 1]
 
     def item(self, item: Any, place: str) -> Segment:
-        """Word an item. Nothing but its own fields is said, so that it is the same segment wherever it stands."""
+        """Format an item by its own fields only, so that its segment is equal at every place of a request."""
         key = _key(item, place)
         segment = None if key is None else self._items.find(key)
         if segment is None:
@@ -412,13 +407,13 @@ class RequestFormatter:
         return replace(segment, row=self.item_row(item, place))
 
     def item_row(self, item: Any, place: str = "item") -> int:
-        """Return an item's row in the item memory, 0 where it has none."""
+        """Return an item's row of item embeddings, 0 = none."""
         if isinstance(item, str) or check_mapping(item, place).get("item_id") is None:
             return 0
         return self.item_rows.get(normalize_id(item["item_id"], f"{place}.item_id"), 0)
 
     def event(self, event: Any, place: str) -> Event:
-        """Word one event of the history, which is an item's text or a mapping."""
+        """Format one event of the history, which is an item's text or a mapping."""
         if isinstance(event, str):
             return Event(self._verb(None, None, place), self.item(event, place), None, None)
         check_mapping(event, place, EVENT_KEYS)
@@ -459,11 +454,11 @@ class RequestFormatter:
         return segment
 
     def gap(self, seconds: float, table: str = "gaps") -> str:
-        """Word a stretch of time with the table `gaps` (after the event before) or `ago` (before now)."""
+        """Format a time interval with the table `gaps` (since the previous event) or `ago` (before now)."""
         return self._gaps[table](seconds)
 
     def stats(self, stats: Any, place: str) -> list[Segment]:
-        """Word statistics: a text, a mapping of statistics by name, or a list of these."""
+        """Format statistics: a text, a mapping of statistics by name, or a list of these."""
         if stats is None:
             return []
         check_size(stats, place)
@@ -496,7 +491,7 @@ class RequestFormatter:
         return table(check_number(value, place)) if table else value_text(value, place, self.words)
 
     def _fields(self, wording: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> tuple[list[str], list[str]]:
-        """Word fields: those the template names in its order, the others sorted, as `name: value`."""
+        """Format fields: first the template's fields in its order, then all other fields, sorted, as `name: value`."""
         known = dict(wording["fields"])
         names = [name for name in known if name in fields]
         others = sorted(fields.keys() - known.keys())
@@ -512,7 +507,7 @@ class RequestFormatter:
 
 
 class _Table:
-    """Words by number: the first entry whose limit is not below the number."""
+    """Maps a number to words: the first entry whose limit is at least the number."""
 
     def __init__(self, entries: list[list[Any]]) -> None:
         self.limits = [limit for limit, _ in entries[:-1]]
@@ -523,9 +518,10 @@ class _Table:
 
 
 def _key(item: Any, place: str) -> Any:
-    """Say what makes two items the same, to the word; None if that cannot be said.
+    """Return a cache key that is equal only for items with equal text; None if there is no such key.
 
-    Types count, since True == 1 == 1.0. Equal times of other zones are other words, so that a time counts by its text.
+    The key contains types, since True == 1 == 1.0, and the text of times, since equal times of different zones have
+    different texts.
     """
     if isinstance(item, str):
         return item
@@ -548,7 +544,7 @@ def _key(item: Any, place: str) -> Any:
 
 
 def _present(fields: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Copy the fields that have a value: real tables are full of empty cells, which come as None, "" or []."""
+    """Copy the fields that have a value; empty cells of tables are None, "" or []."""
     return {name: value for name, value in fields.items() if not _is_empty(value) and name not in leave_out}
 
 
@@ -579,7 +575,7 @@ def _any_text(value: Any, place: str) -> None:
 
 
 def _each(check: Check) -> Check:
-    """Check every value of a mapping of any keys."""
+    """Check every value of a mapping with arbitrary keys."""
 
     def run(value: Any, place: str) -> None:
         for name, entry in check_mapping(value, place).items():
@@ -589,7 +585,7 @@ def _each(check: Check) -> Check:
 
 
 def _pattern(*needed: str, optional: tuple[str, ...] = ()) -> Check:
-    """Check a pattern: each needed {placeholder} stands in it and no other, bare."""
+    """Check a pattern: it contains each needed {placeholder}, only optional ones besides, and no format specs."""
 
     def run(value: Any, place: str) -> None:
         _text(value, place)
@@ -615,7 +611,7 @@ def _stat_pattern(value: Any, place: str) -> None:
 
 
 def _table(value: Any, place: str) -> None:
-    """Check a table: [limit, words] entries, limits rising, the last one null."""
+    """Check a table: [limit, words] entries with ascending limits, the last limit null."""
     _pairs(value, place, "[limit, words]")
     if not value:
         raise ValueError(f"{place}: the table is empty")
@@ -627,7 +623,7 @@ def _table(value: Any, place: str) -> None:
 
 
 def _fields(value: Any, place: str) -> None:
-    """Check [name, pattern] entries: a list, since the keys of a saved mapping come back sorted."""
+    """Check [name, pattern] entries; they are a list, since saving a mapping sorts its keys."""
     pairs = _pairs(value, place, "[name, pattern]")
     for name, pattern in pairs:
         _text(name, place)
@@ -681,15 +677,15 @@ SCHEMA: dict[str, Any] = {
         "join": _any_text,
     },
 }
-"""What a template holds: a mapping has exactly these keys, anything else passes the check that stands there."""
+"""Schema of templates: a mapping must have exactly these keys; a check applies to any other value."""
 
 
 def check_template(template: Any, schema: Mapping[str, Any] = SCHEMA, place: str = "template") -> None:
     """Check a template.
 
     Raises:
-        ValueError: A key is unknown or missing, or holds something that cannot be used there.
-        TypeError: A value has the wrong type.
+        ValueError: If a key is unknown or missing, or a value is invalid.
+        TypeError: If a value has the wrong type.
     """
     given = check_mapping(template, place)
     for key in given.keys() - schema.keys():
@@ -711,24 +707,24 @@ def check_template(template: Any, schema: Mapping[str, Any] = SCHEMA, place: str
 
 
 class ItemNames:
-    """Compares items as they are worded.
+    """Compares items by their text.
 
-    Two items are the same if they have the same name, the first field of their wording, and no field in which they
-    differ. A text is the same as an item whose name or whole wording it is.
+    Two items are the same if their names (the first field of their text) are equal and no common field differs. A text
+    is the same as an item with this name or this full text.
 
     Args:
-        wording: Words the items.
+        wording: Formatter of the items.
     """
 
     def __init__(self, wording: RequestFormatter) -> None:
         self._wording = wording
 
     def item_texts(self, items: Iterable[Any]) -> list[str]:
-        """Return the name of each item: what a catalogue then finds items by."""
+        """Return the name of each item, by which a catalogue finds it."""
         return [self._worded(item).parts[0] for item in items]
 
     def candidates(self, item: Any) -> list[str]:
-        """Return the names that an item which is the same may have."""
+        """Return the possible names of items that are the same as this one."""
         segment = self._worded(item)
         if not isinstance(item, str) or not segment.join:
             return [segment.parts[0]]
@@ -736,7 +732,7 @@ class ItemNames:
         return [segment.join.join(pieces[:count]) for count in range(1, len(pieces) + 1)]
 
     def same(self, one: Any, other: Any) -> bool:
-        """Say whether two items are the same."""
+        """Whether two items are the same."""
         first, second = self._worded(one), self._worded(other)
         if isinstance(one, str) or isinstance(other, str):
             return bool({first.text, first.parts[0]} & {second.text, second.parts[0]})

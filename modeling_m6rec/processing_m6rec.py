@@ -1,8 +1,7 @@
-"""Rows side by side: labels of written text, padding, text infilling, and masked texts.
+"""The processor: turns requests into padded rows of ids.
 
-From segments to a row of ids: what fits, what is dropped, and what was promised to stand there.
-
-The processor: requests in, rows of ids out. The only place that words, encodes, fits and pads.
+Its parts: labels of written text, padding, text infilling and masking; truncation of a request's segments to a row; and
+`M6RecProcessor`, which formats, encodes, truncates and pads.
 """
 
 import importlib
@@ -51,16 +50,16 @@ from .values_m6rec import (
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
-MASKED_SHARE, MEAN_SPAN = 0.15, 3  # not given in the paper; ours (as in T5)
+MASKED_SHARE, MEAN_SPAN = 0.15, 3  # not given in the paper; as in T5
 
 HIDDEN, REPLACED = 0.8, 0.1
-"""Shares of a masked text's chosen tokens that [MASK] or any other token stands for; the rest stay (as in BERT)."""
+"""Shares of the selected tokens that [MASK] or a random token replaces; the rest stay unchanged (as in BERT)."""
 
 
 def written_labels(input_ids: Sequence[int], ids: Mapping[str, int], text_token_id: int) -> list[int]:
-    """Label what is written in a row: after [TEXT] up to and including [EOS], in each closed target.
+    """Make the labels of a row's written text: after [TEXT] up to and including [EOS], in each closed target.
 
-    A row that opens with neither [BOS'] nor [BOS] is a plain document, and written throughout.
+    A row that begins with neither [BOS'] nor [BOS] is a plain document: all its tokens are labels.
 
     Args:
         input_ids: One row without padding.
@@ -84,15 +83,15 @@ def written_labels(input_ids: Sequence[int], ids: Mapping[str, int], text_token_
 
 
 def pad(features: Sequence[Mapping[str, Any]], ids: Mapping[str, int], padding_side: str) -> dict[str, Any]:
-    """Pad rows to the longest and make tensors of them.
+    """Pad rows to the longest and convert them to tensors.
 
     Args:
-        features: Rows: `input_ids`, and what belongs to them. A row may lack labels that others have.
+        features: Rows with `input_ids` and further fields. A row may lack labels that other rows have.
         ids: The tokenizer's `structural_ids`.
-        padding_side: "right" or "left", for what is aligned with tokens; labels of targets always pad on the right.
+        padding_side: "right" or "left", for fields aligned with tokens; labels of targets are always padded right.
 
     Raises:
-        ValueError: There are no rows, or something in a row is neither aligned with its tokens nor a label.
+        ValueError: If there are no rows, or a field is neither aligned with the tokens nor a label.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side={padding_side!r}: expected 'left' or 'right'")
@@ -119,9 +118,9 @@ def pad(features: Sequence[Mapping[str, Any]], ids: Mapping[str, int], padding_s
 def infilling(
     text_ids: Sequence[int], ids: Mapping[str, int], text_token_id: int, rng: np.random.Generator, max_length: int
 ) -> list[int]:
-    """Write a text-infilling row: the text with spans masked as the source, the spans as the written target.
+    """Make a text-infilling row: the source is the text with masked spans, the written target the spans.
 
-    Every draw comes from `rng`. A text too long for `max_length` is cut.
+    All random numbers come from `rng`. A text too long for `max_length` is cut.
     """
     length = min(len(text_ids), max_length)
     while length and length + 2 * _spans(length)[0] + 6 > max_length:
@@ -130,7 +129,7 @@ def infilling(
         raise ValueError(f"infilling needs a text, and max_length of at least 9 (it is {max_length})")
     count, masked = _spans(length)
     hidden = _parts(masked, count, rng, least=1)
-    # Spans do not touch: two [MASK] in a row could not be told apart.
+    # Spans do not touch: two adjacent [MASK] would be ambiguous.
     between = _parts(length - masked - (count - 1), count + 1, rng, least=0)
     between[1:-1] += 1
     source, target, place = [], [], 0
@@ -146,16 +145,16 @@ def infilling(
 def masking(
     text_ids: Sequence[int], mask_token_id: int, ordinary: Sequence[int], rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """Hide some tokens of a text for a model that reads it in both directions.
+    """Mask some tokens of a text for a model with bidirectional document attention.
 
     Args:
-        text_ids: The text, one token at least.
+        text_ids: The text, at least one token.
         mask_token_id: The id of [MASK].
-        ordinary: Ids of text, out of which replacements are drawn.
-        rng: Where every draw comes from.
+        ordinary: Ids of text tokens, from which replacements are drawn.
+        rng: Source of all random numbers.
 
     Returns:
-        The row as it is read, and its labels: the hidden ids at their own places.
+        The masked row, and its labels: the original ids at the selected places.
     """
     row, labels = list(text_ids), [IGNORE_INDEX] * len(text_ids)
     places = rng.choice(len(row), max(1, round(MASKED_SHARE * len(row))), replace=False)
@@ -169,14 +168,14 @@ def masking(
 
 
 def _spans(length: int) -> tuple[int, int]:
-    """How many spans to mask in a text of so many tokens, and how many tokens in all."""
+    """Return the number of spans to mask in a text of `length` tokens, and the total number of masked tokens."""
     masked = max(1, round(MASKED_SHARE * length))
     count = max(1, min(round(masked / MEAN_SPAN), length - masked + 1))
     return count, masked
 
 
 def _parts(total: int, count: int, rng: np.random.Generator, least: int) -> np.ndarray:
-    """Split a total into `count` parts of at least `least`, all ways alike likely."""
+    """Split a total into `count` parts of at least `least`, uniformly over all splits."""
     free = total - least * count
     cuts = np.sort(rng.choice(free + count - 1, count - 1, replace=False))
     return np.diff(np.concatenate(([-1], cuts, [free + count - 1]))) - 1 + least
@@ -191,7 +190,7 @@ def _is_label(name: str) -> bool:
 
 
 def _aligned(name: str, values: Iterable[Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether labels stand beside tokens; a target has two tokens at least, so that lengths cannot be mistaken."""
+    """Whether labels align with tokens; a target has at least two tokens, so that lengths are unambiguous."""
     if labelled_task(name):
         return False
     pairs = [(value, row["input_ids"]) for value, row in zip(values, rows) if value is not None]
@@ -227,7 +226,7 @@ def _beside_tokens(name: str, rows: Sequence[Mapping[str, Any]], fill: int, padd
 
 
 def _stack(rows: list[list[Any]]) -> np.ndarray:
-    """Pad labels of targets on the right; each may be a number or a list of numbers."""
+    """Pad labels of targets on the right; a label may be a number or a list of numbers."""
     width = max(map(len, rows))
     entries = [np.asarray(entry) for row in rows for entry in row]
     shape = next((entry.shape for entry in entries), ())
@@ -249,12 +248,12 @@ def _dtype(values: Iterable[Any]) -> type:
 
 
 NEAR = 8
-"""Tokens before and after a cut that are looked at: a character has no more."""
+"""Number of tokens checked before and after a cut: a character has no more tokens."""
 
 
 @dataclass(slots=True)
 class Truncation:
-    """What a reading left out: how many events, and (place, field) of each text dropped or, as "text", cut short."""
+    """Content left out of a row: the number of events, and (place, field) of each text dropped or, as "text", cut."""
 
     events: int = 0
     fields: list[tuple[str, str]] = field(default_factory=list)
@@ -265,14 +264,14 @@ class Truncation:
 
 @dataclass(slots=True)
 class EncodedRow:
-    """One request as a row of ids, and what they say.
+    """One request as a row of ids, with its text.
 
     Attributes:
         input_ids: The row.
-        item_embedding_ids: Beside each id the row of the item memory, 0 where there is none.
+        item_embedding_ids: For each id the row of item embeddings, 0 = none.
         segments: (kind, text) of each segment, in the row's order.
-        dropped: What did not fit.
-        events: Where the tokens of each event begin and end in the row.
+        dropped: Content that did not fit.
+        events: (start, end) of each event's tokens in the row.
     """
 
     input_ids: list[int]
@@ -289,9 +288,9 @@ class EncodedRow:
 
 @dataclass(slots=True)
 class EncodedSegment:
-    """A segment at its place in the request; once encoded, its ids: `head` + `body` + `tail`.
+    """A segment, its place in the request and, once encoded, its ids: `head` + `body` + `tail`.
 
-    The body is the text that may be cut short; `cut` says it was, `fixed` that it cannot be cut further.
+    The body is the text that may be cut; `cut` marks that it was cut, `fixed` that it cannot be cut further.
     """
 
     segment: Segment
@@ -308,10 +307,10 @@ class EncodedSegment:
 
 @dataclass(slots=True)
 class RequestParts:
-    """The segments of a request before they are fitted: the source's start, events and end, then the targets.
+    """The segments of a request before truncation: the source's start, events and end, then the targets.
 
-    `gaps` says that [AGE] tells the time since the event before, so that the first event has none. `closed` says that
-    targets end with [EOS].
+    With `gaps`, [AGE] is the time since the previous event, so that the first event has none. With `closed`, targets
+    end with [EOS].
     """
 
     start: list[EncodedSegment]
@@ -323,31 +322,30 @@ class RequestParts:
     dropped: Truncation = field(default_factory=Truncation)
 
     def slots(self) -> Iterator[EncodedSegment]:
-        """Yield all slots, in the row's order."""
+        """Yield all segments, in the row's order."""
         yield from self.start
         for group in (*self.events, self.end, *self.targets):
             yield from group
 
 
 class Truncator:
-    """Encodes a draft, shortens it to the allowed length and writes its row.
+    """Encodes the parts of a request, truncates them to the allowed length and writes the row.
 
-    What goes, as far as it must, so that the source fits beside a target of half of `max_length`, or of its own length
-    where that is less: turns and facts that fill more than half (the oldest turns, then the last facts); the oldest
-    events; more turns and facts; whole fields of items in the source. Then, so that all fits: whole fields of
-    candidates and of items in the source, the longest first, and the ends of the longest texts. The last
-    turn, the first fact and the first field of an item are never left out, only cut, nor is the newest event if there
-    is room for a token of each text. The work is linear in the
-    size of the draft, but for a logarithm.
+    First it makes room for the longest target, up to half of `max_length`. It drops, as far as necessary and in this
+    order: turns and facts that fill more than half of the row (the oldest turns, then the last facts); the oldest
+    events; more turns and facts; whole fields of items in the source. Then, until everything fits, it drops whole
+    fields of candidates and of items in the source, the longest first, and cuts the ends of the longest texts. The last
+    turn, the first fact and the first field of an item may be cut but are never dropped; the same holds for the newest
+    event if there is room for one token of each text. The time is O(n log n) in the size of the request.
 
     Args:
         ids: The tokenizer's `structural_ids`.
-        kinds: The kind token of each kind of segment.
-        encode: Turns texts into ids.
-        decode: Turns ids into a text.
+        kinds: Id of the kind token of each kind of segment.
+        encode: Function that turns texts into ids.
+        decode: Function that turns ids into a text.
         max_length: Most tokens of a source with its longest target.
-        truncation_stride: Events are dropped so many at a time.
-        max_segment: Most tokens of a segment, whose text is cut to them first; None = as many as the row.
+        truncation_stride: Number of events that are dropped at a time.
+        max_segment: Most tokens of a segment, to which its text is cut first; None = no limit.
     """
 
     def __init__(
@@ -366,10 +364,10 @@ class Truncator:
         self._segment_end = (ids["segment_token_id"],)
 
     def read(self, draft: RequestParts) -> EncodedRow:
-        """Fit a draft, which is used up, and write it down.
+        """Truncate a draft, which is modified, and write its row.
 
         Raises:
-            ValueError: It does not fit whatever is dropped.
+            ValueError: If it does not fit even after all permitted truncation.
         """
         for slot in draft.slots():
             self._fill(slot, draft.dropped)
@@ -377,7 +375,7 @@ class Truncator:
             start, given, before = draft.start, [(slot, slot.segment) for slot in draft.slots()], draft.dropped.events
             events = len(draft.events)
             self._fit(draft)
-            if self._excess(draft) > 0 and draft.events:  # there is no room for any event
+            if self._excess(draft) > 0 and draft.events:  # no event fits
                 draft.start, draft.events, draft.dropped = start, [], Truncation(before + events)
                 for slot, slot.segment in given:
                     slot.cut = slot.fixed = False
@@ -402,39 +400,39 @@ class Truncator:
         slot.tail = () if segment.written else self._segment_end
         if segment.lead:
             slot.head = (*slot.head, *self.encode([segment.lead])[0])
-        if segment.kind == "option":  # its parts are tokens, not text
+        if segment.kind == "option":  # the parts are tokens, not text
             first = self.ids["first_option_token_id"]
             slot.head = (*slot.head, *range(first, first + len(segment.parts)))
             slot.body = ()
         if self.max_segment is not None:
             self._shorten(slot, self.max_segment - len(slot.head) - len(slot.tail), dropped)
 
-    # How much is too much
+    # Lengths
 
     def _room(self, draft: RequestParts) -> int:
-        """Count the tokens that a target may have."""
+        """Return the number of tokens that a target may have."""
         source = 2 + _length(draft.start) + _length(draft.end) + sum(map(_length, draft.events))
         return self.max_length - source - (1 + draft.closed if draft.targets else 0)
 
     def _excess(self, draft: RequestParts) -> int:
-        """Count the tokens by which the source is too long beside its longest target."""
+        """Return the number of tokens by which source and longest target exceed the row."""
         return max(map(_length, draft.targets), default=0) - self._room(draft)
 
     def _half_excess(self, draft: RequestParts) -> int:
-        """Count the tokens by which the source is too long beside half a row, or its longest target if that is less."""
+        """Like `_excess`, with half a row in place of a longer target."""
         return min(max(map(_length, draft.targets), default=0), self.max_length // 2) - self._room(draft)
 
-    # What goes
+    # Truncation
 
     def _drop_events(self, draft: RequestParts) -> None:
-        """Drop turns, facts and events for the sake of half a row of target."""
+        """Drop turns, facts and events to bring `_half_excess` to 0 or below."""
         excess = self._half_excess(draft)
         self._drop_spare(draft, min(excess, _length(draft.start) - self.max_length // 2))
         excess, gone = self._half_excess(draft), 0
         while gone < len(draft.events) - 1 and (excess > 0 or gone < up_to_whole(gone, self.truncation_stride)):
             excess -= _length(draft.events[gone])
             gone += 1
-            if draft.gaps:  # as if the events before had never been given
+            if draft.gaps:  # as if the dropped events did not exist
                 first = draft.events[gone]
                 draft.events[gone] = [slot for slot in first if slot.segment.kind != "age"]
                 excess -= _length(first) - _length(draft.events[gone])
@@ -444,7 +442,7 @@ class Truncator:
 
     @staticmethod
     def _drop_spare(draft: RequestParts, excess: int) -> None:
-        """Drop the oldest turns but the last, then the last facts but the first."""
+        """Drop the oldest turns, except the last turn, then the last facts, except the first fact."""
         turns, facts = ([slot for slot in draft.start if slot.segment.kind == kind] for kind in ("text", "fact"))
         gone = set()
         for slot in [*turns[:-1], *reversed(facts[1:])]:
@@ -465,7 +463,7 @@ class Truncator:
         self._drop_longest(source, self._excess(draft), draft.dropped)
 
     def _drop_longest(self, slots: list[EncodedSegment], excess: int, dropped: Truncation) -> None:
-        """Drop the longest fields of items, no more than must be; an item's first field, which names it, stays."""
+        """Drop the longest fields of items, as few as necessary; an item's first field, its name, stays."""
         if excess <= 0:
             return
         items = [slot for slot in slots if slot.segment.is_item]
@@ -475,14 +473,14 @@ class Truncator:
         order = [part for _, part in sorted(zip(lengths, parts), key=lambda entry: -entry[0])]
 
         def length(count: int) -> int:
-            """Leave out so many; return how many tokens are left."""
+            """Drop the first `count` fields of `order`; return the number of remaining tokens."""
             gone = set(order[:count])
             for place, (slot, segment) in enumerate(zip(items, whole)):
                 kept = [index for index in range(len(segment.parts)) if (place, index) not in gone]
                 if len(kept) != len(slot.segment.parts):
                     slot.segment = segment.only(kept) if len(kept) < len(segment.parts) else segment
                     slot.cut = False
-                    self._fill(slot, Truncation())  # that its text was cut has been noted
+                    self._fill(slot, Truncation())  # its cut text is recorded already
             return _length(items)
 
         few = bisect_left(range(len(order)), True, key=lambda count: length(count) <= room)
@@ -490,7 +488,7 @@ class Truncator:
         dropped.fields += [(items[place].place, whole[place].names[index]) for place, index in order[:few]]
 
     def _cut_texts(self, draft: RequestParts) -> None:
-        """Cut the longest texts of the source and its longest target to one length, then those of other targets."""
+        """Cut the longest texts of source and longest target to a common length, then those of other targets."""
         source = [*draft.start, *(slot for event in draft.events for slot in event), *draft.end]
         while (excess := self._excess(draft)) > 0:
             if not self._cut(source + max(draft.targets, key=_length, default=[]), excess, draft.dropped):
@@ -500,12 +498,12 @@ class Truncator:
                 self._cut(target, _length(target) - room, draft.dropped)
 
     def _cut(self, slots: list[EncodedSegment], excess: int, dropped: Truncation) -> bool:
-        """Cut texts; return whether there was one that may be."""
+        """Cut texts; return whether any text could be cut."""
         slots = [slot for slot in slots if len(slot.body) > 1 and not slot.fixed]
         if excess <= 0 or not slots:
             return False
         lengths = [len(slot.body) for slot in slots]
-        # The largest length, 1 at least, at which enough goes; the last ones keep what then would be too much.
+        # The largest length, at least 1, that removes enough; the last texts keep one token more if that is too much.
         level = bisect_left(range(1, max(lengths)), True, key=lambda own: _above(lengths, own + 1) < excess) + 1
         longest = [slot for slot in slots if len(slot.body) > level]
         spared = max(0, _above(lengths, level) - excess)
@@ -514,7 +512,7 @@ class Truncator:
         return True
 
     def _shorten(self, slot: EncodedSegment, count: int, dropped: Truncation) -> None:
-        """Cut a text to so many tokens, or fewer where it would end inside a character."""
+        """Cut a text to `count` tokens, or fewer if it would end inside a character."""
         if count >= len(slot.body):
             return
         kept = self._whole_characters(slot.body, count)
@@ -526,7 +524,7 @@ class Truncator:
         slot.body, slot.cut = slot.body[:kept], True
 
     def _whole_characters(self, ids: Sequence[int], count: int) -> int:
-        """Return the most tokens, `count` or fewer, that do not end inside a character; 0 if there are none."""
+        """Return the largest number of tokens up to `count` that does not end inside a character; 0 if none."""
         for kept in range(count, 0, -1):
             start = max(0, kept - NEAR)
             if self.decode(ids[start : kept + NEAR]).startswith(self.decode(ids[start:kept])):
@@ -555,7 +553,7 @@ class Truncator:
         return reading
 
     def _put(self, slot: EncodedSegment, reading: EncodedRow) -> tuple[int, int]:
-        """Write one slot; return where its last token stands, and the item memory's row that belongs there."""
+        """Write one segment; return the index of its last token, and the row of item embeddings for that token."""
         row, segment = reading.input_ids, slot.segment
         row += slot.head
         row += slot.body
@@ -579,7 +577,7 @@ def _length(slots: list[EncodedSegment]) -> int:
 
 
 def _above(lengths: list[int], level: int) -> int:
-    """Count what stands above a level."""
+    """Sum the excess of lengths over a level."""
     return sum(length - level for length in lengths if length > level)
 
 
@@ -589,11 +587,11 @@ def _above(lengths: list[int], level: int) -> int:
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-"""Of processor_config.json, written as `format_version`; absent = 1. It is raised with each change that code which does
-not know it would misread; unknown fields are ignored."""
+"""Format version of processor_config.json, written as `format_version`; absent = 1. A change that older code would
+misread raises it; unknown fields are ignored."""
 
 KEPT_TEXTS = 200_000
-"""Texts whose ids are kept, since logs repeat them."""
+"""Number of texts whose ids are cached, since logs repeat texts."""
 
 
 class M6RecProcessor(ProcessorMixin):
@@ -609,25 +607,25 @@ class M6RecProcessor(ProcessorMixin):
     - `candidates`: items, each with `stats` if it has any;
     - `text`: what a writing task writes, or the turns of a conversation.
 
-    An item is a text or fields; its `item_id` is never worded. A key that holds None counts as absent. Only writing
-    tasks read the text, others refuse it; `retrieval` reads no candidates, and only scoring tasks their `stats`, of
-    which a warning is given once. A request may be so large as `values_m6rec` says.
+    An item is a text or fields; its `item_id` is not part of the text. A key with value None counts as absent. Writing
+    tasks read `text`, other tasks refuse it. `retrieval` ignores candidates, and only scoring tasks read their `stats`:
+    a warning is logged once. `values_m6rec` defines the size limits of a request.
 
     Args:
-        tokenizer: A tokenizer that knows the tokens of requests.
-        template: How requests are worded, see `load_template`; None = e-commerce in English.
+        tokenizer: A tokenizer with the tokens of requests.
+        template: Template for the text of requests, see `load_template`; None = e-commerce in English.
         max_length: Most tokens of a source with its longest target.
         max_events: Most events of a history.
-        time: What an event says of its time: "gap" since the event before (for causal history), or how long "ago".
-        item_rows: Rows of the item memory by item id, 1 and up; fixed for the processor's life. None = no item memory.
-        options: How many option tokens scoring tasks see in the source; True = all that the tokenizer has.
-        truncation_stride: Where a history is too long, its oldest events are left out so many at a time: cached states
-            of a user (`UserStates`) then serve until the next are left out. 1 = no more than must be.
-        max_segment: Most tokens of a segment, such as an item: a longer text is read by its beginning. A model that has
-            learnt a vector for each position in a segment reads no more than it has positions. None = no such limit.
+        time: Time of an event: "gap" since the previous event (for causal history), or "ago", the time before now.
+        item_rows: Rows of item embeddings by item id, from 1; they must not change later. None = no item embeddings.
+        options: Number of option tokens in the source of scoring tasks; True = all of the tokenizer.
+        truncation_stride: Number of oldest events that are dropped at a time if a history is too long: cached prefixes
+            of a user (`UserStates`) stay valid until the next drop. 1 = as few as necessary.
+        max_segment: Most tokens of a segment, such as an item; a longer text is cut at the end. A model with learned
+            positions cannot read longer segments than it has positions. None = no limit.
     """
 
-    def __init__(  # noqa: PLR0913  its fields are named as they are kept
+    def __init__(  # noqa: PLR0913  its parameters are saved by name
         self,
         tokenizer: M6RecTokenizer,
         template: dict[str, Any] | None = None,
@@ -639,7 +637,7 @@ class M6RecProcessor(ProcessorMixin):
         truncation_stride: int = 1,
         max_segment: int | None = None,
     ) -> None:
-        # Parameters are positional and named as they are kept: ProcessorMixin saves and restores them by these names.
+        # Parameters are positional and equal the attributes: ProcessorMixin saves and restores them by these names.
         self.template = _default_template() if template is None else template
         self.max_length = max_length
         self.max_events = max_events
@@ -664,10 +662,10 @@ class M6RecProcessor(ProcessorMixin):
         return cls(tokenizer, template=_templates().load_template(domain, language), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save tokenizer, template and code: all of it, or nothing. Arguments as of every processor.
+        """Save tokenizer, template and code atomically. Arguments as in `ProcessorMixin.save_pretrained`.
 
         Returns:
-            The paths of the files that the library names.
+            The paths of the files that the library reports.
         """
         with atomic_files(save_directory) as partial:
             files = super().save_pretrained(str(partial)) or []
@@ -676,15 +674,15 @@ class M6RecProcessor(ProcessorMixin):
         return [str(Path(save_directory) / Path(file).relative_to(partial)) for file in files]
 
     def to_dict(self) -> dict[str, Any]:
-        """Serialise, with the number of the format."""
+        """Serialise, including the format version."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     @classmethod
     def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a processor of its tokenizer and what a checkpoint says, unless a newer version wrote it.
+        """Make a processor from its tokenizer and a checkpoint's settings, unless a newer version wrote them.
 
         Raises:
-            ValueError: If it is of a format that is not known here.
+            ValueError: If the format version is unknown.
         """
         fields = rename_keys(processor_dict)
         found = fields.pop("format_version", 1)
@@ -720,13 +718,13 @@ class M6RecProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         padding_side: str = "right",
     ) -> BatchEncoding:
-        """Read requests into a batch; a single request is a batch of one.
+        """Encode requests as a batch; a single request is a batch of one.
 
         Args:
             requests: One request or several.
-            task: A scoring task, retrieval, plausibility, or what is written; decides what the targets are.
+            task: A scoring task, retrieval, plausibility or a writing task; it decides the targets.
             return_tensors: "pt" = padded tensors, None = lists of unpadded rows.
-            padding_side: Which side is padded; generation needs "left".
+            padding_side: The side to pad; generation requires "left".
         """
         several = [requests] if isinstance(requests, str | Mapping) else list(requests)
         features = [self._feature(reading) for reading in self.read_many(several, task)]
@@ -743,23 +741,23 @@ class M6RecProcessor(ProcessorMixin):
         return feature if self.item_rows is None else {**feature, "item_embedding_ids": reading.item_embedding_ids}
 
     def read(self, request: str | Mapping[str, Any], task: str = "click") -> EncodedRow:
-        """Read one request: its row, what it says, and what was dropped.
+        """Encode one request: its row, its text, and the dropped content.
 
         Raises:
-            ValueError: Something in the request, named by its place, cannot be used, or it cannot be made to fit.
-            TypeError: Something in it has the wrong type.
+            ValueError: If a part of the request is invalid (the message names its place), or the request cannot fit.
+            TypeError: If a part has the wrong type.
         """
         return self.read_many([request], task)[0]
 
     def read_many(self, requests: Sequence[str | Mapping[str, Any]], task: str = "click") -> list[EncodedRow]:
-        """Read several requests at once, which is faster than one by one."""
+        """Encode several requests at once, which is faster than one by one."""
         if task not in (*SCORING_TASKS, *OTHER_TASKS):
             raise ValueError(f"unknown task {task!r}; known tasks: {', '.join((*SCORING_TASKS, *OTHER_TASKS))}")
         drafts = [self._draft(request, task) for request in requests]
         return self._read_drafts(drafts)
 
     def encode_items(self, items: Iterable[str | Mapping[str, Any]]) -> list[list[int]]:
-        """Encode items alone, each as `[ITEM] text [SEG]`: the ids they have wherever they stand in a request."""
+        """Encode standalone items, each as `[ITEM] text [SEG]`, with the same ids as anywhere in a request."""
         segments = [self._wording.item(item, f"items[{index}]") for index, item in enumerate(items)]
         drafts = [
             RequestParts([EncodedSegment(segment, f"items[{index}]")], [], [], [])
@@ -768,15 +766,15 @@ class M6RecProcessor(ProcessorMixin):
         return [reading.input_ids[1:-1] for reading in self._read_drafts(drafts)]
 
     def item_texts(self, items: Iterable[str | Mapping[str, Any]]) -> list[str]:
-        """Word items, each whole: what a row may cut is in its `EncodedRow.segments`."""
+        """Return the full texts of items; `EncodedRow.segments` holds the texts as cut in a row."""
         return [self._wording.item(item, f"items[{index}]").text for index, item in enumerate(items)]
 
     def history_items(self, request: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
-        """Return the items of a request's history as they are given.
+        """Return the items of a request's history unchanged.
 
         Raises:
-            ValueError: An event or an item, named by its place, cannot be worded.
-            TypeError: One has the wrong type.
+            ValueError: If an event or an item is invalid; the message names its place.
+            TypeError: If one has the wrong type.
         """
         items = []
         for number, event in enumerate(check_list(request.get("history"), "history", MAX_EVENTS)):
@@ -790,20 +788,20 @@ class M6RecProcessor(ProcessorMixin):
 
     @property
     def names(self) -> ItemNames:
-        """What says which items are the same where their ids do not."""
+        """Compares items by their text, for items without ids."""
         return self._names
 
     def item_row(self, item: str | Mapping[str, Any]) -> int:
-        """Return an item's row in the item memory, 0 where it has none."""
+        """Return an item's row of item embeddings, 0 = none."""
         return self._wording.item_row(item)
 
     def labels(self, reading: EncodedRow | Sequence[int]) -> list[int]:
-        """Label what is written in one row: after [TEXT] up to and including [EOS], in each closed target."""
+        """Make the labels of one row's written text: after [TEXT] up to and including [EOS], in each closed target."""
         row = reading.input_ids if isinstance(reading, EncodedRow) else list(reading)
         return written_labels(row, self._ids, self._kinds["text"])
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
-        """Make a plain row of a text, ended by [EOS], and its labels; a text longer than `max_length` is cut."""
+        """Make a plain row of a text, with [EOS] at the end, and its labels; a text longer than `max_length` is cut."""
         row = [
             *self._encode([check_text(text, "text", limited=False)])[0][: self.max_length - 1],
             self._ids["eos_token_id"],
@@ -811,25 +809,25 @@ class M6RecProcessor(ProcessorMixin):
         return row, list(row)
 
     def infill(self, text: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Make a text-infilling row, and its labels: spans of the text are masked, and written in the target.
+        """Make a text-infilling row and its labels: spans of the text are masked; the target contains them.
 
         Args:
-            text: The text; if it is longer than `max_length` allows, it is cut.
-            rng: Where every draw comes from.
+            text: The text; it is cut to fit `max_length`.
+            rng: Source of all random numbers.
         """
         text_ids = self._encode([check_text(text, "text", limited=False)])[0]
         row = infilling(text_ids, self._ids, self._kinds["text"], rng, self.max_length)
         return row, self.labels(row)
 
     def pad(self, features: Sequence[Mapping[str, Any]], padding_side: str = "right") -> dict[str, Any]:
-        """Pad rows to the longest: the only place that does.
+        """Pad rows to the longest; all padding happens here.
 
-        Fields of tokens are padded on `padding_side`: ids with the pad id, `attention_mask` and `item_embedding_ids`
-        with 0, labels with -100. Labels of targets (`click_labels`, ...) are padded with -100 on the right. Rows
-        without a label that others have get -100. `layout_ids` are always there.
+        Fields aligned with tokens are padded on `padding_side`: ids with the pad id, `attention_mask` and
+        `item_embedding_ids` with 0, labels with -100. Labels of targets (`click_labels`, ...) are padded with -100 on
+        the right. Rows without a label that other rows have get -100. `layout_ids` are always added.
 
         Args:
-            features: Rows as mappings of lists, `input_ids` among them.
+            features: Rows as mappings of lists, including `input_ids`.
             padding_side: "right" or "left".
         """
         return pad(features, self._ids, padding_side)
@@ -840,7 +838,7 @@ class M6RecProcessor(ProcessorMixin):
         return self.tokenizer.encode_texts(texts)
 
     def _read_drafts(self, drafts: Sequence[RequestParts]) -> list[EncodedRow]:
-        """Encode all texts in one go, those kept from before apart, then fit and write each draft."""
+        """Encode all texts that are not cached in one call, then truncate and write each draft."""
         segments = [slot.segment for draft in drafts for slot in draft.slots()]
         texts = {segment.text for segment in segments} | {segment.lead for segment in segments}
         found = {text: self._texts.find(text) for text in texts}
@@ -861,7 +859,7 @@ class M6RecProcessor(ProcessorMixin):
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode_text(ids)
 
-    # Drafting: which segments a request has, in which order
+    # Segments of a request, in order
 
     def _draft(self, request: str | Mapping[str, Any], task: str) -> RequestParts:
         parts = check_mapping({"user": request} if isinstance(request, str) else request, "request", REQUEST_KEYS)
@@ -875,8 +873,8 @@ class M6RecProcessor(ProcessorMixin):
         slots, since = self._events(events, moment, skipped)
         targets, turns = self._targets(parts, task)
         now = self._wording.now(parts.get("now"), since if self.time == "gap" else None)
-        # What is neither event nor moment stands first: an event ends with the next, with [NOW] or with [EOS'], and a
-        # causal history must not move when an event is appended.
+        # Segments other than events and [NOW] come first: an event ends with the next event, [NOW] or [EOS'], and with
+        # causal history earlier tokens must not move when an event is appended.
         return RequestParts(
             start=[*self._user(parts), *self._options(task), *turns],
             events=slots,
@@ -909,7 +907,7 @@ class M6RecProcessor(ProcessorMixin):
     def _events(
         self, events: list[Event], now: float | None, first: int
     ) -> tuple[list[list[EncodedSegment]], float | None]:
-        """Give each event its [AGE]; also return the seconds from the last event until now, where both are known."""
+        """Add [AGE] to each event; also return the seconds from the last event until now, if both are known."""
         moments = [event.seconds for event in events if event.seconds is not None]
         until = now if now is not None else max(moments, default=None)
         slots, before = [], None
@@ -936,7 +934,7 @@ class M6RecProcessor(ProcessorMixin):
             raise ValueError(f"{place}: {after:.0f} is earlier than {before:.0f} before it; give the oldest first")
 
     def _targets(self, parts: Mapping[str, Any], task: str) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
-        """Make the targets, and the turns of a conversation that stand in the source."""
+        """Make the targets, and the turns of a conversation for the source."""
         given = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
         candidates = [self._candidate(candidate, f"candidates[{place}]") for place, candidate in enumerate(given)]
         turns = self._turns(parts.get("text"), task)
@@ -970,7 +968,7 @@ class M6RecProcessor(ProcessorMixin):
     def _writing(
         self, candidates: list[list[EncodedSegment]], turns: list[tuple[str, str]], task: str
     ) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
-        """Make the one target of a writing task: the item, if one is given, then the lead, then the text if known."""
+        """Make the target of a writing task: the item, if given, then the lead, then the text, if known."""
         if len(candidates) > 1 or (task == "explanation" and not candidates):
             expected = "exactly one" if task == "explanation" else "at most one"
             raise ValueError(f"candidates: task {task!r} takes {expected}, got {len(candidates)}")
@@ -985,7 +983,7 @@ class M6RecProcessor(ProcessorMixin):
         return [target], [EncodedSegment(Segment("text", text), f"text[{place}]") for place, text in enumerate(past)]
 
     def _turns(self, text: Any, task: str) -> list[tuple[str, str]]:
-        """Read `text` as (role, content) turns; outside conversations it is one turn of the system: what to write."""
+        """Read `text` as (role, content) turns; for other writing tasks it is one system turn, the target text."""
         if text is None:
             return []
         if task not in WRITING_TASKS:
@@ -999,16 +997,16 @@ class M6RecProcessor(ProcessorMixin):
 
 
 def _rows_by_id(rows: Mapping[Any, int]) -> dict[str, int]:
-    """Return rows of the item memory by normalised id; of two keys that are one id, the normalised one counts.
+    """Return rows of item embeddings by normalised id; if two keys have the same id, the normalised key is used.
 
-    Tables once kept white space around ids, so older processors may hold such keys.
+    Older versions kept white space around ids, so older processors may contain such keys.
     """
     ids = {key: normalize_id(key, "item_rows: a key") for key in rows}
     return {known: rows[known] if known in rows else rows[key] for key, known in ids.items()}
 
 
 def _templates() -> Any:
-    """Import the package's templates, which do not travel with a checkpoint."""
+    """Import the package's templates, which are not part of a checkpoint."""
     try:
         return importlib.import_module("m6rec.tokenization.templates")
     except ImportError as error:
