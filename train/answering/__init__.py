@@ -1,1 +1,1 @@
-"""Answers of a trained model: a user of the log, a request, a file of requests, here or by Ray."""
+"""Answers of a trained model for a user of the log, a request or a file of requests, in this process or by Ray."""

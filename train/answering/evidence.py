@@ -1,4 +1,4 @@
-"""Answers from evidence, alone or with a network beside it: requests in, ranked items out."""
+"""Recommendations from evidence, with or without a network: requests in, ranked items out."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,18 +18,18 @@ from ..evaluation.evidence import Evidence, EvidenceSettings
 from ..rows.examples import RequestWriter
 
 FIT_FILE = "fit.json"
-"""What a fit decided and why."""
+"""File with the decisions of a fit and their reasons."""
 FROM_CATALOGUE = 10
-"""Items that are answered, unless told otherwise."""
+"""Default number of recommended items."""
 
 
 class EvidenceAnswers:
-    """Recommends items of a log by what its events and texts say; called as the pipeline "recommendation" is.
+    """Recommends items of a log from its events and texts; has the interface of the pipeline "recommendation".
 
     Args:
-        log: Its events are counted, all of them; its items are recommended.
-        settings: How much each kind of evidence counts.
-        recipe: Says in which order events of one time stand, and whether what a history holds is left out.
+        log: All its events are counted; its items are recommended.
+        settings: Weights of the kinds of evidence.
+        recipe: Decides the order of events with equal times, and whether seen items are left out.
         network: A trained model with a catalogue of the same items, whose cosine is added.
         share: Weight of the cosine.
     """
@@ -62,19 +62,19 @@ class EvidenceAnswers:
         """Recommend items of the catalogue.
 
         Args:
-            requests: One request or several; of each its `history` is read, whose items are in the catalogue.
-            task: "retrieval", which is all that evidence answers.
-            top_k: How many items; None: 10.
-            exclude_seen: Leave out what the history holds; None: as the log asks for.
-            filter: Says of an item's fields whether it may be recommended.
-            explain: Say what each event adds: the score minus the score without it.
-            batch_size: Requests that are scored together.
+            requests: One or several requests; only `history` is used, and its items must be in the catalogue.
+            task: "retrieval", the only task that evidence supports.
+            top_k: Number of items; None: 10.
+            exclude_seen: Leave out items of the history; None: as in the recipe.
+            filter: Returns whether an item may be recommended, given its fields.
+            explain: Add each event's contribution: the score minus the score without the event.
+            batch_size: Number of requests that are scored together.
 
         Returns:
-            For each request a list of `{"rank", "item", "item_id", "score", "because"}`, as the pipeline gives it.
+            For each request a list of `{"rank", "item", "item_id", "score", "because"}`, as the pipeline returns it.
 
         Raises:
-            ValueError: A task is none that evidence answers, or an item of a history is not in the catalogue.
+            ValueError: Evidence does not support the task, or an item of a history is not in the catalogue.
         """
         if task not in (None, "retrieval"):
             raise ValueError(f"task={task!r}: this recommender answers 'retrieval' only")
@@ -117,7 +117,7 @@ class EvidenceAnswers:
         return scores + self.share * cosines.double().numpy()
 
     def _described(self, request: Mapping[str, Any], rows: np.ndarray) -> list[Any]:
-        """Write a history with what the catalogue says of its items."""
+        """Return a history with the catalogue's fields of its items."""
         items = [self.writer.items[row] for row in rows]
         return [
             {**event, "item": item} if isinstance(event, Mapping) and "item" in event else {"item": item}
@@ -127,7 +127,7 @@ class EvidenceAnswers:
     def _reasons(
         self, request: Mapping[str, Any], history: np.ndarray, ranked: list[int]
     ) -> list[list[dict[str, Any]]]:
-        """Say for each ranked item what each event adds: its score minus that without the event."""
+        """Return each event's contribution to each ranked item: the score minus the score without the event."""
         told = list(request.get("history") or ())
         requests = [request, *({**request, "history": [*told[:at], *told[at + 1 :]]} for at in range(len(told)))]
         without = [np.delete(history, event) for event in range(len(history))]
@@ -158,15 +158,15 @@ class EvidenceAnswers:
 
 
 class KeptEvidence(NamedTuple):
-    """What a fit has kept of evidence."""
+    """The evidence that a fit has saved."""
 
     settings: EvidenceSettings
     share: float
-    """Weight of the cosine of the network beside it; 0: there is no network."""
+    """Weight of the network's cosine; 0: there is no network."""
 
 
 def kept_evidence(folder: str | Path) -> KeptEvidence | None:
-    """Read what a fit has kept in a folder; None: no fit wrote it, or it kept a network without evidence."""
+    """Read the evidence of a fit's folder; None: no fit wrote it, or the fit kept a network without evidence."""
     path = Path(folder) / FIT_FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What `m6rec recommend` recommends with and to: a trained model, a request, a file of them, a user of the log."""
+"""Inputs of `m6rec recommend`: a trained model, a request, a file of requests, a user of the log."""
 
 import json
 from collections import deque
@@ -23,9 +23,9 @@ from ..rows.examples import RequestWriter
 from .evidence import EvidenceAnswers, kept_evidence
 
 ROWS_AT_ONCE = 1024
-"""Rows of a table that are read together; bounds memory."""
+"""Number of rows of a table that are read together; bounds memory."""
 DEEPEST = MAX_DEPTH + 4
-"""How deep the lists and objects of a request may lie in one another: values in fields of items of events."""
+"""Maximum nesting of lists and objects in a request: values in fields of items of events."""
 
 
 def load_pipeline(model: str) -> RecommendationPipeline:
@@ -38,11 +38,11 @@ def load_pipeline(model: str) -> RecommendationPipeline:
 
 
 def load_recommender(model: str, overrides: Sequence[str] = ()) -> RecommendationPipeline | EvidenceAnswers:
-    """Load what a folder recommends with: a trained model, or the evidence that a fit has kept in its place.
+    """Load the recommender of a folder: a trained model, or the evidence that a fit has saved instead.
 
     Args:
         model: The folder of a run or of a fit, or the Hub id of a model.
-        overrides: What differs from the recipe of a fit, such as where its tables are.
+        overrides: Changes to the recipe of a fit, such as new paths of its tables.
     """
     kept = kept_evidence(model)
     if kept is None:
@@ -53,7 +53,7 @@ def load_recommender(model: str, overrides: Sequence[str] = ()) -> Recommendatio
 
 
 def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> RecommendationPipeline:
-    """Embed items with the model in a folder, save them there as its catalogue, and load it all as a pipeline."""
+    """Embed items with the model in a folder, save them there as its catalogue, and load the pipeline."""
     recommend = load_pipeline(str(directory))
     recommend.catalogue = Catalogue.from_dataset(items, recommend.model, recommend.processor)
     recommend.catalogue.save(Path(directory) / FOLDER)
@@ -61,11 +61,11 @@ def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> Recom
 
 
 class RequestReader:
-    """Reads a file of requests forwards: a JSON value a line (.jsonl), or a row of a table (.parquet).
+    """Reads a file of requests sequentially: one JSON value per line (.jsonl), or rows of a table (.parquet).
 
     Args:
         path: The file.
-        strict: Raise for a line that is no request; else it is read as `Failed`.
+        strict: Raise for an invalid line; else it becomes `Failed`.
     """
 
     def __init__(self, path: str | Path, strict: bool = True) -> None:
@@ -76,13 +76,13 @@ class RequestReader:
             raise FileNotFoundError(f"there is no file {str(path)!r}")
         self._rows, self._next = self._open(), 0
         self.places: list[str] = []
-        """Where the requests that were read last stand: the file, and the line or the row."""
+        """Positions of the requests that were read last: the file, and the line or the row."""
 
     def read(self, row: int, count: int) -> list[Any]:
-        """Read `count` requests from a row on, fewer where the file ends; going back begins the file again."""
+        """Read `count` requests from a row on, or fewer at the end; to go back, the file is read again."""
         if row < self._next:
             self._rows, self._next = self._open(), 0
-        deque(islice(self._rows, row - self._next), maxlen=0)  # rows that are passed over are not decoded
+        deque(islice(self._rows, row - self._next), maxlen=0)  # skipped rows are not decoded
         found, self.places = [], []
         for place, decode in islice(self._rows, count):
             self.places.append(f"{self.path}, {place}")
@@ -104,7 +104,7 @@ class RequestReader:
 
 
 class Failed(NamedTuple):
-    """What stands in the place of a request that cannot be read, or of an answer to one that cannot be used."""
+    """Replaces a request that cannot be read, or the answer to an invalid request."""
 
     message: str
 
@@ -118,7 +118,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     try:
-        # Not buffered whole: a row group may be as large as the file.
+        # Not buffered as a whole: a row group may be as large as the file.
         table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         columns = [name for name in table.schema_arrow.names if not name.startswith("__index_level_")]  # pandas' own
         first = 0
@@ -134,19 +134,19 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _table_row(batch: pyarrow.RecordBatch, row: int) -> Any:
     try:
         return _given(batch.slice(row, 1).to_pylist()[0])
-    except ValueError as error:  # a time before the year 1, a text that is no UTF-8
+    except ValueError as error:  # a time before the year 1, or invalid UTF-8
         raise ValueError(f"cannot be read: {error}") from error
 
 
 def _given(value: Any) -> Any:
-    """Leave out, at any depth, the keys that hold null: a table has no other way to say that a row lacks a field."""
+    """Remove, at any depth, keys with the value null: in a table, null means that the row lacks the field."""
     if isinstance(value, dict):
         return {name: _given(entry) for name, entry in value.items() if entry is not None}
     return [_given(entry) for entry in value] if isinstance(value, list) else value
 
 
 def parse_request(text: str) -> Any:
-    """Read a request given as JSON, or as the bare text of who the user is."""
+    """Parse a request given as JSON, or as a plain text that describes the user."""
     if not text.lstrip().startswith(("{", '"')):
         return text.strip()
     try:
@@ -160,7 +160,7 @@ def _from_json(text: str | bytes) -> Any:
         request = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"holds lists and objects more than {DEEPEST} deep, which is the limit") from error
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"is no valid JSON: {error}") from error
     if not isinstance(request, str | dict):
         raise ValueError(f"is {short(request)}: expected a request, an object or a text")
@@ -169,7 +169,7 @@ def _from_json(text: str | bytes) -> Any:
 
 
 def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, Any]:
-    """Write the request of a user of the log that a model was trained on: everything the user ever did."""
+    """Make the request of a user of the log that a model was trained on, with all events of the user."""
     recipe = load_saved(model, overrides)
     log = read_log(recipe.data)
     ordered = order(log.interactions, recipe.data.seed, recipe.evaluation.ties)

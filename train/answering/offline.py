@@ -1,9 +1,9 @@
-"""A file of requests answered into a file of answers: in bounded memory, resumed after a kill, each exactly once.
+"""Answers a file of requests in bounded memory; a killed run can be resumed, and each request is answered exactly once.
 
-Requests are answered in chunks. A finished chunk is a file of its own in the hidden folder `.NAME.parts` beside the
-output; it appears whole or not at all, and its name holds a digest of the model, the options and the very requests that
-it answers. So a run that starts again takes over exactly the chunks that it would have written itself. Once all are
-there, they are put together in the order of the input, take the place of the output in one step, and leave.
+Requests are answered in chunks. Each finished chunk is a separate file in the hidden folder `.NAME.parts` next to the
+output. It is written atomically, and its name contains a digest of the model, the options and its requests. So a
+restarted run reuses exactly the chunks that it would have written itself. When all chunks exist, they are concatenated
+in the order of the input, replace the output atomically, and are removed.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from .loading import Failed, RequestReader
 logger = logging.getLogger(__name__)
 JOB_FILE = "job.json"
 FORMAT = 3
-"""Of the parts; rises when answers are written otherwise."""
+"""Version of the parts' format; increased when the format of answers changes."""
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
 REASON = {"event": pyarrow.string(), "item_id": pyarrow.string()}
 REASON |= {name: pyarrow.float64() for name in ("contribution", "learnt", "words", "transitions")}
@@ -55,29 +55,29 @@ SCHEMA = pyarrow.schema(
         "error": pyarrow.string(),
     }
 )
-"""Columns of a .parquet of answers: the request's place in the input, counted from 0; its `request_id`, if it has one;
-its items, null where the request cannot be answered; why it cannot. What an item does not have is null."""
+"""Columns of a .parquet of answers: the request's index in the input, from 0; its `request_id`, if it has one; its
+items, null if the request cannot be answered; the error in that case. Missing fields of an item are null."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is answered into what, and how."""
+    """Input, output and options of a run."""
 
     source: Path
     output: Path
-    """`.parquet`: a table by SCHEMA. `.jsonl`: an object a line with the same fields, without those that are null."""
+    """`.parquet`: a table by SCHEMA. `.jsonl`: one object per line with the same fields, without null fields."""
     model: str
-    """The `fingerprint` of what answers."""
+    """The `fingerprint` of the pipeline."""
     options: dict[str, Any] = field(default_factory=dict)
     """Parameters of the pipeline's call."""
     batch_size: int = 16
     chunk_size: int = 1024
-    """Requests that are saved together. States of texts are kept within a chunk, so that its answers do not depend on
-    which chunks were answered before."""
+    """Number of requests that are saved together. Segment states are cached only within a chunk, so that its answers do
+    not depend on earlier chunks."""
     skip_errors: bool = False
-    """A request that cannot be answered leaves its error in the output; else it ends the run."""
+    """Write the error of a request that cannot be answered to the output; else it ends the run."""
     texts: bool = True
-    """Repeat the text of each item in the answers; else only of those without an id."""
+    """Include the text of each item in the answers; else only of items without an id."""
 
     def __post_init__(self) -> None:
         if self.output.suffix not in (".jsonl", ".parquet"):
@@ -90,7 +90,7 @@ class Job:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """All that decides what the answers to given requests are, by name."""
+        """All settings that affect the answers to given requests, by name."""
         own = {"batch_size": self.batch_size, "chunk_size": self.chunk_size, "texts": self.texts, "format": FORMAT}
         return {"model": self.model, **self.options, **own}
 
@@ -99,34 +99,34 @@ class Job:
         return RequestReader(self.source, strict=not self.skip_errors)
 
     def digest(self, requests: Sequence[Any]) -> str:
-        """Name what the answers to requests depend on."""
+        """Return a digest of everything that the answers to requests depend on."""
         told = json.dumps([self.decisive, requests], default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 class Chunk(NamedTuple):
-    """Requests that are answered and saved together."""
+    """A range of requests that are answered and saved together."""
 
     number: int
     row: int
-    """Of the first request, counted from 0."""
+    """Index of the first request, from 0."""
     size: int
     digest: str
 
 
 class Answered(NamedTuple):
-    """What came of a chunk."""
+    """The result of a chunk."""
 
     number: int
     data: bytes
     """The chunk's part of the output, in the output's format."""
     errors: int
     failure: str | None = None
-    """Why the run ends here."""
+    """The reason why the run must end after this chunk."""
 
 
 class Report(NamedTuple):
-    """What came of a run: requests, those of them that an earlier run had finished, those that have an error."""
+    """Counts of a run: all requests, those finished by an earlier run, those with an error."""
 
     requests: int
     kept: int
@@ -138,17 +138,17 @@ Run = Callable[[Job, list[Chunk]], Iterator[Answered]]
 
 
 def answer_file(job: Job, run: Run, restart: bool = False) -> Report:
-    """Answer a file of requests, going on where an interrupted run of the same job stopped.
+    """Answer a file of requests; an interrupted run of the same job is resumed.
 
     Args:
-        job: What is answered.
-        run: Answers the chunks that are not there yet: `answer_here` with its pipeline, or `answer_with_ray`.
-        restart: Throw away what an interrupted run has left.
+        job: Input, output and options.
+        run: Answers the missing chunks: `answer_here` with its pipeline, or `answer_with_ray`.
+        restart: Discard the chunks of an interrupted run.
 
     Raises:
-        ValueError: A request cannot be answered and `skip_errors` was not said (the message names its row), or the
-            folder of parts is another job's.
-        OSError: Parts or output cannot be written. Finished chunks stay in all cases.
+        ValueError: A request cannot be answered and `skip_errors` is false (the message names its row), or the folder
+            of parts belongs to another job.
+        OSError: Parts or output cannot be written. Finished chunks are kept in all cases.
     """
     chunks = list(_chunks(job))
     parts = Parts(job)
@@ -178,7 +178,7 @@ def answer_here(recommend: RecommendationPipeline, job: Job, chunks: list[Chunk]
 
 
 def answer_chunk(recommend: RecommendationPipeline, reader: RequestReader, job: Job, chunk: Chunk) -> Answered:
-    """Answer a chunk. The result depends on job and chunk alone, to the bit on machines and threads that are alike."""
+    """Answer a chunk. The result depends only on job and chunk, bitwise on equal machines with equal threads."""
     requests = reader.read(chunk.row, chunk.size)
     if job.digest(requests) != chunk.digest:
         return Answered(chunk.number, b"", 0, f"{job.source} was changed while it was read: run it again")
@@ -200,7 +200,7 @@ def answer_chunk(recommend: RecommendationPipeline, reader: RequestReader, job: 
 
 
 def _chunks(job: Job) -> Iterator[Chunk]:
-    """Cut the requests into chunks; reads all of them once, a chunk at a time."""
+    """Divide the requests into chunks; reads all requests once, one chunk at a time."""
     reader, row, number = job.reader(), 0, 0
     while requests := reader.read(row, job.chunk_size):
         yield Chunk(number, row, len(requests), job.digest(requests))
@@ -208,7 +208,7 @@ def _chunks(job: Job) -> Iterator[Chunk]:
 
 
 def _named(request: Any) -> tuple[str | None, Any]:
-    """Part a request from its `request_id`, which no model reads."""
+    """Separate a request from its `request_id`, which is not a model input."""
     if not isinstance(request, dict) or "request_id" not in request:
         return None, request
     asked = {name: value for name, value in request.items() if name != "request_id"}
@@ -226,7 +226,7 @@ def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options
     if not any(isinstance(request, Failed) for request in requests):
         try:
             return recommend(list(requests), batch_size=len(requests), **options)
-        except OSError:  # of the disk or the network, not of a request
+        except OSError:  # from the disk or the network, not from a request
             raise
         except Exception as error:  # noqa: BLE001  whatever the model's code raises concerns this request alone
             if alone:
@@ -235,19 +235,19 @@ def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options
 
 
 def _failed(error: Exception) -> Failed:
-    """Word the error of a request; one that no check has raised with the name of its type."""
+    """Format the error of a request; an unexpected one with the name of its type."""
     logger.debug("a request cannot be answered", exc_info=error)
     return Failed(str(error) if type(error) in (TypeError, ValueError) else f"{type(error).__name__}: {error}")
 
 
 def _row(answer: Any, texts: bool) -> dict[str, Any]:
-    """Write an answer as JSON can hold it, or the error in its place."""
+    """Convert an answer to JSON values, or to its error."""
     if isinstance(answer, Failed):
         return {"error": answer.message}
     items = [entry if texts or entry.get("item_id") is None else _without_text(entry) for entry in answer]
     try:
         json.dumps(items)
-    except (TypeError, ValueError) as error:  # an id that is no number and no text
+    except (TypeError, ValueError) as error:  # an id that is neither a number nor a text
         return {"error": str(error)}
     return {"answer": items}
 
@@ -271,7 +271,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _encodable(value: Any) -> Any:
-    """Escape, at any depth, halves of characters, which JSON can name and UTF-8 cannot hold."""
+    """Escape, at any depth, lone surrogates, which JSON can express and UTF-8 cannot encode."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
@@ -280,7 +280,7 @@ def _encodable(value: Any) -> Any:
 
 
 def _cell(item: dict[str, Any]) -> dict[str, Any]:
-    """Write an item as SCHEMA has it: ids as texts, interactions and parts as pairs."""
+    """Convert an item to SCHEMA: ids as texts, interactions and parts as pairs."""
     told = _with_text_id(item)
     told |= {name: list(item[name].items()) for name in ("interactions", "parts") if name in item}
     if "because" in item:
@@ -294,7 +294,7 @@ def _with_text_id(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(recommend: RecommendationPipeline) -> str:
-    """Return a digest of all that answers: weights, settings, adapters, processor, catalogue and this version."""
+    """Return a digest of a pipeline: weights, settings, adapters, processor, catalogue and this version."""
     model, catalogue = recommend.model, recommend.catalogue
     settings = {name: value for name, value in model.config.to_dict().items() if not name.startswith(("_", "transf"))}
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
@@ -313,11 +313,11 @@ def fingerprint(recommend: RecommendationPipeline) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)  # a set has no order to rely on
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)  # the order of a set is undefined
 
 
 class Parts:
-    """The finished chunks of a job, in the folder `.NAME.parts` beside its output.
+    """The finished chunks of a job, in the folder `.NAME.parts` next to its output.
 
     Args:
         job: The job.
@@ -328,13 +328,13 @@ class Parts:
         self.folder = job.output.with_name(f".{job.output.name}.parts")
         self._done = self.folder.with_name(f"{self.folder.name}.done")
         self._errors: dict[str, int] = {}
-        """By chunk, of those that are finished."""
+        """Number of errors of each finished chunk, by name."""
 
     def claim(self, chunks: Sequence[Chunk], restart: bool) -> None:
-        """Make the folder this job's and see what is finished.
+        """Reserve the folder for this job and list the finished chunks.
 
         Raises:
-            ValueError: It is another job's, and `restart` was not said.
+            ValueError: It belongs to another job, and `restart` is false.
         """
         shutil.rmtree(self._done, ignore_errors=True)
         recover(self.folder)
@@ -353,7 +353,7 @@ class Parts:
             )
 
     def has(self, chunk: Chunk) -> bool:
-        """Say whether a chunk is finished, and without errors if the job takes none."""
+        """Return whether a chunk is finished, and without errors unless the job skips errors."""
         errors = self._errors.get(_name(chunk))
         return errors is not None and (errors == 0 or self._job.skip_errors)
 
@@ -366,10 +366,10 @@ class Parts:
         self._errors[_name(chunk)] = answered.errors
 
     def assemble(self, chunks: Sequence[Chunk]) -> int:
-        """Put all chunks together, in their order, in the place of the output, and remove the folder.
+        """Concatenate all chunks in order, replace the output with the result, and remove the folder.
 
         Returns:
-            How many requests have an error.
+            Number of requests with an error.
         """
         errors = [self._errors[_name(chunk)] for chunk in chunks]
         paths = [self._path(_name(chunk), wrong) for chunk, wrong in zip(chunks, errors)]
@@ -377,12 +377,12 @@ class Parts:
         join = _join_tables if self._job.output.suffix == ".parquet" else _join_lines
         with atomic_file(self._job.output) as whole:
             join(paths, whole)
-        self.folder.rename(self._done)  # a kill that leaves some of the parts leaves none that is asked for
+        self.folder.rename(self._done)  # parts left by a kill are then not mistaken for finished work
         shutil.rmtree(self._done)
         return sum(errors)
 
     def kept(self) -> str:
-        """Say where finished work is kept, if there is any."""
+        """Return a message with the folder of finished chunks, if there are any."""
         return f"; {len(self._errors)} finished chunks are kept in {self.folder}" if self._errors else ""
 
     def _refuse_other_options(self) -> None:
@@ -419,7 +419,7 @@ def _join_tables(paths: Sequence[Path], whole: Path) -> None:
 
 @contextmanager
 def _told_where(folder: Path) -> Iterator[None]:
-    """Say of what cannot be written why, and what becomes of the finished work."""
+    """Add to errors of writing the reason, and the location of finished chunks."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Chunks of requests answered by workers of Ray Data, on one machine or many. Needs the extra `ray`."""
+"""Answers chunks of requests by workers of Ray Data, on one or several machines. Needs the extra `ray`."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ from .loading import load_pipeline
 from .offline import Answered, Chunk, Job, answer_chunk, fingerprint
 
 OBJECT_STORE_BYTES = 128 << 20
-"""Room for answers on their way, where a cluster is started; Ray would take a third of the memory."""
+"""Object store size of a cluster that is started here; Ray's default is a third of the memory."""
 
 
 class ChunkWorker:
@@ -20,7 +20,7 @@ class ChunkWorker:
 
     Args:
         model: The folder or the Hub id of the model.
-        job: What is answered.
+        job: Input, output and options.
     """
 
     def __init__(self, model: str, job: Job) -> None:
@@ -50,22 +50,22 @@ ANSWERED = pyarrow.schema(
 
 
 def answer_with_ray(model: str, workers: int, job: Job, chunks: list[Chunk]) -> Iterator[Answered]:
-    """Answer chunks by workers that each load the model; what a worker that dies had begun, another does again.
+    """Answer chunks by workers that each load the model; tasks of a dead worker are retried by another.
 
-    Joins the cluster that this process belongs to or that `RAY_ADDRESS` names, whose machines must all see the input
-    under its path; else starts one here, and ends it when done.
+    Joins the cluster of this process or of `RAY_ADDRESS`, where all machines must have the input under the same path;
+    else starts a local cluster, and stops it at the end.
 
     Args:
-        model: The folder or the Hub id of the model, as the workers find it.
-        workers: How many workers; no more than the cluster has CPUs.
-        job: What is answered.
-        chunks: What of it.
+        model: The folder or the Hub id of the model, valid for the workers.
+        workers: Number of workers; at most the number of CPUs of the cluster.
+        job: Input, output and options.
+        chunks: The chunks to answer.
 
     Raises:
         ImportError: Ray is not installed.
     """
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # disable Ray's usage reports
     try:
         ray, data = importlib.import_module("ray"), importlib.import_module("ray.data")
     except ImportError as error:
@@ -76,7 +76,7 @@ def answer_with_ray(model: str, workers: int, job: Job, chunks: list[Chunk]) -> 
     try:
         data.DataContext.get_current().enable_progress_bars = False
         size = max(1, min(workers, len(chunks), int(ray.cluster_resources().get("CPU", 1))))
-        # A block a chunk: what is lost with a worker is one chunk, and each arrives as soon as it is done.
+        # One block per chunk: a dead worker loses one chunk, and each chunk arrives when it is finished.
         rows = data.from_items([chunk._asdict() for chunk in chunks], override_num_blocks=len(chunks))
         answered = rows.map_batches(
             ChunkWorker,

@@ -1,4 +1,4 @@
-"""Tuning in a run: the adapter is put into the model before training, and saved after it in place of the model."""
+"""Tuning methods of a run: the adapter is added to the model before training, and saved instead of the model."""
 
 import logging
 import os
@@ -18,17 +18,17 @@ from .run import Run
 
 logger = logging.getLogger(__name__)
 WARM_UP, FIXED = 0.1, 0.3
-"""AdaLoRA: shares of the steps before ranks are cut and after they are settled (ours)."""
+"""AdaLoRA: shares of the steps before ranks are pruned and after they are fixed (our choice)."""
 
 
 def attach(run: Run) -> None:
-    """Put the adapter of the recipe's tuning method into the model of a run, and say how much of it is trained.
+    """Add the adapter of the recipe's tuning method to the model of a run, and log the number of trained weights.
 
-    `run.model` is the PeftModel from then on: its `forward` is the one that has the virtual tokens of prefix and prompt
-    tuning. A base that no folder holds is written beside the adapter, so that the adapter can be loaded again.
+    `run.model` is then the PeftModel: its `forward` adds the virtual tokens of prefix and prompt tuning. A base that is
+    not saved in a folder is written next to the adapter, so that the adapter can be loaded again.
 
     Raises:
-        ValueError: If the method cannot be used on this model, or not with the recipe's other settings.
+        ValueError: If the method cannot be used with this model or with the recipe's other settings.
     """
     arguments = run.recipe.tuning
     if isinstance(run.model, PeftModel):
@@ -74,7 +74,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _shaped_anew(run: Run) -> list[str]:
-    """Name the modules that have another shape in the run than in its checkpoint: the adapter has to bring its own."""
+    """Return the modules whose shape differs from the checkpoint's: the adapter must save its own."""
     config, name, found = run.model.config, run.recipe.model.checkpoint, []
     before = AutoConfig.from_pretrained(name) if name else config
     if run.model.score_head is not None and before.score_names != config.score_names:
@@ -85,8 +85,8 @@ def _shaped_anew(run: Run) -> list[str]:
 
 
 def _save_base(run: Run, folder: Path) -> None:
-    """Write the base as a model of its own, with its processor: it is published apart from its adapters."""
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes one writes
+    """Write the base as a separate model, with its processor: it is published separately from its adapters."""
+    if int(os.environ.get("RANK", "0")) == 0:  # only one process writes
         with atomic_folder(folder) as partial:
             run.model.save_pretrained(partial)
             run.processor.save_pretrained(partial)
@@ -94,34 +94,34 @@ def _save_base(run: Run, folder: Path) -> None:
 
 
 def keeps_states(run: Run) -> bool:
-    """Say whether there are segment states that can be kept while a model is measured."""
+    """Return whether segment states can be cached while a model is measured."""
     return not _takes_virtual_tokens(run) and run.base_model.config.num_segment_layers > 0
 
 
 def _takes_virtual_tokens(run: Run) -> bool:
-    """Say whether an adapter adds virtual tokens, which only the flat plan takes; it keeps nothing."""
+    """Return whether an adapter adds virtual tokens, which only the flat plan supports; it caches nothing."""
     config = getattr(run.model, "active_peft_config", None)
     return config is not None and config.is_prompt_learning
 
 
 def reads_through_cache(run: Run) -> bool:
-    """Say whether segment states may be kept while the model of a run is trained.
+    """Return whether segment states may be cached while the model of a run is trained.
 
-    They may where nothing below the joint layers is trained, neither weights nor adapters.
+    They may if nothing below the joint layers is trained, neither weights nor adapters.
     """
     return not _takes_virtual_tokens(run) and run.base_model.model.segments_are_frozen
 
 
 def callbacks(run: Run) -> list[TrainerCallback]:
-    """Return what the method of a run has to do during training."""
+    """Return the callbacks that the tuning method of a run needs."""
     return [AllocateRanks(run.model)] if run.recipe.tuning.method == "adalora" else []
 
 
 class AllocateRanks(TrainerCallback):
-    """Lets AdaLoRA cut ranks, between each optimizer step and the clearing of its gradients.
+    """Runs AdaLoRA's rank pruning, between each optimizer step and the clearing of its gradients.
 
-    Which ranks are left is kept here, not in the adapter's configuration: saved so, an adapter has all its ranks, the
-    cut ones zero, and loads like any other. Where training is resumed, the averaged importance of ranks starts anew.
+    The remaining ranks are stored here, not in the adapter's configuration: a saved adapter has all its ranks, with
+    zeros for pruned ones, and loads like any other. If training is resumed, the averaged importance of ranks restarts.
 
     Args:
         model: The PeftModel.
@@ -133,7 +133,7 @@ class AllocateRanks(TrainerCallback):
         self.left: dict[str, list[bool]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lay out the schedule: only now it is known how many steps there are."""
+        """Set the schedule: the number of steps is known only now."""
         self.config.total_step = state.max_steps
         self.config.tinit = self.config.tinit or int(WARM_UP * state.max_steps)
         self.config.tfinal = self.config.tfinal or int(FIXED * state.max_steps)
@@ -151,20 +151,20 @@ class AllocateRanks(TrainerCallback):
             }
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut the least important ranks."""
+        """Prune the least important ranks."""
         self.config.rank_pattern = self.left
         self.tuner.update_and_allocate(state.global_step)
         self.left, self.config.rank_pattern = self.config.rank_pattern, None
 
 
 def save_model(run: Run, folder: Path) -> None:
-    """Write what was trained: the whole model, or the adapter with the configuration it needs."""
+    """Save the trained weights: the whole model, or the adapter with the configuration it needs."""
     if run.recipe.tuning.merge and isinstance(run.model, PeftModel):
         run.model = run.model.merge_and_unload()
     run.model.save_pretrained(folder)
     if isinstance(run.model, PeftModel):
         run.base_model.config.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty template
 
 
 __all__ = [

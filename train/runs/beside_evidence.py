@@ -1,4 +1,4 @@
-"""A network beside evidence: trained within a time, and measured by whether it adds to what needs no training."""
+"""A network that is combined with evidence: trained within a time limit, and compared with untrained rules."""
 
 import dataclasses
 import shutil
@@ -23,36 +23,36 @@ from .build import plain_forward, prepare
 from .run import Run
 
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-"""Weights of the network's cosine that are tried beside evidence, whose transitions weigh 1."""
+"""Weights of the network's cosine tried in combination with evidence, whose transitions have the weight 1."""
 ALONE = float("inf")
 """The weight of a network without evidence."""
 VALIDATION_USERS = 2_000
-"""Users by whom epochs and shares are chosen, at most."""
+"""Maximum number of users on which epochs and shares are chosen."""
 PATIENCE = 3
-"""Epochs without a better figure after which training stops."""
+"""Number of epochs without improvement after which training stops."""
 STEPS_OF_AN_EPOCH = 16
-"""Batches are made smaller where an epoch would have fewer steps, down to `LEAST_BATCH` rows."""
+"""Minimum number of steps per epoch: batches are made smaller for it, down to `LEAST_BATCH` rows."""
 LEAST_BATCH = 16
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of a training."""
+    """The result of a training."""
 
     run: Run
     share: float
-    """Weight of the cosine beside evidence that is the best on validation; `ALONE`: without evidence."""
+    """Weight of the cosine relative to evidence that is best on validation; `ALONE`: no evidence."""
     found: dict[str, Any]
-    """How it compares on validation with the best row that needs no training, as `compare` says it."""
+    """Its comparison with the best untrained row on validation, from `compare`."""
     told: dict[str, Any]
-    """Epochs, steps, and the figure of each share."""
+    """Epochs, steps, and the metric of each share."""
 
 
 class ValidationMetrics:
-    """Measures a network on held-out events, alone and beside evidence: the best of these is `ndcg@10`.
+    """Measures a network on held-out events, with and without evidence: `ndcg@10` is the best of these.
 
     Args:
-        run: The run that is trained.
+        run: The run in training.
         examples: The held-out events.
         evidence: Scores of evidence for them.
     """
@@ -61,13 +61,13 @@ class ValidationMetrics:
         self.run, self.examples, self.evidence = run, examples, evidence
 
     def __call__(self) -> dict[str, float]:
-        """Measure; figures by name."""
+        """Return the metrics by name."""
         gains = self.gains()
         found = {share: float(own.mean()) for share, own in gains.items()}
         return {"ndcg@10": max(found.values()), "network_ndcg@10": found[ALONE]}
 
     def gains(self) -> dict[float, np.ndarray]:
-        """Return for each share what each event adds to the NDCG@10."""
+        """Return each event's NDCG@10 for each share."""
         run, examples = self.run, self.examples
         cosines = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
         return gains_of(
@@ -76,14 +76,14 @@ class ValidationMetrics:
 
 
 def beside(cosines: Scores, evidence: Scores, share: float) -> Scores:
-    """Add cosines, weighed by a share, to the scores of evidence; `ALONE`: the cosines, 0: the evidence."""
+    """Add cosines, weighted by a share, to the scores of evidence; `ALONE`: only cosines, 0: only evidence."""
     if share == ALONE:
         return cosines
     return Scores(lambda part: evidence[part] + share * cosines[part]) if share else evidence
 
 
 def gains_of(scores: Mapping[Any, Any], run: Run, examples: RankingExamples) -> dict[Any, np.ndarray]:
-    """Return what each event adds to the NDCG@10, by the name of the scores."""
+    """Return each event's NDCG@10, by the name of the scores."""
     exclude = run.recipe.evaluation.exclude_seen
     return {
         name: ndcg_gains(evaluation.ranks_of(own, examples, exclude), evaluation.COMPARED_AT)
@@ -92,7 +92,7 @@ def gains_of(scores: Mapping[Any, Any], run: Run, examples: RankingExamples) -> 
 
 
 def evidence_scores(run: Run, examples: RankingExamples, settings: EvidenceSettings, part: str) -> Scores:
-    """Score the catalogue by evidence, as far as it may be counted before a part is predicted."""
+    """Score the catalogue by the evidence that may be counted for the prediction of a part."""
     sequences = evaluation.learnt_sequences(run.writer, run.split, part, run.recipe.evaluation)
     counted = Evidence(run.texts, sequences, settings)
     return Scores(lambda users: counted.scores(examples.histories[users]))
@@ -101,14 +101,14 @@ def evidence_scores(run: Run, examples: RankingExamples, settings: EvidenceSetti
 def train_beside(
     recipe: Recipe, log: Log, settings: EvidenceSettings, deadline: float, say: Callable[[str], object]
 ) -> Outcome:
-    """Train a network until a deadline, and compare it on validation with what needs no training.
+    """Train a network until a deadline, and compare it with the untrained rows on validation.
 
     Args:
-        recipe: How it is trained; the best epoch is taken where the recipe measures each.
+        recipe: Settings of the training; the best epoch is used if the recipe evaluates each epoch.
         log: The data.
-        settings: Of the evidence.
-        deadline: By `time.monotonic`.
-        say: Is given lines of progress.
+        settings: Settings of the evidence.
+        deadline: Deadline on the clock `time.monotonic`.
+        say: Receives lines of progress.
     """
     check_best_metric(recipe)
     run = prepare(recipe, log=log)
@@ -121,7 +121,7 @@ def train_beside(
         more.append(EarlyStoppingCallback(PATIENCE))
     trainer = finetune.fit(run, figures, more, without=(PrinterCallback, ProgressCallback))
     plain_forward(run.model)
-    for checkpoint in recipe.output_dir.glob("checkpoint-*"):  # the best one is in memory
+    for checkpoint in recipe.output_dir.glob("checkpoint-*"):  # the best checkpoint is in memory
         shutil.rmtree(checkpoint)
     gains = figures.gains()
     share = best_share(gains)
@@ -139,14 +139,14 @@ def train_beside(
 
 
 def best_share(gains: Mapping[float, np.ndarray], where: np.ndarray | slice = slice(None)) -> float:
-    """Return the share with the highest mean of the events that are looked at."""
+    """Return the share with the highest mean over the events in `where`."""
     return max(gains, key=lambda share: gains[share][where].mean())
 
 
 def chosen_elsewhere(gains: Mapping[float, np.ndarray], seed: int) -> np.ndarray:
-    """Return what each event adds by the share that is the best on the other half of the events, drawn by the seed.
+    """Return each event's value for the share that is best on the other half of the events, drawn by the seed.
 
-    To choose the best of several shares on some events and to measure it on the same ones would flatter it.
+    Choosing the best of several shares and measuring it on the same events would be biased upwards.
 
     >>> gains = {0.5: np.array([1.0, 1.0, 0.0, 0.0]), 1.0: np.array([0.0, 0.0, 1.0, 1.0])}
     >>> float(chosen_elsewhere(gains, 0).mean()) <= 0.5
@@ -162,7 +162,7 @@ def chosen_elsewhere(gains: Mapping[float, np.ndarray], seed: int) -> np.ndarray
 
 
 def batch_size(given: int, rows: int) -> int:
-    """Make batches smaller where there are few rows.
+    """Return a smaller batch size if there are few rows.
 
     >>> batch_size(128, 20_000), batch_size(128, 800), batch_size(128, 40)
     (128, 50, 16)

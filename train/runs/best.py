@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: the figure that decides it has to be one that is measured."""
+"""The metric that selects the best checkpoint must be one that is measured."""
 
 import re
 
@@ -8,10 +8,10 @@ from ..evaluation.measures import MEASURES
 
 
 def check_best_metric(recipe: Recipe) -> None:
-    """Refuse a `training.metric_for_best_model` that fine-tuning never measures.
+    """Raise if fine-tuning never measures `training.metric_for_best_model`.
 
     Raises:
-        ValueError: Naming what is measured.
+        ValueError: The message names the measured metrics.
     """
     training = recipe.training
     metric = training.get("metric_for_best_model")
@@ -27,7 +27,7 @@ def check_best_metric(recipe: Recipe) -> None:
 
 
 def examples(recipe: Recipe) -> list[str]:
-    """List the most usual figures that are measured while a recipe is learnt."""
+    """Return the most common metrics that are measured during the training of a recipe."""
     usual = {
         "retrieval": [f"{name}@{k}" for k in recipe.evaluation.ks for name in ("ndcg", "recall")] + ["mrr"],
         **{task: [f"{task}_{name}" for name in MEASURES[row.measure].usual] for task, row in SCORED.items()},
@@ -37,7 +37,7 @@ def examples(recipe: Recipe) -> list[str]:
 
 
 def _patterns(recipe: Recipe) -> list[str]:
-    """Write the names of all figures as patterns; what a subset of the users is called is left open."""
+    """Return patterns of the names of all metrics, with any names of subsets of the users."""
     ks, most = "|".join(map(str, recipe.evaluation.ks)), max(recipe.evaluation.ks)
     scored = {task: MEASURES[row.measure].pattern(row.names(recipe.task)) for task, row in SCORED.items()}
     known = {
@@ -45,7 +45,7 @@ def _patterns(recipe: Recipe) -> list[str]:
         **{task: f"{re.escape(task)}_({pattern})" for task, pattern in scored.items()},
         "writing": r"writing_((\w+/)?perplexity|examples)",
     }
-    # Those of a replayed run depend on its recipe: whether they are there shows when they are measured.
+    # Metrics of a replayed run depend on its recipe: they are checked when they are measured.
     return [*(known[task] for task in recipe.task.learn), *(["replay_.+"] if recipe.task.replay else [])]
 
 

@@ -1,4 +1,4 @@
-"""Training that ends in time: steps are measured, epochs are cut to what the time allows, with a line of progress."""
+"""Training within a time limit: steps are timed, their number is cut to fit, and progress is reported."""
 
 import time
 from collections.abc import Callable
@@ -10,23 +10,23 @@ from transformers import TrainerCallback
 from transformers.optimization import get_scheduler
 
 MEASURED = 5
-"""Steps after the first, which warms up, by which the time of a step is measured."""
+"""Number of steps after the first (a warm-up) that are timed to estimate the duration of a step."""
 
 
 class TimeBudget(TrainerCallback):
-    """Cuts a training to the time that is left, so that the learning rate falls to its end within it.
+    """Cuts a training to the remaining time, so that the learning rate schedule still ends within it.
 
-    After some steps, and after each evaluation, the number of steps is cut to what fits: a step takes as long as the
-    median of those so far, an epoch is followed by an evaluation. At the deadline training stops in any case.
+    After some steps, and after each evaluation, the number of steps is cut to the number that fits: a step takes the
+    median time so far, and an evaluation follows each epoch. At the deadline training stops in any case.
 
     Args:
-        deadline: When to stop, by `clock`.
-        say: Is given lines of progress.
-        metric: The figure of evaluations that is shown.
-        clock: Seconds.
+        deadline: Time to stop, on `clock`.
+        say: Receives lines of progress.
+        metric: The metric of evaluations that is shown.
+        clock: Returns the time in seconds.
 
     Attributes:
-        planned: Steps that were planned last; None: all of them.
+        planned: Number of steps in the last plan; None: all steps.
         out_of_time: Whether the deadline ended the training.
     """
 
@@ -46,15 +46,15 @@ class TimeBudget(TrainerCallback):
         self._per_epoch = 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note how many steps an epoch has."""
+        """Store the number of steps per epoch."""
         self._per_epoch = max(round(state.max_steps / max(state.num_train_epochs, 1)), 1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start measuring."""
+        """Start timing the step."""
         self._started = self.clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the step, plan once enough are measured, and stop at the deadline."""
+        """Time the step, plan once enough steps are timed, and stop at the deadline."""
         now = self.clock()
         if state.global_step > 1:
             self._steps.append(now - self._started)
@@ -67,11 +67,11 @@ class TimeBudget(TrainerCallback):
             self.out_of_time = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start measuring the evaluation."""
+        """Start timing the evaluation."""
         self._epoch_ended = self.clock()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the evaluation, say how far training is, and plan again."""
+        """Time the evaluation, report progress, and plan again."""
         if self._epoch_ended:
             self._evaluations.append(self.clock() - self._epoch_ended)
         if len(self._steps) >= MEASURED and "lr_scheduler" in kwargs:
@@ -84,13 +84,13 @@ class TimeBudget(TrainerCallback):
         self.say(f"epoch {state.epoch:.1f} of {state.max_steps / self._per_epoch:.1f}{figure}; {clock(left)} left")
 
     def _seconds(self, steps: int) -> float:
-        """Estimate how long steps take, and the evaluations between them."""
+        """Estimate the duration of steps and of the evaluations between them."""
         each = median(self._steps) if self._steps else 0.0
         evaluation = median(self._evaluations) if self._evaluations else 0.0
         return steps * each + -(-steps // self._per_epoch) * evaluation
 
     def _plan(self, args: Any, state: Any, lr_scheduler: Any) -> None:
-        """Cut the number of steps to what fits, and let the learning rate end with them."""
+        """Cut the number of steps to fit the time, and end the learning rate schedule with them."""
         left = self.deadline - self.clock()
         evaluation = median(self._evaluations) if self._evaluations else 0.0
         fitting = int(left / (median(self._steps) + evaluation / self._per_epoch))
@@ -104,14 +104,14 @@ class TimeBudget(TrainerCallback):
 
 
 def _schedule(args: Any, steps: int) -> Callable[[int], float]:
-    """Return what the learning rate is multiplied by at each step of a training of so many."""
+    """Return the learning rate factor at each step, for a training of `steps` steps."""
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_scheduler(args.lr_scheduler_type, unused, args.get_warmup_steps(steps), steps)
     return scheduler.lr_lambdas[0]
 
 
 def clock(seconds: float) -> str:
-    """Write a stretch of time.
+    """Format a duration.
 
     >>> clock(7.4), clock(125)
     ('7 s', '2:05 min')

@@ -1,4 +1,4 @@
-"""From a recipe to what a run needs: log, split, tokenizer, processor, model."""
+"""Builds the parts of a run from a recipe: log, split, tokenizer, processor, model."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,15 +30,15 @@ from .run import Run, item_texts
 
 logger = logging.getLogger(__name__)
 SCORE_FIELDS = tuple(name for name in ROLES["scores"] if name != "score_head")
-"""Fields that decide the outputs of a score head, which may change when a checkpoint is trained on."""
+"""Fields that decide the outputs of a score head, which may change when training continues from a checkpoint."""
 OPEN_SHAPES = {"max_position_embeddings", "entry_norm", *ROLES["scores"]}
-"""Fields with the role "shapes" that may differ from a checkpoint's: they only add weights, or change what is read."""
+"""Fields with the role "shapes" that may differ from a checkpoint's: they only add weights, or change inputs."""
 SHAPE_FIELDS = tuple(
     name
     for name in ROLES["shapes"]
     if name not in OPEN_SHAPES and not any(name in feature.settings for feature in ITEM_FEATURES)
 )
-"""Fields of the configuration that the weights of a checkpoint decide."""
+"""Fields of the configuration that the weights of a checkpoint determine."""
 
 
 def seed_everything(seed: int) -> None:
@@ -47,12 +47,12 @@ def seed_everything(seed: int) -> None:
 
 
 def on_cpu() -> bool:
-    """Say whether a run computes on the CPU, because there is no GPU."""
+    """Return whether a run computes on the CPU, because there is no GPU."""
     return not torch.cuda.is_available()
 
 
 def use_bf16() -> bool:
-    """Say whether the device of a run multiplies bfloat16 in hardware."""
+    """Return whether the device of a run multiplies bfloat16 in hardware."""
     if not on_cpu():
         return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
@@ -60,7 +60,7 @@ def use_bf16() -> bool:
 
 
 def make_split(recipe: Recipe, log: Log) -> Split:
-    """Hold out the events that the recipe's evaluation asks for."""
+    """Split the log as the recipe's evaluation section specifies."""
     arguments, seed = recipe.evaluation, recipe.data.seed
     shares = arguments.valid_fraction, arguments.test_fraction
     if arguments.protocol or arguments.split == "leave-one-out":
@@ -81,7 +81,7 @@ def make_split(recipe: Recipe, log: Log) -> Split:
 
 
 def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:
-    """Make what writes requests; statistics are those of the training events."""
+    """Make the request writer; its statistics are those of the training events."""
     writer = RequestWriter(log, recipe.text.times)
     if recipe.text.statistics:
         writer.statistics = item_likes(writer, split.train, recipe.task, recipe.data.seed)
@@ -91,10 +91,10 @@ def make_writer(recipe: Recipe, log: Log, split: Split) -> RequestWriter:
 def make_processor(
     recipe: Recipe, log: Log, writer: RequestWriter, texts: Iterable[str] | None = None
 ) -> M6RecProcessor:
-    """Take the checkpoint's processor, or make a new one: with the backbone's tokenizer, or one trained on texts.
+    """Load the checkpoint's processor, or make a new one: with the backbone's tokenizer, or one trained on texts.
 
-    The texts are those of users and, unless others are given, of items; nothing of the events is read, so that no
-    held-out event can leak.
+    The texts are those of users and, unless others are given, of items; events are not used, so that no held-out event
+    can leak.
     """
     text = recipe.text
     if recipe.model.checkpoint:
@@ -104,7 +104,7 @@ def make_processor(
         settings["template"] = text.template(processor.template)
     else:
         template, rows = text.template(), None
-        # Appending an event must not change what earlier ones say, where history is causal.
+        # With a causal history, appending an event must not change the encoding of earlier ones.
         given = recipe.model.config if recipe.model.backbone else {**recipe.model.shape, **recipe.model.config}
         both_ways = given.get("history_attention") == "bidirectional"
         settings = {"template": template, "time": "ago" if both_ways else "gap"}
@@ -120,7 +120,7 @@ def make_processor(
 
 
 def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend) -> M6RecTokenizer:
-    """Make the tokenizer of a model that begins as a backbone, of the backbone's own."""
+    """Make the tokenizer of a model that is initialised from a backbone, from the backbone's tokenizer."""
     chosen = {name: value for name, value in arguments.config.items() if name == "num_options"}
     tokenizer = M6RecTokenizer.from_backbone(own, **chosen)
     tokenizer.chat_template = own.chat_template
@@ -128,7 +128,7 @@ def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend) -> M6R
 
 
 def _training_texts(log: Log, template: dict[str, Any], texts: Iterable[str] | None) -> Iterator[str]:
-    """Texts a new tokenizer learns from: items (or the given ones), users, and all words of the template."""
+    """Texts to train a new tokenizer on: items (or the given texts), users, and all words of the template."""
     users = [] if log.users is None else [" ".join(texts) for texts in log.users.itertuples(index=False, name=None)]
     return chain(item_texts(log) if texts is None else texts, users, _words(template))
 
@@ -145,11 +145,11 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
     arguments, rows = recipe.model, processor.item_rows
     fields = {**arguments.config, **_names_of_outputs(recipe)}
     scored: dict[str, Any] = {}
-    fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of what a checkpoint learnt
+    fields.setdefault("loss_weights", recipe.task.loss_weights or None)  # not those of a checkpoint's earlier tasks
     late = {name: fields.pop(name) for name in _late_settings() if name in fields}
     if arguments.checkpoint:
         scored = {name: fields.pop(name) for name in SCORE_FIELDS if name in fields}
-        # A checkpoint kept in half precision is trained in full, unless the recipe says otherwise.
+        # A checkpoint saved in half precision is trained in float32, unless the recipe sets a type.
         fields = {"dtype": "float32", **fields, **quantized(recipe.tuning.quantization)}
         _refuse_other_shape(arguments.checkpoint, fields)
         model = load_model(arguments.checkpoint, **fields)
@@ -178,12 +178,12 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
 
 
 def _late_settings() -> list[str]:
-    """Name settings of item features that need item embeddings, which a new model has only once it is resized."""
+    """Return settings of item features that need item embeddings, which a new model has only after resizing."""
     return [name for feature in ITEM_FEATURES if feature.needs is not None for name in feature.settings]
 
 
 def check_length(config: M6RecConfig, max_length: int) -> None:
-    """Refuse rows for which a backbone has not learnt enough positions."""
+    """Raise if rows are longer than the positions that a backbone has learnt."""
     learnt = config.max_position_embeddings
     counts_on = config.position_embedding_type == "learned" and config.joint_positions == "request"
     if counts_on and max_length > learnt:
@@ -191,13 +191,13 @@ def check_length(config: M6RecConfig, max_length: int) -> None:
 
 
 def segment_limit(config: M6RecConfig, max_length: int) -> int | None:
-    """Return how many tokens of a segment a model can read, where it has learnt too few positions for a whole row."""
+    """Return the maximum number of tokens of a segment, if the model has too few positions for a whole row."""
     learnt = config.max_position_embeddings if config.position_embedding_type == "learned" else max_length
     return learnt if learnt < max_length else None
 
 
 def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
-    """Refuse fields that contradict a checkpoint's weights: the library would draw new ones, or leave some out."""
+    """Raise if fields contradict a checkpoint's weights: the library would draw new weights, or drop some."""
     given = [name for name in SHAPE_FIELDS if name in fields]
     own = AutoConfig.from_pretrained(checkpoint) if given else None
     other = [name for name in given if fields[name] != getattr(own, name, None)]
@@ -210,13 +210,13 @@ def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
 
 
 def _names_of_outputs(recipe: Recipe) -> dict[str, list[str]]:
-    """Return the fields of the configuration that name outputs side by side, as the recipe's tasks name them."""
+    """Return the fields of the configuration that name parallel outputs, with the names in the recipe's tasks."""
     rows = [SCORED[task] for task in recipe.task.scored]
     return {row.names_in: list(row.names(recipe.task)) for row in rows if row.names_in}
 
 
 def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any], learnt: Sequence[str]) -> None:
-    """Let a model score what the recipe names and what is learnt; outputs that keep their name keep their weights."""
+    """Adapt the score outputs to the recipe's names and tasks; outputs with the same name keep their weights."""
     config, before = model.config, model.config.score_names
     own = fields.get("score_tasks") or config.score_tasks or []
     fields = {**fields, "score_tasks": [*own, *(task for task in learnt if task not in own)]}
@@ -239,12 +239,12 @@ def _change_scores(model: M6RecForRecommendation, fields: dict[str, Any], learnt
 
 
 def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None = None) -> Run:
-    """Read the data, hold out what is evaluated, and make processor and model.
+    """Read and split the data, and make processor and model.
 
     Args:
-        recipe: Says all of it.
+        recipe: The recipe.
         log: The data, if they have been read.
-        texts: What a new tokenizer learns from in place of the items' texts.
+        texts: Texts to train a new tokenizer on instead of the items' texts.
     """
     seed_everything(recipe.seed)
     log = read_log(recipe.data) if log is None else log
@@ -265,19 +265,19 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
 
 
 def catalogue_rows(writer: RequestWriter, split: Split, processor: M6RecProcessor) -> CatalogueRows:
-    """Read all items, and count their training events."""
+    """Encode all items, and count their training events."""
     rows = [writer.rows[item_id] for item_id in split.train["item_id"]]
     return CatalogueRows.read(writer.items, np.bincount(rows, minlength=len(writer.item_ids)), processor)
 
 
 def plain_forward(model: torch.nn.Module) -> None:
-    """Take back what bf16 training leaves: a `forward` of the instance that computes in bfloat16 ever after."""
+    """Undo a change that bf16 training leaves: a `forward` of the instance that always computes in bfloat16."""
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
 
 
 def save(run: Run) -> None:
-    """Write model, processor and resolved recipe into the output folder, all of it or nothing."""
+    """Write model, processor and resolved recipe into the output folder, atomically."""
     with atomic_files(run.recipe.output_dir, obsolete=WEIGHTS) as folder:
         save_model(run, folder)
         run.processor.save_pretrained(folder)

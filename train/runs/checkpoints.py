@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there at all, and the one that training goes on from.
+"""Atomic checkpoints, and the checkpoint from which training is resumed.
 
-They are written by `atomic_m6rec`: a killed run or a full disk leaves what was there before, and the next start puts
-right what it left behind.
+They are written by `atomic_m6rec`: after a kill or on a full disk the earlier checkpoints remain, and the next start
+removes partial files.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from ..config.recipe import RECIPE_FILE, Recipe, load_recipe, write_json
 logger = logging.getLogger(__name__)
 STATE_FILE, RUN_FILE = "trainer_state.json", "run.json"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-"""Files that must not outlive the model they belong to: a loader would take them for the new one's."""
+"""Files to remove with their model: a loader would take them for the new model's."""
 DECISIVE = {
     "pretrain": ("data", "text", "model", "tuning", "pretraining"),
     "finetune": ("data", "text", "model", "tuning", "task"),
 }
-"""Sections of a recipe that decide what is trained, by stage; of the others, the split and most of `training`."""
+"""Sections of a recipe that decide the training, by stage; the split and most of `training` do too."""
 SPLIT = ("split", "protocol", "validate", "valid_fraction", "test_fraction")
 MAY_CHANGE: tuple[str, ...] = (
     "output_dir",
@@ -43,18 +43,18 @@ MAY_CHANGE += (
 )
 MAY_CHANGE += ("logging", "log", "eval", "save", "load_best", "metric_for", "per_device_eval", "hub", "push_to_hub")
 MAY_CHANGE += ("trackio", "ddp", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor")
-"""How the names of settings begin that may differ where training goes on; the size of a step is compared apart."""
+"""Prefixes of settings that may differ in a resumed training; the size of a step is compared separately."""
 
 
 def find_checkpoint(resume: str | bool | None, folder: Path) -> Path | None:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint to resume from.
 
     Args:
-        resume: True: the newest of the output folder; None or False: none; else a checkpoint, or a folder of them.
+        resume: True: the newest in the output folder; None or False: none; else a checkpoint, or a folder of them.
         folder: The output folder.
 
     Raises:
-        FileNotFoundError: If a folder is named that holds no checkpoint.
+        FileNotFoundError: If a named folder holds no checkpoint.
     """
     if not resume:
         return None
@@ -73,20 +73,20 @@ def find_checkpoint(resume: str | bool | None, folder: Path) -> Path | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the checkpoint of a folder that was written last."""
+    """Return the newest checkpoint of a folder."""
     found = [path.parent for path in _complete(folder)]
     written = {path: ((path / STATE_FILE).stat().st_mtime_ns, int(path.name.rpartition("-")[2])) for path in found}
     return max(written, key=written.__getitem__, default=None)
 
 
 def last_of_run(folder: Path, count: int, step: int, recipe: Recipe, run: dict[str, Any]) -> list[Path]:
-    """Return the last checkpoints that a run has written up to a step, in their order; another run's are passed over.
+    """Return the last checkpoints that a run has written up to a step, in order; those of other runs are skipped.
 
     Args:
         folder: The output folder.
-        count: How many, at most.
+        count: Maximum number.
         step: The last step of the run.
-        recipe: What was trained.
+        recipe: Recipe of the run.
         run: Facts of the run, as `describe` wrote them.
     """
     steps = {path.parent: int(path.parent.name.rpartition("-")[2]) for path in _complete(folder)}
@@ -96,21 +96,21 @@ def last_of_run(folder: Path, count: int, step: int, recipe: Recipe, run: dict[s
 
 
 def describe(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> None:
-    """Write into a checkpoint what `refuse_other` compares: the recipe, and facts of the run."""
+    """Write the inputs of `refuse_other` into a checkpoint: the recipe, and facts of the run."""
     recipe.save(checkpoint)
     write_json(checkpoint / RUN_FILE, run)
 
 
 def refuse_other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> None:
-    """Raise if a checkpoint belongs to a run that would not have come to it this way.
+    """Raise if a checkpoint belongs to a run with other settings.
 
     Args:
         checkpoint: Its folder.
-        recipe: What is about to be trained.
-        run: Facts of that run: its stage, its rows, the rows of an optimizer step.
+        recipe: Recipe of the new run.
+        run: Facts of the new run: its stage, its number of rows, the rows of an optimizer step.
 
     Raises:
-        ValueError: Naming all that differs.
+        ValueError: The message names all differences.
     """
     if not (checkpoint / RUN_FILE).is_file() or not (checkpoint / RECIPE_FILE).is_file():
         logger.warning("%s does not say what it was trained on: nothing was compared", checkpoint)
@@ -123,12 +123,12 @@ def refuse_other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Find the states of a folder's checkpoints: a checkpoint has one once it is whole."""
+    """Return the trainer states of a folder's checkpoints: only complete checkpoints have one."""
     return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{STATE_FILE}"))
 
 
 def _other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> list[str]:
-    """Tell in what the run of a checkpoint, which says what it was trained on, differs."""
+    """Return the differences to the run of a checkpoint."""
     before = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
     stage = run["stage"]
     then, now = _decisive(load_recipe(checkpoint), stage) | before, _decisive(recipe, stage) | run
@@ -137,8 +137,8 @@ def _other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> list[str]:
 
 
 def _decisive(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """All settings that decide what a stage trains, by name."""
-    # What pretraining says of its own training stands in `training` by now; a mean is taken when all are trained.
+    """All settings that decide the training of a stage, by name."""
+    # `pretraining.training` is merged into `training` by now; weights are averaged after the training.
     recipe = dataclasses.replace(
         recipe,
         pretraining=dataclasses.replace(recipe.pretraining, training={}, output_dir=None),

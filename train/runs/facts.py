@@ -1,4 +1,4 @@
-"""Facts for a model's card, from the folder of its run: `card.json` keeps those that no other file there holds."""
+"""Facts for a model's card, from the folder of its run: `card.json` holds those that are in no other file."""
 
 import dataclasses
 import importlib.metadata
@@ -24,7 +24,7 @@ from .adapters import trainable_parameters
 from .build import Run
 
 CARD_FILE = "card.json"
-"""Facts of a run for its card; what is given there (licence, intended_use, limits, ...) may be filled in by hand."""
+"""Facts of a run for its card; fields such as licence, intended_use and limits may be filled in by hand."""
 DATA_NAMES = {
     "ml-100k": "MovieLens-100K",
     "amazon-beauty": "Amazon Beauty, as P5 prepared it",
@@ -38,11 +38,11 @@ def keep_facts(run: Run, seconds: Mapping[str, float], trained: int, command: st
     """Write the `card.json` of a run.
 
     Args:
-        run: The run, trained.
-        seconds: Stage -> how long it took.
-        trained: How many weights were trained.
+        run: The trained run.
+        seconds: Stage -> duration.
+        trained: Number of trained weights.
         command: The command of `m6rec` that trained it.
-        **given: More fields of `CardFacts`; `data` adds to what is known of the data.
+        **given: More fields of `CardFacts`; `data` is merged into the known facts of the data.
     """
     recipe, log = run.recipe, run.log
     data = DataFacts(
@@ -72,15 +72,15 @@ def keep_facts(run: Run, seconds: Mapping[str, float], trained: int, command: st
 
 
 def folder_facts(folder: Path, name: str, adapter: Mapping[str, Any] | None = None) -> CardFacts:
-    """Gather what the card of a model says: each fact from the one file of its folder that holds it.
+    """Collect the facts for a model's card: each from the one file of its folder that holds it.
 
     Args:
-        folder: The folder of a run, or any other with a model; what is not there is unknown.
-        name: What users load the model by.
-        adapter: What the model's `adapter_config.json` says if that is not what stands in the folder.
+        folder: The folder of a run, or another folder with a model; facts without a file are unknown.
+        name: The name by which users load the model.
+        adapter: Contents of the model's `adapter_config.json`, if they differ from the file in the folder.
 
     Raises:
-        ValueError: If `card.json` has keys that no card says.
+        ValueError: If `card.json` has unknown keys.
     """
     kept = _read(folder / CARD_FILE)
     known = {field.name for field in dataclasses.fields(CardFacts)} - {"name"}
@@ -111,7 +111,7 @@ def folder_facts(folder: Path, name: str, adapter: Mapping[str, Any] | None = No
 
 
 def preset_facts(preset: str) -> CardFacts:
-    """Say what is true of a preset whose weights have learnt nothing: its shape, and how to make it."""
+    """Return the facts of an untrained preset: its shape, and how to make it."""
     config = M6RecConfig.preset(preset)
     with torch.device("meta"):
         parameters = M6RecForRecommendation(config).num_parameters()
@@ -120,7 +120,7 @@ def preset_facts(preset: str) -> CardFacts:
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return the Hub's id in the name of a model or of a table (`org/name:split`); None if it names a place here.
+    """Return the Hub's id in the name of a model or of a table (`org/name:split`); None for a local path.
 
     >>> hub_id("org/films:train"), hub_id("/data/films"), hub_id(None)
     ('org/films', None, None)
@@ -136,7 +136,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def _beginning(name: str | None) -> str | None:
-    """Find the Hub's id of what a model began as, which a pretraining in a folder here has kept."""
+    """Return the Hub id of a model's initial weights; for a local pretrained model it is read from its folder."""
     return hub_id(name) or (_read(Path(name) / CARD_FILE).get("base_model") if name else None)
 
 
@@ -148,7 +148,7 @@ def _of_recipe(recipe: Recipe | None) -> dict[str, Any]:
 
 
 def _example(items: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Make a request of the catalogue's first items: nothing that a user did."""
+    """Make a request of the catalogue's first items, without user data."""
     texts = [{name: value for name, value in item.items() if name != "item_id"} for item in items[:4]]
     return {"history": [{"item": text} for text in texts[:2]], "candidates": texts[2:]} if len(texts) == 4 else None
 

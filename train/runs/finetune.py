@@ -1,4 +1,4 @@
-"""Behaviour fine-tuning: retrieval, clicks, ratings, interactions and writing, alone or together (paper, task formats).
+"""Behaviour fine-tuning: retrieval, clicks, ratings, interactions and writing, single or joint (paper, task formats).
 
 m6rec finetune quickstart training.output_dir=runs/films
 """
@@ -28,16 +28,16 @@ from .training_set import earlier_runs, training_set
 
 logger = logging.getLogger(__name__)
 LOGGED = ("ndcg@10", "recall@10", "auc", "rmse", "perplexity")
-"""Metrics that are shown during training; all are returned, and can choose the best checkpoint."""
+"""Metrics that are shown during training; all metrics are returned, and can select the best checkpoint."""
 
 
 class ValidationMetrics:
-    """Measures the validation part of a run, and those of the earlier runs that it replays: `replay_films_click_auc`.
+    """Measures the validation part of a run, and those of replayed runs: `replay_films_click_auc`.
 
-    An earlier run whose validation part holds nothing for a task is not measured in it.
+    Tasks without events in a replayed run's validation part are not measured.
 
     Args:
-        run: The run that is trained.
+        run: The run in training.
         earlier: Earlier runs, by name.
         bf16: Compute in bfloat16.
     """
@@ -52,7 +52,7 @@ class ValidationMetrics:
         ]
 
     def __call__(self) -> dict[str, float]:
-        """Measure; figures by name."""
+        """Return the metrics by name."""
         found: dict[str, float] = {}
         for prefix, run, task, examples in self.examples:
             if prefix and not examples.rows:
@@ -68,12 +68,12 @@ def _is_figure(value: Any) -> bool:
 
 
 def measured(run: Run) -> list[str]:
-    """Tasks of a run that are measured."""
+    """Return the measured tasks of a run."""
     return list(run.recipe.task.learn)
 
 
 def examples_of(run: Run, part: str, task: str) -> Any:
-    """Prepare what a task is measured on, or for writing also the part "train"."""
+    """Make the evaluation examples of a task; for writing also those of the part "train"."""
     if task == "writing":
         arguments = (run.recipe.task, run.recipe.evaluation, run.recipe.seed)
         return writing_examples(run.writer, run.processor, run.split, part, *arguments)
@@ -110,9 +110,9 @@ def _predicted(run: Run, examples: evaluation.ScoringExamples, task: str, bf16: 
 
 
 def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measure model and baselines on a part: task -> who -> metrics; of replayed runs `replay/NAME/TASK`.
+    """Measure model and baselines on a part: task -> name -> metrics; for replayed runs `replay/NAME/TASK`.
 
-    Nothing learns meanwhile: each text is read once.
+    Weights do not change meanwhile, so each text is encoded once.
     """
     own = run.segment_cache
     if own is None and keeps_states(run):
@@ -120,7 +120,7 @@ def full_report(run: Run, part: str = "test", bf16: bool = False) -> dict[str, d
     try:
         report = _own_report(run, part, bf16)
         for name, each in earlier_runs(run).items():
-            each.segment_cache = SegmentCache() if keeps_states(run) else None  # its figures depend on it alone
+            each.segment_cache = SegmentCache() if keeps_states(run) else None  # its metrics depend only on it
             report |= {f"replay/{name}/{task}": rows for task, rows in _own_report(each, part, bf16).items()}
     finally:
         run.segment_cache = own
@@ -144,7 +144,7 @@ def _own_report(run: Run, part: str, bf16: bool) -> dict[str, dict[str, dict[str
 
 
 def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str, dict[str, Any]]:
-    """Measure model and baselines on prepared examples of a task: who -> metrics."""
+    """Measure model and baselines on prepared examples of a task: name -> metrics."""
     recipe = run.recipe
     if task == "retrieval":
         counts = Learnt(run.writer, run.split, part, recipe.evaluation).counts
@@ -167,13 +167,13 @@ def fit(
     more: Sequence[TrainerCallback] = (),
     without: Sequence[type[TrainerCallback]] = (),
 ) -> M6RecTrainer:
-    """Train the model of a run; the best checkpoint by the recipe's `metric_for_best_model` is kept.
+    """Train the model of a run and keep the best checkpoint by the recipe's `metric_for_best_model`.
 
     Args:
         run: The run.
-        figures: Measures the model during training; None: `Figures` does.
-        more: Callbacks of the Trainer that are added.
-        without: Callbacks of the library that are left out.
+        figures: Measures the model during training; None: `ValidationMetrics`.
+        more: Additional callbacks of the Trainer.
+        without: Callbacks of the library to remove.
     """
     if run.recipe.model.freeze_segments:
         run.base_model.model.freeze_segments()
@@ -204,7 +204,7 @@ def fit(
 def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     """Run a recipe from data to saved model and catalogue; returns and writes the report on the test part.
 
-    Of several processes one measures and writes; the others return an empty report.
+    With several processes, one measures and writes; the other processes return an empty report.
     """
     recipe = recipe.for_finetuning()
     check_best_metric(recipe)
@@ -217,7 +217,7 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
         if run.model.config.num_segment_layers:
             build_catalogue(recipe.output_dir, run.writer.items)
     trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():  # of several processes one measures
+    if not trainer.is_world_process_zero():  # only one process measures
         return {}
     start = time.monotonic()
     report = full_report(run)

@@ -1,9 +1,9 @@
-"""In-batch negatives over a whole optimizer step: those of all its micro-batches, on all processes.
+"""In-batch negatives over a whole optimizer step: from all its micro-batches, on all processes.
 
-The softmax over a large batch does not fall apart into those over small ones. Gradient caching (Gao et al., 2021,
-arXiv 2101.06983) gets its exact gradients from small ones all the same: read all users and items without gradients,
-compute the softmax and its gradients with respect to their vectors, then read each micro-batch again and hand these
-gradients on. It costs one more forward pass.
+The softmax over a large batch is not a sum of those over small batches. Gradient caching (Gao et al., 2021,
+arXiv 2101.06983) still computes its exact gradients from small batches: encode all users and items without gradients,
+compute the softmax and its gradients with respect to their vectors, then encode each micro-batch again and
+backpropagate these gradients. It costs one more forward pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ from ...losses_m6rec import retrieval_losses
 
 @dataclass(frozen=True)
 class Vectors:
-    """What a micro-batch brings to the softmax: U users, M items.
+    """Inputs of the softmax from a micro-batch: U users, M items.
 
     Attributes:
         users: U x D.
         items: M x D.
         labels: U rows of `items`.
-        names: What each item reads like, the same wherever it occurs.
+        names: Key of each item, equal for equal items in all micro-batches.
         temperature: Divides the cosines.
-        log_frequency: M log probabilities with which an item got into the step, up to a constant; None = none.
+        log_frequency: M log probabilities of an item to be in the step, up to a constant; None = no correction.
     """
 
     users: torch.Tensor
@@ -38,7 +38,7 @@ class Vectors:
 
 
 class _Recorder:
-    """Stands in for the retrieval loss and keeps what it is given."""
+    """Replaces the retrieval loss and records its arguments."""
 
     def __init__(self) -> None:
         self.given: tuple[Any, ...] | None = None
@@ -50,7 +50,7 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class CachedGradients:
-    """Stands in for the retrieval loss of a micro-batch: its share of the step's, with the step's gradients.
+    """Replaces the retrieval loss of a micro-batch: its share of the step's loss, with the step's gradients.
 
     Attributes:
         loss: Sum of the losses of this micro-batch's users.
@@ -63,7 +63,7 @@ class CachedGradients:
     items: torch.Tensor
 
     def __call__(self, users: torch.Tensor, items: torch.Tensor, *more: Any) -> torch.Tensor:
-        """Return the loss, divided by the weight that comes last."""
+        """Return the loss, divided by the last argument, the weight."""
         along = (users * self.users).sum() + (items * self.items).sum()
         weight = more[-1]
         return (along - along.detach() + self.loss) / (weight + (weight == 0))
@@ -75,13 +75,13 @@ def cached_gradients(
     """Compute the softmax of an optimizer step.
 
     Args:
-        forward: Calls the model on a batch. It must draw the same random numbers as it will when it is called on the
-            same batches, in this order, to train: this function leaves the generators as they are.
+        forward: Calls the model on a batch. It must draw the same random numbers as in training on the same batches in
+            this order: this function restores the state of the generators.
         batches: The micro-batches of this process.
-        process: Its number; all processes of a training must call this together.
+        process: Number of this process; all processes of a training must call this function together.
 
     Returns:
-        What stands in for `contrast` for each micro-batch; None for those without labels of retrieval.
+        The `contrast` of each micro-batch; None for micro-batches without labels of retrieval.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -100,7 +100,7 @@ def cached_gradients(
 
 
 def _read(forward: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Vectors | None:
-    """Read a micro-batch: one without labels too, since reading draws random numbers."""
+    """Encode a micro-batch, also one without labels, since encoding draws random numbers."""
     recorder = _Recorder()
     forward(batch, contrast=recorder)
     if recorder.given is None:
@@ -111,13 +111,13 @@ def _read(forward: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> Vec
     ids = batch["item_input_ids"].tolist()
     names = [(row, *own[:length]) for own, length, row in zip(ids, lengths, memory)]
     if log_frequency is not None:
-        # The collator counts on as many positives as the micro-batch has; a constant is nothing to a softmax.
+        # The collator's frequencies assume the positives of a micro-batch; a softmax ignores a constant.
         log_frequency = log_frequency.cpu() - torch.tensor(float(max(len(labels), 1))).log()
     return Vectors(users.cpu(), items.cpu(), labels.cpu(), names, temperature, log_frequency)
 
 
 def _softmax(step: Sequence[Vectors]) -> list[CachedGradients]:
-    """Compute losses and gradients; an item that occurs several times stands in the softmax once, for its first."""
+    """Compute losses and gradients; an item that occurs several times is in the softmax once, by its first vector."""
     place: dict[tuple[int, ...], int] = {}
     first: list[int] = []
     where: list[int] = []

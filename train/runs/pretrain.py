@@ -46,12 +46,12 @@ from .trainer import M6RecTrainer
 
 
 class RowMaker:
-    """Makes the row of a document for an objective; every draw comes from the generator that is given with it.
+    """Makes the row of a document for an objective; all draws come from the given generator.
 
     Args:
-        processor: Words and encodes.
-        length: Tokens of a plain document or an infilling row, at most.
-        pretend: Makes up users, for `likes`.
+        processor: Formats and encodes.
+        length: Maximum number of tokens of a plain document or an infilling row.
+        pretend: Generates synthetic users, for `likes`.
     """
 
     def __init__(self, processor: M6RecProcessor, length: int, pretend: SyntheticUsers | None = None) -> None:
@@ -73,13 +73,13 @@ class RowMaker:
         return make(document, rng)
 
     def _stretch(self, document: Document, rng: np.random.Generator, end: Sequence[int] = ()) -> list[int]:
-        """Encode a text, ended by `end`; of a longer one than `length` take a stretch."""
+        """Encode a text, followed by `end`; of a text longer than `length` take a random span."""
         ids = [*self.processor.tokenizer.encode_text(document["text"]), *end]
         start = int(rng.integers(max(len(ids) - self.length, 0) + 1))
         return ids[start : start + self.length]
 
     def _text(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
-        """A text is written on, to its end; nothing stands before its first token that could predict it."""
+        """Causal language modelling of a text; its first token has no context and no label."""
         ids = self._stretch(document, rng, [self.ids["eos_token_id"]])
         return {"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]]}
 
@@ -96,18 +96,18 @@ class RowMaker:
         return {"input_ids": row + end, "labels": labels + [IGNORE_INDEX] * ended}
 
     def _item(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
-        """An item's text is written from its segment; its memory, which could stand in for the text, is left out."""
+        """Generate an item's text from its segment, without its embedding, which could replace the text."""
         reading = self.processor.read({"candidates": [document["item"]], "text": document["text"]}, "item_text")
         return {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
 
     def _behaviour(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
-        """What a user did next is written as it is asked for without training (paper, zero-shot scoring)."""
+        """Generate a user's next events in the form used without training (paper, zero-shot scoring)."""
         reading = self.processor.read(document["request"], "plausibility")
         row = {"input_ids": reading.input_ids, "labels": self.processor.labels(reading)}
         return row if self.processor.item_rows is None else {**row, "item_embedding_ids": reading.item_embedding_ids}
 
     def _likes(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
-        """A user who is made up likes the item, and others beside it, or not."""
+        """Predict which of the item and other items a synthetic user likes."""
         assert self.pretend is not None
         request, labels = self.pretend.draw(self.pretend.writer.rows[document["item"]["item_id"]], rng)
         reading = self.processor.read(request, "click")
@@ -116,16 +116,16 @@ class RowMaker:
 
 
 class Share(NamedTuple):
-    """How much of the training an objective has of a source."""
+    """Share of the training rows of an objective and a source."""
 
     objective: str
     source: AnySource
     share: float
-    """All of them sum to 1."""
+    """All shares sum to 1."""
 
 
 def mix(sources: Sequence[AnySource], arguments: PretrainingArguments) -> list[Share]:
-    """Divide the rows among objectives, by weight, and those of an objective among its sources.
+    """Divide the rows among objectives, by weight, and the rows of an objective among its sources.
 
     Raises:
         ValueError: If an objective has no source.
@@ -137,7 +137,7 @@ def mix(sources: Sequence[AnySource], arguments: PretrainingArguments) -> list[S
             continue
         own = [source for source in sources if _teaches(source, objective)]
         mass: list[float] = [len(source) for source in own]
-        if any(isinstance(source, StreamedSource) for source in own):  # whose sizes nobody knows: they take turns
+        if any(isinstance(source, StreamedSource) for source in own):  # sizes are unknown: sources alternate
             mass = [min(size, 1) for size in mass]
         if weights and objective in ("text", "infilling", "masked"):
             mass = [weights.get(source.name, 0) if len(source) else 0 for source in own]
@@ -160,8 +160,8 @@ def _teaches(source: AnySource, objective: str) -> bool:
 class MixedRows(Dataset):
     """An epoch of rows: as many as the sources have documents, in the given shares.
 
-    Each source is walked in an order of its own, from the start again where its share asks for more than it has. Every
-    draw depends on (seed, epoch) or (seed, epoch, index), and on nothing else.
+    Each source has its own order, and is repeated if its share exceeds its size. Each draw depends only on (seed,
+    epoch) or (seed, epoch, index).
 
     Args:
         shares: Objectives and sources.
@@ -176,10 +176,10 @@ class MixedRows(Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew."""
+        """Draw the rows of an epoch."""
         self.epoch = epoch
         rng = np.random.default_rng([self.seed, epoch])
-        # What a share has beyond whole rows it gets in some epochs: on average all have their due.
+        # Fractional rows of a share are rounded at random per epoch: on average all shares are exact.
         edges = np.cumsum([0.0, *(share.share for share in self.shares)]) * self.size
         edges = np.floor(edges + rng.random()).astype(int)
         edges[-1] = self.size
@@ -200,10 +200,10 @@ class MixedRows(Dataset):
 
 
 class MixedStream(IterableDataset):
-    """Rows without an end, in the given shares; every draw depends on (seed, number of the row).
+    """An infinite stream of rows, in the given shares; each draw depends on (seed, number of the row).
 
-    The processes of a training take turns with the rows (the Trainer sees to it), and so do a data loader's workers:
-    none has a row that another has.
+    Rows are distributed in turn to the processes of a training (by the Trainer) and to a data loader's workers: no row
+    is used twice.
 
     Args:
         shares: Objectives and sources.
@@ -230,7 +230,7 @@ class MixedStream(IterableDataset):
 def validation_rows(
     shares: Sequence[Share], make: RowMaker, arguments: PretrainingArguments, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Make the held-out rows of each objective, the same ones whatever is learnt before."""
+    """Make the held-out rows of each objective, independent of the training."""
     found = {}
     for objective in dict.fromkeys(share.objective for share in shares):
         own = [share.source for share in shares if share.objective == objective]
@@ -243,10 +243,10 @@ def validation_rows(
 
 
 def check(recipe: Recipe, config: M6RecConfig) -> None:
-    """Raise if a model cannot learn what a recipe asks of it, naming all that is wrong.
+    """Raise if a model cannot learn a recipe's objectives.
 
     Raises:
-        ValueError: If so.
+        ValueError: The message names all problems.
     """
     arguments = recipe.pretraining
     wanted = {name for name, weight in arguments.objectives.items() if weight}
@@ -275,7 +275,7 @@ def raw_sources(arguments: PretrainingArguments) -> list[AnySource]:
 
 
 def all_sources(run: Run, raw: Sequence[AnySource]) -> list[AnySource]:
-    """Put beside raw texts what the log of a run has; of its events only those that are trained on."""
+    """Return the raw texts and the sources of a run's log; of its events only the training events."""
     if not len(run.log.items):
         return list(raw)
     share, task = run.recipe.pretraining.valid_fraction, run.recipe.task
@@ -285,13 +285,13 @@ def all_sources(run: Run, raw: Sequence[AnySource]) -> list[AnySource]:
 
 
 def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str, float]]:
-    """Train; returns the perplexity of each objective on held-out texts, `before` and `after`.
+    """Train; returns the perplexity of each objective on held-out texts, `before` and `after` training.
 
-    The collator is that of fine-tuning; labels are what tells the two apart.
+    The collator is that of fine-tuning; rows differ in their labels.
 
     Args:
         run: Model, processor and log.
-        raw: Raw texts that are open already; None: those of the recipe.
+        raw: Opened raw texts; None: those of the recipe.
     """
     arguments, seed, config = run.recipe.pretraining, run.recipe.seed, run.model.config
     check(run.recipe, config)
@@ -301,7 +301,7 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     pretend: SyntheticUsers | None = None
     if "likes" in wanted:
         pretend = SyntheticUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
-    if wanted <= {"likes", "behaviour"} and run.recipe.model.freeze_segments:  # texts are what else teaches segments
+    if wanted <= {"likes", "behaviour"} and run.recipe.model.freeze_segments:  # others train segment layers
         run.model.model.freeze_segments()
         run.segment_cache = SegmentCache()
     make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), pretend)
@@ -310,7 +310,7 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     )
     rows = MixedStream(shares, make, seed) if arguments.streaming else MixedRows(shares, make, seed)
     structured = frozenset((make.ids["source_token_id"], make.ids["bos_token_id"]))
-    main = settings.process_index == 0  # of several processes one measures
+    main = settings.process_index == 0  # only one process measures
     valid = validation_rows(shares, make, arguments, seed) if main else {}
 
     def measure() -> dict[str, float]:
@@ -342,7 +342,7 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
 def pretrain(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Run a recipe's pretraining from data to saved model; returns and writes the perplexities.
 
-    Of several processes one measures and writes; the others return nothing.
+    With several processes, one measures and writes; the other processes return nothing.
     """
     recipe = recipe.for_pretraining()
     raw = raw_sources(recipe.pretraining)
@@ -360,7 +360,7 @@ def pretrain(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def _log(recipe: Recipe) -> Log:
-    """Read the log; where a recipe names raw texts only, it is empty."""
+    """Read the log; it is empty if a recipe names only raw texts."""
     data = recipe.data
     if data.source != "tables" or data.interactions or data.items or not recipe.pretraining.texts:
         return read_log(data)
@@ -369,7 +369,7 @@ def _log(recipe: Recipe) -> Log:
 
 
 def _vocabulary(raw: Sequence[AnySource], log: Log, recipe: Recipe) -> Iterator[str]:
-    """Texts that a new tokenizer learns from: none that is held out."""
+    """Texts to train a new tokenizer on, without held-out ones."""
     items = (text for text in item_keys(log) if not held_out(text, recipe.pretraining.valid_fraction))
     return chain(items, *(vocabulary_texts(source, recipe.seed) for source in raw))
 

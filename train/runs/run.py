@@ -1,4 +1,4 @@
-"""What a training run works with."""
+"""The parts of a training run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from ..rows.examples import RequestWriter
 
 @dataclass
 class Run:
-    """What a run works with."""
+    """The parts of a training run."""
 
     recipe: Recipe
     log: Log
@@ -23,15 +23,15 @@ class Run:
     writer: RequestWriter
     processor: M6RecProcessor
     model: Any
-    """What is called: the M6Rec model, or the PeftModel around it."""
+    """The trained module: the M6Rec model, or the PeftModel around it."""
     catalogue: CatalogueRows
     collator: M6RecDataCollator
     segment_cache: SegmentCache | None = None
-    """Texts that have been read, where nothing is trained that reads them."""
+    """Cached segment states, if the layers that compute them are frozen."""
 
     @property
     def base_model(self) -> M6RecForRecommendation:
-        """The M6Rec model, which stands within a PeftModel where an adapter is trained."""
+        """The M6Rec model, which a PeftModel wraps if an adapter is trained."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property

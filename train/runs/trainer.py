@@ -1,8 +1,7 @@
 """The Trainer of pretraining and fine-tuning.
 
-What it adds to the library's: an optimizer step is the same however it is split into micro-batches, accumulation and
-processes; a run that goes on from a checkpoint repeats an unbroken one; checkpoints are whole or not there; every loss
-is logged by name.
+It adds to the library's Trainer: an optimizer step does not depend on its division into micro-batches, accumulation and
+processes; a resumed run equals an uninterrupted one; checkpoints are atomic; each loss is logged by name.
 """
 
 import logging
@@ -30,13 +29,13 @@ from .gradient_cache import CachedGradients, cached_gradients
 
 logger = logging.getLogger(__name__)
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-"""Kinds of training in which no process has the whole model, so that all must take part in whatever it does."""
+"""Kinds of training in which no process has the whole model, so that all must take part in each forward pass."""
 
 
 class EachEpochAnew(TrainerCallback):
-    """Tells the rows and their order which epoch it is, also where training goes on within one.
+    """Sets the epoch on dataset and sampler, also when training resumes inside an epoch.
 
-    Data loaders forget the one or the other, with several processes and after a resume.
+    Data loaders miss one of these with several processes and after a resume.
     """
 
     def __init__(self, trainer: "M6RecTrainer") -> None:
@@ -50,21 +49,21 @@ class EachEpochAnew(TrainerCallback):
 
 
 class LogWhatIsSaved(TrainerCallback):
-    """Logs wherever it saves: the losses since the last log are in no checkpoint, and would be lost."""
+    """Logs at each checkpoint: the losses since the last log are not in a checkpoint, and would be lost."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a log."""
+        """Request a log."""
         control.should_log |= control.should_save
 
 
 class M6RecTrainer(Trainer):
-    """A Trainer whose steps are invariant, whose checkpoints are atomic, and whose evaluation is given to it.
+    """A Trainer with invariant steps, atomic checkpoints, and evaluation by a given function.
 
     Args:
-        run: What is trained, by which recipe.
+        run: The run to train, with its recipe.
         stage: "pretrain" or "finetune".
-        figures: Measures the model during training; figures by name, such as `ndcg@10`.
-        logged: Last words of the names of those figures that are logged; None: all.
+        figures: Measures the model during training; returns metrics by name, such as `ndcg@10`.
+        logged: Suffixes of the names of metrics that are logged; None: all.
         **kwargs: Arguments of the Trainer.
     """
 
@@ -78,9 +77,9 @@ class M6RecTrainer(Trainer):
     ) -> None:
         _refuse_what_is_ignored(kwargs["args"])
         self.run, self.stage, self.figures, self.logged = run, stage, figures, logged
-        # The Trainer insists on rows to evaluate; ours are what `figures` reads.
+        # The Trainer requires evaluation rows; `figures` has its own.
         super().__init__(eval_dataset=[], **kwargs)
-        self.model_accepts_loss_kwargs = True  # the weights that `_get_num_items_in_batch` gives
+        self.model_accepts_loss_kwargs = True  # it passes the weights of `_get_num_items_in_batch`
         self.rows: EpochRows | None = None
         self.order: SeededOrder | None = None
         self._frozen: dict[str, torch.Tensor] = {}
@@ -98,7 +97,7 @@ class M6RecTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from the beginning or from a checkpoint; then draw what was logged."""
+        """Train, from the beginning or from a checkpoint; then plot the log."""
         folder, count = self.run.recipe.output_dir, self.run.recipe.tuning.average_checkpoints
         if count > 1 and self.accelerator.distributed_type in SHARDED:
             raise ValueError("tuning.average_checkpoints: sharded checkpoints cannot be averaged; leave it out")
@@ -122,7 +121,7 @@ class M6RecTrainer(Trainer):
 
     @torch.no_grad()
     def _average(self, places: Sequence[Path]) -> None:
-        """Let the weights that were learnt be the mean of those of checkpoints; without any they stay as they are."""
+        """Replace the learnt weights by the mean of those of checkpoints; without checkpoints they do not change."""
         learnt = [weight for weight in self.run.model.parameters() if weight.requires_grad]
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in learnt]
         for place in places:
@@ -134,31 +133,31 @@ class M6RecTrainer(Trainer):
         logger.info("the weights are the mean of %s", ", ".join(place.name for place in places))
 
     def _take_back(self) -> None:
-        """Let the model of the run, in the process that goes on with it, hold all weights again."""
+        """Gather all weights into the run's model, in the process that continues with it."""
         weights = self.accelerator.get_state_dict(self.model_wrapped)
         if self.is_world_process_zero():
             self.run.model = make_model(self.run.recipe, self.run.processor)
             attach(self.run)
-            self.run.model.load_state_dict(weights, strict=False)  # of tied ones it may have one
+            self.run.model.load_state_dict(weights, strict=False)  # it may have only one of tied weights
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:
             self.run.model = self.model
-            # Weights are gathered for `forward`, and for what else is named: evaluation reads items by themselves.
+            # Weights are gathered for `forward` and for the methods named here: evaluation encodes items separately.
             register_fsdp_forward_method(self.run.model, "embed_items")
             register_fsdp_forward_method(self.run.model, "item_states")
         return prepared
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that goes on from it."""
+        """Facts that must be equal in a checkpoint and a run that resumes from it."""
         dataset: Any = self.train_dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return {"stage": self.stage, "rows": rows, "rows of a step": per_step}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch; none where a checkpoint of the last step is resumed, which the library steps beyond."""
+        """Train an epoch; none after resuming from the last step, where the library would train another step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -183,14 +182,14 @@ class M6RecTrainer(Trainer):
         return self.order
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the micro-batches of a step, and the weights of their labels."""
+        """Return the micro-batches of a step, and the weights of their labels."""
         self._step_batches, weights = super().get_batch_samples(*args, **kwargs)
         self._contrasts = None
         self._steps += 1
         return self._step_batches, weights
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Weigh the labels of an optimizer step, on all processes: what each loss is divided by."""
+        """Sum the label weights of an optimizer step over all processes: the divisor of each loss."""
         totals = torch.zeros(len(self.losses), device=device)
         for batch in batch_samples:
             for name, weight in label_weights(batch, self.run.model.config).items():
@@ -200,7 +199,7 @@ class M6RecTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a micro-batch, and keep its parts for the log."""
+        """Compute the loss of a micro-batch, and add its parts to the log."""
         inputs = {**inputs, **self._how(num_items_in_batch)}
         if "candidate_embedding_ids" in inputs and "item_input_ids" not in inputs:
             inputs |= self._frozen_catalogue()
@@ -211,14 +210,14 @@ class M6RecTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _how(self, weights: dict[str, float] | None) -> dict[str, Any]:
-        """How a micro-batch is read: frozen texts through the cache, negatives from the whole step."""
+        """Arguments of `forward` for a micro-batch: the cache of frozen texts, negatives from the whole step."""
         how: dict[str, Any] = {"only_losses": True}
         if self.run.segment_cache is not None:
             how |= {"plan": "cached", "segment_cache": self.run.segment_cache}
         if not self.gathers or len(self._step_batches) * self.args.world_size <= 1:
             return how
-        whole: Any = self.model  # not what wraps it, which would wait for gradients
-        if self._contrasts is None:  # only now: when a run goes on, the generators are set after the batches are made
+        whole: Any = self.model  # not its wrapper, which would wait for gradients
+        if self._contrasts is None:  # only now: a resumed run sets the generators after making the batches
 
             def forward(batch: dict[str, Any], **more: Any) -> Any:
                 return whole(**self._prepare_inputs(batch), **how, **more, num_items_in_batch=weights)
@@ -229,7 +228,7 @@ class M6RecTrainer(Trainer):
 
     @torch.no_grad()
     def _frozen_catalogue(self) -> dict[str, torch.Tensor]:
-        """Read the frozen texts of the catalogue once, in the numbers that rows are read in."""
+        """Encode the frozen texts of the catalogue once, in the number type of rows."""
         if not self._frozen:
             run, device = self.run, self.args.device
             padded = run.processor.pad([{"input_ids": run.catalogue.input_ids[row]} for row in run.collator.distinct])
@@ -241,7 +240,7 @@ class M6RecTrainer(Trainer):
         return self._frozen
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; each loss by name beside the whole one."""
+        """Log each loss by name and the total loss."""
         if "loss" in logs and "learning_rate" in logs:
             sums, met = self.accelerator.reduce(self._sums.clone(), "sum").tolist()
             logs |= {f"loss_{name}": sums[i] / self._steps for i, name in enumerate(self.losses) if met[i]}
@@ -254,7 +253,7 @@ class M6RecTrainer(Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Measure the model; keys are `eval_ndcg@10`, `eval_click_auc`, `eval_rating_rmse` and so on.
 
-        One process measures and tells the others, unless none has the whole model.
+        One process measures and broadcasts the metrics, unless no process has the whole model.
         """
         told: list[dict[str, float]] = [{}]
         if self.is_world_process_zero() or self.accelerator.distributed_type in SHARDED:
@@ -268,7 +267,7 @@ class M6RecTrainer(Trainer):
         return found
 
     def _require_best_metric(self, found: dict[str, float]) -> None:
-        """Refuse figures without the one that chooses the best checkpoint, such as the AUC of a single class."""
+        """Raise if the metric for the best checkpoint is missing, such as the AUC of a single class."""
         name = self.args.metric_for_best_model
         if name is not None and f"eval_{name.removeprefix('eval_')}" not in found:
             measured = ", ".join(each.removeprefix("eval_") for each in found) or "nothing"
@@ -280,7 +279,7 @@ class M6RecTrainer(Trainer):
         return super()._get_output_dir(trial) if self._saving_into is None else str(self._saving_into)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint in a hidden folder, and give it its name when it is complete."""
+        """Write a checkpoint into a hidden folder, and rename the folder when it is complete."""
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -295,8 +294,8 @@ class M6RecTrainer(Trainer):
             )
 
     def _write_checkpoint(self, model: Any, trial: Any, partial: Path, place: Path) -> None:
-        """Let the library write it, as `partial`/checkpoint-N, and move that up to `partial`."""
-        self.accelerator.wait_for_everyone()  # the folder is there
+        """Let the library write `partial`/checkpoint-N, and move its files up to `partial`."""
+        self.accelerator.wait_for_everyone()  # the folder exists
         self._saving_into = partial
         try:
             super()._save_checkpoint(model, trial)
@@ -317,7 +316,7 @@ class M6RecTrainer(Trainer):
 
 
 def _refuse_what_is_ignored(args: TrainingArguments) -> None:
-    """Raise for settings that would be passed over in silence."""
+    """Raise for settings that would be ignored silently."""
     if (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true") and args.device.type == "cpu":
         raise ValueError(
             "FSDP was asked for, but this run computes on the CPU, where the Trainer would train unsharded and say "

@@ -1,7 +1,7 @@
-"""What a run is trained on: rows of its own, and beside them rows of earlier runs, so that those are not forgotten.
+"""The training rows of a run: its own rows, and replayed rows of earlier runs to avoid forgetting.
 
-An earlier run is replayed from the recipe in its output folder: its own data, the training part of its own split, its
-own processor with the words of its domain, its own tasks. Only the model is the new one.
+An earlier run is replayed from the recipe in its output folder: with its data, the training part of its split, its
+processor with the template of its domain, and its tasks. Only the model is the new one.
 """
 
 import itertools
@@ -26,16 +26,16 @@ Part = Sequence[dict[str, Any]] | ScoringRows | RetrievalRows
 
 
 class TrainingSet(Dataset):
-    """Rows of a run, and a share of replayed rows that are drawn anew in each epoch.
+    """Rows of a run, and a share of replayed rows that are drawn again in each epoch.
 
-    Every draw depends on (seed, epoch, index) and on nothing else; each replayed row is drawn by itself: first an
-    earlier run, all alike likely, then one of its rows.
+    Each draw depends only on (seed, epoch, index); each replayed row is drawn independently: first an earlier run,
+    uniformly, then one of its rows.
 
     Args:
-        parts: The run's own rows; parts with a `set_epoch` are told of each epoch.
+        parts: The run's own rows; `set_epoch` is called on parts that have it.
         replayed: Rows of each earlier run.
-        share: Share of the replayed rows among all.
-        seed: Of the draws.
+        share: Share of the replayed rows among all rows.
+        seed: Seed of the draws.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrainingSet(Dataset):
         self.drawn = round(self.own * share / (1 - share)) if self.replayed else 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew."""
+        """Draw the replayed rows of an epoch."""
         self.epoch = epoch
         for part in itertools.chain(self.parts, *self.replayed):
             if isinstance(part, ScoringRows | RetrievalRows):
@@ -74,7 +74,7 @@ def _row(parts: Sequence[Part], index: int) -> dict[str, Any]:
 
 
 def training_parts(run: Run, retrieval: bool = True) -> list[Part]:
-    """Read the training part of a run as rows: those of retrieval (unless they are not wanted), scores and writing."""
+    """Encode the training part of a run as rows of retrieval (optional), scoring tasks and writing."""
     recipe = run.recipe
     source = (run.writer, run.split.train, run.processor)
     parts: list[Part] = []
@@ -86,7 +86,7 @@ def training_parts(run: Run, retrieval: bool = True) -> list[Part]:
             parts.append(retrieval_rows(*source, bidirectional))
     if recipe.task.scored:
         rows = ScoringRows(*source, recipe.task, recipe.seed)
-        # Negatives are drawn in each epoch; what stays the same is read once.
+        # Negatives are drawn in each epoch; rows that do not change are encoded once.
         parts.append(rows if recipe.task.negatives_per_event else rows.read(range(len(rows))))
     if "writing" in recipe.task.learn:
         arguments = (run.split, "train", recipe.task, recipe.evaluation, recipe.seed)
@@ -95,16 +95,16 @@ def training_parts(run: Run, retrieval: bool = True) -> list[Part]:
 
 
 def training_set(run: Run, earlier: Mapping[str, Run]) -> TrainingSet:
-    """Read all that a run is trained on."""
+    """Encode all training rows of a run."""
     replayed = [training_parts(each, retrieval=False) for each in earlier.values()]
     return TrainingSet(training_parts(run), replayed, run.recipe.task.replay_share, run.recipe.seed)
 
 
 def earlier_runs(run: Run) -> dict[str, Run]:
-    """Make the earlier runs that the recipe's `task.replay` names, by the names of their folders, with the run's model.
+    """Build the earlier runs in the recipe's `task.replay`, by the names of their folders, with the run's model.
 
     Raises:
-        ValueError: If an earlier run cannot be read by this model, or has nothing that can be replayed.
+        ValueError: If this model cannot encode an earlier run, or the run has nothing to replay.
     """
     found: dict[str, Run] = {}
     for folder in run.recipe.task.replay:
@@ -138,7 +138,7 @@ def _earlier_run(run: Run, folder: str) -> Run:
 
 
 def _problems(run: Run, task: Any, processor: Any) -> Iterator[str]:
-    """Say why an earlier run cannot be replayed."""
+    """Yield the reasons why an earlier run cannot be replayed."""
     if processor.tokenizer.get_vocab() != run.processor.tokenizer.get_vocab():
         yield "has another tokenizer: its rows would mean nothing to this model; go on from its checkpoint"
     if task.learn == ["retrieval"]:
