@@ -1,20 +1,10 @@
-"""Items and tables of them, as users hold them: texts or mappings of fields, in lists, data frames and datasets.
+"""A catalogue: items with their vectors, searched exactly or by an index, and changed by any number of threads.
 
-The files of a catalogue: items as Parquet, vectors as safetensors, and a manifest that vouches for both.
+Its parts: items as users pass them (texts or mappings of fields, in lists, data frames and datasets); the files of a
+catalogue (items as Parquet, vectors as safetensors, and a manifest with digests); FAISS indexes over the base vectors;
+the immutable state of a catalogue at one moment; and `Catalogue`, which replaces that state with each change.
 
-FAISS indexes over a catalogue's base vectors.
-
-Shapes: B users, N vectors, K found for each user, D = vector_width.
-
-
-A catalogue at one moment: its items and vectors, read and searched exactly or by an index.
-
-Shapes: B users, N rows of vectors, M items of a call, D = vector_width.
-
-
-A catalogue: items with their vectors, searched exactly or by an index, and changed at will, also by many threads.
-
-Shapes: M items of a call, D = vector_width.
+Shapes: B users, N rows of vectors, K results per user, M items of a call, D = vector_width.
 """
 
 import copy
@@ -60,10 +50,10 @@ from .values_m6rec import TIME_UNITS, normalize_id, time_seconds
 
 
 Item = str | dict[str, Any]
-"""A text, or fields; `item_id` among them is never worded."""
+"""A text, or fields; the field `item_id` is not part of the text."""
 
 Model = Any
-"""An M6RecForRecommendation, also within a PeftModel, which hands on what it lacks."""
+"""An M6RecForRecommendation, possibly inside a PeftModel, which forwards attributes."""
 
 
 class NamedText(str):
@@ -84,7 +74,7 @@ class NamedText(str):
 
 
 def item_identity(item: Any, place: str = "item") -> str | None:
-    """Return the id of an item, None if it carries none."""
+    """Return the id of an item, None if it has none."""
     if isinstance(item, NamedText):
         return item.item_id
     known = isinstance(item, Mapping) and item.get("item_id") is not None
@@ -92,19 +82,19 @@ def item_identity(item: Any, place: str = "item") -> str | None:
 
 
 def without_stats(item: Any) -> Any:
-    """Return an item without its statistics, which vary and so are no part of it."""
+    """Return an item without its statistics, which vary and are not part of the item."""
     if isinstance(item, Mapping) and "stats" in item:
         return {name: value for name, value in item.items() if name != "stats"}
     return item
 
 
 def item_texts(processor: Any, items: Iterable[Any]) -> list[str]:
-    """Word items as the processor's template does."""
+    """Return the texts of items by the processor's template."""
     return processor.item_texts([without_stats(item) for item in items])
 
 
 def plain(value: Any) -> Any:
-    """Turn tensors, arrays and tuples, at any depth, into numbers and lists."""
+    """Convert tensors, arrays and tuples, at any depth, to numbers and lists."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, Mapping):
@@ -115,13 +105,13 @@ def plain(value: Any) -> Any:
 
 
 def table_rows(table: Any) -> Iterable[Any]:
-    """Return the rows of a pandas data frame, or of anything that yields rows, such as a list or a dataset.
+    """Return the rows of a pandas data frame, or of any iterable of rows, such as a list or a dataset.
 
     Raises:
-        TypeError: It is one row, or no table at all.
+        TypeError: If it is a single row or no table.
     """
     if hasattr(table, "iloc") and hasattr(table, "columns"):
-        # None in place of NaN, NaT and NA: a field that is missing.
+        # None in place of NaN, NaT and NA marks a missing field.
         return table.astype(object).where(table.notna(), None).to_dict("records")
     rows = hasattr(table, "__iter__") or hasattr(table, "__getitem__")
     single = getattr(table, "ndim", None) == 0  # a number as an array or a tensor, which cannot be iterated
@@ -134,32 +124,32 @@ def table_rows(table: Any) -> Iterable[Any]:
 
 
 FORMAT = 2
-"""2 = with evidence, which older code would leave out; a catalogue without is still written as 1."""
+"""Format version: 2 = with evidence, which older code would drop; a catalogue without evidence is written as 1."""
 
 MANIFEST, ITEMS, VECTORS = "catalogue.json", "items.parquet", "vectors.safetensors"
 
 EVIDENCE, EVENTS, JOURNAL = "evidence.safetensors", "events.parquet", "events.journal"
-"""Of a catalogue with evidence: what was counted; the events, which may be left out; events since it was saved."""
+"""Files of evidence: counts; events, which may be left out; journal of events since the last save."""
 
 TEXT_COLUMN = "__text__"
-"""Column of `items.parquet` for items that are a text and no fields."""
+"""Column of `items.parquet` for items that are a text without fields."""
 
 BATCH = 1024
-"""Rows of `items.parquet` that are turned into items at once."""
+"""Rows of `items.parquet` that are converted at once."""
 
 LONGEST_HEADER = 100_000_000
-"""Bytes of the header of a safetensors file, as the format allows."""
+"""Most bytes of the header of a safetensors file, by its format."""
 
 
 @dataclass(frozen=True)
 class KeptEvidence:
-    """Evidence as the files of a catalogue hold it."""
+    """Evidence as stored in the files of a catalogue."""
 
     words: Words
     """One row for each item, in the order of the items."""
     transitions: Transitions
     names: Sequence[str]
-    """Id of each item that transitions number."""
+    """Item id by number in the transitions."""
     log: EventLog
 
 
@@ -172,20 +162,20 @@ def write_catalogue(
     next_number: int = 0,
     evidence: KeptEvidence | None = None,
 ) -> None:
-    """Write a catalogue into a folder of its own, all or nothing: on failure, what was there before stays.
+    """Write a catalogue atomically into a separate folder: on failure, the earlier catalogue there stays.
 
     Args:
         directory: The folder.
         items: Items by id.
         vectors: Their vectors, one row each.
-        fingerprint: Of the model that made the vectors.
-        index: Kind and settings of the index that is built whenever the catalogue is read; None = none. An index itself
-            is never kept: its files are not safe to read from others.
-        next_number: Id of the next item that is a text; it is written where the ids do not give it.
-        evidence: What is counted beside; None = nothing.
+        fingerprint: Fingerprint of the model that made the vectors.
+        index: Kind and settings of the index to build whenever the catalogue is read; None = none. The index itself is
+            not stored, since index files from others are not safe to read.
+        next_number: Id of the next item that is a text; it is stored if the ids do not determine it.
+        evidence: Evidence of the catalogue; None = none.
 
     Raises:
-        ValueError: The folder holds other files, or a field has values that cannot be kept.
+        ValueError: If the folder holds other files, or a field has values that cannot be stored.
     """
     target = Path(directory).resolve()
     strange = sorted({path.name for path in target.glob("*")} - {MANIFEST, ITEMS, VECTORS, EVIDENCE, EVENTS, JOURNAL})
@@ -215,18 +205,18 @@ def write_catalogue(
 
 @dataclass(frozen=True)
 class Kept:
-    """What the files of a catalogue hold."""
+    """Content of the files of a catalogue."""
 
     items: dict[str, Item]
     vectors: torch.Tensor
     """One row for each item, float32."""
     fingerprint: str
     index: dict[str, Any] | None
-    """Kind and settings; older manifests have none."""
+    """Kind and settings of the index; older manifests have none."""
     next_number: int
     """Id of the next item that is a text."""
     evidence: KeptEvidence | None = None
-    """Without what the journal holds."""
+    """Without the events of the journal."""
     journal: Sequence[Any] = ()
     """Records of changes of the evidence since then."""
     journal_size: int = 0
@@ -235,7 +225,7 @@ class Kept:
 
 
 def after_ids(item_ids: Iterable[str], least: int = 0) -> int:
-    """Return the smallest number, from `least` up, that is past every whole number among some ids.
+    """Return the smallest number, at least `least`, that exceeds every whole number among the ids.
 
     >>> after_ids(["7", "red", "007x"])
     8
@@ -245,13 +235,13 @@ def after_ids(item_ids: Iterable[str], least: int = 0) -> int:
 
 
 def read_catalogue(directory: str | Path) -> Kept:
-    """Read a catalogue and make sure that it is whole, also while other processes replace it.
+    """Read a catalogue and verify that it is complete, even while other processes replace it.
 
-    The folder is read where `standing` finds it. What fails while the catalogue is replaced is read again.
+    `standing` locates the folder. A read that fails while the catalogue is being replaced is repeated.
 
     Raises:
-        FileNotFoundError: There is no catalogue.
-        ValueError: A file is damaged, or of another format or catalogue.
+        FileNotFoundError: If there is no catalogue.
+        ValueError: If a file is damaged, or of another format or catalogue.
     """
     folder = Path(directory)
     while True:
@@ -264,7 +254,7 @@ def read_catalogue(directory: str | Path) -> Kept:
 
 
 def folder_version(folder: Path) -> tuple[int, ...]:
-    """Return what differs whenever another catalogue stands in a folder."""
+    """Return a key that changes whenever another catalogue replaces the one in a folder."""
     try:
         facts = (standing(folder) / MANIFEST).stat()
     except FileNotFoundError:
@@ -273,7 +263,7 @@ def folder_version(folder: Path) -> tuple[int, ...]:
 
 
 def _read_part(standing: Path, folder: Path) -> Kept:
-    """Read from handles that are opened at once: what they hold stays, though the folder be replaced meanwhile."""
+    """Read from handles that are all opened first: their content stays, even if the folder is replaced meanwhile."""
     with ExitStack() as stack:
         files: dict[str, BufferedReader] = {}
         for name in (MANIFEST, ITEMS, VECTORS):
@@ -306,7 +296,7 @@ def _read_part(standing: Path, folder: Path) -> Kept:
 
 
 def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
-    """Write items as Parquet; return the columns that hold JSON, since Parquet has no type for their values."""
+    """Write items as Parquet; return the columns stored as JSON, whose values have no Parquet type."""
     rows = [{TEXT_COLUMN: item} if isinstance(item, str) else item for item in items.values()]
     pyarrow = _arrow()
     columns, encoded = {"item_id": pyarrow.array(list(items), "string")}, []
@@ -327,7 +317,7 @@ def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
 
 
 def _column(values: list[Any]) -> Any:
-    """Make an Arrow column that gives back what it was given; None if there is no such type."""
+    """Make an Arrow column that returns the same values when read; None if there is no such type."""
     pyarrow = _arrow()
     try:
         column = pyarrow.array(values)
@@ -337,7 +327,7 @@ def _column(values: list[Any]) -> Any:
 
 
 def _read_items(file: BufferedReader, path: Path, count: int, encoded: Collection[str]) -> dict[str, Item]:
-    """Read items, after their number was compared: rows of a stranger's file may take any amount of memory."""
+    """Read items, after checking their number: an untrusted file could otherwise take any amount of memory."""
     pyarrow = _arrow()
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -350,7 +340,7 @@ def _read_items(file: BufferedReader, path: Path, count: int, encoded: Collectio
                 fields = {name: value for name, value in row.items() if value is not None}
                 fields |= {name: json.loads(fields[name]) for name in encoded if name in fields}
                 items[_text(fields, "item_id")] = _text(fields, TEXT_COLUMN) if TEXT_COLUMN in fields else fields
-    # What pyarrow and json raise on rubbish whose digest is right.
+    # Errors of pyarrow and json for invalid content with a correct digest.
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise error if isinstance(error, DamagedError) else _damaged(path, error) from error
     if len(items) != count:
@@ -366,7 +356,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _read_vectors(file: BufferedReader, path: Path, count: int, dimension: int) -> torch.Tensor:
-    """Read the one float32 tensor of a safetensors file, whose header has to say what the manifest says."""
+    """Read the single float32 tensor of a safetensors file, whose header must agree with the manifest."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     numbers = count * dimension
@@ -389,7 +379,7 @@ def _read_vectors(file: BufferedReader, path: Path, count: int, dimension: int) 
 
 
 def _write_evidence(evidence: KeptEvidence, fresh: Path) -> None:
-    """Write what was counted, and the events; the words are those of rows without gaps."""
+    """Write counts and events; words are stored for rows without gaps."""
     words, log, names = evidence.words, evidence.log, list(evidence.names)
     keys, totals = evidence.transitions.counts()
     tensors = {
@@ -420,7 +410,7 @@ def _packed(texts: list[str]) -> np.ndarray:
 
 
 def _read_evidence(files: Mapping[str, BufferedReader], folder: Path, manifest: Mapping[str, Any]) -> KeptEvidence:
-    """Read what was counted, and make sure that it fits together."""
+    """Read evidence, and verify that it is consistent."""
     if EVIDENCE not in files:
         raise ValueError(f"{folder / EVIDENCE} is missing: save the catalogue again")
     path = folder / EVIDENCE
@@ -475,7 +465,7 @@ def _column_of(numbers: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _read_events(file: BufferedReader, path: Path, log: EventLog, counts: tuple[int, int]) -> Histories:
-    """Read events, of which there are so many, and which name so many items; the log numbers their users."""
+    """Read events, after checking `counts`, the numbers of events and items; the log numbers their users."""
     pyarrow = _arrow()
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
@@ -494,7 +484,7 @@ def _read_events(file: BufferedReader, path: Path, log: EventLog, counts: tuple[
 
 
 class DamagedError(ValueError):
-    """A file of a catalogue does not hold what it should."""
+    """A file of a catalogue has invalid content."""
 
 
 def _damaged(path: Path, reason: object) -> DamagedError:
@@ -502,7 +492,7 @@ def _damaged(path: Path, reason: object) -> DamagedError:
 
 
 def _arrow() -> Any:
-    """Import pyarrow, which only keeping a catalogue needs."""
+    """Import pyarrow, which only saving and loading a catalogue need."""
     try:
         importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -511,7 +501,7 @@ def _arrow() -> Any:
 
 
 def _read_manifest(file: BufferedReader, path: Path) -> dict[str, Any]:
-    """Read the manifest and make sure that it says all that it should."""
+    """Read the manifest and verify that it is complete."""
     try:
         manifest = json.loads(file.read())
     except (ValueError, RecursionError) as error:
@@ -553,36 +543,36 @@ def _digest(path: Path) -> str:
 logger = logging.get_logger(__name__)
 
 SETTINGS = {"flat": (), "hnsw": ("M", "efConstruction", "efSearch"), "ivf": ("nlist", "nprobe", "seed")}
-"""Kinds of index, and the settings of each."""
+"""Kinds of index, with the settings of each."""
 
 LARGEST = 1 << 16
-"""More of any setting would only exhaust memory or time."""
+"""Upper bound of every setting: larger values would only exhaust memory or time."""
 
 POINTS_A_LIST = 39
-"""FAISS's own floor: centroids of fewer vectors are no centroids of anything."""
+"""FAISS's minimum number of vectors per centroid."""
 
 TRAINING_POINTS_A_LIST = 64
 
 
 class Found(NamedTuple):
-    """What a search found for one user."""
+    """Search result of one user."""
 
     scores: torch.Tensor
-    """K, falling."""
+    """K, descending."""
     rows: torch.Tensor
     """K, of the vectors."""
     floor: float
-    """Vectors that were not found may score this much, and by a search that is exact no more."""
+    """Score that vectors outside the result may have; in an exact search none exceeds it."""
 
 
 def nearest(users: torch.Tensor, vectors: torch.Tensor, count: int) -> list[Found]:
-    """Find the nearest of N x D vectors by comparing with all."""
+    """Find the nearest of N x D vectors by exhaustive comparison."""
     scores = users @ vectors.T
     return _founds(*scores.topk(min(count, len(vectors))), len(vectors))
 
 
 def _founds(scores: torch.Tensor, rows: torch.Tensor, total: int) -> list[Found]:
-    """Take B x K scores and rows apart, where -1 stands for rows that FAISS did not find."""
+    """Split B x K scores and rows by user; -1 marks rows that FAISS did not find."""
     founds = []
     for own, reached in zip(scores, rows):
         own, reached = own[reached >= 0], reached[reached >= 0]
@@ -592,10 +582,10 @@ def _founds(scores: torch.Tensor, rows: torch.Tensor, total: int) -> list[Found]
 
 
 def check_settings(kind: Any, settings: Mapping[str, Any]) -> None:
-    """Make sure that there is such an index.
+    """Check the kind and the settings of an index.
 
     Raises:
-        ValueError: There is none, or it has no such setting.
+        ValueError: If the kind or a setting is unknown.
     """
     if not isinstance(kind, str) or kind not in SETTINGS:
         raise ValueError(f"there is no index {kind!r}: choose one of {list(SETTINGS)}, or None for exact search")
@@ -612,24 +602,24 @@ def check_settings(kind: Any, settings: Mapping[str, Any]) -> None:
 
 
 class VectorIndex:
-    """An index by inner product over vectors that do not change; it is built in memory, and never read from a file.
+    """An inner-product index over constant vectors; it is built in memory, and never read from a file.
 
     - "flat" compares with every vector, as exact search does.
-    - "hnsw" walks a graph. `M`: neighbours of a vector (32); `efConstruction`: how widely a new vector's neighbours are
-      looked for (80); `efSearch`: how widely a search looks (64; 128 from 100,000 vectors on).
-    - "ivf" compares with the vectors of some lists, each around a centroid. `nlist`: lists (four times the root of N;
-      never more than one for 39 vectors); `nprobe`: lists that a search looks at (a 32nd of them, and 8 at least);
-      `seed` of the centroids (1234).
+    - "hnsw" searches a graph. `M`: neighbours of a vector (32); `efConstruction`: width of the search for a new
+      vector's neighbours (80); `efSearch`: width of a search (64; 128 from 100,000 vectors on).
+    - "ivf" compares with the vectors of some lists, each around a centroid. `nlist`: number of lists (four times the
+      root of N; at most one per 39 vectors); `nprobe`: lists per search (a 32nd of them, at least 8); `seed` of the
+      centroids (1234).
 
-    The same vectors make the same flat or ivf index again; a graph is the same only if one thread builds it, since
-    several add vectors in a varying order.
+    A flat or ivf index is reproducible from the same vectors; a graph only if one thread builds it, since several
+    threads add vectors in varying order.
 
-    Imported after torch, FAISS uses torch's OpenMP runtime; imported before it, one of its own. Either way it is given
-    as many threads as torch has: `torch.set_num_threads` governs both, and the workers of a data loader, which have
-    one, can search. Other processes that are forked after a search must not search with several threads: OpenMP's are
-    gone there, and it waits for them for ever, as under torch itself.
+    If FAISS is imported after torch, it uses torch's OpenMP runtime, otherwise its own. In both cases it uses as many
+    threads as torch: `torch.set_num_threads` governs both, and data loader workers, which have one thread, can search.
+    Other processes that are forked after a search must not search with several threads: OpenMP's threads do not exist
+    there, and OpenMP would wait for them indefinitely, as under torch itself.
 
-    Where more vectors are equal than have links to each other (2 M), a graph falls apart, and searches miss some.
+    If more vectors are equal than a vector has links (2 M), a graph becomes disconnected, and searches miss vectors.
 
     Args:
         kind: "flat", "hnsw" or "ivf".
@@ -642,11 +632,11 @@ class VectorIndex:
         self.kind, self.given = kind, dict(given)
         self._faiss = _import_faiss()
         self.settings = self._complete(len(vectors))
-        """All settings that are in force."""
+        """All settings in effect."""
         data = vectors.contiguous().numpy()
         with self._threads():
             self._index = self._make(vectors.shape[1])
-            if len(data):  # nothing can be trained on nothing
+            if len(data):  # FAISS cannot train without vectors
                 self._index.train(data)
                 self._index.add(data)
 
@@ -655,8 +645,8 @@ class VectorIndex:
 
         Args:
             users: B x D, float32, on the CPU.
-            count: K, how many for each user.
-            breadth: How many times as widely as usual an approximate index looks.
+            count: K, number of results per user.
+            breadth: Factor of the search width of an approximate index.
         """
         if not self._index.ntotal:
             return nearest(users, users[:0], count)
@@ -672,7 +662,7 @@ class VectorIndex:
         return _founds(torch.from_numpy(scores), torch.from_numpy(rows), self._index.ntotal)
 
     def _complete(self, count: int) -> dict[str, int]:
-        """Add to the given settings those that suit N."""
+        """Complete the given settings by defaults that depend on N."""
         if self.kind == "hnsw":
             return {"M": 32, "efConstruction": 80, "efSearch": 64 if count < 100_000 else 128} | self.given
         if self.kind == "flat":
@@ -695,13 +685,13 @@ class VectorIndex:
             return index
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, self.settings["nlist"], metric)
         index.cp.seed = self.settings["seed"]
-        index.cp.min_points_per_centroid = 1  # few lists are our doing: no warnings
+        index.cp.min_points_per_centroid = 1  # short lists are intended: no warnings
         index.cp.max_points_per_centroid = TRAINING_POINTS_A_LIST
         return index
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
-        """Let FAISS use as many threads as torch does; the setting is the calling thread's."""
+        """Let FAISS use as many threads as torch; the setting is local to the calling thread."""
         before = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(torch.get_num_threads())
         try:
@@ -723,20 +713,21 @@ def _import_faiss() -> Any:
 
 
 Predicate = Callable[[dict[str, Any]], bool]
-"""Says of an item's fields whether the item may be recommended."""
+"""Decides by an item's fields whether the item may be recommended."""
 
 Ranking = list[tuple[str, float]]
 """Ids and scores, the best first."""
 
 ROUNDING = 1e-5
-"""More than float32 products of normalised vectors are off by."""
+"""Upper bound of the rounding error of float32 products of normalised vectors."""
 
 EXTRA, WIDER, EXACT_SHARE = 16, 4, 1 / 16
-"""An index is asked for so many rows more than wanted, then for so many times as many, up to this share of all."""
+"""Requests to an index: extra rows beyond the wanted number, then the factor of further rows, and the largest share of
+all rows."""
 
 
 class Texts:
-    """What a processor words the items of rows as; each row is worded once."""
+    """A processor's texts of rows' items; the text of each row is made once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -748,7 +739,7 @@ class Texts:
         return type(self), ()
 
     def kept(self, rows: Sequence[int]) -> "Texts":
-        """Return the same for rows that are left and have new numbers, as far as they have been worded."""
+        """Return the existing texts for the remaining rows, which get new numbers."""
         new = Texts()
         with self._lock:
             new._processor = self._processor
@@ -758,7 +749,7 @@ class Texts:
         return new
 
     def rows(self, texts: Collection[str], processor: Any, items: Sequence[Item], count: int) -> list[int]:
-        """Return the rows, among the first `count` and perhaps later ones, that are worded as one of the texts."""
+        """Return the rows with one of the texts, among the first `count` rows and possibly later ones."""
         with self._lock:
             if self._processor is not processor:
                 self._processor, self._texts, self._rows = processor, [], {}
@@ -769,21 +760,21 @@ class Texts:
 
 
 class Past(NamedTuple):
-    """An item of a user's history, as evidence reads it."""
+    """An item of a user's history, as evidence uses it."""
 
     item_id: str | None = None
     text: str | None = None
-    """Is read for words where the catalogue has no item of that id."""
+    """Source of words if the catalogue has no item with this id."""
 
 
 class Support(NamedTuple):
-    """The rows that evidence speaks of for one user, ascending, and what it adds to their scores."""
+    """The rows, ascending, whose scores evidence changes for one user, and the terms it adds."""
 
     rows: np.ndarray
     scores: np.ndarray
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """Return what is added to the scores of rows, 0 for those of which nothing is known."""
+        """Return the terms added to the scores of rows, 0 for rows without evidence."""
         if not len(self.rows):
             return np.zeros(len(rows))
         places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
@@ -797,17 +788,17 @@ NO_SUPPORT = Support(np.empty(0, np.int64), np.empty(0))
 class Counted:
     """Evidence at one moment.
 
-    `names`, `numbers` and the vocabulary of the words are shared with later moments, which append to them.
+    Later states share `names`, `numbers` and the vocabulary of the words, and append to them.
     """
 
     words: Words
     """One row for each row of the catalogue."""
     transitions: Transitions
     names: list[str]
-    """Ids of at least M items, which the catalogue need not have."""
+    """Ids of at least M items, also of items outside the catalogue."""
     numbers: dict[str, int]
     rows: np.ndarray
-    """M, row of each of these items, -1 = the catalogue does not have it."""
+    """M, row of each of these items, -1 = not in the catalogue."""
 
     @classmethod
     def of(cls, rule: Evidence, ids: Sequence[str], texts: Sequence[str]) -> "Counted":
@@ -819,27 +810,27 @@ class Counted:
 
     @classmethod
     def read(cls, kept: KeptEvidence, ids: Sequence[str]) -> "Counted":
-        """Return what the files of a catalogue hold, for its rows."""
+        """Return the evidence from the files of a catalogue, for its rows."""
         places = {item_id: row for row, item_id in enumerate(ids)}
         names = list(kept.names)
         rows = np.array([places.get(name, -1) for name in names], np.int64)
         own = cls(kept.words, kept.transitions, names, {name: number for number, name in enumerate(names)}, rows)
-        new, numbers = own.numbering(ids)  # those that files of another hand may lack
+        new, numbers = own.numbering(ids)  # files of other origin may lack some
         new.rows[numbers] = np.arange(len(ids))
         return new
 
     def copy(self) -> "Counted":
-        """Return evidence that appends to lists of its own."""
+        """Return a copy with separate lists."""
         words = replace(self.words, vocabulary={**self.words.vocabulary})
         return replace(self, words=words, names=[*self.names], numbers={**self.numbers})
 
     @property
     def rule(self) -> Evidence:
-        """How it ranks."""
+        """Settings of the ranking."""
         return self.transitions.rule
 
     def numbering(self, ids: Iterable[str]) -> tuple["Counted", np.ndarray]:
-        """Return the numbers of items, and evidence that knows them."""
+        """Return the numbers of items, and evidence that contains them."""
         found = []
         for item_id in ids:
             number = self.numbers.get(item_id)
@@ -853,7 +844,7 @@ class Counted:
         return replace(self, rows=rows, transitions=self.transitions.sized(size)), numbers
 
     def changed(self, found: Sequence[str], texts: Sequence[str], gone: Mapping[int, str]) -> "Counted":
-        """Return evidence with more rows, and without some, whose ids are given."""
+        """Return evidence with more rows, and without the rows `gone`."""
         start = len(self.words.live)
         new, numbers = self.numbering(found)
         new.rows[[self.numbers[item_id] for item_id in gone.values()]] = -1
@@ -904,14 +895,14 @@ class Counted:
 
     @cached_property
     def popular(self) -> np.ndarray:
-        """What each row's score has of popularity: N."""
+        """Popularity term of each row's score: N."""
         found = np.zeros(len(self.words.live))
         here = np.flatnonzero(self.rows >= 0)
         found[self.rows[here]] = self.rule.popularity * self.transitions.popularity[here]
         return found
 
     def weighed(self, history: Sequence[Past]) -> list[tuple[Past, float]]:
-        """Weigh the last items of a history by their age; the last one comes last."""
+        """Weight the last items of a history by their age; the last item comes last."""
         recency = self.rule.recency
         last = history[-len(recency) :]
         return list(zip(last, recency[: len(last)][::-1]))
@@ -930,39 +921,39 @@ def _sparse(entries: Sequence[tuple[int, int, float]], width: int) -> Sparse:
 
 @dataclass(frozen=True)
 class State:
-    """All of a catalogue at one moment.
+    """The complete state of a catalogue at one moment.
 
-    A row keeps its place until all rows are put into one new base matrix. `ids`, `items`, `rows` and `texts` are shared
-    with later states, which append to them and change nothing that belongs to the first N rows; all else is replaced.
+    A row keeps its number until all rows are copied into a new base matrix. Later states share `ids`, `items`, `rows`
+    and `texts`: they append to them and change no entry of the first N rows; all other fields are replaced.
     """
 
     fingerprint: str
     dimension: int
     ids: list[str]
-    """Of at least N rows, in the order of insertion."""
+    """Ids of at least N rows, in the order of insertion."""
     items: list[Item]
-    """Of at least N rows."""
+    """Items of at least N rows."""
     rows: dict[str, tuple[int, ...]]
-    """All rows that an id has had, the oldest first."""
+    """All rows of an id, also former ones, the oldest first."""
     live: torch.Tensor
     """N, False where the item was removed or replaced."""
     base: torch.Tensor
     side: torch.Tensor
     count: int
-    """Live rows."""
+    """Number of live rows."""
     index: VectorIndex | None = None
-    """Over `base`."""
+    """Index over `base`."""
     wanted: dict[str, Any] | None = None
-    """Kind and settings of the index, also where there is no FAISS."""
+    """Kind and settings of the index, also without FAISS."""
     texts: Texts = field(default_factory=Texts)
     next_number: int = 0
-    """Id of the next item that is a text: past every whole number that was ever an id."""
+    """Id of the next item that is a text: larger than every whole number that was ever an id."""
     counted: Counted | None = None
-    """Evidence; None = the catalogue ranks by the cosine alone."""
+    """Evidence; None = the catalogue ranks by the cosine only."""
 
     @classmethod
     def of(cls, items: dict[str, Item], vectors: torch.Tensor, fingerprint: str, **more: Any) -> "State":
-        """Make a state of one base matrix."""
+        """Make a state with a single base matrix."""
         rows: dict[str, tuple[int, ...]] = {item_id: (row,) for row, item_id in enumerate(items)}
         live, side = torch.ones(len(items), dtype=torch.bool), vectors[:0]
         every = list(items), list(items.values())
@@ -971,12 +962,12 @@ class State:
     def row(self, item_id: str) -> int | None:
         """Return the row of an item."""
         for row in reversed(self.rows.get(item_id, ())):
-            if row < len(self.live) and self.ids[row] == item_id:  # else a later state's
+            if row < len(self.live) and self.ids[row] == item_id:  # otherwise of a later state
                 return row if self.live[row] else None
         return None
 
     def known(self, item_id: Any) -> int:
-        """Return the row of an item that has to be there."""
+        """Return the row of an item that must exist."""
         name = normalize_id(item_id, "item_id")
         row = self.row(name)
         if row is None:
@@ -994,12 +985,12 @@ class State:
 
     @property
     def popularity(self) -> float:
-        """What popularity counts."""
+        """Weight of popularity."""
         return 0.0 if self.counted is None else self.counted.rule.popularity
 
     @property
     def share(self) -> float:
-        """What the cosine counts."""
+        """Weight of the cosine."""
         return 1.0 if self.counted is None else self.counted.rule.learnt
 
     def gather(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -1012,7 +1003,7 @@ class State:
 
 
 class CatalogueView:
-    """A catalogue as it was at one moment, for any number of threads: `Catalogue.snapshot` gives one."""
+    """A thread-safe view of a catalogue at one moment; `Catalogue.snapshot` returns one."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -1029,12 +1020,12 @@ class CatalogueView:
 
     @property
     def index(self) -> VectorIndex | None:
-        """The index that searches go by; None = they are exact."""
+        """The index of searches; None = exact search."""
         return self._state.index
 
     @property
     def evidence(self) -> Evidence | None:
-        """How evidence counts; None = the catalogue ranks by the cosine alone."""
+        """Settings of evidence; None = the catalogue ranks by the cosine only."""
         return None if self._state.counted is None else self._state.counted.rule
 
     def __len__(self) -> int:
@@ -1049,13 +1040,13 @@ class CatalogueView:
         return self._state.row(normalize_id(item_id, "item_id")) is not None
 
     def item(self, item_id: Any) -> Item:
-        """Return an item as requests take it: its text, or its fields and its `item_id`."""
+        """Return an item in the form of requests: its text, or its fields and its `item_id`."""
         state = self._state
         item = state.items[state.known(item_id)]
         return item if isinstance(item, str) else dict(item)
 
     def fields(self, item_id: Any) -> dict[str, Any]:
-        """Return an item's fields and its `item_id`; the text of an item without fields is called `item`."""
+        """Return an item's fields and its `item_id`; an item without fields has its text as field `item`."""
         state = self._state
         return state.fields(state.known(item_id))
 
@@ -1065,16 +1056,16 @@ class CatalogueView:
         return state.gather([state.known(each) for each in item_ids])
 
     def worded(self, texts: Collection[str], processor: Any) -> list[str]:
-        """Return the ids of the items that the processor words as one of the texts."""
+        """Return the ids of the items whose text, by the processor, is one of the texts."""
         state = self._state
         rows = state.texts.rows(texts, processor, state.items, len(state.live))
         return [state.ids[row] for row in rows if row < len(state.live) and state.live[row]]
 
     def check(self, model: Model) -> None:
-        """Make sure that the vectors are this model's.
+        """Verify that this model made the vectors.
 
         Raises:
-            ValueError: Another model made them.
+            ValueError: If another model made them.
         """
         check_fingerprint(self.fingerprint, model)
 
@@ -1088,18 +1079,18 @@ class CatalogueView:
     ) -> list[Ranking]:
         """Find the items with the highest scores for each user.
 
-        Without evidence a score is the cosine of the user's and the item's vector; with it, it is what `Evidence` says.
+        Without evidence a score is the cosine of the user's and the item's vector; `Evidence` defines it otherwise.
 
         Args:
-            user_vectors: B x D; they are not read if the cosine counts 0.
-            top_k: Items for each user; fewer where fewer are left.
-            exclude: For each user the ids that are left out, of which the catalogue need not know all.
-            filter: Which items may be found at all, by their `fields`.
-            histories: For each user the items of the history, the last one last, which evidence reads: ids, or `Past`,
-                which may say a text. None = evidence says nothing.
+            user_vectors: B x D; they are not used if the cosine has weight 0.
+            top_k: Number of items per user; fewer if fewer remain.
+            exclude: For each user the ids to leave out; unknown ids are allowed.
+            filter: Decides by `fields` which items may be found at all.
+            histories: For each user the items of the history, the last one last, for evidence: ids, or `Past`, which
+                may contain a text. None = no evidence.
 
         Returns:
-            For each user (item_id, score) by falling score, equal ones in the order of insertion.
+            For each user (item_id, score) by descending score, equal scores in the order of insertion.
         """
         state = self._state
         users = torch.as_tensor(user_vectors).detach().float().cpu()
@@ -1128,7 +1119,7 @@ class CatalogueView:
         return [own for own in found if own is not None]
 
     def evidence_digest(self) -> str:
-        """Return a digest of how evidence counts and of what was counted; that of no evidence is empty."""
+        """Return a digest of the settings and counts of evidence; it is empty without evidence."""
         counted = self._state.counted
         if counted is None:
             return ""
@@ -1150,14 +1141,14 @@ class CatalogueView:
         return counted.supports([[_past(item, "histories") for item in own] for own in histories])
 
     def evidence_scores(self, history: Sequence[Any], items: Sequence[Any]) -> "EvidenceScores":
-        """Say what evidence adds to the scores of items, event by event.
+        """Return the terms that evidence adds to the scores of items, event by event.
 
         Args:
-            history: Items of a user's history, the last one last, as of `search`.
-            items: The M items, as of `search`; one that the catalogue does not have is scored by its text.
+            history: Items of a user's history, the last one last, as in `search`.
+            items: The M items, as in `search`; an item outside the catalogue is scored by its text.
 
         Raises:
-            ValueError: The catalogue has no evidence.
+            ValueError: If the catalogue has no evidence.
         """
         state, counted = self._state, self._state.counted
         if counted is None:
@@ -1182,17 +1173,17 @@ class CatalogueView:
 
 
 class EvidenceScores(NamedTuple):
-    """What evidence adds to the scores of M items."""
+    """The terms that evidence adds to the scores of M items."""
 
     words: np.ndarray
     """E x M, by each of E events."""
     transitions: np.ndarray
-    """E x M, by each of E events; `again` is among them."""
+    """E x M, by each of E events; `again` is included."""
     popularity: np.ndarray
     """M."""
 
     def sum(self) -> np.ndarray:
-        """Return all that is added: M."""
+        """Return the sum of all terms: M."""
         return self.words.sum(0) + self.transitions.sum(0) + self.popularity
 
 
@@ -1203,7 +1194,7 @@ def _past(item: Any, place: str) -> Past:
 
 
 def check_fingerprint(fingerprint: str, model: Model) -> None:
-    """Raise if another model made the vectors."""
+    """Raise an error if another model made the vectors."""
     found = model.fingerprint()
     if found != fingerprint:
         raise ValueError(
@@ -1214,23 +1205,23 @@ def check_fingerprint(fingerprint: str, model: Model) -> None:
 
 
 def cosines(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """Multiply normalised B x D and M x D vectors: B x M, each rounded once, whatever stands beside it."""
+    """Multiply normalised B x D and M x D vectors: B x M, each rounded once, independently of other vectors."""
     return (users.double()[:, None] * items.double()).sum(-1).float()
 
 
 class _Asked(NamedTuple):
-    """What is asked for one user."""
+    """The search of one user."""
 
     user: torch.Tensor
     left_out: list[int]
     support: Support
 
     def margin(self, state: State) -> float:
-        """Return more than scores are off by before they are computed exactly."""
+        """Return an upper bound of the error of scores before their exact computation."""
         return ROUNDING * max(1.0, state.share, state.popularity, float(self.support.scores.max(initial=0.0)))
 
     def added(self, state: State, rows: torch.Tensor) -> torch.Tensor:
-        """Return what evidence adds to the scores of rows, exactly."""
+        """Return the exact terms that evidence adds to the scores of rows."""
         found = self.support.of(rows.numpy())
         if state.counted is not None and state.popularity:
             found = found + state.counted.popular[rows.numpy()]
@@ -1261,7 +1252,7 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
 
 
 def _allowed(state: State, predicate: Predicate | None) -> torch.Tensor:
-    """Say which of the N rows may be found."""
+    """Mark which of the N rows may be found."""
     if predicate is None:
         return state.live
     allowed = torch.zeros_like(state.live)
@@ -1270,9 +1261,9 @@ def _allowed(state: State, predicate: Predicate | None) -> torch.Tensor:
 
 
 def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Predicate | None) -> list[Ranking | None]:
-    """Search by the index, ever more widely; None for a user whom it did not answer.
+    """Search by the index with growing width; None for a user without a certain result.
 
-    What is removed, left out or filtered is dropped from what the index finds, so that the filter sees few items.
+    Removed, excluded and filtered rows are dropped from the results of the index, so that the filter sees few items.
     """
     answers: list[Ranking | None] = [None] * len(asked)
     if state.index is None or not state.share:
@@ -1284,7 +1275,7 @@ def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pre
             verdicts[row] = predicate is None or predicate(state.fields(row))
         return verdicts[row]
 
-    # Where words in common speak of very many rows, comparing with all costs less.
+    # If common words concern very many rows, exhaustive comparison costs less.
     few = EXACT_SHARE * len(state.live)
     waiting = [number for number, each in enumerate(asked) if len(each.support.rows) <= max(few, top_k)]
     count, breadth = top_k + EXTRA + max((len(each.left_out) for each in asked), default=0), 1
@@ -1305,10 +1296,10 @@ def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pre
 
 
 def _certain(state: State, asked: _Asked, reached: Found, top_k: int, allowed: Callable[[int], bool]) -> Ranking | None:
-    """Rank what was found, if there is enough of it and no other row can tie with the last.
+    """Rank the found rows, if there are enough and no other row can tie with the last.
 
-    The rows that evidence speaks of join those that the index has reached, as far as their cosine, which is no higher
-    than the floor of the index, may bring them among the first. All others have the cosine alone.
+    Rows with evidence that the index did not reach are added if their cosine, at most the floor of the index, could
+    bring them among the first. All remaining rows have the cosine only.
     """
     own, share = {*asked.left_out}, state.share
 
@@ -1342,9 +1333,9 @@ def _certain(state: State, asked: _Asked, reached: Found, top_k: int, allowed: C
 def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Ranking:
     """Rank the finalists, whose rows ascend.
 
-    A matrix product rounds by the shape of the matrix and the place in it, and FAISS in its own way. The finalists'
-    scores are therefore computed anew, so that equal items tie, and neither batch size nor other items nor the
-    index change a score.
+    The rounding of a matrix product depends on the shape of the matrix and the position in it, and differs in FAISS.
+    The finalists' scores are therefore computed again, so that equal items tie, and a score does not depend on batch
+    size, other items or the index.
     """
     if state.share:
         exact = cosines(asked.user[None], state.gather(rows))[0]
@@ -1360,22 +1351,22 @@ def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Rank
 
 
 REBUILD_SHARE, REBUILD_ROWS = 0.1, 1024
-"""All is put into one matrix once added and removed rows are more than this share of it, and than this number."""
+"""A new base matrix is made once added and removed rows exceed this share of it, and this number."""
 
 
 class Catalogue(CatalogueView):
     """Items and their l2-normalised vectors.
 
-    The vectors stand in a base matrix, which `build_index` makes an index of. Items added later stand in a side buffer,
-    which is searched exactly, and removed ones stay where they are and are left out of every search, until `save`,
-    `encode`, `build_index` or the change by which added and removed rows become more than a tenth of the base (and than
-    1024) makes one matrix of it all, with a new index if there was one.
+    The vectors are in a base matrix, over which `build_index` builds an index. Items added later are in a side buffer,
+    which is searched exactly; removed items keep their rows, which searches skip. `save`, `encode`, `build_index` and
+    any change after which added and removed rows exceed a tenth of the base (and 1024) merge everything into one
+    matrix, with a new index if there was one.
 
-    Make one with `from_dataset` or `load`. An item is a text, or a mapping of fields with an `item_id`.
+    Make a catalogue with `from_dataset` or `load`. An item is a text, or a mapping of fields with an `item_id`.
 
-    Any number of threads may read, search and change a catalogue at once: each call answers by the catalogue as it was
-    at one moment, changes follow one another, and a change is there for every call that begins after it. `snapshot`
-    gives the catalogue of one moment to several calls.
+    Any number of threads may read, search and change a catalogue concurrently: each call uses the state of one moment,
+    changes are sequential, and every call that begins after a change sees it. `snapshot` gives several calls the same
+    state.
 
     Args:
         fingerprint: Digest of the model that makes the vectors.
@@ -1384,7 +1375,7 @@ class Catalogue(CatalogueView):
 
     def __init__(self, fingerprint: str, dimension: int) -> None:
         super().__init__(State.of({}, torch.empty(0, dimension), fingerprint))
-        self._lock = threading.RLock()  # of changes; who reads takes `_state` once
+        self._lock = threading.RLock()  # for changes; readers read `_state` once
         self._log: EventLog | None = None
         self._home: _Home | None = None
 
@@ -1394,7 +1385,7 @@ class Catalogue(CatalogueView):
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         state: State = kept["_state"]
-        # A copy appends to lists of its own, and has no folder.
+        # A copy has separate lists, and no folder.
         own: dict[str, Any] = {"ids": [*state.ids], "items": [*state.items], "rows": {**state.rows}, "texts": Texts()}
         if state.counted is not None:
             own["counted"] = state.counted.copy()
@@ -1414,17 +1405,17 @@ class Catalogue(CatalogueView):
         """Embed items.
 
         Args:
-            items: A dataset, a data frame or a list, of mappings with an `item_id` or of texts (whose running number
-                is the id: from 0, or from one past the largest whole number that was an id). Fields that hold None or
-                NaN are absent.
-            model: What embeds them.
-            processor: What words them.
+            items: A dataset, a data frame or a list, of mappings with an `item_id` or of texts (whose id is a running
+                number, from 0 or from the largest whole number that was an id plus 1). Fields with None or NaN are
+                absent.
+            model: Model that embeds the items.
+            processor: Processor that formats the items.
             batch_size: Items embedded at once.
-            progress: Show a bar, if it takes more than two seconds.
-            evidence: How evidence counts, as of `set_evidence`; None = the catalogue ranks by the cosine alone.
+            progress: Show a progress bar if embedding takes more than two seconds.
+            evidence: Settings of evidence, as in `set_evidence`; None = the catalogue ranks by the cosine only.
 
         Raises:
-            ValueError: An id is missing or there twice, or an item has no text.
+            ValueError: If an id is missing or occurs twice, or an item has no text.
         """
         catalogue = cls(model.fingerprint(), vector_width(model.config))
         found = _read(items, catalogue._state)
@@ -1445,10 +1436,10 @@ class Catalogue(CatalogueView):
         batch_size: int = 256,
         progress: bool = True,
     ) -> None:
-        """Embed more items; they are found from now on. Arguments as of `from_dataset`.
+        """Embed more items, which later searches find. Arguments as in `from_dataset`.
 
         Raises:
-            ValueError: An id is in the catalogue already and `replace` was not said; then nothing is changed.
+            ValueError: If an id is in the catalogue already and `replace` is not set; then nothing is changed.
         """
         with self._lock:
             state = self._state
@@ -1482,11 +1473,11 @@ class Catalogue(CatalogueView):
         """Embed all items again, after the model has changed.
 
         Args:
-            model: What embeds them.
-            processor: What words them.
+            model: Model that embeds the items.
+            processor: Processor that formats the items.
             batch_size: Items embedded at once.
-            progress: Show a bar, if it takes more than two seconds.
-            learnt: What the cosine counts beside evidence from now on; None = as before.
+            progress: Show a progress bar if embedding takes more than two seconds.
+            learnt: New weight of the cosine next to evidence; None = as before.
         """
         with self._lock:
             state = self._state
@@ -1504,24 +1495,25 @@ class Catalogue(CatalogueView):
             self._state = new
 
     def snapshot(self) -> CatalogueView:
-        """Return the catalogue as it is now, for several calls that have to agree; later changes do not reach it."""
+        """Return the current state, for several calls that must agree; later changes do not affect it."""
         return CatalogueView(self._state)
 
     # ------------------------------------------------------------------------------------------------------- evidence
 
     def set_evidence(self, evidence: Evidence | None, processor: Any = None) -> None:
-        """Let evidence count from now on, otherwise than so far, or no longer.
+        """Enable evidence, change its settings, or disable it.
 
-        Weights can change at any time; what decides the counts (`steps`, `backwards`, `half_life`) only where all
-        events are here, which are then counted anew. Where `learnt` was 0 there are no vectors: `encode` makes them.
+        Weights can change at any time. The settings of counting (`steps`, `backwards`, `half_life`) can change only if
+        all events are present, which are then counted again. If `learnt` was 0 there are no vectors: `encode` makes
+        them.
 
         Args:
-            evidence: How it counts; None = the catalogue ranks by the cosine alone, and events are forgotten.
-            processor: What words the items, where nothing is counted yet.
+            evidence: The settings; None = the catalogue ranks by the cosine only, and events are deleted.
+            processor: Processor that formats the items; required if there is no evidence yet.
 
         Raises:
-            ValueError: There are no vectors, but `learnt` is above 0; or the processor is missing, or the events that
-                would have to be counted anew.
+            ValueError: If `learnt` is above 0 without vectors, the processor is missing, or events to count again are
+                missing.
         """
         with self._lock:
             state = self._state
@@ -1557,24 +1549,24 @@ class Catalogue(CatalogueView):
             self._log, self._state = log, replace(state, counted=counted)
 
     def observe(self, events: Any) -> int:
-        """Count events: who met which item. Searches that begin after it contain them; nothing is trained.
+        """Count events: which user met which item. Later searches use them; nothing is trained.
 
-        Events count in the order of their times, whenever they come; those of one moment as they come. A catalogue that
-        was loaded from a folder or saved to one writes them to a journal there before this returns, so that a process
-        that is killed loses none, and `save` takes them into the files. Items that the catalogue does not have are
-        counted as well: they may come later. 20,000 events of a call cost about a second or less; a call costs some
-        milliseconds.
+        Events count in the order of their times, independently of the order of calls; events with equal times count in
+        the order given. A catalogue that was loaded from a folder or saved to one writes events to a journal there
+        before this method returns, so that a killed process loses none; `save` moves them into the files. Items outside
+        the catalogue are counted as well, since they may be added later. 20,000 events in one call take about a second
+        or less; a call takes at least some milliseconds.
 
         Args:
             events: A list, a data frame or a dataset of rows with `user_id`, `item_id` and, as in requests,
-                `timestamp`. Events without times stand behind their user's earlier ones, in the order given.
+                `timestamp`. Events without times follow their user's earlier events, in the order given.
 
         Returns:
-            How many events there were.
+            Number of events.
 
         Raises:
-            ValueError: The catalogue has no evidence, or an event cannot be read; then none is counted.
-            OSError: The journal cannot be written; then none is counted.
+            ValueError: If the catalogue has no evidence, or an event is invalid; then none is counted.
+            OSError: If the journal cannot be written; then none is counted.
         """
         with self._lock:
             log = self._evidence_log()
@@ -1585,19 +1577,19 @@ class Catalogue(CatalogueView):
             return len(columns[0])
 
     def forget(self, user_ids: Any) -> int:
-        """Remove all that users have added to the evidence, as if they had never been there.
+        """Remove users' events from the evidence, as if they had never been counted.
 
-        Their events and ids leave the folder's files with the next `save`.
+        The next `save` removes their events and ids from the folder's files.
 
         Args:
             user_ids: The id of a user, or several.
 
         Returns:
-            How many events are gone.
+            Number of removed events.
 
         Raises:
-            ValueError: The catalogue has no evidence, or may have events of a user that it cannot remove, because they
-                were left out of its folder.
+            ValueError: If the catalogue has no evidence, or may contain events of a user that it cannot remove, because
+                they were left out of its folder.
         """
         given = [user_ids] if isinstance(user_ids, str | Real) else list(user_ids)
         users = [*dict.fromkeys(normalize_id(user, "user_ids") for user in given)]
@@ -1612,7 +1604,7 @@ class Catalogue(CatalogueView):
             return self._forget(users, journal=True)
 
     def _ruled(self, rule: Evidence) -> Counted:
-        """Return the evidence, with other weights."""
+        """Return the evidence with other weights."""
         counted = self._state.counted
         assert counted is not None
         return replace(counted, transitions=replace(counted.transitions, rule=rule))
@@ -1645,7 +1637,7 @@ class Catalogue(CatalogueView):
         return count
 
     def _replay(self, records: Sequence[Any], path: Path) -> None:
-        """Count what a journal holds."""
+        """Count the events of a journal."""
         for number, record in enumerate(records, 1):
             try:
                 if "forget" in record:
@@ -1656,7 +1648,7 @@ class Catalogue(CatalogueView):
                 raise _damaged(path, f"record {number} is none of a catalogue: {error}") from error
 
     def _open_journal(self) -> None:
-        """Make sure that this process writes the journal of the catalogue's folder, and knows all of it."""
+        """Open the journal of the catalogue's folder for writing, and count events in it that are not counted yet."""
         home = self._home
         if home is None or home.journal is not None and home.journal.is_open:
             return
@@ -1672,18 +1664,18 @@ class Catalogue(CatalogueView):
     # ------------------------------------------------------------------------------------------------------ the index
 
     def build_index(self, kind: str | None, **settings: int) -> None:
-        """Search by a FAISS index from now on, which `save` remembers the kind and settings of.
+        """Build a FAISS index for later searches; `save` stores its kind and settings.
 
-        Every search still gives `top_k` items if there are as many: where an index finds too few that are neither
-        removed nor excluded nor filtered out, it is asked more widely, and in the end all rows are searched.
+        Every search still returns `top_k` items if there are that many: if the index finds too few items that are not
+        removed, excluded or filtered out, the search width grows, and finally all rows are searched.
 
         Args:
             kind: "flat" (exact), "hnsw" (a graph) or "ivf" (lists around centroids); None = no index.
-            **settings: By FAISS's names, of which `VectorIndex` says more.
+            **settings: Settings by FAISS's names, see `VectorIndex`.
 
         Raises:
-            ImportError: FAISS is not installed.
-            ValueError: There is no such index or setting.
+            ImportError: If FAISS is not installed.
+            ValueError: If the kind or a setting is unknown.
         """
         if kind is None:
             if settings:
@@ -1700,13 +1692,13 @@ class Catalogue(CatalogueView):
     # ------------------------------------------------------------------------------------------------------- keeping
 
     def save(self, directory: str | Path) -> None:
-        """Write the catalogue into a folder of its own, all or nothing: on failure, what was there before stays.
+        """Write the catalogue atomically into a separate folder: on failure, the earlier catalogue there stays.
 
-        With evidence the events are written as well, and new ones go to a journal in this folder from now on.
+        With evidence the events are written as well, and later events go to a journal in this folder.
 
         Raises:
-            BlockingIOError: Another process observes events in this folder.
-            ValueError: The folder holds other files, or observed events that this catalogue does not have.
+            BlockingIOError: If another process observes events in this folder.
+            ValueError: If the folder holds other files, or observed events that this catalogue does not have.
         """
         with self._lock:
             state = self._state = _compacted(self._state)
@@ -1720,7 +1712,7 @@ class Catalogue(CatalogueView):
         write_catalogue(directory, *rest)
 
     def _save_with_evidence(self, folder: Path, rest: tuple[dict[str, Item], torch.Tensor, str, Any, int]) -> None:
-        """Write everything while nothing changes, and go on from there."""
+        """Write everything while no change can happen, and use this folder from then on."""
         home = self._home
         if home is not None and home.folder == folder:
             home.check()
@@ -1742,20 +1734,20 @@ class Catalogue(CatalogueView):
     def load(
         cls, directory: str | Path, model: Model | None = None, index: str | None = "saved", journal: bool = True
     ) -> "Catalogue":
-        """Read a catalogue, and make sure that it is whole.
+        """Read a catalogue, and verify that it is complete.
 
         Args:
             directory: The folder.
-            model: If given, it must be the one that made the vectors.
-            index: Kind of the index that is built, as of `build_index`; "saved" = the one that was saved, with its
-                settings, if there is FAISS.
-            journal: Write observed events to the folder; else they are in memory alone until `save`.
+            model: If given, it must be the model that made the vectors.
+            index: Kind of the index to build, as in `build_index`; "saved" = the saved kind with its settings, if FAISS
+                is installed.
+            journal: Write observed events to the folder; otherwise they are in memory only until `save`.
 
         Raises:
-            FileNotFoundError: There is no catalogue.
-            ImportError: The index needs FAISS, which is not installed.
-            ValueError: A file is damaged, of another format or catalogue, or another model made the vectors, or there
-                is no such index.
+            FileNotFoundError: If there is no catalogue.
+            ImportError: If the index needs FAISS, which is not installed.
+            ValueError: If a file is damaged or of another format or catalogue, another model made the vectors, or the
+                kind of index is unknown.
         """
         kept = read_catalogue(directory)
         wanted, catalogue = kept.index, cls(kept.fingerprint, kept.vectors.shape[1])
@@ -1781,17 +1773,17 @@ class Catalogue(CatalogueView):
 
 @dataclass
 class _Home:
-    """The folder that a catalogue's evidence is kept in."""
+    """The folder of a catalogue's evidence."""
 
     folder: Path
     version: tuple[int, ...]
-    """Of the files that the catalogue was read from, or saved as."""
+    """Version of the files that the catalogue was loaded from or saved to."""
     known: int = 0
-    """Bytes of the journal that are counted already."""
+    """Bytes of the journal whose events are counted."""
     journal: Journal | None = None
 
     def check(self) -> None:
-        """Raise if another catalogue was saved there since."""
+        """Raise an error if another catalogue was saved there since."""
         recover(self.folder.parent, self.folder.name)
         if folder_version(self.folder) != self.version:
             raise ValueError(
@@ -1801,7 +1793,7 @@ class _Home:
 
 
 def _refuse_journal(folder: Path) -> None:
-    """Raise if saving into a folder would lose events that were observed there."""
+    """Raise an error if saving into a folder would lose events that were observed there."""
     path = folder / JOURNAL
     if not path.exists():
         return
@@ -1823,7 +1815,7 @@ class _Columns(NamedTuple):
 
 
 def _event_columns(events: Any, rule: Evidence) -> _Columns:
-    """Read events, and make sure of each of them before any is counted."""
+    """Read events, and check each of them before any is counted."""
     rows = list(table_rows(events))
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -1842,7 +1834,7 @@ def _event_columns(events: Any, rule: Evidence) -> _Columns:
 
 
 def _ids(given: Sequence[Any], name: str) -> list[str]:
-    """Return ids as texts; each that is there several times is read once."""
+    """Return ids as texts; repeated ids are converted once."""
     known: dict[tuple[type, Any], str] = {}
     found = []
     for number, value in enumerate(given):
@@ -1854,7 +1846,7 @@ def _ids(given: Sequence[Any], name: str) -> list[str]:
 
 
 def _seconds(given: Sequence[Any]) -> list[float]:
-    """Return times in seconds since 1970; numbers that plainly are such seconds all at once."""
+    """Return times in seconds since 1970; if all are numbers of seconds, they are converted together."""
     least, most, _ = TIME_UNITS["seconds"]
     if given and {*map(type, given)} <= {int, float} and min(given) >= least and max(given) < most:
         return list(map(float, given))
@@ -1864,7 +1856,7 @@ def _seconds(given: Sequence[Any]) -> list[float]:
 def _embedded(
     items: Sequence[Item], model: Model, processor: Any, options: tuple[int, bool], evidence: Evidence | None
 ) -> torch.Tensor:
-    """Embed items; where the cosine counts 0 the vectors are zeros."""
+    """Embed items; if the cosine has weight 0, the vectors are zeros."""
     if evidence is not None and not evidence.learnt:
         return torch.zeros(len(items), vector_width(model.config))
     return embed(items, model, processor, *options)
@@ -1873,12 +1865,12 @@ def _embedded(
 def _changed(
     state: State, found: dict[str, Item], vectors: torch.Tensor, gone: Sequence[int], texts: Sequence[str]
 ) -> State:
-    """Return a state with more items, whose texts evidence reads, and without some rows."""
+    """Return a state with more items, whose texts evidence uses, and without some rows."""
     start = len(state.live)
     live = torch.cat((state.live, torch.ones(len(found), dtype=torch.bool)))
     live[list(gone)] = False
     side = torch.cat((state.side, vectors))
-    # Shared with the state so far, which looks at its own rows only.
+    # Shared with the earlier state, which uses its own rows only.
     state.ids[start:], state.items[start:] = found, found.values()
     for row, item_id in enumerate(found, start):
         state.rows[item_id] = (*state.rows.get(item_id, ()), row)
@@ -1891,7 +1883,7 @@ def _changed(
 
 
 def _compacted(state: State) -> State:
-    """Return a state with one base matrix of what is left and what was added."""
+    """Return a state with one base matrix of the remaining and the added rows."""
     if state.count == len(state.base) == len(state.live):
         return state
     rows = state.live_rows()
@@ -1903,7 +1895,7 @@ def _compacted(state: State) -> State:
 def _replaced(
     state: State, rows: Sequence[int], items: dict[str, Item], vectors: torch.Tensor, fingerprint: str
 ) -> State:
-    """Return a state of one base matrix for the items of some rows, with an index of the same kind."""
+    """Return a state with one base matrix for the items of some rows, and an index of the same kind."""
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
     more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
     counted = None if state.counted is None else state.counted.kept(rows)
@@ -1911,10 +1903,10 @@ def _replaced(
 
 
 def _read(items: Any, state: State) -> dict[str, Item]:
-    """Check items: by id, without fields that hold nothing.
+    """Check items and return them by id, without empty fields.
 
-    The id of a text is its place among the items, counted on from one past the largest whole number that was ever an
-    id, so that no text takes an id over.
+    The id of a text is its index among the items plus the first number above every whole number that was ever an id,
+    so that no text reuses an id.
     """
     rows: list[tuple[str | None, Item]] = []
     seen: set[str] = set()
@@ -1952,7 +1944,7 @@ def embed(
     progress: bool = False,
     segment_cache: SegmentCache | None = None,
 ) -> torch.Tensor:
-    """Embed items, similar lengths together: M x D float32 on the CPU. Arguments as of `Catalogue.from_dataset`."""
+    """Embed items, batched by similar length: M x D float32 on the CPU. Arguments as in `Catalogue.from_dataset`."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
     encoded = processor.encode_items(items)
