@@ -1,7 +1,7 @@
 """The command `m6rec`: fit, prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart, push.
 
-A recipe is a YAML file or the name of one of the package's; whatever follows it overrides it, as in
-`m6rec finetune quickstart training.learning_rate=1e-3`, with dashes in front or without.
+A recipe is a YAML file or the name of one of the package's recipes; the arguments after it override its values, e.g.
+`m6rec finetune quickstart training.learning_rate=1e-3`, with or without leading dashes.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, StrictDataclassError)
-"""What a user can mend: shown as a message, without a traceback."""
+"""Errors that a user can fix: shown as a message, without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 = done, 2 = the input cannot be used."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = _parser().parse_known_args(given)
-    # argparse takes overrides before the options only: those behind them, or with dashes, are left over.
+    # argparse accepts overrides only before the options: those after them, or with dashes, are left over.
     options.overrides = sorted([*options.overrides, *more], key=given.index)
     verbose = "verbose" in options
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes that train together one does
+    speaks = os.environ.get("RANK", "0") == "0"  # only one of several training processes prints
     level = logging.DEBUG if verbose else logging.INFO if speaks else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     for noisy in ("httpx", "datasets", "urllib3", "fsspec", "matplotlib", "filelock"):
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    """Switch progress bars off where they would fill a file."""
+    """Switch progress bars off if the output is not a terminal."""
     if sys.stderr.isatty():
         yield
         return
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     anywhere.add_argument(
         "--verbose",
         action="store_true",
-        default=argparse.SUPPRESS,  # else a command's default would undo what stands before the command
+        default=argparse.SUPPRESS,  # else a command's default would override options before the command
         help="log more, and show the traceback of an error",
     )
     parser = argparse.ArgumentParser(
@@ -191,7 +191,7 @@ def _recipe(options: argparse.Namespace) -> Any:
 
 
 def _refuse_to_replace(options: argparse.Namespace, recipe: Any, *folders: str | Path | None) -> None:
-    """Raise if a folder that is about to be written holds a model, unless that is meant."""
+    """Raise if an output folder already holds a model, unless the options allow it."""
     if options.overwrite or recipe.training.get("resume_from_checkpoint"):
         return
     for folder in [Path(name) for name in folders if name]:
@@ -292,7 +292,7 @@ def _recommend_offline(recommend: Any, options: argparse.Namespace, asked: dict[
     from .answering.offline import Job, answer_file, answer_here, fingerprint
     from .answering.offline_ray import answer_with_ray
 
-    recommend._sanitize_parameters(**asked)  # else they would be held against every request
+    recommend._sanitize_parameters(**asked)  # else each request would report the error
     job = Job(
         Path(options.input).absolute(),
         Path(options.output).absolute(),

@@ -1,7 +1,7 @@
 """Training and recommending from Python: tables in, tables out.
 
-`fit` writes the tables beside the model and then does what `m6rec fit` does, so that every command of m6rec works on
-the folder afterwards.
+`fit` writes the tables next to the model and then runs `m6rec fit`, so that all commands of m6rec work on the folder
+afterwards.
 """
 
 import json
@@ -25,9 +25,9 @@ from .runs.build import catalogue_rows, make_split, prepare
 from .runs.finetune import finetune, full_report
 
 Table = pandas.DataFrame | str | Path
-"""A data frame, or what `data:` of a recipe takes: a file, a folder saved by `datasets`, a Hub id."""
+"""A data frame, or a table as in a recipe's `data:` section: a file, a folder saved by `datasets`, a Hub id."""
 Report = dict[str, dict[str, dict[str, Any]]]
-"""Task -> who (the model, each baseline) -> metric -> value."""
+"""Task -> name (the model, each baseline) -> metric -> value."""
 logger = logging.getLogger(__name__)
 
 
@@ -41,8 +41,8 @@ class Recommender:
     Attributes:
         directory: The folder.
         recipe: The run's recipe.
-        pipeline: The pipeline "recommendation" of the model, for requests of every form; of a fit that has kept no
-            network, what answers as it does from events and texts.
+        pipeline: The pipeline "recommendation" of the model, for requests of any form; for a fit without a network, an
+            object with the same interface that recommends from evidence.
     """
 
     def __init__(self, directory: str | Path, overrides: Iterable[str] = ()) -> None:
@@ -58,7 +58,7 @@ class Recommender:
 
     @property
     def log(self) -> Log:
-        """The log that the recipe names, read when it is first used."""
+        """The log that the recipe names, read on first use."""
         if self._log is None:
             self._log = read_log(self.recipe.data)
         return self._log
@@ -74,12 +74,12 @@ class Recommender:
         """Recommend items to users.
 
         Args:
-            users: Ids of users of the log; or a table of events with the log's columns (user_id, item_id and, where
-                there are times, timestamp), which stand for the users' whole histories: users may be new, items must be
-                in the items table.
-            k: How many items for each user.
-            exclude_seen: Leave out the items of a user's history. None: as the recipe's evaluation does.
-            batch_size: Requests that are read together.
+            users: Ids of users of the log; or a table of events with the log's columns (user_id, item_id and, if there
+                are times, timestamp) as the users' complete histories: users may be new, items must be in the items
+                table.
+            k: Number of items per user.
+            exclude_seen: Leave out the items of a user's history. None: as in the recipe's evaluation.
+            batch_size: Number of requests that are encoded together.
             **options: Further parameters of a call of the pipeline, such as `filter`.
 
         Returns:
@@ -112,11 +112,11 @@ class Recommender:
         """Measure the model and the baselines.
 
         Args:
-            events: Events that happened after those of the log, with the log's columns: the first of each user is
-                ranked after the user's whole history in the log. None: the events that the recipe's split holds out.
+            events: Events later than those of the log, with the log's columns: the first event of each user is
+                predicted from the user's complete history in the log. None: the held-out events of the recipe's split.
 
         Returns:
-            Task -> who -> metrics, as `metrics.json` holds them.
+            Task -> name -> metrics, as in `metrics.json`.
         """
         split = make_split(self.recipe, self.log) if events is None else self._before_and_after(events)
         kept = kept_evidence(self.directory)
@@ -130,7 +130,7 @@ class Recommender:
         return full_report(run)
 
     def _before_and_after(self, events: pandas.DataFrame) -> Split:
-        """Return the whole log as what is known, and later events as the test."""
+        """Return a split with the whole log as known events, and later events as the test."""
         later = self._log_of(events).interactions
         joined = pandas.concat([self.log.interactions, later], ignore_index=True)
         part = pandas.Series(["train"] * len(self.log.interactions) + ["test"] * len(later))
@@ -144,7 +144,7 @@ class Recommender:
         items = self.log.items.rename_axis("item_id").reset_index()
         users = None if self.log.users is None else self.log.users.rename_axis("user_id").reset_index()
         named = {role: name for role, name in self.recipe.data.columns.items() if role not in ("item_id", "user_id")}
-        # Ratings and verbs may be left out of later events, times may not.
+        # Later events may lack ratings and verbs, but not times.
         columns = {role: name for role, name in named.items() if role == "timestamp" or name in (None, *events.columns)}
         for role in ("item_id", "user_id"):
             own = self.recipe.data.columns.get(role, role)
@@ -165,26 +165,26 @@ def fit(
     overrides: Iterable[str] = (),
     say: Callable[[str], object] | None = None,
 ) -> Recommender:
-    """Make the best recommender that two tables allow, as `m6rec fit` does.
+    """Fit the best recommender to two tables, as `m6rec fit` does.
 
     Evidence (transitions, words, popularity) recommends within seconds; then a network is trained, and kept if it is
     better on validation.
 
     Args:
-        events: One row an event: who, what and, where known, when; columns are found by their usual names or by what
-            they hold, and `overrides` name others.
-        items: One row an item: its id and the columns that describe it.
-        users: One row a user: user_id and the columns that describe the user.
+        events: One row per event: user, item and, if known, time; columns are found by their usual names or by their
+            cells, and `overrides` can name others.
+        items: One row per item: its id and the columns that describe it.
+        users: One row per user: user_id and the columns that describe the user.
         recipe: How a network is trained: a recipe file, the name of a recipe of the package, or a mapping of sections.
-            One that learns more than retrieval is run as `m6rec finetune` does, whatever the minutes.
-        output_dir: The folder that is written; None: that of the recipe.
-        minutes: When training ends at the latest, counted from the start; 0: nothing is trained.
-        overrides: Entries such as `data.columns.user_id=customer`; they win over the recipe.
-        say: Is given lines of progress, such as `print`.
+            A recipe with other tasks than retrieval is run like `m6rec finetune`, without a time limit.
+        output_dir: The output folder; None: that of the recipe.
+        minutes: Time limit of training, counted from the start; 0: nothing is trained.
+        overrides: Entries such as `data.columns.user_id=customer`; they override the recipe.
+        say: Receives lines of progress, e.g. `print`.
 
     Returns:
-        The recommender. Its folder holds what was kept, `metrics.json`, `fit.json` with what was decided and why, and,
-        under `tables/`, the data frames that were given, so that every command of m6rec works on it.
+        The recommender. Its folder holds the kept model or evidence, `metrics.json`, `fit.json` with the decisions and
+        their reasons, and, under `tables/`, the given data frames, so that all commands of m6rec work on it.
 
     Raises:
         ValueError: A table or a setting cannot be used; the message names the table, the column and the row.
@@ -202,7 +202,7 @@ def fit(
 
 
 def _path(table: Table, name: str, folder: Path) -> str:
-    """Return where a table is, after writing a data frame into the run's folder."""
+    """Return the path of a table, after writing a data frame into the run's folder."""
     if not isinstance(table, pandas.DataFrame):
         return str(table)
     path = folder / TABLES / f"{'given_items' if name == 'items' else name}.parquet"

@@ -1,1 +1,1 @@
-"""What a command of `m6rec` does, one module each, for the commands that are more than a call."""
+"""Commands of `m6rec`, one module each, for the commands that are more than one call."""

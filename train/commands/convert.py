@@ -1,4 +1,4 @@
-"""`m6rec convert`: a published language model becomes an M6Rec model, in a folder that every command takes.
+"""`m6rec convert`: converts a published language model to an M6Rec model, in a folder that every command accepts.
 
 m6rec convert HuggingFaceTB/SmolLM2-135M smollm2-rec --num-joint-layers 8 segment_summary=1 text.domain=video
 """
@@ -18,17 +18,17 @@ from ..runs.build import backbone_tokenizer, check_length, seed_everything
 def convert(
     backbone: str | Path, output: str | Path, num_joint_layers: int | None = None, overrides: Iterable[str] = ()
 ) -> str:
-    """Write model, tokenizer and processor of a backbone into a folder, all or nothing; returns what was made.
+    """Write model, tokenizer and processor of a backbone into a folder, atomically; returns a summary.
 
     Args:
         backbone: Hub id, folder or GGUF file of a language model.
-        output: The folder; what stands there is replaced only if an earlier conversion wrote it.
-        num_joint_layers: How many last layers read all segments together; None = all.
-        overrides: Fields of the configuration, as in `segment_summary=1`, and of the section `text` of a recipe, as in
+        output: The folder; its contents are replaced only if an earlier conversion wrote them.
+        num_joint_layers: Number of last layers that attend to all segments jointly; None = all.
+        overrides: Fields of the configuration, e.g. `segment_summary=1`, and of the section `text` of a recipe, e.g.
             `text.language=zh`.
 
     Raises:
-        FileExistsError: If the folder holds anything else.
+        FileExistsError: If the folder holds other files.
     """
     folder = Path(output)
     _refuse_to_destroy(folder)
@@ -54,7 +54,7 @@ def convert(
 
 
 def _recipe(backbone: str, output: Path, num_joint_layers: int | None, overrides: Iterable[str]) -> Recipe:
-    """Read overrides as a recipe's, so that names and types are checked as there."""
+    """Parse overrides as a recipe's, so that names and types are checked in the same way."""
     entries = [entry.strip().removeprefix("--") for entry in overrides]
     entries = [entry if entry.startswith("text.") else f"model.config.{entry}" for entry in entries]
     if num_joint_layers is not None:
@@ -63,7 +63,7 @@ def _recipe(backbone: str, output: Path, num_joint_layers: int | None, overrides
 
 
 def _warnings(model: M6RecForRecommendation) -> list[str]:
-    """Say what the model cannot do before it is trained."""
+    """Return warnings of what the model cannot do before training."""
     apart = model.config.num_segment_layers
     if not apart:
         return []
@@ -80,7 +80,7 @@ def _head(model: M6RecForRecommendation, trained: bool) -> str:
 
 
 def _refuse_to_destroy(folder: Path) -> None:
-    """Allow a folder that is new, empty, or was written by a conversion: what is trained has a recipe beside it."""
+    """Raise unless a folder is new, empty, or written by a conversion; a trained model's folder has a recipe."""
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
     config = folder / "config.json"

@@ -1,4 +1,4 @@
-"""`m6rec evaluate`: a trained model is measured again, and what was measured of it before is not lost.
+"""`m6rec evaluate`: measures a trained model again, and keeps its earlier results.
 
 m6rec evaluate runs/own evaluation.exclude_seen=false
 m6rec evaluate beauty --untrained evaluation.protocol=time
@@ -28,11 +28,11 @@ from .fit import METRICS_FILE, Report, kept_report
 
 logger = logging.getLogger(__name__)
 OTHERWISE_FILE = "evaluation.json"
-"""What was measured otherwise than the run did, or on other data."""
+"""File with results under other settings than the run's, or on other data."""
 
 
 def evaluate(folder: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None) -> Report:
-    """Measure a trained model again, and save the report beside it where that is possible.
+    """Measure a trained model again, and save the report in its folder if possible.
 
     Args:
         folder: The folder of a run.
@@ -40,7 +40,7 @@ def evaluate(folder: str | Path, overrides: Sequence[str] = (), say: Callable[[s
         say: Prints the tables; None: nothing is printed.
 
     Returns:
-        Task -> who (the model, each baseline) -> metric -> value.
+        Task -> name (the model, each baseline) -> metric -> value.
     """
     log, report = _measured(folder, overrides)
     if say is not None:
@@ -52,13 +52,13 @@ def evaluate(folder: str | Path, overrides: Sequence[str] = (), say: Callable[[s
     path = Path(folder) / (OTHERWISE_FILE if overrides or other else METRICS_FILE)
     try:
         write_json(path, measured)
-    except OSError as error:  # the figures are printed, and need no file
+    except OSError as error:  # the metrics are printed in any case
         logger.warning("the report is not saved as %s: %s. %s", path, error, why_unwritable(error, path.parent))
     return report
 
 
 def _measured(folder: str | Path, overrides: Sequence[str]) -> tuple[Log, Report]:
-    """Measure what a folder holds: a trained model, or the evidence that a fit has kept."""
+    """Measure the contents of a folder: a trained model, or the evidence that a fit has saved."""
     if kept_evidence(folder):
         return kept_report(folder, overrides)
     saved = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"]
@@ -72,18 +72,18 @@ def _measured(folder: str | Path, overrides: Sequence[str]) -> tuple[Log, Report
 def evaluate_untrained(
     recipe: str | Path, overrides: Sequence[str] = (), say: Callable[[str], object] | None = None, output: str = ""
 ) -> Report:
-    """Measure the rows of retrieval that need no training, on the log of a recipe; no model is made.
+    """Measure the untrained rows of retrieval on the log of a recipe, without a model.
 
     Args:
         recipe: A recipe, or the folder of a run.
-        overrides: Entries such as `evaluation.protocol=time` that differ from it.
+        overrides: Entries such as `evaluation.protocol=time` that differ from the recipe.
         say: Prints the table; None: nothing is printed.
-        output: A JSON file that gets the report; empty: none.
+        output: A JSON file for the report; empty: none.
 
     Returns:
-        `retrieval` -> who -> metric -> value.
+        `retrieval` -> name -> metric -> value.
     """
-    asked = load_recipe(recipe, [*overrides, "training.output_dir=."])  # nothing is trained, and some name none
+    asked = load_recipe(recipe, [*overrides, "training.output_dir=."])  # not used, but required
     log = read_log(asked.data)
     split = make_split(asked, log)
     rows = untrained_rows(RequestWriter(log), item_texts(log), split, "test", asked.evaluation, asked.seed)
@@ -96,7 +96,7 @@ def evaluate_untrained(
 
 
 def _warn_of_learnt(row: dict[str, Any], then: Recipe, run: Run) -> None:
-    """Say, also in the model's row, how many of the held-out events the model has learnt under its own split."""
+    """Warn, also in the model's row, of held-out events that the model has learnt under its own split."""
     asked = run.split.test
     learnt = make_split(then, run.log).train
     names = ["user_id", "item_id"]
@@ -113,7 +113,7 @@ def _warn_of_learnt(row: dict[str, Any], then: Recipe, run: Run) -> None:
 
 
 def _other_data(folder: Path, log: Log) -> str | None:
-    """Say whether a log is another one than that of the run in a folder, as far as the run has kept what tells."""
+    """Return a message if a log differs from that of the run in a folder, as far as the run's files show it."""
     card = folder / CARD_FILE
     then = (json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}).get("data") or {}
     now = {

@@ -1,6 +1,6 @@
-"""`m6rec fit`: from two tables to the best recommender that they allow, within a time.
+"""`m6rec fit`: fits the best recommender to two tables, within a time limit.
 
-Evidence first, within seconds: transitions, words, popularity. Then a network, which is kept, alone or beside the
+First evidence, within seconds: transitions, words, popularity. Then a network, which is kept, with or without the
 evidence, only if it is better on validation.
 
 m6rec fit events.csv items.csv runs/shop
@@ -46,21 +46,21 @@ from .prepare import REVISITS
 
 METRICS_FILE = "metrics.json"
 TABLES = "tables"
-"""Folder, beside the model, of tables that were given as data frames, and of the items as they are read."""
+"""Folder, next to the model, of tables given as data frames, and of the items as they are read."""
 MOST_DROPPED = 0.5
-"""Share of the events that may be unusable."""
+"""Maximum share of unusable events."""
 MANY_EVENTS = 100_000
-"""Events from which on more of them are not what is missing first (ours)."""
+"""Number of events above which the advice is not to collect more events (our choice)."""
 STALE_FROM = 5
-"""Events of the usual user from which on validation is stale: a user's last but two is then not learnt."""
+"""Median number of events per user from which validation is `stale`: third last events are then not learnt."""
 Report = dict[str, dict[str, dict[str, Any]]]
 
 
 class Measured:
-    """A log as evidence reads it: items, texts, and the sequences of the training events.
+    """The parts of a log that evidence uses: items, texts, and the sequences of the training events.
 
     Args:
-        recipe: Says what is measured.
+        recipe: Settings of the evaluation.
         log: The log.
         split: Its parts.
     """
@@ -74,15 +74,15 @@ class Measured:
         self.counts = np.bincount(np.concatenate([*self.sequences, np.empty(0, int)]), minlength=len(self.texts))
 
     def report(self, settings: EvidenceSettings, run: Run | None = None, share: float = 0.0) -> Report:
-        """Measure what a fit has kept on the test part, beside the rows that need no training.
+        """Measure the kept recommender and the untrained rows on the test part.
 
         Args:
-            settings: Of the evidence.
-            run: A trained network, if there is one; it has a row of its own.
-            share: Weight of the network's cosine in what was kept: 0, the evidence alone; `ALONE`, the network alone.
+            settings: Settings of the evidence.
+            run: A trained network, if there is one; it has a separate row.
+            share: Weight of the network's cosine in the kept recommender: 0, only evidence; `ALONE`, only the network.
 
         Returns:
-            `retrieval` -> who -> metrics; nothing where no event is held out.
+            `retrieval` -> name -> metrics; empty if no event is held out.
         """
         arguments, seed = self.recipe.evaluation, self.recipe.seed
         processor = None if run is None else run.processor
@@ -106,17 +106,17 @@ class Measured:
 
 @dataclasses.dataclass
 class Fitting:
-    """A fit on its way: what has been decided, and who is told."""
+    """State of a running fit: its decisions, and the output of progress."""
 
     measured: Measured
     say: Callable[[str], object]
     started: float
     decisions: dict[str, Any]
-    """What fit.json holds."""
+    """Contents of fit.json."""
 
     @property
     def folder(self) -> Path:
-        """The folder that is written."""
+        """The output folder."""
         return self.measured.recipe.output_dir
 
     @property
@@ -125,12 +125,12 @@ class Fitting:
         return time.monotonic() - self.started
 
     def note(self, text: str) -> None:
-        """Say something, with the time since the start."""
+        """Print a line, with the time since the start."""
         whole = int(self.seconds)
         self.say(f"{whole // 60}:{whole % 60:02d} {text}")
 
     def keep(self) -> None:
-        """Write what has been decided into the folder."""
+        """Write the decisions into the folder."""
         write_json(self.folder / FIT_FILE, self.decisions)
 
 
@@ -138,7 +138,7 @@ def recipe_of_tables(places: Sequence[str], users: str | None, overrides: Sequen
     """Make the recipe of a fit.
 
     Args:
-        places: The table of events, that of items and the folder that is written; or a recipe, and perhaps a folder.
+        places: The table of events, the table of items and the output folder; or a recipe, and optionally a folder.
         users: A table of users.
         overrides: Entries such as `data.columns.user_id=customer`.
     """
@@ -155,7 +155,7 @@ def recipe_of_tables(places: Sequence[str], users: str | None, overrides: Sequen
 
 
 def _is_recipe(place: str) -> bool:
-    """Say whether a name is that of a recipe, and no table."""
+    """Return whether a name is that of a recipe, and not of a table."""
     return Path(place).suffix in (".yaml", ".yml") or (RECIPES / f"{place}.yaml").is_file()
 
 
@@ -163,17 +163,17 @@ def fit_recommender(recipe: Recipe, minutes: float, say: Callable[[str], object]
     """Fit a recommender to the tables that a recipe names, and write it into the recipe's folder.
 
     Args:
-        recipe: Names the tables and the folder; what it says of columns wins over what is found; how a network is
-            trained.
-        minutes: When training ends at the latest, counted from the start; 0: nothing is trained. Measuring on the test
-            part comes after it.
-        say: Is given lines for a reader.
+        recipe: Names the tables and the folder; its columns override inferred ones; it has the settings of the
+            network's training.
+        minutes: Time limit of training, counted from the start; 0: nothing is trained. The evaluation on the test part
+            follows it.
+        say: Receives lines of progress.
 
     Returns:
-        Task -> who -> metrics, on the test part, as `metrics.json` holds it.
+        Task -> name -> metrics, on the test part, as in `metrics.json`.
 
     Raises:
-        ValueError: The tables cannot be used; the message says what was found and which setting helps.
+        ValueError: The tables cannot be used; the message gives the cause and the setting that helps.
     """
     if not 0 <= minutes < math.inf:
         raise ValueError(f"minutes is {minutes}: expected a number of 0 (nothing is trained) or more")
@@ -207,7 +207,7 @@ def _read_columns(recipe: Recipe, say: Callable[[str], object]) -> tuple[Recipe,
     if not data.interactions or not data.items:
         raise ValueError("a fit needs two tables: data.interactions and data.items")
     events, items = load_table(data.interactions), load_table(data.items)
-    # A recipe that names a role's column as the role itself says no more than the default.
+    # A column with the same name as its role is the default.
     given = {role: column for role, column in data.columns.items() if column != role or column in events.column_names}
     found = find_columns(events, items, given, data.time_format)
     if data.item_columns is not None:
@@ -229,7 +229,7 @@ def _read_columns(recipe: Recipe, say: Callable[[str], object]) -> tuple[Recipe,
 
 
 def _columns_told(found: Found, columns: list[str], nameless: int, count: int) -> list[str]:
-    """Say what the columns are taken for."""
+    """Return lines with the roles of the columns."""
     roles = ", ".join(f"{role} {column}" for role, column in found.columns.items() if column)
     unread = [column for column in columns if column not in found.columns.values()]
     written = f" (written as {found.time_format})" if found.time_format else ""
@@ -243,7 +243,7 @@ def _columns_told(found: Found, columns: list[str], nameless: int, count: int) -
 
 
 def _read(recipe: Recipe, decisions: dict[str, Any], say: Callable[[str], object], started: float) -> Fitting:
-    """Read the log, and settle whether seen items are recommended."""
+    """Read the log, and decide whether seen items are recommended."""
     log = read_log(recipe.data)
     lost = sum(count for reason, count in log.dropped.items() if reason.startswith("interactions"))
     if lost > MOST_DROPPED * (lost + len(log.interactions)):
@@ -270,7 +270,7 @@ def _read(recipe: Recipe, decisions: dict[str, Any], say: Callable[[str], object
 
 
 def _stale(recipe: Recipe, log: Log) -> Recipe:
-    """Choose on a validation that lies as far from what is learnt as the test does, where users have enough events."""
+    """Use `stale` validation, as far from the learnt events as the test is, if users have enough events."""
     own = recipe.evaluation
     if own.validate or own.protocol or own.split != "leave-one-out":
         return recipe
@@ -280,7 +280,7 @@ def _stale(recipe: Recipe, log: Log) -> Recipe:
 
 
 def choose(fitting: Fitting) -> Choice:
-    """Choose how much each kind of evidence counts, and keep it: from now on the folder recommends."""
+    """Choose the weights of the evidence and save them: from now on the folder can recommend."""
     own = fitting.measured
     known = before_and_in(own.split, "test")[0]
     rows = np.array([own.writer.rows[item_id] for item_id in known["item_id"]], dtype=int)
@@ -292,14 +292,14 @@ def choose(fitting: Fitting) -> Choice:
         "seconds": {"first recommender": round(fitting.seconds, 1)},
     }
     own.recipe.save(fitting.folder)
-    (fitting.folder / "config.json").unlink(missing_ok=True)  # of a network that an earlier fit has kept
+    (fitting.folder / "config.json").unlink(missing_ok=True)  # from a network of an earlier fit
     fitting.keep()
     fitting.note(f"a first recommender is there: m6rec recommend {fitting.folder} --user ID")
     return choice
 
 
 def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
-    """Train a network until a deadline; batches are smaller where there are few users."""
+    """Train a network until a deadline; batches are smaller if there are few users."""
     recipe, log = fitting.measured.recipe, fitting.measured.log
     users = fitting.measured.split.train["user_id"].nunique()
     given = int(recipe.training.get("per_device_train_batch_size", 8))
@@ -312,10 +312,10 @@ def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
 
 
 def decide(fitting: Fitting, choice: Choice, outcome: Outcome) -> float:
-    """Keep the network if it is better than all that needs no training, else the evidence.
+    """Keep the network if it is better than all untrained rows, else the evidence.
 
     Returns:
-        The weight of the network's cosine in what is kept; 0: the evidence alone.
+        The weight of the network's cosine in the kept recommender; 0: only evidence.
     """
     found, run = outcome.found, outcome.run
     share = outcome.share if found["better"] else 0.0
@@ -341,7 +341,7 @@ def decide(fitting: Fitting, choice: Choice, outcome: Outcome) -> float:
 
 
 def _help(fitting: Fitting, outcome: Outcome | None) -> str:
-    """Say what would help."""
+    """Return advice for better results."""
     own = fitting.measured
     found = []
     if len(own.log.interactions) < MANY_EVENTS:
@@ -358,7 +358,7 @@ def _help(fitting: Fitting, outcome: Outcome | None) -> str:
 
 
 def kept_report(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Log, Report]:
-    """Measure again what a fit has kept in a folder, and return the log as well."""
+    """Measure the recommender of a fit's folder again, and return the log as well."""
     kept = kept_evidence(folder)
     assert kept is not None, folder
     own = [f"model.checkpoint={json.dumps(str(folder))}", "model.backbone=null"] if kept.share else []
@@ -369,7 +369,7 @@ def kept_report(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[Log,
 
 
 def _save(fitting: Fitting, report: Report) -> None:
-    """Write the figures, and say what was kept."""
+    """Write the metrics, and print which recommender was kept."""
     fitting.decisions["seconds"]["all"] = round(fitting.seconds, 1)
     write_json(fitting.folder / METRICS_FILE, report)
     fitting.keep()

@@ -1,7 +1,7 @@
-"""What `m6rec prepare` says of a recipe's data before anything is trained.
+"""`m6rec prepare`: inspects a recipe's data before training.
 
-What is there and what is missing, what was dropped and why, what is held out, and how the model will read it. Only a
-tokenizer is trained, where the recipe asks for a new one.
+It reports present and missing values, dropped rows with reasons, the held-out events, and the encoded requests. Only a
+tokenizer is trained, if the recipe needs a new one.
 
 m6rec prepare own-data.yaml
 """
@@ -32,21 +32,21 @@ from ..runs.build import item_texts, make_processor, make_split, make_writer
 from ..runs.pretrain import raw_sources
 
 READ = 500
-"""Requests of a task that are read for their lengths, drawn by the seed."""
+"""Number of requests of a task that are encoded to measure their lengths, drawn by the seed."""
 SHOWN = 5
 REVISITS = 0.05
-"""Share of repeats among the held-out events from which on a log is one of re-visits (ours)."""
+"""Share of repeats among the held-out events from which a log counts as one of re-visits (our choice)."""
 MOST_VALUES = 12
-"""Values of a column that are counted one by one, at most."""
+"""Maximum number of values of a column that are counted separately."""
 EARLY = pandas.Timestamp("1990-01-01").timestamp()
 
 
 def prepare_report(recipe: Recipe) -> dict[str, Any]:
-    """Look at all that a recipe reads.
+    """Inspect all inputs of a recipe.
 
     Returns:
         Sections `events`, `items`, `users`, `dropped` (reason -> rows), `split`, `requests` (task -> lengths and
-        samples), `texts` (raw texts of the pretraining) and `warnings`; without what the recipe does not have.
+        samples), `texts` (raw texts of the pretraining) and `warnings`; empty sections are left out.
 
     Raises:
         ValueError: If a table cannot be read; the message names the column, the row and what was expected.
@@ -71,7 +71,7 @@ def prepare_report(recipe: Recipe) -> dict[str, Any]:
 
 
 def report(recipe: Recipe) -> str:
-    """Say what `prepare_report` finds, in lines."""
+    """Return the findings of `prepare_report` as text."""
     found = prepare_report(recipe)
     lines = []
     for title in ("events", "items", "users", "dropped", "split", "texts"):
@@ -96,7 +96,7 @@ def _lines(values: dict[str, Any], indent: str) -> Iterator[str]:
 
 
 def _number(value: Any) -> str:
-    """Write a number as people read it.
+    """Format a number for people.
 
     >>> _number(100000), _number(0.0630469), _number("2026")
     ('100,000', '0.06305', '2026')
@@ -233,7 +233,7 @@ def _warnings(log: Log, split: Split) -> list[str]:
 
 
 def _repeats(split: Split, recipe: Recipe) -> list[str]:
-    """Say what follows from held-out items that their users know, and which setting fits such a log."""
+    """Return warnings of held-out items that their users have met before, with the setting that fits such a log."""
     repeated, asked = count_repeats(split, "test", recipe.evaluation)
     if not repeated or "retrieval" not in recipe.task.learn:
         return []
@@ -259,7 +259,7 @@ def _repeats(split: Split, recipe: Recipe) -> list[str]:
 
 
 def _processor(recipe: Recipe, log: Log, writer: RequestWriter, raw: Sequence[AnySource]) -> M6RecProcessor:
-    """Take the processor of the pretrained model, if there is one already, else make it."""
+    """Load the processor of the pretrained model, if it exists, else make a new one."""
     folder = recipe.pretraining.output_dir
     if folder and (Path(folder) / "config.json").is_file():
         recipe = recipe.for_finetuning()
@@ -270,7 +270,7 @@ def _processor(recipe: Recipe, log: Log, writer: RequestWriter, raw: Sequence[An
 def _requests(
     recipe: Recipe, split: Split, writer: RequestWriter, processor: M6RecProcessor, warnings: list[str]
 ) -> dict[str, Any]:
-    """Read requests of each task; what a task cannot be learnt from is a warning."""
+    """Encode requests of each task; data from which a task cannot be learnt are warnings."""
     found: dict[str, Any] = {}
     for name, make in _makers(recipe, split, writer, processor).items():
         try:
@@ -297,7 +297,7 @@ def _lengths(readings: list[EncodedRow], processor: M6RecProcessor) -> dict[str,
 
 
 def _makers(recipe: Recipe, split: Split, writer: RequestWriter, processor: M6RecProcessor) -> dict[str, Any]:
-    """Task -> a function that makes its requests; tasks that are scored share theirs, as in training."""
+    """Task -> function that makes its requests; scoring tasks share one, as in training."""
     sampler = _Sampler(recipe, split, writer, processor)
     makers: dict[str, Any] = {"retrieval": sampler.retrieval} if "retrieval" in recipe.task.learn else {}
     makers |= {name: lambda name=name: sampler.scored(name) for name in recipe.task.scored}
@@ -305,7 +305,7 @@ def _makers(recipe: Recipe, split: Split, writer: RequestWriter, processor: M6Re
 
 
 class _Sampler:
-    """Makes training requests of users or events that are drawn by the seed."""
+    """Makes training requests of users or events drawn by the seed."""
 
     def __init__(self, recipe: Recipe, split: Split, writer: RequestWriter, processor: M6RecProcessor) -> None:
         self.recipe, self.writer, self.processor, self.train = recipe, writer, processor, split.train
@@ -325,7 +325,7 @@ class _Sampler:
         return [self.writer.request(user, self._events(self.places[user][-most:])) for user in self.users]
 
     def scored(self, name: str) -> list[dict[str, Any]]:
-        """Each user's last targets after what came before them.
+        """Each user's last targets, with the events before them as history.
 
         Raises:
             ValueError: If the labels are missing or all equal.
@@ -346,7 +346,7 @@ class _Sampler:
         return requests
 
     def written(self, name: str) -> list[dict[str, Any]]:
-        """Texts of drawn events, each after the events before it; or turns of dialogues after those before.
+        """Texts of drawn events, each with the events before it as history; or turns of dialogues with earlier turns.
 
         Raises:
             ValueError: If the log lacks a column that the task needs.
@@ -366,7 +366,7 @@ class _Sampler:
 
 
 def _raw_texts(source: AnySource, processor: M6RecProcessor, seed: int) -> dict[str, Any]:
-    """Count the documents of raw texts, and look at some."""
+    """Count the documents of raw texts, and inspect some."""
     texts = [document["text"] for document in islice(source.walk(seed), READ)]
     tokens = [len(ids) for ids in processor.tokenizer.encode_texts(texts)]
     known = {} if isinstance(source, StreamedSource) else {"texts": len(source), "held out": len(source.valid)}

@@ -1,4 +1,4 @@
-"""The quickstart: MovieLens-100K from the tables to a model that recommends, with everything it did on the screen.
+"""The quickstart: MovieLens-100K from tables to a recommender, with all steps printed.
 
 m6rec quickstart
 """
@@ -27,7 +27,7 @@ SHOWN_USERS = 3
 SHOWN_EVENTS = 5
 SHOWN_ITEMS = 3
 TIMED_USERS = 100
-"""Users whose recommendation is timed."""
+"""Number of users whose recommendations are timed."""
 LICENCE = "MovieLens-100K by GroupLens: research use, no redistribution"
 EXAMPLE = {
     "user": {"age": 34, "gender": "female", "occupation": "engineer"},
@@ -48,12 +48,12 @@ LIMITS = (
 
 
 def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Callable[[str], None]) -> None:
-    """Train, evaluate and show a recommender of films.
+    """Train, evaluate and demonstrate a recommender of films.
 
     Args:
-        output: Folder that is written: model, processor, catalogue, model cards, metrics.json, report.json.
+        output: Output folder: model, processor, catalogue, model cards, metrics.json, report.json.
         data: Folder of ml-100k; None = RecBole's wheel, else the folder M6REC_DATA.
-        overrides: What differs from the recipe `quickstart`.
+        overrides: Changes to the recipe `quickstart`.
         say: Prints a line.
     """
     given = {"training.output_dir": str(output), "data.directory": data}
@@ -74,7 +74,7 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
         trainer = finetune.fit(run)
         trained = trainable_parameters(run.model)[0]
         say(f"{trainer.state.max_steps} steps, {run.model.num_parameters():,} parameters")
-        for checkpoint in output.glob("checkpoint-*"):  # the best one is in memory, and saved below
+        for checkpoint in output.glob("checkpoint-*"):  # the best checkpoint is in memory, and saved below
             shutil.rmtree(checkpoint)
     with stage("evaluation", seconds, say):
         report = finetune.full_report(run)
@@ -105,7 +105,7 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float], say: Callable[[str], None]) -> Iterator[None]:
-    """Announce a stage, and keep how long it took."""
+    """Announce a stage, and store its duration."""
     say(f"\n== {name} ==")
     start = time.monotonic()
     yield
@@ -114,13 +114,13 @@ def stage(name: str, seconds: dict[str, float], say: Callable[[str], None]) -> I
 
 
 def report_rows(retrieval: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of report.json: a model each, with Recall@10 and NDCG@10."""
+    """Return the rows of report.json: one per model, with Recall@10 and NDCG@10."""
     names = ("recall@10", "ndcg@10", "seen")
     return [{"model": who, **{name: values[name] for name in names}} for who, values in retrieval.items()]
 
 
 def ranking_table(retrieval: dict[str, dict[str, Any]]) -> str:
-    """Lay out Recall@10 and NDCG@10 of model and baselines, and say how they compare."""
+    """Format Recall@10 and NDCG@10 of model and baselines, and their comparison."""
     first = next(iter(retrieval.values()))
     width = max(map(len, retrieval))
     lines = [
@@ -138,7 +138,7 @@ def ranking_table(retrieval: dict[str, dict[str, Any]]) -> str:
 
 
 def show_users(run: Run, recommend: RecommendationPipeline, say: Callable[[str], None]) -> None:
-    """Print some users: what they watched, what is recommended, and which films spoke for it."""
+    """Print some users: their films, the recommendations, and the films that contributed most."""
     for user_id, request in _requests(run, SHOWN_USERS).items():
         watched = [
             f"{event['item']['title']} ({event['rating']:g} stars)" for event in request["history"][-SHOWN_EVENTS:]
@@ -168,7 +168,7 @@ def _requests(run: Run, count: int) -> dict[str, dict[str, Any]]:
 
 
 def closing(run: Run, seconds: dict[str, float]) -> str:
-    """Say what was written and how to load it."""
+    """Return the list of written files and how to load them."""
     output = run.recipe.output_dir
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     first, second = (run.writer.items[row] for row in run.catalogue.counts.argsort()[:-3:-1])

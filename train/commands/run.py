@@ -1,4 +1,4 @@
-"""All steps of a recipe: look at the data, pretrain, fine-tune, recommend (the four steps of each vertical).
+"""All steps of a recipe: inspect the data, pretrain, fine-tune, recommend (the four steps of each vertical).
 
 m6rec run video
 """
@@ -16,10 +16,10 @@ from .prepare import report
 
 
 def run(recipe: Recipe, say: Callable[[str], object]) -> None:
-    """Run a recipe from its tables to recommendations; `say` is told what each step found.
+    """Run a recipe from its tables to recommendations; `say` receives the findings of each step.
 
-    Pretraining is a step of recipes that name a folder for it (`pretraining.output_dir`); where training is resumed and
-    that folder is complete, it is not done again.
+    Recipes with a folder for it (`pretraining.output_dir`) include pretraining; if training is resumed and that folder
+    is complete, it is skipped.
     """
     check_best_metric(recipe)
     say(report(recipe))

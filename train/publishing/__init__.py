@@ -1,1 +1,1 @@
-"""Publishing a model: what may be sent, and the commit."""
+"""Publishing a model: checks of its files, and the commit."""

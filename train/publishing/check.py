@@ -1,4 +1,4 @@
-"""What of a model's folder may be published: an allow-list, and checks of all that is on it."""
+"""Selection of the files of a model to publish: an allow-list, and checks of the allowed files."""
 
 import json
 import os
@@ -48,7 +48,7 @@ ALLOWED = (
     *CARDS.values(),
     "LICENSE",
 )
-"""Files that a published model consists of."""
+"""Files of a published model."""
 PRIVATE_FILES = {
     "training_args.bin": "a pickle of the Trainer's settings, which runs code when it is read",
     "checkpoint-*": "a state of the training, for going on with it",
@@ -58,7 +58,7 @@ PRIVATE_FILES = {
     "*.json": "no part of the model",
     "*_m6rec.py": "no code of this model",
 }
-"""Name -> why it is not published; the first that fits counts."""
+"""Pattern -> why matching files are not published; the first match counts."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.npz")
 TABLES = ("*.csv", "*.tsv", "*.parquet", "*.jsonl", "*.arrow", "*.txt", "*.inter", "*.dat")
 AUTO = {
@@ -69,14 +69,14 @@ AUTO = {
 """File -> classes for which its `auto_map` or `custom_pipelines` must name the code."""
 SIBLING = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 SHARD = 5 * 10**9
-"""Bytes of a file of weights, at most; a bigger one is divided."""
+"""Maximum size of a weights file in bytes; a larger file is split."""
 KEYED_BY_DATA = ("model.vocab", "model.merges", "item_rows")
-"""Values of JSON files whose keys are texts or ids of the data."""
+"""Paths in JSON files to values whose keys are texts or ids of the data."""
 
 
 @dataclass
 class Plan:
-    """What is published and what is not."""
+    """The files to publish and the files to leave out."""
 
     going: dict[str, Path | str] = field(default_factory=dict)
     """Path in the repository -> the file, or its text."""
@@ -85,18 +85,18 @@ class Plan:
 
 
 def plan(folder: Path, name: str, scratch: Path, base: str | None = None, secrets: tuple[str, ...] = ()) -> Plan:
-    """Decide what of a model's folder is published, and check it.
+    """Select the files of a model's folder to publish, and check them.
 
     Args:
-        folder: The folder that a run wrote, or any with a saved model.
-        name: What the model will be called on the Hub.
-        scratch: Where weights are divided.
-        base: Hub's id of an adapter's base, where the adapter names a folder.
-        secrets: Texts that must be in no file, besides those that the environment holds.
+        folder: The folder of a run, or any folder with a saved model.
+        name: Name of the model on the Hub.
+        scratch: Folder for split weights.
+        base: Hub id of an adapter's base, if the adapter names a folder.
+        secrets: Texts that must not be in any file, in addition to those of the environment.
 
     Raises:
         FileNotFoundError: Part of the model is missing.
-        ValueError: Naming all files that hold secrets, training data, places of this machine or pickles.
+        ValueError: Files hold secrets, training data, local paths or pickles; the message names all of them.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}: give the folder that a run wrote")
@@ -121,12 +121,12 @@ def plan(folder: Path, name: str, scratch: Path, base: str | None = None, secret
 
 
 def is_allowed(path: str) -> bool:
-    """Say whether a file is one that a published model consists of."""
+    """Return whether a file belongs to a published model."""
     return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in ALLOWED)
 
 
 def _why(path: str) -> dict[str, str]:
-    """Say why a file stays; of a folder, why it does as a whole."""
+    """Return why a file is left out; for a folder, why it is as a whole."""
     top, _, inside = path.partition("/")
     for pattern, why in PRIVATE_FILES.items():
         if fnmatch(top, pattern):
@@ -160,7 +160,7 @@ def _need_model(found: Plan, is_adapter: bool) -> None:
 
 
 def _keep_own_code(found: Plan, is_adapter: bool) -> None:
-    """Make sure that all code which the model names is there, and leave other code out."""
+    """Check that all code that the model names is present, and leave out other code."""
     pending = _named_code(found, is_adapter)
     needed: set[str] = set()
     while pending:
@@ -178,7 +178,7 @@ def _keep_own_code(found: Plan, is_adapter: bool) -> None:
 
 
 def _named_code(found: Plan, is_adapter: bool) -> list[str]:
-    """List the modules that a model's configurations name."""
+    """Return the modules that a model's configurations name."""
     named: list[str] = []
     for file, classes in AUTO.items():
         own = _json(found.going[file])
@@ -196,7 +196,7 @@ def _named_code(found: Plan, is_adapter: bool) -> list[str]:
 
 
 def _adapter_configs(folder: Path, base: str | None) -> dict[str, str]:
-    """Write an adapter's configurations as they are published: the base by its Hub id, no code that is not there."""
+    """Return an adapter's configurations for publishing: with the Hub id of its base, without missing code."""
     adapter, config = (_json(folder / file) for file in ("adapter_config.json", "config.json"))
     given = adapter.get("base_model_name_or_path")
     adapter["base_model_name_or_path"] = base or hub_id(given)
@@ -215,7 +215,7 @@ def _adapter_configs(folder: Path, base: str | None) -> dict[str, str]:
 
 
 def _cards(folder: Path, name: str, found: Plan) -> dict[str, str]:
-    """Write the cards anew under the model's name, but those that somebody has made their own."""
+    """Rewrite the cards with the model's name, except cards edited by a user."""
     facts = folder_facts(folder, name, _json(found.going.get("adapter_config.json")))
     written = {}
     for file, card in render_cards(facts).items():
@@ -226,7 +226,7 @@ def _cards(folder: Path, name: str, found: Plan) -> dict[str, str]:
 
 
 def _divide(found: Plan, scratch: Path) -> None:
-    """Divide weights that are one big file."""
+    """Split weights that are one large file."""
     path = found.going.get("model.safetensors")
     if not isinstance(path, Path) or path.stat().st_size <= SHARD:
         return
@@ -243,7 +243,7 @@ def _divide(found: Plan, scratch: Path) -> None:
 
 
 def check(found: Plan, folder: Path, secrets: tuple[str, ...] = ()) -> None:
-    """Raise if what is published holds what must not be; the message names every file, and the line or key in it."""
+    """Raise if a file holds forbidden contents; the message names each file, and the line or key in it."""
     known = tuple(secret for secret in (*secrets, *_own_secrets()) if len(secret) >= 8)
     problems: list[str] = []
     for file, content in found.going.items():
@@ -272,7 +272,7 @@ def _problems(file: str, content: Path | str, known: tuple[str, ...]) -> Iterato
 
 
 def _values(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Look through a JSON value; what has texts or ids of the data as its keys, as a vocabulary, is passed over."""
+    """Yield findings in a JSON value; values keyed by texts or ids of the data, such as a vocabulary, are skipped."""
     if isinstance(value, dict):
         for name, inner in value.items():
             place = f"{key}.{name}" if key else str(name)
@@ -301,7 +301,7 @@ def _weights(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _cells(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Look through a table; of each column the first row is named where something is."""
+    """Yield findings in a table: the first affected row of each column."""
     table = pyarrow.parquet.ParquetFile(path)
     with table:
         row = 0
@@ -326,7 +326,7 @@ def _own_secrets() -> Iterator[str]:
 
 
 def _training_data(found: Plan, folder: Path) -> list[str]:
-    """Name what holds what people did, or is a table that the recipe reads."""
+    """Return the files with user behaviour, and the tables of the recipe."""
     recipe = folder / RECIPE_FILE
     tree = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
     data = tree.get("data") or {}

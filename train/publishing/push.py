@@ -1,4 +1,4 @@
-"""Publishing a model on the Hub: what is sent is decided, and checked, by publishing.py.
+"""Publishing a model on the Hub; `check.py` selects and checks the files.
 
 m6rec push runs/films org/films --dry-run
 """
@@ -26,23 +26,23 @@ def push(
     token: str | None = None,
     base: str | None = None,
 ) -> None:
-    """Publish a model, in one commit: whoever loads it gets the earlier one or the new one, never a mixture.
+    """Publish a model in one commit, so that users load the earlier or the new model, never a mixture.
 
-    A push that was broken off is simply repeated; big files that have arrived are not sent again.
+    An interrupted push can be repeated; large files that have arrived are not sent again.
 
     Args:
-        folder: The folder that a run wrote, or any with a saved model, processor and perhaps catalogue.
-        name: What it is called on the Hub, `org/name`.
+        folder: The folder of a run, or any folder with a saved model, processor and optionally a catalogue.
+        name: Its name on the Hub, `org/name`.
         say: Prints a line.
         private: Make a repository that only its owners see.
-        revision: The branch that gets it; it is made where there is none. None: main.
-        dry_run: Only say what would be sent, and what not; the cards are written into a temporary folder.
-        token: Of the Hub. None: the one of `hf auth login` or HF_TOKEN.
-        base: Hub's id of an adapter's base, where the adapter names a folder.
+        revision: The target branch; it is created if missing. None: main.
+        dry_run: Only list the files to send and to leave out; the cards are written into a temporary folder.
+        token: Token of the Hub. None: the one of `hf auth login` or HF_TOKEN.
+        base: Hub id of an adapter's base, if the adapter names a folder.
 
     Raises:
-        ValueError: A file holds what must not be published, or the repository is public and should be private.
-        OSError: Part of the model is missing, or the Hub does not take it.
+        ValueError: A file holds forbidden contents, or the repository is public and should be private.
+        OSError: Part of the model is missing, or the Hub refuses the commit.
     """
     if name.count("/") != 1:
         raise ValueError(f"the name is {name!r}; expected org/name, the owner and what the model is called")
@@ -67,7 +67,7 @@ def push(
 
 
 def listing(found: Plan) -> str:
-    """Lay out what is sent and what is not."""
+    """Format the list of files to send and to leave out."""
     going = sorted(found.going.items())
     sizes = {file: len(each.encode()) if isinstance(each, str) else each.stat().st_size for file, each in going}
     lines = [f"{len(sizes)} files, {sum(sizes.values()):,} bytes, are published:"]
@@ -78,7 +78,7 @@ def listing(found: Plan) -> str:
 
 
 def _keep_texts(found: Plan) -> Path:
-    """Write the texts of a plan, such as the cards, into a new folder where they can be looked at."""
+    """Write the texts of a plan, such as the cards, into a new folder for inspection."""
     folder = Path(tempfile.mkdtemp(prefix="m6rec-push-"))
     for file, text in found.going.items():
         if isinstance(text, str):
@@ -87,7 +87,7 @@ def _keep_texts(found: Plan) -> Path:
 
 
 def _send(found: Plan, api: HfApi, name: str, private: bool, revision: str | None) -> str:
-    """Commit what goes, and remove what an earlier push of the model has left."""
+    """Commit the selected files, and remove files of an earlier push of the model."""
     api.create_repo(name, private=private or None, exist_ok=True)
     if private and not api.repo_info(name).private:
         raise ValueError(f"{name} is there and public: make it private in its settings, or leave --private out")
