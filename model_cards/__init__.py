@@ -1,4 +1,4 @@
-"""Model cards: filled by the facts of a run, and by nothing else."""
+"""Model cards, filled only with the facts of a run."""
 
 from .card import CARDS, LANGUAGES, MARK, render_card, render_cards, write_cards
 from .facts import CardFacts, DataFacts, hardware

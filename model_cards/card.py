@@ -1,4 +1,4 @@
-"""Fills a model card with the facts of a run: what is unknown is left out, and no figure is made up.
+"""Fills a model card with the facts of a run; unknown facts are left out.
 
 >>> card = render_card(CardFacts(name="org/films", tasks=["retrieval"], seed=0))
 >>> "Random seed: 0" in card, "Limits" in card
@@ -23,26 +23,26 @@ from .facts import CardFacts, DataFacts
 from .privacy import is_private, is_secret
 
 LANGUAGES = ("en", "zh")
-"""Languages that cards are written in."""
+"""Languages of the cards."""
 CARDS = {"en": "README.md", "zh": "README_zh.md"}
 """The files of a model's two cards; the Hub shows the first, which links to the other."""
 MARK = "<!-- Written by m6rec, and anew at each push unless this line is deleted. -->"
-"""The last line of a card that nobody has made their own."""
+"""The last line of a card that no user has edited."""
 OWN = "m6rec"
-"""The model's own name in a report; the others are baselines."""
+"""The model's name in a report; all other names are baselines."""
 CONDITIONS: tuple[str, ...] = ("examples", "protocol", "observed", "seen", "repeats", "repeats_counted")
 CONDITIONS += ("negatives_per_event", "negatives")
-"""What the figures of a report rest on."""
+"""Names in a report of the conditions of its metrics."""
 INTERVALS = "intervals"
-"""Where a report keeps the bootstrap intervals of its figures: metric -> [low, high]."""
+"""Key in a report of the bootstrap intervals of its metrics: metric -> [low, high]."""
 VERDICT = "verdict"
-"""Where the model's row of a report keeps how it compares with the best baseline."""
+"""Key in the model's row of a report of its comparison with the best baseline."""
 NOT_METRICS = (INTERVALS, VERDICT, "difference", "differences", "settings")
-"""What stands in a report beside the figures."""
+"""Keys in a report that are not metrics."""
 BIAS_METRICS = ("coverage", "popularity_bias")
-"""Metrics that say how a model treats items, not how right it is."""
+"""Metrics of a model's treatment of items, not of its accuracy."""
 COUNTS = ("examples", "groups", "texts", "repeats", "negatives_per_event", "observed")
-"""How figures of a report end that count and do not measure."""
+"""Endings of the names in a report that are counts, not metrics."""
 EXAMPLES: dict[str, dict[str, Any]] = {
     "en": {
         "user": "A woman in her thirties",
@@ -61,12 +61,12 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
     """Return the card: metadata in YAML, then text in Markdown.
 
     Args:
-        facts: What the card may say.
-        language: What it is written in.
-        other: The file of the card in the other language, which this one links to.
+        facts: Facts for the card.
+        language: Language of the card.
+        other: File of the card in the other language, to which this one links.
 
     Raises:
-        ValueError: If there is no template in the language; the message lists those there are.
+        ValueError: If there is no template in the language; the message lists the known languages.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}; there are templates in {', '.join(LANGUAGES)}")
@@ -105,7 +105,7 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
 
 
 def _says(data: DataFacts) -> bool:
-    """Say whether anything is known of the data that the card tells in words."""
+    """Return whether any facts of the data are known that the card prints."""
     return any(value is not None for name, value in vars(data).items() if name not in ("hub_id", "digest"))
 
 
@@ -119,9 +119,9 @@ def _other(file: str) -> str:
 
 
 def write_cards(facts: CardFacts, directory: str | Path) -> Path:
-    """Write both cards into a folder, each in one step, and return the path of the first.
+    """Write both cards atomically into a folder, and return the path of the first.
 
-    They end with `MARK`: a card that still has it is written anew when the model is pushed.
+    They end with `MARK`: a card that still has it is rewritten when the model is pushed.
     """
     folder = Path(directory)
     for file, card in render_cards(facts).items():
@@ -130,7 +130,7 @@ def write_cards(facts: CardFacts, directory: str | Path) -> Path:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    """Make the head of the card. The Hub has no pipeline tag for recommendation, so there is none."""
+    """Make the card's metadata. The Hub has no pipeline tag for recommendation, so there is none."""
     results = _own_results(facts)
     more: dict[str, Any] = {}
     if facts.example:
@@ -152,12 +152,12 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 
 def _own_results(facts: CardFacts) -> list[EvalResult]:
-    """List what was measured of the model itself; the Hub's format needs the data set's name."""
+    """Return the metrics of the model itself; the Hub's format needs the data set's name."""
     if facts.data is None or not facts.data.name:
         return []
     found = []
     for task, report in _known(facts.results).items():
-        # What is replayed (replay/NAME/TASK) is measured on the data of another run.
+        # Replayed tasks (replay/NAME/TASK) are measured on the data of another run.
         figures = {} if task.startswith("replay/") else dict(report.get(OWN, {}))
         arguments = {name: figures[name] for name in CONDITIONS[1:] if name in figures} or None
         for metric, value in figures.items():
@@ -176,7 +176,7 @@ def _own_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _table(report: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Lay out who -> metrics with a column for each model; what the figures rest on comes first."""
+    """Arrange name -> metrics as a table with one column per model; the conditions come first."""
     names = list(dict.fromkeys(name for figures in report.values() for name in figures if name not in NOT_METRICS))
     names.sort(key=lambda name: CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS))
     return {
@@ -189,7 +189,7 @@ def _table(report: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _leanings(results: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Pick, from laid out results of retrieval, the rows of what models do to items: metric, and who with what."""
+    """Select the rows of BIAS_METRICS from tables of retrieval: metric, and (model, value) pairs."""
     table = results.get("retrieval", {"who": [], "rows": []})
     rows = [(name, cells) for name, cells in table["rows"] if name.partition("@")[0] in BIAS_METRICS]
     return [(name, list(zip(table["who"], cells))) for name, cells in rows]
@@ -209,7 +209,7 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
 
 
 def _known(value: Any) -> Any:
-    """Leave out, at any depth, what is None or no finite number, and what nothing is left of."""
+    """Remove, at any depth, None, non-finite numbers, and collections that become empty."""
     if isinstance(value, Mapping):
         kept = {key: _known(inner) for key, inner in value.items()}
         return {key: inner for key, inner in kept.items() if inner is not None and inner not in ({}, [])}
@@ -219,7 +219,7 @@ def _known(value: Any) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """Leave out, at any depth, secrets and what names a place on this machine, as a key or as a value."""
+    """Remove, at any depth, secrets and local paths, in keys and in values."""
     if isinstance(value, Mapping):
         return {
             key: _public(inner)
@@ -232,7 +232,7 @@ def _public(value: Any) -> Any:
 
 
 def _python(value: Any) -> str:
-    """Write a value as a Python literal."""
+    """Format a value as a Python literal."""
     return pformat(value, width=100, sort_dicts=False)
 
 

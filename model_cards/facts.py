@@ -1,4 +1,4 @@
-"""What a model card may say: what is given, and what was measured."""
+"""Facts for a model card: given and measured ones."""
 
 import os
 import platform
@@ -17,35 +17,35 @@ class DataFacts:
     """The data that a model was trained on; None: unknown."""
 
     name: str | None = None
-    """Given: what people call it."""
+    """Given: its name."""
     licence: str | None = None
-    """Given: what its owners allow."""
+    """Given: its licence."""
     hub_id: str | None = None
     """Given: its id on the Hub."""
     users: int | None = None
-    """Measured: users with events, held-out ones included."""
+    """Measured: number of users with events, including held-out ones."""
     items: int | None = None
-    """Measured: items."""
+    """Measured: number of items."""
     events: int | None = None
-    """Measured: events, held-out ones included."""
+    """Measured: number of events, including held-out ones."""
     digest: str | None = None
-    """Measured: by which the same data are known again; no card says it."""
+    """Measured: digest that identifies the data; not printed."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a card may say, first what is given, then what was measured; None or empty: unknown, left out."""
+    """All facts for a card, first given, then measured ones; None or empty: unknown, left out."""
 
     name: str
-    """Given: what users load the model by, a Hub id or a folder."""
+    """Given: the name by which users load the model, a Hub id or a folder."""
     data: DataFacts | None = None
-    """Given and measured: what the model was trained on."""
+    """Given and measured: the training data."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Given: the resolved recipe. Secrets and places on this machine are left out of the card."""
+    """Given: the resolved recipe. The card leaves out secrets and local paths."""
     command: str | None = None
-    """Given: what was typed; left out of the card if it names a place on this machine."""
+    """Given: the command line; the card leaves it out if it has a local path."""
     seed: int | None = None
-    """Given: of everything drawn at random."""
+    """Given: seed of all random draws."""
     tasks: Sequence[str] = ()
     """Given: tasks whose heads were trained."""
     languages: Sequence[str] = ()
@@ -53,40 +53,40 @@ class CardFacts:
     licence: str | None = None
     """Given: the Hub's identifier of the licence of the weights."""
     intended_use: Sequence[str] = ()
-    """Given: what the model is meant for, a sentence each."""
+    """Given: intended uses, one sentence each."""
     limits: Sequence[str] = ()
-    """Given: what it cannot do, a sentence each."""
+    """Given: limits, one sentence each."""
     example: Mapping[str, Any] | None = None
     """Given: a request with candidates, for the usage snippet. None: one from a clothes shop."""
     preset: str | None = None
-    """Given: the preset that this is, with weights that have learnt nothing. None: a trained model."""
+    """Given: the preset of an untrained model. None: a trained model."""
     base_model: str | None = None
-    """Given: the Hub's id of the model that this one was made of."""
+    """Given: the Hub id of the base model."""
     method: str | None = None
-    """Given: the PEFT method of the adapter that this is. None: whole weights."""
+    """Given: the PEFT method, if this is an adapter. None: full weights."""
     pictures: Mapping[str, str] = field(default_factory=dict)
-    """Given: what is shown, `curves` or `latency` -> the picture's file beside the card."""
+    """Given: contents, `curves` or `latency` -> image file in the card's folder."""
 
     shape: Mapping[str, int] = field(default_factory=dict)
-    """Measured: size -> number, as the configuration calls them."""
+    """Measured: size -> number, with the configuration's names."""
     parameters: int | None = None
     """Measured: number of weights."""
     trained_parameters: int | None = None
-    """Measured: how many weights were trained."""
+    """Measured: number of trained weights."""
     catalogue_size: int | None = None
-    """Measured: items in the catalogue that is saved with the model."""
+    """Measured: number of items in the catalogue saved with the model."""
     results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Measured: task -> who -> metrics on the test part, as in `metrics.json`; who is "m6rec" or a baseline."""
+    """Measured: task -> name -> metrics on the test part, as in `metrics.json`; a name is "m6rec" or a baseline."""
     perplexities: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Measured: objective of pretraining -> perplexity of held-out texts, `before` and `after`."""
     latency: Mapping[str, float] = field(default_factory=dict)
-    """Measured: what one request takes, as in `latency.json`: `median_ms`, `p95_ms`, `requests`."""
+    """Measured: latency of single requests, as in `latency.json`: `median_ms`, `p95_ms`, `requests`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Measured: stage -> seconds."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Measured: package -> version."""
     hardware: str | None = None
-    """Measured: what the run ran on, as `hardware()` says."""
+    """Measured: hardware of the run, from `hardware()`."""
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -96,7 +96,7 @@ class CardFacts:
 
 
 def hardware() -> str:
-    """Name the processor, its logical cores, the memory and the graphics cards; not the machine."""
+    """Describe the processor, its logical cores, the memory and the GPUs, without the machine's name."""
     memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB memory"
     cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return ", ".join([_processor(), f"{os.cpu_count()} logical cores", memory, *cards])

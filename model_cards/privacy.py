@@ -1,4 +1,4 @@
-"""The one rule for what is private: secrets, and paths of one machine. Cards leave it out, `m6rec push` refuses it.
+"""Detection of private values: secrets and local paths. Cards leave them out, `m6rec push` refuses them.
 
 >>> [is_secret(name, "x1") for name in ("hf_token", "apiKeys", "PASSWORD", "pad_token", "monkey")]
 [True, True, True, False, False]
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-"""A word of a name: HF_TOKEN, hfToken and hf-token have the same two."""
+"""A word of a name: HF_TOKEN, hfToken and hf-token have the same two words."""
 SECRET_WORDS = {"password", "passwd", "passphrase", "passcode", "pwd", "secret", "credential", "apikey"}
 """Last words of a name whose value is secret; a plural counts as well."""
 SECRET_KEYS = {"access", "api", "auth", "encryption", "private", "secret", "signing", "ssh"}
@@ -21,9 +21,9 @@ TOKENIZER_WORDS = {
     *("mask", "max", "min", "new", "num", "option", "pad", "padding", "prompt", "sep", "special", "start", "stop"),
     *("text", "unk", "video", "virtual"),
 }
-"""Words before a last word `token` that speak of a text's tokens."""
+"""Words before a last word `token` that mean tokens of a text."""
 SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.DOTALL)
-"""How a special token of a tokenizer looks."""
+"""Pattern of a tokenizer's special tokens."""
 SECRET_TEXTS = {
     "a token of the Hub": r"\bhf_[A-Za-z0-9]{30,}",
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50,})",
@@ -35,23 +35,22 @@ SECRET_TEXTS = {
     "a signed token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.",
     "a password in an address": r"\w://[^\s/:@]+:[^\s/:@]+@",
 }
-"""What it is -> how it looks, whatever its name is."""
+"""Kind of secret -> pattern of its text, for any name."""
 ANY_SECRET_TEXT = re.compile("|".join(SECRET_TEXTS.values()))
 ASSIGNED = re.compile(r"""([A-Za-z][\w-]*)["']?\s*[:=]\s*["']([^\s"']{8,})""")
-"""A name and its quoted value within a text."""
+"""A name and its quoted value in a text."""
 VALUE_PLACE = re.compile(r"(?:^|[\s=:'\"])(?:~(?:\w*/|$)|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\|file:)")
-"""A path of one machine in a setting."""
+"""A local path in a setting."""
 TEXT_PLACE = re.compile(
     r"(?:^|(?<=[\s=:,'\"(`\[]))(?:~?/(?:[^\s/'\"`)\]]+/)+[^\s/'\"`)\]]+|~/\w|[A-Za-z]:[\\/](?!/)\w|\\\\\w+\\\w|file:/)"
 )
-"""A path of one machine within prose or code: two parts at least, for a single one is also a word after a slash."""
+"""A local path in prose or code: at least two parts, since one part may be a word after a slash."""
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Say whether a named value is a secret: a password, a key of a service, a token that lets somebody in.
+    """Return whether a named value is a secret: a password, an API key, an access token.
 
-    Numbers of tokens and the special tokens of a tokenizer are none. Of a list or a mapping under such a name each
-    entry counts.
+    Numbers of tokens and special tokens of a tokenizer are not secrets. For a list or a mapping each entry is checked.
     """
     if isinstance(value, Mapping):
         return any(is_secret(name, inner) for inner in value.values())
@@ -69,16 +68,16 @@ def is_secret(name: str, value: Any) -> bool:
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Say whether a variable of the environment holds a secret; there any `..._KEY` does."""
+    """Return whether an environment variable holds a secret; there any `..._KEY` does."""
     return is_secret(name, value) or (WORD.findall(name.lower()) or [""])[-1] in ("key", "keys")
 
 
 def find_secrets(text: str, known: Iterable[str] = ()) -> list[str]:
-    """Name the secrets in a text: by their looks, by the names that they are assigned to, and those that are known.
+    """Return the secrets in a text: by pattern, by the names that they are assigned to, and known ones.
 
     Args:
-        text: What is looked through.
-        known: Secrets of this process, as they stand in its environment.
+        text: The text to search.
+        known: Secrets in the environment of this process.
     """
     found = []
     if ANY_SECRET_TEXT.search(text):
@@ -91,20 +90,20 @@ def find_secrets(text: str, known: Iterable[str] = ()) -> list[str]:
 
 
 def is_place(value: Any) -> bool:
-    """Say whether a setting names a place on one machine; text of several lines is prose."""
+    """Return whether a setting is a local path; text of several lines is prose."""
     if not isinstance(value, str):
         return False
     return find_place(value) is not None if "\n" in value else VALUE_PLACE.search(value) is not None
 
 
 def find_place(text: str) -> str | None:
-    """Find a path of one machine within prose or code."""
+    """Return a local path in prose or code."""
     found = TEXT_PLACE.search(text)
     return found[0] if found else None
 
 
 def is_private(value: Any) -> bool:
-    """Say whether a setting is a text that names a place on one machine, or holds a secret."""
+    """Return whether a setting is a text with a local path or a secret."""
     return is_place(value) or (isinstance(value, str) and bool(find_secrets(value)))
 
 

@@ -1,4 +1,4 @@
-"""Metrics of ranking, classification and written texts, in plain NumPy and Python.
+"""Metrics of ranking, classification and generated texts, in NumPy and Python.
 
 The files `evaluate_*.py` offer them to Hugging Face's `evaluate`:
 

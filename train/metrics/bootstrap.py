@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals over examples or over whole users."""
+"""Bootstrap intervals over examples or over whole users."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from .checks import group_numbers, positive, refuse
 
 DRAWN_AT_ONCE = 1 << 22
-"""Rows that are drawn together; bounds memory."""
+"""Number of rows drawn together; bounds memory."""
 
 
 def bootstrap_interval(
@@ -23,25 +23,25 @@ def bootstrap_interval(
 
     The rows are drawn with replacement, as many as there are, `samples` times; the interval holds the middle `level` of
     the statistic's values. With groups whole groups are drawn, as many as there are, with all their rows: the rows of
-    one user are no independent evidence. For a metric, resample what it is computed from:
+    one user are not independent. For a metric, resample what it is computed from:
     `bootstrap_interval(ranks, lambda r: ndcg_at_k(r, 10))`, or
     `bootstrap_interval(np.column_stack([scores, labels]), lambda rows: auc(*rows.T), groups=users)`. To compare two
     models on the same examples, give the differences of their values.
 
     Args:
         values: N numbers, or N rows of them.
-        statistic: From resampled rows to a number.
+        statistic: Maps resampled rows to a number.
         groups: The group of each row, usually its user.
-        samples: How often to resample.
+        samples: Number of resamples.
         level: The share of the statistic's values inside the interval.
         seed: The same seed gives the same interval.
 
     Returns:
-        The lower and the upper end.
+        The lower and the upper bound.
 
     Raises:
         ValueError: There are no values, one is NaN, the level is not between 0 and 1, or the statistic is undefined on
-            a resample (an AUC, where one class is rare).
+            a resample (an AUC with a rare class).
 
     >>> bootstrap_interval([2.0, 2.0, 2.0])
     (2.0, 2.0)
@@ -78,13 +78,13 @@ def resampled_means(
 ) -> NDArray[np.float64]:
     """Return the means of columns of numbers on bootstrap resamples of their rows.
 
-    All columns have the same resamples: differences of their means are paired. It is many times as fast as
+    All columns have the same resamples, so differences of their means are paired. It is many times faster than
     `bootstrap_interval`, which calls a statistic on each resample.
 
     Args:
         values: N rows of C numbers.
-        groups: The group of each row, usually its user; whole groups are drawn. None: each row is one.
-        samples: How often to resample.
+        groups: The group of each row, usually its user; whole groups are drawn. None: each row is a group.
+        samples: Number of resamples.
         seed: The same seed gives the same resamples.
 
     Returns:
@@ -121,7 +121,7 @@ def resampled_means(
 
 
 def interval_of(means: NDArray[np.float64], level: float = 0.95) -> list[float]:
-    """Return the middle `level` of resampled figures.
+    """Return the bounds of the middle `level` of resampled values.
 
     >>> [round(end, 6) for end in interval_of(np.arange(101.0), level=0.9)]
     [5.0, 95.0]

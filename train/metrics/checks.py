@@ -1,4 +1,4 @@
-"""What every metric asks of its input before it computes; each error names the offending value and its place."""
+"""Input checks of the metrics; each error names the invalid value and its position."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def vector(name: str, values: ArrayLike, *, finite: bool = False) -> NDArray[np.float64]:
-    """Return the values as a non-empty row of float64 without NaN.
+    """Return the values as a non-empty vector of float64 without NaN.
 
     Args:
-        name: What the values are called in an error.
+        name: Name of the values in errors.
         values: Numbers of shape (N,).
         finite: Whether infinities are refused too.
 
     Raises:
-        ValueError: The values have another shape, are none at all, or hold NaN (or, if refused, an infinity).
+        ValueError: The values have another shape, are empty, or hold NaN (or, if refused, an infinity).
     """
     row = np.asarray(values, dtype=np.float64)
     if row.ndim != 1:
@@ -34,13 +34,13 @@ def pair(
     """Return two vectors of the same length: a prediction and the truth for every example.
 
     Args:
-        names: What the two are called in an error.
+        names: Names of the two in errors.
         first: Numbers of shape (N,).
         second: Numbers of shape (N,).
         finite: Whether infinities are refused too.
 
     Raises:
-        ValueError: One of them is no vector, or their lengths differ.
+        ValueError: One of them is not a vector, or their lengths differ.
     """
     one, other = vector(names[0], first, finite=finite), vector(names[1], second, finite=finite)
     same_length(names[1], len(other), names[0], len(one))
@@ -48,7 +48,7 @@ def pair(
 
 
 def same_length(name: str, length: int, other_name: str, other_length: int) -> None:
-    """Refuse two inputs that do not describe the same examples."""
+    """Raise if two inputs differ in length."""
     if length != other_length:
         raise ValueError(
             f"{name} has {length} entries and {other_name} {other_length}; expected one of each for every example"
@@ -56,13 +56,13 @@ def same_length(name: str, length: int, other_name: str, other_length: int) -> N
 
 
 def refuse(name: str, values: NDArray, wrong: NDArray[np.bool_], expected: str) -> None:
-    """Raise a ValueError that names the first wrong value, its place and how many there are.
+    """Raise a ValueError that names the first wrong value, its position and the number of wrong values.
 
     Args:
-        name: What the values are called in the error.
+        name: Name of the values in the error.
         values: The values, of any shape.
         wrong: A mask of the same shape.
-        expected: What belongs there and what to do, for the end of the message.
+        expected: Description of valid values and advice, for the end of the message.
     """
     if not wrong.any():
         return
@@ -75,12 +75,12 @@ def whole(name: str, values: NDArray[np.float64], below: int) -> NDArray[np.int6
     """Return the numbers as columns of a catalogue.
 
     Args:
-        name: What the values are called in an error.
-        values: Numbers that should be whole, at least 0 and less than `below`.
+        name: Name of the values in errors.
+        values: Numbers that must be integers, at least 0 and less than `below`.
         below: Size of the catalogue.
 
     Raises:
-        ValueError: One of them is no column; a negative one would silently count from the end.
+        ValueError: One of them is not a column; a negative one would silently index from the end.
     """
     inside = (values == np.floor(values)) & (values >= 0) & (values < below)
     refuse(name, values, ~inside, f"a column of the catalogue, a whole number from 0 to {below - 1}")
@@ -90,15 +90,15 @@ def whole(name: str, values: NDArray[np.float64], below: int) -> NDArray[np.int6
 def flat_rows(
     name: str, rows: Sequence[ArrayLike] | NDArray, below: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return lists of items, which may differ in length, as two flat arrays: whose list, and which item.
+    """Return lists of items, which may differ in length, as two flat arrays: list index and item.
 
     Args:
-        name: What the lists are called in an error.
-        rows: One list of columns a user.
+        name: Name of the lists in errors.
+        rows: One list of columns per user.
         below: Size of the catalogue.
 
     Raises:
-        ValueError: An entry is no column of the catalogue.
+        ValueError: An entry is not a column of the catalogue.
     """
     lists = [np.asarray(row, dtype=np.float64) for row in rows]
     for user, row in enumerate(lists):
@@ -116,7 +116,7 @@ def group_numbers(groups: ArrayLike, size: int) -> NDArray[np.int64]:
         size: N.
 
     Raises:
-        ValueError: There is not one group for every example, one is missing, or they cannot be ordered.
+        ValueError: The number of groups is not N, a group is missing, or groups cannot be ordered.
     """
     labels = np.asarray(groups)
     if labels.ndim != 1:
@@ -133,7 +133,7 @@ def group_numbers(groups: ArrayLike, size: int) -> NDArray[np.int64]:
 
 
 def positive(name: str, value: int) -> int:
-    """Return a whole number that is at least 1, such as a cut-off or a count."""
+    """Return an integer that is at least 1, such as a cut-off or a count."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a whole number from 1 on")
     return int(value)

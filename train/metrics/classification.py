@@ -1,7 +1,7 @@
 """Metrics of click probabilities and of ratings.
 
-N examples; s a score, p a probability, y a label, 0 or 1. A score may be any monotone function of the probability where
-only the order counts (`auc`, `grouped_auc`); `log_loss` and the calibration error need the probability itself.
+N examples; s a score, p a probability, y a label, 0 or 1. A score may be any monotone function of the probability if
+only the order matters (`auc`, `grouped_auc`); `log_loss` and the calibration error need the probability itself.
 """
 
 import numpy as np
@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from .checks import group_numbers, pair, positive, refuse, vector
 
-# Keeps a probability of exactly 0 or 1 from an infinite loss: a certain error costs -ln(2 ** -52) = 36.04.
+# Avoids an infinite loss for a probability of exactly 0 or 1: a certain error costs -ln(2 ** -52) = 36.04.
 CLIP = float(np.finfo(np.float64).eps)
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Return the area under the ROC curve: how often a positive example scores higher than a negative one.
+    """Return the area under the ROC curve: the probability that a positive example scores higher than a negative one.
 
     AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N), ranks from the lowest score, with P positives and N
     negatives. Ties share the mean rank, which counts a tied pair as a half.
@@ -36,10 +36,10 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def grouped_auc(scores: ArrayLike, labels: ArrayLike, groups: ArrayLike) -> float:
-    """Return the AUC within groups, averaged by their size (GAUC): is a user's order right, whatever separates users.
+    """Return the AUC within groups, weighted by their size (GAUC): it ignores differences between users.
 
     GAUC = sum over groups of n_g AUC_g / sum of n_g, with n_g the examples of group g. Groups with one class only have
-    no AUC and are left out of both sums; `mixed_groups` tells which examples remain.
+    no AUC and are left out of both sums; `mixed_groups` returns the remaining examples.
 
     Args:
         scores: s of each example; infinities allowed.
@@ -66,7 +66,7 @@ def grouped_auc(scores: ArrayLike, labels: ArrayLike, groups: ArrayLike) -> floa
 
 
 def mixed_groups(labels: ArrayLike, groups: ArrayLike) -> NDArray[np.bool_]:
-    """Return which examples (N) belong to a group with both classes: those that `grouped_auc` uses.
+    """Return the mask (N) of examples in a group with both classes: those that `grouped_auc` uses.
 
     >>> mixed_groups([0, 1, 1, 1], ["a", "a", "b", "b"])
     array([ True,  True, False, False])
@@ -96,7 +96,7 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def log_losses(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
-    """Return what each example adds to `log_loss`, which is the mean: -ln of the probability of its label.
+    """Return each example's -ln of the probability of its label, of which `log_loss` is the mean.
 
     Args:
         probabilities: p of label 1 for each example.
@@ -114,10 +114,10 @@ def log_losses(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float6
 
 
 def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
-    """Return how far probabilities are from frequencies, over bins of equal width.
+    """Return the mean difference of probabilities and frequencies, over bins of equal width.
 
     ECE = sum over bins of n_b / N * |mean p in b - mean y in b|. Bin b of B is [b / B, (b + 1) / B), the last one holds
-    1 too; empty bins count nothing. One class only is allowed. The figure depends on B: name it beside it.
+    1 too; empty bins are ignored. One class only is allowed. The value depends on B: report B with it.
 
     Args:
         probabilities: p of label 1 for each example.
@@ -134,7 +134,7 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins
     """
     chance, truth = _probabilities_and_labels(probabilities, labels)
     bins = positive("bins", bins)
-    # Comparing with b / B puts a written 0.29 into bin 29 of 100; floor(0.29 * 100) is 28.
+    # A comparison with b / B puts 0.29 into bin 29 of 100; floor(0.29 * 100) is 28.
     numbers = np.searchsorted(np.arange(1, bins) / bins, chance, side="right")
     return float(np.abs(np.bincount(numbers, weights=chance - truth)).sum() / len(truth))
 
@@ -143,11 +143,11 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Return the share of examples whose predicted class is the true one; any number of classes.
 
     Args:
-        predictions: The predicted class of each example: whole numbers, not probabilities.
+        predictions: The predicted class of each example: integers, not probabilities.
         labels: The class of each example.
 
     Raises:
-        ValueError: A class is no whole number, or the input is not valid.
+        ValueError: A class is not an integer, or the input is not valid.
 
     >>> accuracy([1, 0, 4, 2], [1, 1, 4, 2])        # 3 of 4
     0.75
@@ -204,8 +204,8 @@ def classification_report(
         bins: Bins of the calibration error.
 
     Returns:
-        `auc` (only where there are both classes), `log_loss`, `calibration_error`, `accuracy` (label 1 from p = 1/2 on)
-        and `examples`; with groups also `gauc`, `gauc_groups` and `gauc_examples`: how many it could use.
+        `auc` (only with both classes), `log_loss`, `calibration_error`, `accuracy` (label 1 from p = 1/2 on)
+        and `examples`; with groups also `gauc`, `gauc_groups` and `gauc_examples`: the numbers it used.
 
     Raises:
         ValueError: One of the other metrics is not defined on the input.
@@ -257,7 +257,7 @@ def _auc_by_group(
     values, level = np.unique(scores, return_inverse=True)
     _, place, counts = np.unique(groups * len(values) + level, return_inverse=True, return_counts=True)
     sizes = np.bincount(groups)
-    # The last rank of a tie is the running count; its mean rank lies (count - 1) / 2 before. Groups start over at 1.
+    # The last rank of a tie is the running count; its mean rank is (count - 1) / 2 lower. Ranks restart in each group.
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place] - (np.cumsum(sizes) - sizes)[groups]
     positives = np.bincount(groups, weights=labels)
     rank_sums = np.bincount(groups, weights=labels * ranks)

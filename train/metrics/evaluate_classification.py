@@ -23,14 +23,14 @@ Returns:
 
 
 class BinaryClassification(evaluate.Metric):
-    """Order, likelihood and calibration of click probabilities, as `classification_report` has them."""
+    """Order, likelihood and calibration of click probabilities, from `classification_report`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="AUC, grouped AUC, log-loss, expected calibration error and accuracy of click probabilities.",
             citation="",
             inputs_description=USAGE,
-            # Labels as floats: an integer feature would cut 0.7 down to 0, the functions refuse it.
+            # Labels as floats: an integer feature would truncate 0.7 to 0; the functions raise.
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
             ),

@@ -26,9 +26,9 @@ Returns:
 
 
 class RecommendationRanking(evaluate.Metric):
-    """Where each user's relevant item stands in the catalogue; the functions of `ranking` say how ties are treated.
+    """Rank of each user's relevant item in the catalogue; the functions of `ranking` define the treatment of ties.
 
-    The table of scores is held as Python lists for a moment: for a large catalogue call the functions batch by batch.
+    The table of scores is temporarily held as Python lists: for a large catalogue call the functions batch by batch.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -36,7 +36,7 @@ class RecommendationRanking(evaluate.Metric):
             description="Recall, NDCG, MRR, coverage and popularity bias of a ranking of the whole catalogue.",
             citation="",
             inputs_description=USAGE,
-            # Columns as floats: an integer feature would cut 1.7 down to 1, the functions refuse it.
+            # Columns as floats: an integer feature would truncate 1.7 to 1; the functions raise.
             features=datasets.Features(
                 {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("float64")}
             ),

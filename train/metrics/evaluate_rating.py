@@ -19,7 +19,7 @@ Returns:
 
 
 class RatingError(evaluate.Metric):
-    """How far predicted ratings are from the given ones."""
+    """Errors of predicted ratings."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

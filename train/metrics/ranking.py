@@ -1,7 +1,7 @@
-"""Metrics of ranked recommendations: one relevant item a user, ranked among the whole catalogue.
+"""Metrics of ranked recommendations: one relevant item per user, ranked among the whole catalogue.
 
-U users, M items of the catalogue. r is the 1-based rank of a user's target. Ties share the mean rank: where every item
-has the same score the target stands in the middle of the catalogue, wherever it happens to be stored.
+U users, M items of the catalogue. r is the 1-based rank of a user's target. Ties share the mean rank: if all items have
+the same score, the target is in the middle of the catalogue, independent of its position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ def target_ranks(
     recommended: its rank is infinite, which every metric counts as a miss.
 
     Args:
-        scores: U x M, higher is better; -inf stands below everything, and ties with -inf.
+        scores: U x M, higher is better; -inf is below everything, and ties with -inf.
         targets: The column of each user's relevant item (U).
-        excluded: Columns to leave out, one list a user (seen items).
+        excluded: Columns to leave out, one list per user (seen items).
 
     Returns:
-        The 1-based ranks (U), halves where an even number of items tie, inf where the target is excluded.
+        The 1-based ranks (U), halves if an even number of items tie, inf if the target is excluded.
 
     Raises:
         ValueError: A score is NaN, a target or an excluded column is not in the catalogue, or the lengths differ.
@@ -56,13 +56,13 @@ def top_items(
 ) -> list[NDArray[np.int64]]:
     """Return the columns of each user's k highest scores, best first.
 
-    Equal scores come in the order of the columns, also where the k-th place is tied. Items scored -inf are never
-    recommended, so a list is shorter than k where fewer items are left.
+    Equal scores are in the order of the columns, also if the k-th place is tied. Items with score -inf are never
+    recommended, so a list is shorter than k if fewer items are left.
 
     Args:
         scores: U x M, higher is better.
         k: Length of a list.
-        excluded: Columns to leave out, one list a user.
+        excluded: Columns to leave out, one list per user.
 
     Raises:
         ValueError: A score is NaN, or an excluded column is not in the catalogue.
@@ -77,7 +77,7 @@ def top_items(
         return [np.empty(0, dtype=np.int64) for _ in table]
     k = min(positive("k", k), table.shape[1])
     table = np.where(_kept(table.shape, excluded), table, -np.inf)
-    # Partitioning finds the k-th best score without sorting the catalogue; of its equals the first columns fill up.
+    # Partitioning finds the k-th best score without sorting the catalogue; of its ties the first columns are used.
     last = np.partition(table, -k, axis=1)[:, [-k]]
     above, tied = table > last, table == last
     chosen = above | (tied & (np.cumsum(tied, axis=1) <= k - above.sum(axis=1, keepdims=True)))
@@ -89,9 +89,9 @@ def top_items(
 
 
 def recall_at_k(ranks: ArrayLike, k: int) -> float:
-    """Return the share of users whose target stands among the first k (with one target also called hit rate).
+    """Return the share of users whose target is among the first k (with one target also called hit rate).
 
-    Recall@k = mean over users of [r <= k]. A mean rank counts as it is: 10.5 is outside the first 10.
+    Recall@k = mean over users of [r <= k]. A mean rank is not rounded: 10.5 is outside the first 10.
 
     Args:
         ranks: 1-based ranks of the targets (U), from `target_ranks`.
@@ -107,10 +107,10 @@ def recall_at_k(ranks: ArrayLike, k: int) -> float:
 
 
 def ndcg_at_k(ranks: ArrayLike, k: int) -> float:
-    """Return the normalised discounted cumulative gain with one relevant item a user.
+    """Return the normalised discounted cumulative gain with one relevant item per user.
 
-    NDCG@k = mean over users of [r <= k] / log2(1 + r); the ideal gain is 1. A mean rank is put in as it is: of two
-    tied first items each has the gain 1 / log2(2.5).
+    NDCG@k = mean over users of [r <= k] / log2(1 + r); the ideal gain is 1. A mean rank is not rounded: each of
+    two tied first items has the gain 1 / log2(2.5).
 
     Args:
         ranks: 1-based ranks of the targets (U), from `target_ranks`.
@@ -126,7 +126,7 @@ def ndcg_at_k(ranks: ArrayLike, k: int) -> float:
 
 
 def ndcg_gains(ranks: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Return what each user adds to `ndcg_at_k`, which is the mean: [r <= k] / log2(1 + r).
+    """Return each user's [r <= k] / log2(1 + r), of which `ndcg_at_k` is the mean.
 
     Args:
         ranks: 1-based ranks of the targets (U), from `target_ranks`.
@@ -145,7 +145,7 @@ def ndcg_gains(ranks: ArrayLike, k: int) -> NDArray[np.float64]:
 def mrr(ranks: ArrayLike) -> float:
     """Return the mean reciprocal rank, without a cut-off.
 
-    MRR = mean over users of 1 / r, with r the mean rank where items tie.
+    MRR = mean over users of 1 / r, with r the mean rank if items tie.
 
     Args:
         ranks: 1-based ranks of the targets (U), from `target_ranks`.
@@ -162,7 +162,7 @@ def mrr(ranks: ArrayLike) -> float:
 def ranking_report(
     ranks: ArrayLike, ks: Sequence[int] = (5, 10, 20), subsets: Mapping[str, ArrayLike] | None = None
 ) -> dict[str, float]:
-    """Return all metrics of ranks as one flat dict, over everybody and over named subsets.
+    """Return all metrics of ranks as one flat dict, over all users and over named subsets.
 
     Args:
         ranks: 1-based ranks of the targets (U), from `target_ranks`.
@@ -171,10 +171,10 @@ def ranking_report(
 
     Returns:
         `recall@k` and `ndcg@k` for each k, `mrr`, `examples`, and the same under `name/` for each subset. A subset
-        without examples has no figures and is left out.
+        without examples is left out.
 
     Raises:
-        ValueError: The ranks are not valid, or a mask is not one bool for each of them.
+        ValueError: The ranks are not valid, or a mask is not a bool per rank.
 
     >>> ranking_report([1, 3], ks=[1], subsets={"cold": [False, True], "empty": [False, False]})
     {'recall@1': 0.5, 'ndcg@1': 0.5, 'mrr': 0.66..., 'examples': 2,
@@ -198,9 +198,9 @@ def ranking_report(
 
 
 def coverage(recommended: Sequence[ArrayLike] | NDArray, num_items: int) -> float:
-    """Return the share of the catalogue that is recommended to anybody.
+    """Return the share of the catalogue that is recommended to at least one user.
 
-    coverage = |union of the users' lists| / M. It depends on the number of users and on k: name both beside it.
+    coverage = |union of the users' lists| / M. It depends on the number of users and on k: report both with it.
 
     Args:
         recommended: Each user's list of columns, from `top_items`; the lists may differ in length.
@@ -218,11 +218,11 @@ def coverage(recommended: Sequence[ArrayLike] | NDArray, num_items: int) -> floa
 
 
 def popularity_bias(recommended: Sequence[ArrayLike] | NDArray, popularity: ArrayLike) -> float:
-    """Return by how much recommended items are more popular than the catalogue.
+    """Return the popularity of recommended items relative to the catalogue's, minus 1.
 
     bias = ARP / mean(p) - 1, with the average recommendation popularity ARP = mean over users of the mean p over the
     user's list, and p an item's popularity (its events in the training data). 0: as popular as items drawn at random;
-    1: twice as popular; below 0: the tail is favoured. A ratio, so counts and shares give the same figure. Users with
+    1: twice as popular; below 0: the tail is favoured. A ratio, so counts and shares give the same value. Users with
     an empty list are left out.
 
     Args:

@@ -1,7 +1,7 @@
-"""Metrics of written texts: how near they come to what people wrote, and how much they repeat themselves.
+"""Metrics of generated texts: similarity to references, and diversity.
 
-A text is compared by its tokens: words as white space parts them, with their punctuation and case; of Chinese and
-Japanese, which are written without spaces, each character.
+Texts are compared by tokens: words separated by white space, with punctuation and case; in Chinese and Japanese, which
+have no spaces, single characters.
 """
 
 import math
@@ -16,7 +16,7 @@ TOKEN = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 
 
 def tokens_of(text: str) -> list[str]:
-    """Split a text into the tokens by which it is compared.
+    """Split a text into tokens for comparison.
 
     >>> tokens_of("a good gift! 很好 2x")
     ['a', 'good', 'gift!', '很', '好', '2x']
@@ -28,11 +28,11 @@ def rouge_l(written: Sequence[str], references: Sequence[str]) -> float:
     """Return the mean ROUGE-L F1 of pairs of texts.
 
     With l the length of the longest common subsequence, P = l / tokens written, R = l / tokens of the reference, and
-    F1 = 2 P R / (P + R); 0 where nothing is in common (Lin, 2004, with beta = 1).
+    F1 = 2 P R / (P + R); 0 if nothing is in common (Lin, 2004, with beta = 1).
 
     Args:
-        written: What was written.
-        references: What should have been.
+        written: Generated texts.
+        references: Reference texts.
 
     Raises:
         ValueError: There is not one reference for each text, or none at all.
@@ -46,15 +46,15 @@ def rouge_l(written: Sequence[str], references: Sequence[str]) -> float:
 
 
 def bleu(written: Sequence[str], references: Sequence[str], order: int = 4) -> float:
-    """Return BLEU of a corpus with one reference a text (Papineni et al., 2002), without smoothing.
+    """Return BLEU of a corpus with one reference per text (Papineni et al., 2002), without smoothing.
 
     BLEU = min(1, exp(1 - r / c)) (p_1 ... p_order)^(1 / order), with c tokens written, r tokens of the references, and
-    p_n the share of written n-grams that the reference has as well, each at most as often as there; over the whole
-    corpus, so a corpus without a single n-gram in common is at 0.
+    p_n the share of written n-grams that occur in the reference, with clipped counts; over the whole corpus, so a
+    corpus without a common n-gram has BLEU 0.
 
     Args:
-        written: What was written.
-        references: What should have been.
+        written: Generated texts.
+        references: Reference texts.
         order: Length of the longest n-grams.
 
     Raises:
@@ -77,7 +77,7 @@ def bleu(written: Sequence[str], references: Sequence[str], order: int = 4) -> f
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
-    """Return the share of different n-grams among all n-grams of the texts (Li et al., 2016); 0 where there are none.
+    """Return the share of different n-grams among all n-grams of the texts (Li et al., 2016); 0 without n-grams.
 
     >>> distinct(["a b a", "a b"], 2)       # ab, ba, ab
     0.6666...
@@ -89,7 +89,7 @@ def distinct(texts: Sequence[str], size: int) -> float:
 
 
 def writing_report(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return all metrics of written texts as one flat dict.
+    """Return all metrics of generated texts as one flat dict.
 
     >>> writing_report(["a b c d"], ["a b c d"])
     {'rouge_l': 1.0, 'bleu_4': 1.0, 'distinct_1': 1.0, 'distinct_2': 1.0, 'texts': 1}
@@ -118,7 +118,7 @@ def _common(one: list[str], other: list[str]) -> int:
     """Length of the longest common subsequence."""
     best = [0] * (len(other) + 1)
     for token in one:
-        before = 0  # of the row above, one column back
+        before = 0  # the value of the previous row and column
         for place, against in enumerate(other, 1):
             before, best[place] = best[place], before + 1 if token == against else max(best[place], best[place - 1])
     return best[-1]
