@@ -1,4 +1,4 @@
-"""The pipeline "recommendation": requests in, ranked items out, with reasons if asked."""
+"""The pipeline "recommendation": ranks items for requests, optionally with reasons."""
 
 import os
 import threading
@@ -23,12 +23,12 @@ from .values_m6rec import MAX_REQUEST_VALUES, check_size, short
 logger = logging.get_logger(__name__)
 
 RANKING_TASKS = ("retrieval", "plausibility")
-"""Tasks that rank beside the scoring tasks, the preferred ones first."""
+"""Ranking tasks other than the scoring tasks, the preferred ones first."""
 PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence")
 FOLDER = "catalogue"
-"""Where a checkpoint keeps its catalogue."""
+"""Folder of a checkpoint's catalogue."""
 LOADING = threading.Lock()
-"""Held while a pipeline finds and reads its catalogue, which several threads may ask for first at once."""
+"""Lock for finding and loading a pipeline's catalogue, which several threads may request first."""
 
 
 class RecommendationPipeline(Pipeline):
@@ -39,26 +39,26 @@ class RecommendationPipeline(Pipeline):
     recommend({"user": "A woman in her thirties", "history": ["hiking socks"], "candidates": ["shoes", "mat"]}, top_k=1)
     ```
 
-    Requests are texts or mappings, as `M6RecProcessor` takes them; an item that is in the catalogue may be given by its
-    `item_id` alone. The answer to one is a list of
-    `{"rank", "item", "item_id", "score", "because"}`: `item` is the item's text, `item_id` is there where it is known,
-    `because` if `explain` is set. A score is a probability for "click" and "interaction" (the mean of several, which
-    stand beside it as `interactions`), the expected rating for "rating", a cosine for "retrieval", and the mean
-    log-likelihood of a token for "plausibility".
+    Requests are texts or mappings in the form of `M6RecProcessor`; an item of the catalogue may be given by its
+    `item_id` only. The answer to a request is a list of `{"rank", "item", "item_id", "score", "because"}`: `item` is
+    the item's text, `item_id` is present if known, `because` if `explain` is set. A score is a probability for "click"
+    and "interaction" (the mean of several probabilities, which `interactions` lists), the expected rating for "rating",
+    a cosine for "retrieval", and the mean log-likelihood of a token for "plausibility".
 
-    Where the catalogue has evidence (`Catalogue.set_evidence`), the items of a request's history count for "retrieval"
-    by what followed them in other histories and by their words, beside the cosine; an item without an `item_id` counts
-    by its words. With `explain`, `parts` then says what is learnt and what words and transitions add.
+    If the catalogue has evidence (`Catalogue.set_evidence`), the score of "retrieval" also uses the items of a
+    request's history: the items that followed them in other histories, and their words. For an item without an
+    `item_id` only words are used. With `explain`, `parts` then lists the learnt part and the parts of words and
+    transitions.
 
     Args:
-        *args: As of every pipeline.
-        catalogue: The catalogue to recommend from, or its folder; None = the checkpoint's own, if it has one.
-        segment_cache: Where the states of texts are kept between calls, or the folder to keep them in, which several
-            processes may share; None = one of its own, in memory.
-        user_states: Where users' histories are kept, so that one that grows costs what is new; True = one of its own.
-            Numbers are those of reading all again, up to rounding: by default nothing is kept, and the same request has
-            the same answer to the last bit.
-        **kwargs: As of every pipeline, and defaults for the parameters of a call.
+        *args: As in `Pipeline`.
+        catalogue: The catalogue to recommend from, or its folder; None = the checkpoint's catalogue, if it has one.
+        segment_cache: Cache of segment states between calls, or its folder, which several processes may share; None =
+            a new cache in memory.
+        user_states: Cache of users' histories, so that a growing history costs its new events only; True = a new cache.
+            Results then equal a full computation up to rounding. By default there is no cache, and equal requests have
+            bitwise equal answers.
+        **kwargs: As in `Pipeline`, and defaults for the parameters of a call.
     """
 
     processor: Any
@@ -76,7 +76,7 @@ class RecommendationPipeline(Pipeline):
         user_states: UserStates | bool = False,
         **kwargs: Any,
     ) -> None:
-        self._local_files_only = kwargs.pop("local_files_only", False)  # `pipeline` hands it on
+        self._local_files_only = kwargs.pop("local_files_only", False)  # passed by `pipeline`
         super().__init__(*args, **kwargs)
         self._check_ids()
         if segment_cache is None or isinstance(segment_cache, str | Path):
@@ -90,7 +90,7 @@ class RecommendationPipeline(Pipeline):
             self._fitting_catalogue()
 
     def _check_ids(self) -> None:
-        """Make sure that processor and model agree on the ids that structure a row."""
+        """Check that processor and model have equal structural ids."""
         for name, index in self.processor.tokenizer.structural_ids.items():
             expected = getattr(self.model.config, name)
             if name != "vocab_size" and index != expected:
@@ -107,24 +107,25 @@ class RecommendationPipeline(Pipeline):
         Args:
             inputs: A request, or several: a list or data frame (the answers are a list), a generator or dataset (the
                 answers are an iterator).
-            *args: Nothing; every pipeline ignores them.
-            **kwargs: `batch_size` and `num_workers` as of every pipeline, and
+            *args: Ignored, as in every pipeline.
+            **kwargs: `batch_size` and `num_workers` as in every pipeline, and
 
                 - `task`: "click", "rating", "interaction", "retrieval" or "plausibility"; by default the first of these
-                  that the model was trained for, but retrieval where there are no candidates.
-                - `top_k`: how many items; by default all candidates, or 10 of a catalogue.
-                - `exclude_seen`: leave out what the history holds, by id, else by text; by default of a catalogue only.
-                - `filter`: says of an item's fields whether it may be recommended; a text's only field is `item`.
-                - `explain`: say what each event adds, which is the score minus the score with the event unseen.
-                - `exit_layer`: read only so many of the joint layers.
-                - `exit_confidence`: read a request's joint layers until all its answers are decided: until the
+                  that the model was trained for, but retrieval without candidates.
+                - `top_k`: number of items; by default all candidates, or 10 of a catalogue.
+                - `exclude_seen`: leave out items of the history, by id, else by text; by default of a catalogue only.
+                - `filter`: function of an item's fields that decides whether the item may be recommended; a text has
+                  the field `item` only.
+                - `explain`: return the contribution of each event: the score minus the score with the event hidden.
+                - `exit_layer`: number of joint layers to run.
+                - `exit_confidence`: run a request's joint layers until all its answers are decided, that is until the
                   probability of each (of click or no click, of each interaction or its absence, of the likeliest
-                  rating) is at least this, or the layers end, as they do for 1 and more. A request may hold its own
-                  `exit_confidence`. Answers then say at which `exit_layer` they were read.
+                  rating) is at least this number. With 1 or more all layers run. A request may contain its own
+                  `exit_confidence`. Answers then contain their `exit_layer`.
 
         Raises:
-            ValueError: A request or a parameter cannot be used; the message names it.
-            TypeError: One has the wrong type.
+            ValueError: If a request or a parameter is invalid; the message names it.
+            TypeError: If one has the wrong type.
         """
         if isinstance(inputs, str | Mapping):
             return super().__call__(inputs, *args, **kwargs)
@@ -157,7 +158,7 @@ class RecommendationPipeline(Pipeline):
         check_confidence(exit_confidence)
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
-        """Check the type of a request. All else is left to the whole batch, which shares what its requests share."""
+        """Check the type of a request; the rest is done per batch, which computes shared parts once."""
         if not isinstance(input_, str | Mapping):
             raise TypeError(f"expected a request, a text or a mapping, got {type(input_).__name__} ({short(input_)})")
         check_size(input_, "request", MAX_REQUEST_VALUES)
@@ -170,7 +171,7 @@ class RecommendationPipeline(Pipeline):
         tasks = [self._task(request, task) for request in requests]
         answers: list[Any] = [None] * len(requests)
         exit_layer = options.pop("exit_layer", None)
-        catalogue = cache(self._fitting_catalogue)  # the same for all that these requests need of it
+        catalogue = cache(self._fitting_catalogue)  # one state for the whole batch
 
         def evident() -> CatalogueView | None:
             own = self.catalogue
@@ -186,16 +187,16 @@ class RecommendationPipeline(Pipeline):
         return {"answers": answers if isinstance(given, list) else answers[0]}
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:
-        """Hand on the answer to one request."""
+        """Return the answer to one request."""
         return model_outputs["answers"]
 
     @property
     def _ranking_tasks(self) -> list[str]:
-        """Tasks that rank, the preferred ones first."""
+        """Ranking tasks, the preferred ones first."""
         return [*self.model.config.scored, *RANKING_TASKS]
 
     def _task(self, request: str | Mapping[str, Any], task: str | None) -> str:
-        """Settle what a request is ranked by."""
+        """Choose the task of a request."""
         trained = self.model.config.trained_tasks
         if task is None and (isinstance(request, str) or request.get("candidates") is None):
             task = "retrieval"
@@ -211,12 +212,12 @@ class RecommendationPipeline(Pipeline):
 
     @property
     def catalogue(self) -> Catalogue | None:
-        """The catalogue that was given, else the checkpoint's own, else None."""
+        """The given catalogue, else the checkpoint's, else None."""
         if self._catalogue is None:
             with LOADING:
-                if self._catalogue is None:  # else another thread has loaded it meanwhile
+                if self._catalogue is None:  # otherwise another thread has loaded it
                     folder = self._own_catalogue()
-                    local = Path(getattr(self.model, "name_or_path", "")).is_dir()  # else a cache of downloads
+                    local = Path(getattr(self.model, "name_or_path", "")).is_dir()  # otherwise a download cache
                     self._catalogue = None if folder is None else Catalogue.load(folder, journal=local)
         return self._catalogue
 
@@ -226,7 +227,7 @@ class RecommendationPipeline(Pipeline):
             self._catalogue = catalogue
 
     def _own_catalogue(self) -> Path | None:
-        """Find the catalogue of the checkpoint that the model came from: in its folder, or on the Hub."""
+        """Find the catalogue of the model's checkpoint: in its folder, or on the Hub."""
         name = getattr(self.model, "name_or_path", "")
         if name and Path(name).is_dir():
             folder = Path(name) / FOLDER
@@ -248,7 +249,7 @@ class RecommendationPipeline(Pipeline):
         return Path(paths[-1]).parent if paths and paths[-1] is not None else None
 
     def _fitting_catalogue(self) -> CatalogueView:
-        """Return the catalogue of this moment, after making sure that the model, as it is now, made its vectors."""
+        """Return the catalogue's current state, after checking that the current model made its vectors."""
         changing = self.catalogue
         if changing is None:
             raise ValueError(
@@ -264,7 +265,7 @@ class RecommendationPipeline(Pipeline):
         return catalogue
 
     def _notice(self, text: str, place: str) -> None:
-        """Warn, once, of a bare text that is the id of an item of the catalogue: it is read as words."""
+        """Warn, once, if a plain text equals an id of the catalogue: it is used as text, not as an id."""
         if self._noticed or not text.strip() or any(map(str.isspace, text.strip())):
             return
         catalogue, self._looked = self._catalogue if self._looked else self.catalogue, True
@@ -276,10 +277,10 @@ class RecommendationPipeline(Pipeline):
             )
 
     def warm(self, progress: bool = True) -> None:
-        """Read the texts of all items of the catalogue into the segment cache.
+        """Encode the texts of all items of the catalogue into the segment cache.
 
-        An item has the same text in an event, as a candidate and alone (except for "plausibility", where a candidate is
-        written text), so that requests then wait for none; `segment_cache.stats()` says what is kept.
+        An item has the same segment in an event, as a candidate and standalone (except for "plausibility", where a
+        candidate is written text), so that later requests need not encode items; see `segment_cache.stats()`.
         """
         catalogue = self.catalogue
         if catalogue is None:
@@ -291,7 +292,7 @@ class RecommendationPipeline(Pipeline):
     # -------------------------------------------------------------------------------------------------------- keeping
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model, processor and, if there is one, catalogue: all that makes the same pipeline again."""
+        """Save model, processor and, if present, catalogue, from which the same pipeline can be loaded."""
         catalogue = self.catalogue
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)

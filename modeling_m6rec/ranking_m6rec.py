@@ -1,12 +1,7 @@
-"""Requests as rows of ids, and what a model says of them: scores of targets, users, and what each event adds.
+"""From requests to ranked items: rows of ids, scores of targets, user vectors, and the contribution of each event.
 
-Shapes: B rows, T tokens, N targets of a request, E events of a request, I values of a score (1, or one an interaction),
-D = vector_width.
-
-
-From requests to ranked items: which items are ranked, by what, and why each stands where it stands.
-
-Shapes: E events of a request, N items of an answer, I values of a score (1, or one an interaction), D = vector_width.
+Shapes: B rows, T tokens, N targets of a request or items of an answer, E events of a request, I values of a score (1,
+or one per interaction), D = vector_width.
 """
 
 import math
@@ -45,41 +40,41 @@ from .values_m6rec import normalize_id
 logger = logging.get_logger(__name__)
 
 TARGETS_A_ROW = 100
-"""Targets that share a row of the flat plan, whose masks grow with their square."""
+"""Most targets in a row of the plan "flat", whose masks grow with the square of their number."""
 
 TOKENS_AT_ONCE = 16384
-"""Tokens of rows that are read together; bounds memory."""
+"""Tokens of rows that run together; this bounds memory."""
 
 
 class Tokens(NamedTuple):
-    """A stretch of a row: its ids, and beside each its row of item memory."""
+    """A part of a row: its ids, and for each id the row of item embeddings."""
 
     ids: list[int]
     memory: list[int]
 
     def followed_by(self, others: Sequence["Tokens"]) -> "Tokens":
-        """Return this stretch and others after it."""
+        """Return this part and others after it."""
         parts = [self, *others]
         return Tokens([i for part in parts for i in part.ids], [row for part in parts for row in part.memory])
 
 
 @dataclass
 class EncodedRequest:
-    """One request as the model reads it: the source, the targets, and the texts of the events (the last ones)."""
+    """One encoded request: the source, the targets, and the texts of the last events, which fit."""
 
     source: Tokens
     targets: list[Tokens]
     events: list[str]
     spans: list[tuple[int, int]]
-    """Where the tokens of each event begin and end in the source."""
+    """(start, end) of each event's tokens in the source."""
 
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out; None = these are never left out."""
     exit_layer: int | None = None
-    """The joint layer after which the answers were read; None = as the scorer says."""
+    """The joint layer that gave the answers; None = the scorer's."""
 
     def rows(self, chosen: Sequence[int], most_targets: int | None, most_tokens: int | None) -> list[Tokens]:
-        """Make rows of the source with the chosen targets; targets do not see each other."""
+        """Make rows of the source with the chosen targets; targets do not attend to each other."""
         parts: list[list[Tokens]] = []
         tokens = 0
         for target in (self.targets[index] for index in chosen):
@@ -93,17 +88,17 @@ class EncodedRequest:
 
 
 class Scorer:
-    """Reads requests with a model.
+    """Runs a model on requests.
 
-    The outermost model's `forward` is called: on a PeftModel with prefix or prompt tuning nothing else has the virtual
-    tokens, and only the flat plan takes them.
+    It calls the outermost model's `forward`: with prefix or prompt tuning only the PeftModel adds the virtual tokens,
+    and only the plan "flat" accepts them.
 
     Args:
-        model: The model, possibly within a PeftModel.
-        processor: Makes the rows.
-        segment_cache: Where segment states are kept.
-        user_states: Where users are kept; None = they are not.
-        exit_layer: How many joint layers are read; None = all.
+        model: The model, possibly inside a PeftModel.
+        processor: Processor that makes the rows.
+        segment_cache: Cache of segment states.
+        user_states: Cache of user histories; None = no cache.
+        exit_layer: Number of joint layers to run; None = all.
     """
 
     def __init__(
@@ -121,11 +116,11 @@ class Scorer:
         self.plan = {} if self.virtual else self.plan
 
     def check(self, task: str, confidence: Any) -> None:
-        """Refuse what cannot be stopped early, and warn of exits that were not trained.
+        """Refuse early exits where they are impossible, and warn of exits that were not trained.
 
         Args:
-            task: What requests are read for.
-            confidence: Their `exit_confidence`, None if they have none.
+            task: Task of the requests.
+            confidence: Their `exit_confidence`, None if absent.
         """
         trained = self.config.exit_layers or []
         if confidence is None:
@@ -156,7 +151,7 @@ class Scorer:
             )
 
     def encode(self, requests: Sequence[Any], task: str) -> list[EncodedRequest]:
-        """Read requests for a task."""
+        """Encode requests for a task."""
         return [self._encoded(reading) for reading in self.processor.read_many(requests, task)]
 
     def _encoded(self, reading: Any) -> EncodedRequest:
@@ -174,7 +169,7 @@ class Scorer:
         return EncodedRequest(source, targets, [" ".join(texts) for texts in events], reading.events)
 
     def scores(self, encoded: Sequence[EncodedRequest], task: str) -> list[torch.Tensor]:
-        """Score all targets of each request, N x I each; and note the exit of those that name a confidence."""
+        """Score all targets of each request, N x I each; record the exit of requests with an exit confidence."""
         rows: list[Tokens] = []
         owners: list[int] = []
         for number, each in enumerate(encoded):
@@ -193,20 +188,20 @@ class Scorer:
         return self._user_vectors([each.source for each in encoded])
 
     def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str) -> torch.Tensor:
-        """Score chosen targets as if one event had not been, for each event: E x N x I."""
+        """Score chosen targets with one event hidden, for each event: E x N x I."""
         rows, spans = self._rows(encoded, chosen), encoded.spans
         hidden = [span for span in spans for _ in rows]
         found = iter(self._target_values(rows * len(spans), task, hidden, exit_layer=encoded.exit_layer))
         return torch.stack([torch.cat([next(found)[0] for _ in rows]) for _ in spans])
 
     def users_without(self, encoded: EncodedRequest) -> torch.Tensor:
-        """Return the user's vector as if one event had not been, for each event: E x D."""
+        """Return the user's vector with one event hidden, for each event: E x D."""
         return self._user_vectors([encoded.source] * len(encoded.spans), encoded.spans)
 
     def _rows(self, encoded: EncodedRequest, chosen: Sequence[int]) -> list[Tokens]:
         if self.virtual:
             return encoded.rows(chosen, TARGETS_A_ROW, None)
-        # Answers that are decided together are read together.
+        # Targets with a common exit decision stay in one row.
         return encoded.rows(chosen, None, TOKENS_AT_ONCE if encoded.confidence is None else None)
 
     def _target_values(
@@ -217,7 +212,7 @@ class Scorer:
         limits: Sequence[float | None] = (),
         exit_layer: int | None = None,
     ) -> list[tuple[torch.Tensor, int | None]]:
-        """Return N x I values of each row's targets, and the exit they were read at where `limits` decide it."""
+        """Return N x I values of each row's targets, and their exit if `limits` decide it."""
         found: list[Any] = [None] * len(rows)
         options = {"return_plausibility": task == "plausibility", "exit_layer": exit_layer or self.exit_layer}
         options["return_vectors"] = False
@@ -244,7 +239,7 @@ class Scorer:
                     raise ValueError(
                         "user vectors hold NaN: the model's weights are damaged, or too large for its number type"
                     )
-                found[row] = places[-1]  # the last place that the row has
+                found[row] = places[-1]  # the row's last place
         return torch.stack(found)
 
     def _read(
@@ -254,9 +249,9 @@ class Scorer:
         decision: "_Decision | None",
         options: dict[str, Any],
     ) -> Iterator[tuple[list[int], Any]]:
-        """Read rows, those of like length together and a bounded number at once; also say which they are.
+        """Run rows in batches of similar length and bounded size; also yield the numbers of the rows.
 
-        `hidden` says for each row where the event that is not seen begins and ends.
+        `hidden` gives for each row the (start, end) of its hidden event.
         """
         order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
         for part in _batches(order, rows):
@@ -272,17 +267,17 @@ class Scorer:
 
 
 class _Decision(NamedTuple):
-    """Says after an exit which rows are decided: all answers as sure as the row's limit asks."""
+    """Decides after an exit which rows are done: all answers reach the row's confidence limit."""
 
     model: Model
     task: str
     limits: Sequence[float | None]
-    """Of each row; from 1 up, or None, it is never decided."""
+    """Limit of each row; with 1 or more, or None, the row never exits early."""
 
     def of(
         self, ids: torch.Tensor, part: Sequence[int]
     ) -> Callable[[torch.Tensor, Picked, Layout, list[int]], torch.Tensor]:
-        """Decide for a batch of B x T ids, which are these rows."""
+        """Return the decision function for a batch of B x T ids, which are these rows."""
         limits = torch.tensor([math.inf if (self.limits[row] or 1) >= 1 else self.limits[row] for row in part])
 
         def decide(states: torch.Tensor, kept: Picked, lay: Layout, rows: list[int]) -> torch.Tensor:
@@ -294,16 +289,16 @@ class _Decision(NamedTuple):
 
 
 def confidence(logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
-    """Say how sure the least sure answer of each row is: B x N x S score logits (NaN = no target) -> B.
+    """Return the lowest confidence among each row's answers: B x N x S score logits (NaN = no target) -> B.
 
-    Of a click or an interaction it is the probability of the likelier of yes and no, of a rating that of the likeliest.
+    It is the probability of the likelier of yes and no for clicks and interactions, of the likeliest value for ratings.
     """
     sure = form_of(task, config).confidence(logits[..., config.score_slices[task]].float())
     return sure.nan_to_num(math.inf).amin(1)
 
 
 def check_confidence(value: Any) -> None:
-    """Refuse an `exit_confidence` that is no positive number; None is none."""
+    """Refuse an `exit_confidence` that is not a positive number; None means absent."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (number and value > 0):
         raise ValueError(
@@ -312,7 +307,7 @@ def check_confidence(value: Any) -> None:
 
 
 def _batches(order: Sequence[int], rows: Sequence[Tokens]) -> Iterator[list[int]]:
-    """Cut rows into batches of at most TOKENS_AT_ONCE padded tokens, or of one row."""
+    """Split rows into batches of at most TOKENS_AT_ONCE padded tokens, or of one row."""
     batch: list[int] = []
     width = 0
     for row in order:
@@ -329,11 +324,11 @@ def _batches(order: Sequence[int], rows: Sequence[Tokens]) -> Iterator[list[int]
 
 
 FROM_CATALOGUE = 10
-"""Items found in a catalogue, unless told otherwise."""
+"""Default number of items found in a catalogue."""
 
 
 class Candidate(NamedTuple):
-    """An item that is ranked, and its id as it was given, if it was."""
+    """An item to rank, and its id as given, if any."""
 
     item: Item
     item_id: Any
@@ -341,29 +336,29 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Query:
-    """One request on its way to an answer."""
+    """One request during its processing."""
 
     request: dict[str, Any]
-    """What the processor reads, without candidates."""
+    """The request for the processor, without candidates."""
     candidates: list[Candidate]
     reading: EncodedRequest | None = None
-    """What the model reads of it, once that is encoded."""
+    """The encoded request, once it exists."""
     seen: set[str] | None = None
-    """Where candidates are still to be found in the catalogue: ids that are left out."""
+    """Ids to leave out, if candidates are to be found in the catalogue."""
     best: list[tuple[int, float]] = field(default_factory=list)
-    """Numbers of the candidates that are answered, and scores, the best first."""
+    """Numbers of the returned candidates, and scores, the best first."""
     details: list[list[float]] = field(default_factory=list)
-    """I values of each of the best."""
+    """I values of each returned candidate."""
     vectors: torch.Tensor | None = None
-    """N x D vectors of the best, for retrieval."""
+    """N x D vectors of the returned items, for retrieval."""
     past: list[Past | None] | None = None
-    """Item of each event that the model reads, the last one last, where evidence reads them too; None = it has none."""
+    """If evidence is used, the item of each encoded event, the last one last; None = an event without item."""
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out."""
 
     @property
     def encoded(self) -> EncodedRequest:
-        """What the model reads of a request that is ranked."""
+        """The encoded request, which exists once the request is ranked."""
         assert self.reading is not None, "a request is encoded before it is ranked"
         return self.reading
 
@@ -375,16 +370,16 @@ class Ranker:
     scorer: Scorer
     task: str
     catalogue: Callable[[], CatalogueView]
-    """Returns the catalogue, or raises the error that says what is missing."""
+    """Returns the catalogue, or raises an error that names what is missing."""
     top_k: int | None = None
     exclude_seen: bool | None = None
     predicate: Predicate | None = None
     explain: bool = False
     exit_confidence: float | None = None
     evidence: Callable[[], CatalogueView | None] = lambda: None
-    """Returns the catalogue if it has evidence, for candidates that are given; None if there is none."""
+    """Returns the catalogue if it has evidence, for given candidates; None otherwise."""
     notice: Callable[[str, str], None] = lambda text, place: None
-    """Is shown each bare text that stands for an item, and its place."""
+    """Called with each item that is given as a plain text, and its place."""
 
     def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Answer requests."""
@@ -394,7 +389,7 @@ class Ranker:
         confidences = [self.exit_confidence if confidence is None else confidence for confidence in own]
         for confidence in confidences:
             self.scorer.check(self.task, confidence)
-        # For retrieval requests are read first, which checks them; other tasks read them with what is to be ranked.
+        # Retrieval encodes requests first, which checks them; other tasks encode them with the items to rank.
         encoded = self.scorer.encode(split, "retrieval") if self.task == "retrieval" else []
         if encoded:
             self._say_unread(split, given, encoded)
@@ -412,7 +407,7 @@ class Ranker:
     def _say_unread(
         self, requests: Sequence[Mapping[str, Any]], given: Sequence[Any], encoded: Sequence[EncodedRequest]
     ) -> None:
-        """Warn of what retrieval does not read, where it is there: each kind once."""
+        """Warn, once per kind, of parts of requests that retrieval ignores."""
         config = self.scorer.config
         if any(isinstance(item, Mapping) and item.get("stats") is not None for own in given for item in own or ()):
             logger.warning_once("task 'retrieval' does not read the statistics of candidates (`stats`)")
@@ -431,7 +426,7 @@ class Ranker:
             )
 
     def _described(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy a request, and describe the items that it names by their id alone with what the catalogue holds."""
+        """Copy a request, and complete items that are given by id only with the catalogue's fields."""
         found = dict(request)
         if isinstance(found.get("candidates"), list):
             items = enumerate(found["candidates"])
@@ -483,7 +478,7 @@ class Ranker:
         return Query(request, [Candidate(catalogue.item(name), name) for name in kept])
 
     def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
-        """Leave out candidates that the history holds, if asked, or that the filter refuses."""
+        """Leave out candidates that the filter refuses or, with `exclude_seen`, that are in the history."""
         if self.exclude_seen:
             seen = _Seen(self.scorer.processor.names, self.scorer.processor.history_items(request))
             candidates = [candidate for candidate in candidates if not seen.holds(without_stats(candidate.item))]
@@ -493,7 +488,7 @@ class Ranker:
         return [candidate for candidate, own in zip(candidates, fields) if self.predicate(own)]
 
     def _seen_in(self, catalogue: CatalogueView, request: Mapping[str, Any]) -> set[str]:
-        """Ids of the catalogue's items that the history holds: by their id, else by their text."""
+        """Return the ids of the catalogue's items in the history, matched by id, else by text."""
         past = self.scorer.processor.history_items(request)
         ids = {item_id for item in past if (item_id := item_identity(item)) is not None}
         nameless = [item for item in past if item_identity(item) is None]
@@ -506,7 +501,7 @@ class Ranker:
     # --------------------------------------------------------------------------------------------------------- ranking
 
     def _score(self, queries: list[Query]) -> None:
-        # Where nothing is left to be ranked, the request is only checked.
+        # A request without remaining candidates is only checked.
         self.scorer.encode([query.request for query in queries if not query.candidates], "retrieval")
         queries = [query for query in queries if query.candidates]
         requests = [{**query.request, "candidates": [item for item, _ in query.candidates]} for query in queries]
@@ -562,7 +557,7 @@ class Ranker:
             query.vectors = catalogue.vectors(names)
 
     def _users(self, queries: Sequence[Query], catalogue: CatalogueView | None) -> Sequence[torch.Tensor | None]:
-        """Return the vector of each user; None where the cosine counts nothing, and no model is read."""
+        """Return the vector of each user; None if the cosine has weight 0, so that the model is not run."""
         if catalogue is not None and catalogue.evidence is not None and not catalogue.evidence.learnt:
             return [None] * len(queries)
         return list(self.scorer.users([query.encoded for query in queries]))
@@ -575,7 +570,7 @@ class Ranker:
         return [None if item is None else next(found) for item in read]
 
     def _as_past(self, items: Sequence[Item]) -> list[Past]:
-        """Return items as evidence reads them."""
+        """Convert items to the form that evidence uses."""
         texts = item_texts(self.scorer.processor, items)
         return [Past(item_identity(item), text) for item, text in zip(items, texts)]
 
@@ -602,10 +597,10 @@ class Ranker:
         return rows
 
     def _reasons(self, query: Query) -> list[dict[str, Any]]:
-        """Say for each of the best, as `because`, what each event adds.
+        """Return for each of the best items, as `because`, the contribution of each event.
 
-        That is the score minus the score with the event unseen. With evidence it is so of the learnt part, and what
-        words and transitions add is theirs alone: the parts of a score, as `parts`, sum to it.
+        It is the score minus the score with the event hidden. With evidence this holds for the learnt part; words and
+        transitions contribute their own terms. `parts` lists the parts of a score, which sum to it.
         """
         if query.past is not None:
             return self._evident_reasons(query, query.past)
@@ -640,7 +635,7 @@ class Ranker:
         return reasons
 
     def _learnt_reasons(self, query: Query, scores: Sequence[float], share: float = 1.0) -> list[list[float]]:
-        """Return for each of the best what each event adds to what is learnt."""
+        """Return for each of the best items each event's contribution to the learnt part."""
         encoded = query.encoded
         if not encoded.events:
             return [[] for _ in scores]
@@ -653,7 +648,7 @@ class Ranker:
         return [[score - share * other for other in others] for score, others in zip(scores, without.T.tolist())]
 
     def _events(self, query: Query) -> list[dict[str, Any]]:
-        """Describe the events that the model reads."""
+        """Describe the encoded events."""
         events: list[dict[str, Any]] = [{"event": text} for text in query.encoded.events]
         if not events:
             return []
@@ -688,7 +683,7 @@ def _checked(given: Any) -> list[Candidate]:
 
 
 class _Seen:
-    """The items of a history, found again by their ids, or by what they say where one of the two has no id."""
+    """The items of a history, matched by id, or by text if one of the two items has no id."""
 
     def __init__(self, names: Any, past: Sequence[Item]) -> None:
         self.names, self.ids = names, {item_identity(item) for item in past}
@@ -698,7 +693,7 @@ class _Seen:
                 self._by_name.setdefault(name, []).append(item)
 
     def holds(self, item: Item) -> bool:
-        """Say whether an item is among them."""
+        """Whether an item is among them."""
         item_id = item_identity(item)
         if item_id is not None and item_id in self.ids:
             return True
@@ -709,14 +704,14 @@ class _Seen:
 
 
 def _fields(item: Item) -> dict[str, Any]:
-    """Return the fields of an item as a filter reads them."""
+    """Return the fields of an item for a filter."""
     if isinstance(item, NamedText):
         return {"item_id": item.item_id, "item": str(item)}
     return {"item": item} if isinstance(item, str) else item
 
 
 def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
-    """Number and score of the best; equal ones keep their order."""
+    """Return number and score of the best items; items with equal scores keep their order."""
     if scores.isnan().any():
         raise ValueError("scores hold NaN: the model's weights are damaged, or too large for its number type")
     order = scores.argsort(descending=True, stable=True)[:top_k]
