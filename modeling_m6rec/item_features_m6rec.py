@@ -1,4 +1,4 @@
-"""What an item adds to a model besides the states of its text: the list of item features.
+"""Item features, which add information about an item to the states of its text, and the evidence of a catalogue.
 
 | feature | where it acts | weights | settings |
 |---|---|---|---|
@@ -8,13 +8,13 @@
 | `ColdItemBias` | user and item vectors | - | `cold_item_bias` |
 
 A new feature is a subclass of `ItemFeature` in `ITEM_FEATURES`, and its settings are fields of `M6RecConfig` with their
-roles. Weights, initial values, resizing, adapters, conversion, fingerprints and recipes follow from the list. What a
-catalogue counts and no network holds, transitions and words in common, is its `Evidence` (below), not a row of this list.
+roles. Weights, initial values, resizing, adapters, conversion, fingerprints and recipes are derived from this list.
+Transitions and common words, which a catalogue counts outside the network, are its `Evidence` (below), not features.
 
-Shapes: B rows, T tokens of a row, E places of a row where a user is read, M items (of a row, or that stand alone) of up
-to L tokens, V = vocabulary, H = hidden_size, D = tfidf_dim.
+Shapes: B rows, T tokens of a row, E places of a row that give a user vector, M items (of a row, or standalone) of up to
+L tokens, V = vocabulary, H = hidden_size, D = tfidf_dim.
 
-Evidence: U users, M items that events name, N rows of words.
+Shapes of evidence: U users, M items of the events, N rows of words.
 """  # noqa: E501 - a row of a table is one line
 
 import math
@@ -44,18 +44,18 @@ from .layout_m6rec import (
 from .values_m6rec import WORD
 
 FACTOR, RANGE = 2654435761, 1 << 32
-"""Multiplicative hashing (Knuth): ids that follow each other land far apart."""
+"""Multiplicative hashing (Knuth): consecutive ids get distant hashes."""
 
 TFIDF_ITEMS = 5
-"""The last items of a user whose words `tfidf_weight` compares with."""
+"""Number of a user's last items that `tfidf_weight` compares with."""
 
 PLACES = ("segments", "states", "vectors")
-"""Where a feature can act: on segment states at the [SEG] of items; on the states of items, before the joint layers and
-before item vectors; on user and item vectors, as more dimensions of them."""
+"""Places where a feature can act: segment states at the [SEG] of items; states of items, before the joint layers and
+before item vectors; user and item vectors, as further dimensions."""
 
 
 class Network(Protocol):
-    """What features know of the network that holds their weights (`M6RecModel`)."""
+    """Interface of the network (`M6RecModel`) that holds the weights of features."""
 
     config: M6RecConfig
     embed_kind: nn.Embedding
@@ -66,51 +66,51 @@ class RowItems(NamedTuple):
     """Rows whose users and items get vectors."""
 
     ids: torch.Tensor
-    """B x T, all tokens of the rows."""
+    """B x T, ids of all tokens of the rows."""
     lay: Layout
-    """Of these."""
+    """Layout of these tokens."""
     kept: KeptTokens
-    """The tokens among them that have states."""
+    """Selects the tokens that have states."""
     users: torch.Tensor
     """B x E places among the tokens that have states, -1 = none."""
     items: torch.Tensor
-    """B x M such places."""
+    """B x M places of the same kind."""
     hidden: torch.Tensor | None
-    """B x T: tokens that no other sees."""
+    """B x T: tokens that no other token attends to."""
     embedding_ids: torch.Tensor | None
     """B x M rows of item embeddings."""
 
 
 class LoneItems(NamedTuple):
-    """Items that stand alone."""
+    """Standalone items."""
 
     texts: torch.Tensor
-    """M x H, what was read of them."""
+    """M x H, states of their texts."""
     embedding_ids: torch.Tensor | None
     """M rows of item embeddings."""
     ids: torch.Tensor | None = None
-    """M x L ids of [ITEM] ... [SEG], padded right; None = not known."""
+    """M x L ids of [ITEM] ... [SEG], padded right; None = unknown."""
     lay: Layout | None = None
-    """Of the ids, as of `item_layout`."""
+    """Layout of the ids, by `item_layout`."""
 
 
 class ItemFeature:
-    """Something that an item adds to a model; subclasses say what, and own its weights and settings.
+    """Base class of item features; a subclass defines a feature's computation, weights and settings.
 
     Raises:
         TypeError: If the subclass does not declare its weights, settings and places.
     """
 
     weights: ClassVar[str | None]
-    """Attribute of the network that holds the weights, and their name in checkpoints; None = there are none."""
+    """Attribute of the network that holds the weights, and their name in checkpoints; None = no weights."""
     settings: ClassVar[tuple[str, ...]]
-    """Fields of the configuration that are this feature's; the first says whether it is on."""
+    """This feature's fields of the configuration; the first one switches it on."""
     places: ClassVar[tuple[str, ...]]
-    """Where it acts, of PLACES."""
+    """The members of PLACES where it acts."""
     is_trained: ClassVar[bool] = True
-    """Whether the weights are learnt by gradients, so that an adapter may have its own."""
+    """Whether gradients train the weights, so that an adapter may have its own."""
     reads_rows: ClassVar[bool] = False
-    """Whether it reads the items' rows of item embeddings."""
+    """Whether it uses the items' rows of item embeddings."""
     needs: ClassVar[str | None] = None
     """A setting of another feature that must be on before this one is switched on."""
 
@@ -134,27 +134,27 @@ class ItemFeature:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def is_on(self, config: M6RecConfig) -> bool:
-        """Say whether a configuration asks for it."""
+        """Whether a configuration enables it."""
         return bool(getattr(config, self.settings[0]))
 
     def module(self, network: Network) -> Any:
-        """Return the module of a network that holds the weights; None = there is none."""
+        """Return the module of a network that holds the weights, or None."""
         return None if self.weights is None else getattr(network, self.weights)
 
     def put(self, network: Network, module: nn.Module | None) -> None:
-        """Give a network the module that holds the weights, or None."""
+        """Set the module of a network that holds the weights, or None."""
         if self.weights is not None:
             setattr(network, self.weights, module)
 
     def make(self, config: M6RecConfig) -> nn.Module | None:
-        """Make that module, where the configuration asks for it."""
+        """Make that module if the configuration enables the feature."""
         return None
 
     def reset(self, module: nn.Module) -> None:
-        """Give a module of a new model its first weights, if it is this feature's and the library's do not serve."""
+        """Initialise a new model's module, if it is this feature's and the library's initial values do not fit."""
 
     def forget(self, network: Network) -> None:
-        """Set the weights to what says nothing of any item."""
+        """Set the weights to values without effect."""
         for weight in self.module(network).parameters():
             nn.init.zeros_(weight)
 
@@ -165,55 +165,55 @@ class ItemFeature:
         """Change the number of words in the vocabulary."""
 
     def fit(self, network: Network, texts: Sequence[Sequence[int]]) -> None:
-        """Learn, without gradients and unless it was done before, from the ids of a catalogue's items."""
+        """Fit to the ids of a catalogue's items, without gradients, unless it is fitted already."""
 
     def refuse_unfitted(self, network: Network) -> None:
-        """Raise if `fit` has to be called first."""
+        """Raise an error if `fit` must be called first."""
 
     def is_tuned(self, config: M6RecConfig, before: M6RecConfig, item_rows: bool) -> bool:
-        """Say whether an adapter has its own weights of it.
+        """Whether an adapter has its own weights of this feature.
 
         Args:
-            config: Of the model that is tuned.
-            before: Of the checkpoint that it began as.
-            item_rows: Whether the recipe asks for item embeddings.
+            config: Configuration of the tuned model.
+            before: Configuration of the initial checkpoint.
+            item_rows: Whether the recipe requests item embeddings.
         """
         return self.weights is not None and self.is_trained and self.is_on(config)
 
     # ------------------------------------------------------------------------------------------------------ "segments"
 
     def in_rows(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Return what it adds to the segment states of rows: B x T x H, zero but at the [SEG] of items."""
+        """Return its contribution to the segment states of rows: B x T x H, nonzero only at the [SEG] of items."""
         raise NotImplementedError
 
     def of_items(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Return what it adds at the [SEG] of items that stand alone: M x L ids -> M x H."""
+        """Return its contribution at the [SEG] of standalone items: M x L ids -> M x H."""
         last = (lay.valid.sum(1) - 1).clamp_min(0)
         return gather_or_zero(self.in_rows(network, ids, lay), last[:, None])[:, 0]
 
     # -------------------------------------------------------------------------------------------------------- "states"
 
     def add(self, network: Network, states: torch.Tensor, embedding_ids: torch.Tensor) -> torch.Tensor:
-        """Add to ... x H states what is known of ... rows of item embeddings; row 0 is no item's."""
+        """Add to ... x H states the contribution of ... rows of item embeddings; row 0 = no item."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------- "vectors"
 
     def width(self, config: M6RecConfig) -> int:
-        """Return how many dimensions vectors have of it."""
+        """Return the number of dimensions that it adds to vectors."""
         return 0
 
     def row_vectors(self, network: Network, rows: RowItems) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make its part of the vectors of rows: of users, B x E x width, and of items, B x M x width."""
+        """Make its part of the vectors of rows: users, B x E x width, and items, B x M x width."""
         raise NotImplementedError
 
     def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
-        """Make its part of the vectors of items that stand alone: M x width."""
+        """Make its part of the vectors of standalone items: M x width."""
         raise NotImplementedError
 
 
 class ItemEmbeddings(ItemFeature):
-    """A vector of each known item, looked up by its id. Source: ours; the paper reads texts only."""
+    """A vector of each known item, looked up by its id (our addition: the paper uses texts only)."""
 
     weights = "item_memory"
     settings = ("num_item_embeddings", "item_embedding_dropout")
@@ -221,13 +221,13 @@ class ItemEmbeddings(ItemFeature):
     reads_rows = True
 
     def make(self, config: M6RecConfig) -> nn.Embedding | None:
-        """Make an embedding of each row; row 0 is no item's and stays zero."""
+        """Make an embedding per row; row 0 belongs to no item and stays zero."""
         rows = config.num_item_embeddings
         return nn.Embedding(rows + 1, config.hidden_size, padding_idx=0) if rows else None
 
     @torch.no_grad()
     def resize_items(self, network: Network, rows: int) -> None:
-        """Change the number of rows: kept ones stay, new ones begin at zero (their text speaks first)."""
+        """Change the number of rows: existing rows stay, new rows start at zero (text only)."""
         if rows < 0:
             raise ValueError(f"item memory cannot have {rows} rows: give 0 (off) or more")
         old, network.config.num_item_embeddings = self.module(network), rows
@@ -241,12 +241,12 @@ class ItemEmbeddings(ItemFeature):
         self.put(network, new)
 
     def is_tuned(self, config: M6RecConfig, before: M6RecConfig, item_rows: bool) -> bool:
-        """Say so where the recipe asks for item embeddings, or the checkpoint has another number of them."""
+        """Whether the recipe requests item embeddings, or the checkpoint has another number of rows."""
         changed = before.num_item_embeddings != config.num_item_embeddings
         return self.is_on(config) and (item_rows or changed)
 
     def add(self, network: Network, states: torch.Tensor, embedding_ids: torch.Tensor) -> torch.Tensor:
-        """Add the embeddings of items; in training some occurrences are left out, so that the text still works."""
+        """Add the embeddings of items; training leaves out some occurrences, so that the text works without them."""
         share = network.config.item_embedding_dropout
         if network.training and share:
             kept = torch.rand(embedding_ids.shape, device=embedding_ids.device) >= share
@@ -254,7 +254,7 @@ class ItemEmbeddings(ItemFeature):
         return states + self.module(network)(embedding_ids)
 
     def is_new(self, network: Network, embedding_ids: torch.Tensor) -> torch.Tensor:
-        """Say of ... rows whether nothing has been learnt there; row 0 is nobody's."""
+        """Return for each of ... rows whether it is untrained; row 0 belongs to no item."""
         module = self.module(network)
         if module is None:
             return torch.ones_like(embedding_ids, dtype=torch.bool)
@@ -262,24 +262,24 @@ class ItemEmbeddings(ItemFeature):
 
 
 class BagOfWords(ItemFeature):
-    """A vector of each word of an item's text; a text has their sum over the root of its length. Source: ours."""
+    """A vector per word; an item's text adds their sum divided by the root of its length (our addition)."""
 
     weights = "word_memory"
     settings = ("bow_embeddings",)
     places = ("segments",)
 
     def make(self, config: M6RecConfig) -> nn.Module | None:
-        """Make a vector of each word."""
+        """Make a vector for each word."""
         return nn.EmbeddingBag(config.vocab_size, config.hidden_size, mode="sum") if config.bow_embeddings else None
 
     def reset(self, module: nn.Module) -> None:
-        """Begin at zero: nothing has been learnt of any word."""
+        """Initialise to zero."""
         if isinstance(module, nn.EmbeddingBag):
             init.zeros_(module.weight)
 
     @torch.no_grad()
     def resize_words(self, network: Network, words: int) -> None:
-        """Change the number of words: kept ones stay, new ones begin at zero."""
+        """Change the number of words: existing vectors stay, new vectors start at zero."""
         old = self.module(network)
         if old is None or words == len(old.weight):
             return
@@ -290,7 +290,7 @@ class BagOfWords(ItemFeature):
         self.put(network, new)
 
     def in_rows(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Return at each [SEG] of an item the sum of its words over the root of their number."""
+        """Return at each [SEG] of an item the sum of its word vectors divided by the root of their number."""
         words = item_words(ids, lay, network.config)
         slots = largest(lay.segment) + 1
         slot = (lay.segment + row_starts(ids, slots)).flatten()
@@ -301,13 +301,13 @@ class BagOfWords(ItemFeature):
         return torch.where(closes_item(ids, lay, network.config)[..., None], read, 0)
 
     def of_items(self, network: Network, ids: torch.Tensor, lay: Layout) -> torch.Tensor:
-        """Return what `in_rows` does for items that stand alone, and read no vector but those of their words."""
+        """Return the same as `in_rows` for standalone items, loading only the vectors of their words."""
         words = item_words(ids, lay, network.config)
         counts = words.sum(1)
         return self.module(network)(ids[words], counts.cumsum(0) - counts) / counts.clamp_min(1).sqrt()[:, None]
 
     def _word_vectors(self, network: Network, ids: torch.Tensor) -> torch.Tensor:
-        """Return the vector of each of B x T words, B x T x H."""
+        """Return the vectors of B x T words, B x T x H."""
         module = self.module(network)
         if torch.compiler.is_exporting():  # ONNX would hold a loop over bags
             return functional.embedding(ids, module.weight)
@@ -315,19 +315,19 @@ class BagOfWords(ItemFeature):
 
 
 class HashedTfidf(nn.Module):
-    """Writes the words of a text into D places, a rare word as a longer step than a common one.
+    """Hashed TF-IDF vectors of texts, with D dimensions.
 
-    Each word has a place and a sign by the hash of its id, so that words that share a place cancel out in the mean, and
-    the product of two sketches is close to the cosine of the texts' TF-IDF vectors. Source: feature hashing (Weinberger
-    et al., 2009).
+    The hash of a word's id gives its dimension and its sign, so that collisions cancel in expectation, and the product
+    of two vectors approximates the cosine of the texts' TF-IDF vectors. Source: feature hashing (Weinberger et al.,
+    2009).
 
     Args:
-        words: V, ids there are.
+        words: V, number of ids.
         width: D.
     """
 
     rarity: torch.Tensor
-    """V; zero until words are counted."""
+    """V, inverse document frequencies; zero until `fit`."""
 
     def __init__(self, words: int, width: int) -> None:
         super().__init__()
@@ -336,11 +336,11 @@ class HashedTfidf(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether it is known how rare words are."""
+        """Whether document frequencies have been counted."""
         return bool(self.rarity.any())
 
     def fit(self, texts: Iterable[Sequence[int]]) -> None:
-        """Learn how rare each word is among the ids of some texts: log((1 + texts) / (1 + texts with the word))."""
+        """Compute each word's inverse document frequency from texts' ids: log((1 + texts) / (1 + texts with it))."""
         number, found = 0, torch.zeros_like(self.rarity)
         for text in texts:
             number += 1
@@ -348,41 +348,41 @@ class HashedTfidf(nn.Module):
         self.rarity = torch.log((1 + number) / (1 + found))
 
     def resize(self, words: int) -> None:
-        """Change the number of ids; nobody has used the new ones, so that they are as rare as any."""
+        """Change the number of ids; new ids are unused, and get the highest inverse document frequency."""
         more = max(words - len(self.rarity), 0)
         kept = self.rarity[:words]
         self.rarity = torch.cat((kept, kept.max().expand(more))) if len(kept) else kept
 
     def forward(self, ids: torch.Tensor, texts: torch.Tensor, number: int, where: torch.Tensor) -> torch.Tensor:
-        """Sketch texts.
+        """Make the TF-IDF vectors of texts.
 
         Args:
-            ids: B x T ids, words of the texts among them.
-            texts: B x T, the text that each stands in, counted from 0.
-            number: How many texts there are.
-            where: B x T bool, the ids that are words of a text.
+            ids: B x T ids, including the words of the texts.
+            texts: B x T, number of each id's text, counted from 0.
+            number: Number of texts.
+            where: B x T bool, ids that are words of a text.
 
         Returns:
-            number x D, l2-normalised; zero where a text has no word.
+            number x D, l2-normalised; zero for a text without words.
 
         Raises:
-            ValueError: If no words have been counted.
+            ValueError: If `fit` has not been called.
         """
-        if not torch.compiler.is_exporting() and not self.is_fitted:  # `export_program` asks before it exports
+        if not torch.compiler.is_exporting() and not self.is_fitted:  # `export_program` checks this before
             raise ValueError(
                 "tfidf_weight does not know how rare words are: train with it or name it to `m6rec evaluate`, which "
                 "count the catalogue's words, or call model.model.word_sketch.fit(processor.encode_items(items))"
             )
         key = ids * FACTOR % RANGE
         steps = self.rarity[ids] * (1 - 2 * (key >> 31))
-        # One text more takes what is no word: to choose the words first would make a size that depends on their number.
+        # One extra text collects ids that are not words: selecting words first would make a data-dependent size.
         place = texts.masked_fill(~where, number) * self.width + (key >> 4) % self.width
         sketch = self.rarity.new_zeros((number + 1) * self.width).index_add(0, place.flatten(), steps.flatten())
         return functional.normalize(sketch.view(number + 1, self.width)[:number], dim=-1)
 
 
 class Tfidf(ItemFeature):
-    """Adds to the product of vectors how alike an item's words are to those of the user's last items. Source: ours."""
+    """Adds the TF-IDF similarity of an item to the user's last items to the product of vectors (our addition)."""
 
     weights = "word_sketch"
     settings = ("tfidf_weight", "tfidf_dim")
@@ -390,11 +390,11 @@ class Tfidf(ItemFeature):
     is_trained = False
 
     def make(self, config: M6RecConfig) -> nn.Module | None:
-        """Make the table of how rare words are."""
+        """Make the table of inverse document frequencies."""
         return HashedTfidf(config.vocab_size, config.tfidf_dim) if config.tfidf_weight else None
 
     def reset(self, module: nn.Module) -> None:
-        """Begin without any count."""
+        """Reset to the state before `fit`."""
         if isinstance(module, HashedTfidf):
             init.zeros_(module.rarity)
 
@@ -404,13 +404,13 @@ class Tfidf(ItemFeature):
             self.module(network).resize(words)
 
     def fit(self, network: Network, texts: Sequence[Sequence[int]]) -> None:
-        """Count the words of a catalogue, unless they have been counted."""
+        """Count document frequencies in a catalogue, unless they have been counted."""
         sketch = self.module(network)
         if sketch is not None and not sketch.is_fitted:
             sketch.fit(texts)
 
     def refuse_unfitted(self, network: Network) -> None:
-        """Raise if no words have been counted."""
+        """Raise an error if `fit` has not been called."""
         if self.is_on(network.config) and not self.module(network).is_fitted:
             raise ValueError("count the words of a catalogue before the export: model.model.word_sketch.fit(...)")
 
@@ -419,20 +419,20 @@ class Tfidf(ItemFeature):
         return config.tfidf_dim
 
     def row_vectors(self, network: Network, rows: RowItems) -> tuple[torch.Tensor, torch.Tensor]:
-        """Say what words the last items before each place hold, and each item."""
+        """Make the TF-IDF vectors of the last items before each place, and of each item."""
         ids, lay, kept, config = rows.ids, rows.lay, rows.kept, network.config
         closing = closes_item(ids, lay, config)
-        # An item's number in its row is that of those before it, which stands beside its words and its [SEG].
+        # An item's number is the number of items before it in the row, at its words and its [SEG].
         sketches = self.sketches(network, ids, lay, closing)
         number = kept.of(closing.cumsum(1) - closing.long(), 0)
         words = _pick(sketches, gather_or_zero(number, rows.items))
         if rows.hidden is not None:
             closing &= ~rows.hidden.bool()
             sketches = self.sketches(network, ids, lay, closing)
-        met = closing.cumsum(1)  # candidates stand behind their user, and before that of the next request
+        met = closing.cumsum(1)  # candidates follow their user, before the next request's user
         opens = (ids == config.source_token_id) & lay.source
         earlier = value_at(met, latest(opens))  # of other requests in the row
-        # The sum of all items so far, less that of all but the last few.
+        # The sum of all items so far, minus the sum of all but the last ones.
         total = functional.pad(sketches.cumsum(1), (0, 0, 1, 0))
         last, first = (
             gather_or_zero(kept.of(met, 0), rows.users),
@@ -442,10 +442,10 @@ class Tfidf(ItemFeature):
         return own, config.tfidf_weight * words
 
     def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
-        """Say what words items hold.
+        """Make the TF-IDF vectors of standalone items.
 
         Raises:
-            ValueError: If their ids are not known.
+            ValueError: If their ids are unknown.
         """
         ids, lay = items.ids, items.lay
         if ids is None or lay is None:
@@ -455,7 +455,7 @@ class Tfidf(ItemFeature):
         return network.config.tfidf_weight * read
 
     def sketches(self, network: Network, ids: torch.Tensor, lay: Layout, closing: torch.Tensor) -> torch.Tensor:
-        """Sketch the items of B x T ids whose [SEG] are `closing`, in their order: B x M x D."""
+        """Make the TF-IDF vectors of the items of B x T ids whose [SEG] are `closing`, in their order: B x M x D."""
         number, segments = closing.cumsum(1), ids.shape[1] + 1
         items = largest(number)
         item = torch.full((ids.shape[0], segments + 1), -1, device=ids.device)
@@ -467,7 +467,7 @@ class Tfidf(ItemFeature):
 
 
 class ColdItemBias(ItemFeature):
-    """Adds to the product of vectors a number for items whose embedding has learnt nothing. Source: ours."""
+    """Adds a bias to the product of vectors for items with untrained embeddings (our addition)."""
 
     weights = None
     settings = ("cold_item_bias",)
@@ -480,16 +480,16 @@ class ColdItemBias(ItemFeature):
         return 1
 
     def row_vectors(self, network: Network, rows: RowItems) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make 1 for users, and the bias or 0 for items."""
+        """Return 1 for users, and the bias or 0 for items."""
         users = torch.ones_like(rows.users, dtype=torch.float32)[..., None]
         return users, self._of(network, rows.items, rows.embedding_ids)
 
     def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
-        """Make the bias for new items, 0 for others."""
+        """Return the bias for new items, 0 for all other items."""
         return self._of(network, items.texts[..., 0], items.embedding_ids)
 
     def _of(self, network: Network, items: torch.Tensor, embedding_ids: torch.Tensor | None) -> torch.Tensor:
-        """Return ... x 1 of ... items, of which the rows of item embeddings may be known."""
+        """Return ... x 1 biases of ... items, whose rows of item embeddings may be unknown."""
         if embedding_ids is None:
             new = torch.ones_like(items, dtype=torch.float32)
         else:
@@ -498,26 +498,26 @@ class ColdItemBias(ItemFeature):
 
 
 def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """B x M x W values and B x N numbers of them -> B x N x W."""
+    """Gather B x M x W values by B x N indices: B x N x W."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 EMBEDDINGS = ItemEmbeddings()
 
 ITEM_FEATURES: list[ItemFeature] = [EMBEDDINGS, BagOfWords(), Tfidf(), ColdItemBias()]
-"""All features: the order of their weights in a network, of what they add, and of their parts in vectors."""
+"""All features; this is the order of their weights, their contributions and their parts of vectors."""
 
 
 def features_at(place: str, config: M6RecConfig) -> list[ItemFeature]:
-    """Return the features that act at a place of PLACES and that a configuration asks for."""
+    """Return the features that act at a place of PLACES and that a configuration enables."""
     return [feature for feature in ITEM_FEATURES if place in feature.places and feature.is_on(config)]
 
 
 def feature_weights(trained: bool = False) -> tuple[str, ...]:
-    """Return how the names of all features' weights begin, in the state of a whole model.
+    """Return the prefixes of all features' weight names in a whole model's state.
 
     Args:
-        trained: Only those that are learnt by gradients.
+        trained: Only features that gradients train.
     """
     found = [feature for feature in ITEM_FEATURES if feature.weights is not None]
     return tuple(f"model.{feature.weights}." for feature in found if feature.is_trained or not trained)
@@ -530,12 +530,12 @@ def feature_modules(network: Network) -> list[nn.Module]:
 
 
 def reads_item_rows(config: M6RecConfig) -> bool:
-    """Say whether a model reads the rows of items beside their texts."""
+    """Whether a model uses the rows of items in addition to their texts."""
     return any(feature.reads_rows and feature.is_on(config) for feature in ITEM_FEATURES)
 
 
 def vector_width(config: M6RecConfig) -> int:
-    """Return the width of user and item vectors: `embedding_dim`, and what features need."""
+    """Return the width of user and item vectors: `embedding_dim` plus the widths of features."""
     return config.embedding_dim + sum(feature.width(config) for feature in features_at("vectors", config))
 
 
@@ -543,48 +543,48 @@ def vector_width(config: M6RecConfig) -> int:
 
 
 SCALE = 1 << 30
-"""Parts of one transition: totals are whole numbers of them, so that no order of adding and removing changes one."""
+"""Parts of one transition: totals are whole numbers of parts, so that they do not depend on the order of changes."""
 WIDTH = 1 << 31
 """A pair of items (i, j) has the key i * WIDTH + j."""
 HALF_LIVES = 16
-"""Decaying counts are in units of the last moment that is a multiple of so many half-lives."""
+"""Decaying counts are relative to the last moment that is a multiple of this number of half-lives."""
 ENTRIES_AT_ONCE = 1 << 22
-"""Entries of sparse rows that are added up together, where they are not of one user; bounds memory."""
+"""Most entries of sparse rows that are summed together, unless they belong to one user; this bounds memory."""
 TAIL_SHARE, TAIL_ROWS = 0.25, 1024
-"""Rows of words that came later are sorted anew, until they are more than this share of all, and than this number."""
+"""Later rows of words are sorted again with each change, until they exceed this share of all rows and this number."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """How a catalogue ranks by what is counted, beside what is learnt.
+    """Settings of a catalogue's ranking by counted events and words, in addition to the learnt score.
 
-    The score of item j is `learnt` times the cosine of the user's and the item's vector, plus the sum over the user's
-    last items i, the k-th last weighed by `recency[k]`, of `words` times the cosine of the TF-IDF vectors of i and j,
-    and `transitions` times P(i, j) + `second` (P P)(i, j), and of `again` where j is i; plus `popularity` times
-    log(1 + events of j), of the most frequent item 1. Here
+    The score of item j is `learnt` times the cosine of the user's and the item's vector, plus a sum over the user's
+    last items i, where the k-th last has the weight `recency[k]`, of three terms: `words` times the cosine of the
+    TF-IDF vectors of i and j, `transitions` times P(i, j) + `second` (P P)(i, j), and `again` if j is i; plus
+    `popularity` times log(1 + events of j), scaled to 1 for the most frequent item. Here
 
     P(i, j) = n(i, j) / (out(i) ** out_power * in(j) ** in_power).
 
-    n(i, j) is how often j stands `len(steps)` steps or fewer behind i in a history, each step weighed by `steps`, and
-    as far before it, weighed by `backwards` too. out and in are the sums of its rows and columns, at least 1. No item
-    follows itself. A term of TF-IDF weighs log((1 + items) / (1 + items with the word)) + 1.
+    n(i, j) counts how often j follows i in a history within `len(steps)` steps, with the weight `steps` of each
+    distance, and how often j precedes i, with the additional factor `backwards`. out and in are the sums of its rows
+    and columns, at least 1. n(i, i) = 0. The TF-IDF weight of a word is log((1 + items) / (1 + items with it)) + 1.
 
     The defaults were chosen once, on validation purchases of Amazon Beauty.
     Source: after "An Embarrassingly Simple Graph Heuristic Reveals Shortcut-Solvable Benchmarks" (arXiv 2605.07125).
 
     Attributes:
-        learnt: Weight of the cosine; 0 = the model's vectors are neither made nor read.
-        words: Weight of rare words in common.
+        learnt: Weight of the cosine; 0 = the model's vectors are neither made nor used.
+        words: Weight of common words, by TF-IDF.
         transitions: Weight of transitions.
-        popularity: Weight of popularity, the same for every user.
-        again: Weight of the user's own last items, where what was met before may be recommended.
-        recency: Weights of a history's last items, the last one first; earlier ones count nothing.
-        second: Weight of what follows an item that follows.
-        steps: Weights of pairs that stand one, two, ... steps apart.
-        backwards: Weight of a pair against the order of time.
-        out_power: How much of the first item's frequency is divided out.
-        in_power: How much of the second item's frequency is divided out.
-        half_life: Seconds after which a transition counts half; None = it counts for ever.
+        popularity: Weight of popularity, equal for all users.
+        again: Weight of the user's own last items, if known items may be recommended again.
+        recency: Weights of a history's last items, the last one first; earlier items have no weight.
+        second: Weight of transitions over two steps.
+        steps: Weights of pairs at a distance of one, two, ... steps.
+        backwards: Weight of a pair in reverse order.
+        out_power: Exponent of the first item's frequency in the normalisation.
+        in_power: Exponent of the second item's frequency in the normalisation.
+        half_life: Seconds after which the weight of a transition halves; None = no decay.
     """
 
     learnt: float = 1.0
@@ -615,15 +615,15 @@ class Evidence:
             raise ValueError(f"evidence: half_life={self.half_life}: give 1 second or more, or None")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON holds them."""
+        """Return the settings in a form for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, settings: Any) -> "Evidence":
-        """Read what `to_dict` wrote.
+        """Make evidence from the result of `to_dict`.
 
         Raises:
-            ValueError: A setting is unknown or none of its values.
+            ValueError: If a setting is unknown or its value is invalid.
         """
         names = [each.name for each in fields(cls)]
         if not isinstance(settings, dict) or not settings.keys() <= {*names}:
@@ -632,11 +632,11 @@ class Evidence:
 
     @property
     def counting(self) -> tuple[Any, ...]:
-        """What decides the counts; the other settings can change without counting again."""
+        """Settings that decide the counts; all other settings can change without counting again."""
         return self.steps, self.backwards, self.half_life
 
     def origin(self, latest: float) -> float:
-        """Return the moment in whose units decaying transitions are counted, for a log that ends at a moment."""
+        """Return the moment to which decaying counts are relative, for a log that ends at `latest`."""
         if self.half_life is None:
             return 0.0
         return math.floor(latest / (HALF_LIVES * self.half_life)) * HALF_LIVES * self.half_life
@@ -652,14 +652,14 @@ def _is_time(name: str, value: Any) -> bool:
 
 
 class Counts(NamedTuple):
-    """Totals by key; keys ascend, no total is 0."""
+    """Totals by key, with ascending keys and without zero totals."""
 
     keys: np.ndarray
     totals: np.ndarray
 
     @classmethod
     def of(cls, keys: np.ndarray, totals: np.ndarray) -> "Counts":
-        """Add up whole numbers that have the same key."""
+        """Sum the whole numbers of each key."""
         order = np.argsort(keys, kind="stable")
         keys, totals = keys[order], totals[order]
         new = np.ones(len(keys), bool)
@@ -671,7 +671,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def sum(cls, several: Sequence["Counts"]) -> "Counts":
-        """Add up counts."""
+        """Sum several counts."""
         return cls.of(*(np.concatenate(parts) for parts in zip(_NONE, *several)))
 
 
@@ -679,7 +679,7 @@ _NONE = Counts(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 class Histories(NamedTuple):
-    """Events of some users: those of one user stand together, in order."""
+    """Events of some users; events of one user are consecutive, in order."""
 
     users: np.ndarray
     items: np.ndarray
@@ -690,9 +690,9 @@ class Histories(NamedTuple):
         """Count transitions.
 
         Args:
-            rule: Says how.
-            origin: As of `Evidence.origin`.
-            counted: Events that count as the later one of a pair; None = all.
+            rule: Settings of counting.
+            origin: Result of `Evidence.origin`.
+            counted: Events that count as the later event of a pair; None = all.
         """
         keys, totals = [_NONE.keys], [_NONE.totals]
         for step, weight in enumerate(rule.steps, 1):
@@ -710,7 +710,7 @@ class Histories(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """Numbers of users at items: sorted by user, then by item."""
+    """A sparse table of numbers by user and item, sorted by user, then by item."""
 
     users: np.ndarray
     items: np.ndarray
@@ -718,7 +718,7 @@ class Sparse(NamedTuple):
 
     @classmethod
     def of(cls, users: np.ndarray, items: np.ndarray, values: np.ndarray, width: int) -> "Sparse":
-        """Add up, in the order given, the numbers of each user at each item; items are below `width`."""
+        """Sum, in the order given, the numbers of each user and item; items are below `width`."""
         if not len(users):
             return cls(users, items, values)
         least, most = int(users.min()), int(users.max())
@@ -741,9 +741,9 @@ class Sparse(NamedTuple):
         return Sparse(self.users[part], self.items[part], self.values[part])
 
     def groups(self, entries: np.ndarray) -> Iterator[slice]:
-        """Cut the numbers into groups of users, given what is made of each number: `ENTRIES_AT_ONCE`, or of one user.
+        """Split the numbers into groups of users with at most `ENTRIES_AT_ONCE` entries in total, or of one user.
 
-        Users stay whole, so that no other user of a call changes in which order their numbers are added.
+        A user's numbers stay together, so that other users of a call do not change the order of their summation.
         """
         if entries.sum() <= ENTRIES_AT_ONCE:
             yield slice(0, len(entries))
@@ -764,12 +764,12 @@ class Sparse(NamedTuple):
 
     @classmethod
     def sum(cls, several: Iterable["Sparse"], width: int) -> "Sparse":
-        """Add up numbers at items below `width`."""
+        """Sum several tables with items below `width`."""
         users, items, values = (np.concatenate(parts) for parts in zip(*several))
         return cls.of(users, items, values, width)
 
     def known(self, width: int) -> "Sparse":
-        """Return the numbers at items below `width`."""
+        """Return the numbers of items below `width`."""
         kept = self.items < width
         return Sparse(self.users[kept], self.items[kept], self.values[kept])
 
@@ -784,7 +784,7 @@ _NOTHING = Sparse(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
 def recent(histories: Iterable[Sequence[int] | np.ndarray], rule: Evidence) -> Sparse:
-    """Weigh the last items of each history by their age.
+    """Weight the last items of each history by their age.
 
     >>> recent([[3, 0, 2, 0]], Evidence()).dense(1, 4).tolist()     # the last item is also the last but two
     [[1.4, 0.0, 0.6, 0.3]]
@@ -798,7 +798,7 @@ def recent(histories: Iterable[Sequence[int] | np.ndarray], rule: Evidence) -> S
 
 
 def _stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the places of stretches one after the other.
+    """Return the concatenated indices of ranges.
 
     >>> _stretches(np.array([7, 2]), np.array([2, 3])).tolist()
     [7, 8, 2, 3, 4]
@@ -809,16 +809,16 @@ def _stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Transitions:
-    """Counted transitions between M items, which never change: `adding` gives others.
+    """Counted transitions between M items; they are immutable, and `adding` returns new ones.
 
     Attributes:
-        rule: Says how they are counted and weighed.
-        levels: Totals of pairs in parts of `SCALE`, the largest first; a pair may be in several.
+        rule: Settings of counting and weighting.
+        levels: Totals of pairs in parts of `SCALE`, the largest level first; a pair may be in several levels.
         out: Total of each item as the first of a pair.
         into: Total of each item as the second of a pair.
-        met: Events of each item.
-        unit: What one part counts now.
-        origin: As of `Evidence.origin`.
+        met: Number of events of each item.
+        unit: Current value of one part.
+        origin: Result of `Evidence.origin`.
 
     >>> transitions = Transitions.fit([[0, 1, 2], [0, 1]], num_items=4)
     >>> transitions.matrix()[0].round(3).tolist()       # n(0, 1) = 2, out(0) = 2.7, in(1) = 2.5; n(0, 2) = .7
@@ -835,7 +835,7 @@ class Transitions:
 
     @classmethod
     def empty(cls, rule: Evidence) -> "Transitions":
-        """Return none between no items."""
+        """Return empty transitions without items."""
         return cls(rule, (), out=_NONE.keys, into=_NONE.keys, met=_NONE.keys)
 
     @classmethod
@@ -847,7 +847,7 @@ class Transitions:
         Args:
             sequences: Items of each history, in order, as numbers.
             num_items: M.
-            rule: Says how; None = the defaults.
+            rule: Settings of counting; None = the defaults.
         """
         rule = rule or Evidence()
         parts = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
@@ -862,12 +862,12 @@ class Transitions:
         return len(self.out)
 
     def adding(self, counts: Counts, num_items: int, latest: float = 0.0) -> "Transitions":
-        """Return these and others, in units of the same origin.
+        """Return the sum of these transitions and `counts`, relative to the same origin.
 
         Args:
-            counts: The others; negative ones are removed.
-            num_items: M, now.
-            latest: The last moment of all events; it matters where counts decay.
+            counts: Counts to add; negative counts are subtracted.
+            num_items: New M.
+            latest: The last moment of all events, for decaying counts.
         """
         sized = self.sized(num_items)
         for own, side in zip((sized.out, sized.into), np.divmod(counts.keys, WIDTH)):
@@ -882,23 +882,23 @@ class Transitions:
         return replace(sized, levels=tuple(levels), unit=decayed / SCALE)
 
     def sized(self, num_items: int) -> "Transitions":
-        """Return these among M items."""
+        """Return the same transitions with M items."""
         more = np.zeros(num_items - self.num_items, np.int64)
         out, into, met = (np.concatenate((own, more)) for own in (self.out, self.into, self.met))
         return replace(self, out=out, into=into, met=met)
 
     def meeting(self, items: np.ndarray, count: int = 1) -> "Transitions":
-        """Return these with events of items, each so many times, for their popularity."""
+        """Return the same transitions with `count` more events of each of `items`, for popularity."""
         return replace(self, met=self.met + count * np.bincount(items, minlength=self.num_items))
 
     @property
     def popularity(self) -> np.ndarray:
-        """log(1 + events) of each item, of the most frequent 1: M."""
+        """log(1 + events) of each item, scaled to 1 for the most frequent item: M."""
         counts = np.log1p(self.met)
         return counts / max(counts.max(initial=0), 1e-12)
 
     def holds(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Say of pairs of items whether they were counted.
+        """Return for pairs of items whether they were counted.
 
         >>> Transitions.fit([[0, 1, 2]], num_items=4).holds(np.array([0, 2, 3]), np.array([2, 0, 1])).tolist()
         [True, True, False]
@@ -919,7 +919,7 @@ class Transitions:
         return self.after(recent(histories, self.rule)).dense(len(histories), self.num_items)
 
     def after(self, shares: Sparse) -> Sparse:
-        """Score what follows weighted items of users, and what follows that: P + second * P P."""
+        """Multiply weights of users at items with P + second * P P."""
         first = self.follow(shares)
         if not self.rule.second:
             return first
@@ -938,7 +938,7 @@ class Transitions:
         return Sparse(users, items, values / np.maximum(self.into[items] * self.unit, 1) ** self.rule.in_power)
 
     def _multiplied(self, shares: Sparse, spans: Sequence[tuple[np.ndarray, ...]], part: slice) -> Sparse:
-        """Multiply weights of users at items with n, whose rows stand in a part of these spans of each level."""
+        """Multiply weights of users at items with n, whose rows are in the given spans of each level."""
         users, items, weights = shares
         owners, columns, totals = [_NONE.keys], [_NONE.keys], [_NONE.totals]
         for (keys, own), span in zip(self.levels, spans):
@@ -956,14 +956,14 @@ class Transitions:
 
 
 class EventLog:
-    """The events that transitions were counted from, so that a user can be forgotten and late events find their place.
+    """The events behind counted transitions, so that users can be forgotten and late events are counted in order.
 
-    What is counted depends on the events alone, not on the order in which they came or on how many came together: of
-    one user they count by time, those of one moment as they came. Nothing here is safe among threads.
+    Counts depend on the events only, not on the order or the number of calls: events of one user count by time, events
+    with equal times in the order of arrival. This class is not thread-safe.
 
     Args:
-        rule: Says how they are counted.
-        latest: The last moment of events that are not here, which then cannot be forgotten; None = all are here.
+        rule: Settings of counting.
+        latest: The last moment of counted events that are not stored and cannot be forgotten; None = all are stored.
     """
 
     def __init__(self, rule: Evidence, latest: float | None = None) -> None:
@@ -982,12 +982,12 @@ class EventLog:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all events that were counted are here."""
+        """Whether all counted events are stored."""
         return self._elsewhere is None
 
     @property
     def events(self) -> Histories:
-        """All events, as they came."""
+        """All events, in the order of arrival."""
         return Histories(*(column[: self._count] for column in self._events))
 
     @property
@@ -996,7 +996,7 @@ class EventLog:
         return self._latest if math.isfinite(self._latest) else 0.0
 
     def numbered(self, users: Iterable[str]) -> np.ndarray:
-        """Return the number of each user; new ones get one."""
+        """Return the number of each user; new users get a new number."""
         found = []
         for user in users:
             number = self.numbers.get(user)
@@ -1007,7 +1007,7 @@ class EventLog:
         return np.array(found, np.int64)
 
     def without_times(self, users: np.ndarray) -> np.ndarray:
-        """Return times for events that have none: each stands behind all of its user's earlier ones."""
+        """Return times for events without times: each follows all of its user's earlier events."""
         times = np.zeros(len(users))
         known = users < len(self._last_times)
         last = self._last_times[users[known]]
@@ -1019,11 +1019,11 @@ class EventLog:
 
         Args:
             new: The events, in any order.
-            transitions: What was counted of the others.
-            num_items: M, with the new ones.
+            transitions: Transitions of the earlier events.
+            num_items: M, including new items.
 
         Returns:
-            The transitions with them; and the last events of their users, for `append`.
+            The transitions including the new events; and the last events of their users, for `append`.
         """
         order = np.lexsort((new.times, new.users))
         new = Histories(*(column[order] for column in new))
@@ -1048,7 +1048,7 @@ class EventLog:
         return rebased.adding(Counts.sum(parts), num_items, latest).meeting(new.items), whole
 
     def append(self, new: Histories, whole: Histories) -> None:
-        """Keep events that `observe` has counted."""
+        """Store events that `observe` has counted."""
         count = self._count + len(new.users)
         if count > len(self._events.users):
             room = max(count, 2 * len(self._events.users), 1024) - self._count
@@ -1061,22 +1061,22 @@ class EventLog:
         self._remember(whole)
 
     def under(self, rule: Evidence) -> "EventLog":
-        """Return the same events, to be counted by another rule."""
+        """Return a log of the same events with another rule."""
         new = EventLog(rule, self._elsewhere)
         new.numbers, new._users = dict(self.numbers), self._users
         new.fill(self.events)
         return new
 
     def fill(self, events: Histories) -> None:
-        """Keep the events, in the order in which they came, of a log that has none yet."""
+        """Store events, in the order of arrival, in an empty log."""
         order = np.lexsort((events.times, events.users))
         self.append(events, Histories(*(column[order] for column in events)))
 
     def forget(self, users: Sequence[str], transitions: Transitions) -> tuple[Transitions, int]:
-        """Remove all that was counted of users, and their events and ids.
+        """Remove users' counts, events and ids.
 
         Returns:
-            The transitions without them, and how many events are gone.
+            The transitions without them, and the number of removed events.
         """
         numbers = np.array([self.numbers[user] for user in users if user in self.numbers], np.int64)
         gone = self._of(numbers)
@@ -1096,11 +1096,11 @@ class EventLog:
         return without.adding(_NONE, transitions.num_items, self.latest).meeting(gone.items, -1), len(gone.users)
 
     def counted(self, num_items: int) -> Transitions:
-        """Count all events anew."""
+        """Count all events again."""
         return self._rebased(Transitions.empty(self.rule), self.latest, num_items, anew=True).meeting(self.events.items)
 
     def _rebased(self, transitions: Transitions, latest: float, num_items: int, anew: bool = False) -> Transitions:
-        """Return transitions in units of the origin that a log with another end has."""
+        """Return transitions relative to the origin of a log with another end."""
         origin = self.rule.origin(latest)
         if transitions.origin == origin and not anew:
             return transitions
@@ -1124,7 +1124,7 @@ class EventLog:
         return Histories(*(column[order] for column in events))
 
     def _tails(self, users: np.ndarray) -> Histories:
-        """Return the last events of users, as many as a new one makes pairs with."""
+        """Return the last events of users that can form pairs with a new event."""
         known = users[users < len(self._last_items)]
         width = self._last_items.shape[1]
         owners, items = np.repeat(known, width), self._last_items[known].ravel()
@@ -1132,7 +1132,7 @@ class EventLog:
         return Histories(owners[found], items[found], np.repeat(self._last_times[known], width)[found])
 
     def _remember(self, whole: Histories) -> None:
-        """Note the last events of users."""
+        """Store the last events of users."""
         count, width = self._users, self._last_items.shape[1]
         if count > len(self._last_items):
             room = max(count, 2 * len(self._last_items)) - len(self._last_items)
@@ -1148,34 +1148,34 @@ class EventLog:
 
 
 def _joined(before: Histories, after: Histories) -> tuple[Histories, np.ndarray]:
-    """Join two histories of each user in the order of time, and say which events are the second's."""
+    """Merge two histories of each user by time, and return which events belong to the second."""
     users, items, times = (np.concatenate(parts) for parts in zip(before, after))
     order = np.lexsort((times, users))
     return Histories(users[order], items[order], times[order]), order >= len(before.users)
 
 
 class Postings(NamedTuple):
-    """Which rows hold a word."""
+    """The rows that contain each word."""
 
     starts: np.ndarray
-    """Where each word starts in `rows`, and where the last one ends."""
+    """Start of each word in `rows`, and the end of the last word."""
     rows: np.ndarray
 
     @classmethod
     def of(cls, columns: np.ndarray, lengths: np.ndarray, first: int) -> "Postings":
-        """Sort the words of rows, which are numbered from `first` up."""
+        """Sort the words of rows, whose numbers start at `first`."""
         order = np.argsort(columns, kind="stable")
         ends = np.cumsum(np.bincount(columns))
         return cls(np.concatenate(([0], ends)), np.repeat(np.arange(first, first + len(lengths)), lengths)[order])
 
     def lengths(self, words: np.ndarray) -> np.ndarray:
-        """Return how many rows hold each of some words."""
+        """Return the number of rows with each of the words."""
         known = np.minimum(words, max(len(self.starts) - 2, 0))
         lengths = np.diff(self.starts, append=self.starts[-1])[known]
         return np.where(words < len(self.starts) - 1, lengths, 0)
 
     def entries(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places of words among these, and beside each a row that holds it."""
+        """Return indices into `words`, and for each index a row that contains the word."""
         known = np.flatnonzero(words < len(self.starts) - 1)
         low, high = self.starts[words[known]], self.starts[words[known] + 1]
         return np.repeat(known, high - low), self.rows[_stretches(low, high - low)]
@@ -1183,13 +1183,13 @@ class Postings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """The words of N rows of texts, and how rare they are among those that are live.
+    """The words of N rows of texts, and their document frequencies among live rows.
 
     Attributes:
-        vocabulary: Number of each word; shared with later ones, which add to it.
-        starts: Where each row starts in `columns`, and where the last one ends: N + 1.
+        vocabulary: Number of each word; later states share it and append to it.
+        starts: Start of each row in `columns`, and the end of the last row: N + 1.
         columns: Words of the rows, each once.
-        live: N, False where a row counts no more.
+        live: N, False where a row no longer counts.
 
     >>> words = Words.of(["red shoes", "blue shoes", "green tea"])
     >>> words.likeness(words.vectors(recent([[0]], Evidence()))).dense(1, 3).round(2).tolist()
@@ -1201,15 +1201,15 @@ class Words:
     columns: np.ndarray
     live: np.ndarray
     first: tuple[int, Postings | None] = (0, None)
-    """How many rows are sorted by word already, and how."""
+    """Number of rows that are sorted by word, and their postings."""
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Words":
-        """Read texts."""
+        """Make words from texts."""
         return cls({}, np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0, bool)).adding(texts)
 
     def adding(self, texts: Iterable[str], gone: Sequence[int] = ()) -> "Words":
-        """Return these and the words of more rows, with some rows not live."""
+        """Return these words with those of more rows, and without the rows `gone`."""
         columns, lengths = [], []
         for text in texts:
             own = dict.fromkeys(WORD.findall(text.lower()))
@@ -1234,7 +1234,7 @@ class Words:
 
     @cached_property
     def rarity(self) -> np.ndarray:
-        """How rare each word is; the last entry is for one that no row holds."""
+        """Inverse document frequency of each word; the last entry is for words that no row contains."""
         found = np.bincount(self.columns, np.repeat(self.live, np.diff(self.starts)), len(self.vocabulary) + 1)
         return np.log((1 + self.live.sum()) / (1 + found)) + 1
 
@@ -1258,16 +1258,16 @@ class Words:
         return Postings.of(self.columns[self.starts[count] :], np.diff(self.starts[count:]), count)
 
     def vectors(self, shares: Sparse) -> Sparse:
-        """Return the users' vectors, which are the sums of those of weighted rows."""
+        """Return the users' vectors: sums of the vectors of weighted rows."""
         lengths = self.starts[shares.items + 1] - self.starts[shares.items]
         words = self.columns[_stretches(self.starts[shares.items], lengths)]
         weights = np.repeat(shares.values / self.norms[shares.items], lengths) * self.rarity[words]
         return Sparse.of(np.repeat(shares.users, lengths), words, weights, len(self.rarity))
 
     def vector_of(self, text: str, weight: float = 1.0) -> Sparse:
-        """Return the vector of a text, times a weight, as that of user 0.
+        """Return the vector of a text, times a weight, as the vector of user 0.
 
-        Words that no row holds only make the text longer.
+        Words that no row contains only increase the norm of the text.
         """
         unknown = len(self.rarity) - 1
         words = [self.vocabulary.get(word, unknown) for word in dict.fromkeys(WORD.findall(text.lower()))]
@@ -1277,7 +1277,7 @@ class Words:
         return Sparse(np.zeros(len(found), np.int64), found, weights).known(unknown)
 
     def likeness(self, vectors: Sparse) -> Sparse:
-        """Multiply vectors of users with those of all rows, dead ones too."""
+        """Multiply vectors of users with the vectors of all rows, including rows that are not live."""
         postings = (self._sorted[1], self._tail)
         parts = []
         for piece in vectors.groups(postings[0].lengths(vectors.items) + postings[1].lengths(vectors.items)):
