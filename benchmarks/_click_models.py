@@ -1,7 +1,7 @@
-"""Models of other libraries that learn clicks, which `scoring_speed.py --quality` measures beside ours.
+"""Click models of other libraries, which `scoring_speed.py --quality` compares with M6-Rec.
 
-All begin as MiniLM and read the rows that ours reads: a source (the user's events) and candidates, each between [BOS]
-and [EOS]. Cross-encoders read source and candidate together, the two towers each by itself.
+All are initialised from MiniLM and use the same rows as M6-Rec: a source (the user's events) and candidates, each
+between [BOS] and [EOS]. Cross-encoders encode source and candidate together, two-tower models separately.
 """
 
 import importlib
@@ -21,14 +21,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification, get_line
 Pair = tuple[list[int], list[int]]
 """Ids of a source and of one candidate."""
 AT_ONCE = 64
-"""Candidates that are scored together."""
+"""Number of candidates that are scored together."""
 
 
 class Rival:
-    """Learns from rows of ids which candidates are liked, and predicts it."""
+    """Learns and predicts likes of candidates from rows of ids."""
 
     candidates: int
-    """Of each row, so many are learnt of."""
+    """Number of candidates of each row that are learnt."""
 
     def __init__(self, run: Any, rate: float, seed: int, batch: int) -> None:
         torch.manual_seed(seed)
@@ -41,7 +41,7 @@ class Rival:
         return [(ids[: starts[0]], ids[start:end]) for start, end in pairwise([*starts, len(ids)])]
 
     def drawn(self, count: int) -> Iterator[list[tuple[Pair, float]]]:
-        """Yield batches of so many training rows, in an order that the seed draws: pairs with their labels."""
+        """Yield batches from `count` training rows, in an order drawn by the seed: pairs with their labels."""
         from m6rec.train.runs.training_set import training_set
 
         data = training_set(self.run, {})
@@ -57,18 +57,18 @@ class Rival:
         return dict(pad({"input_ids": rows}, padding_side="right", return_tensors="pt"))
 
     def take_words(self, model: Any) -> Any:
-        """Give a model of MiniLM the embeddings of ours, which know its words and the tokens between them."""
+        """Copy our embeddings into a MiniLM model: they contain its words and our special tokens."""
         model.set_input_embeddings(nn.Embedding.from_pretrained(self.run.model.model.embeddings.tokens.weight.clone()))
         return model.requires_grad_(True)
 
 
 class Looped(Rival):
-    """Trains a module by a plain loop: binary cross-entropy, AdamW, a rate that rises for a tenth and falls."""
+    """Trains a module in a plain loop: binary cross-entropy, AdamW, learning rate with 10% warm-up, then decay."""
 
     module: nn.Module
 
     def logits(self, pairs: list[Pair]) -> torch.Tensor:
-        """One for each pair."""
+        """Return one logit per pair."""
         raise NotImplementedError
 
     def train(self, count: int) -> None:
@@ -98,7 +98,7 @@ class Looped(Rival):
 
 
 class CrossEncoder(Looped):
-    """Hugging Face's sequence classification: each candidate reads the user anew."""
+    """Hugging Face's sequence classification: the user is encoded again for each candidate."""
 
     candidates = 2
 
@@ -115,7 +115,7 @@ class CrossEncoder(Looped):
 
 
 class TwoTower(Looped):
-    """The cosine of what MiniLM makes of user and candidate (means of states), with a scale and an offset."""
+    """The cosine of MiniLM's vectors of user and candidate (means of states), with a scale and an offset."""
 
     candidates = 8
 
@@ -126,7 +126,7 @@ class TwoTower(Looped):
         self.module = nn.ModuleDict({"tower": tower, "scale": scale})
 
     def vectors(self, rows: list[list[int]]) -> torch.Tensor:
-        """Read each distinct row once."""
+        """Encode each distinct row once."""
         distinct = {tuple(row): None for row in rows}
         numbers = {row: number for number, row in enumerate(distinct)}
         batch = self.padded([list(row) for row in distinct])
@@ -142,7 +142,7 @@ class TwoTower(Looped):
 
 
 class SentenceTransformers(Rival):
-    """sentence-transformers' CrossEncoder, trained by its own trainer, on texts in place of ids.
+    """sentence-transformers' CrossEncoder, trained by its own trainer, on texts instead of ids.
 
     Raises:
         ImportError: If sentence-transformers is not installed.

@@ -1,6 +1,7 @@
 """MovieLens-100K's likes: the recipe `video`, and means of known labels and RecBole's models on the same candidates.
 
-Four stars or more are a like. Each is asked after all that its user did before, in the last tenth too (`rolling`).
+Four stars or more are a like. Each event is predicted from all earlier events of its user, also those in the last
+tenth (`rolling`).
 """
 
 import json
@@ -35,15 +36,15 @@ from m6rec.train.rows.examples import RequestWriter
 ASKED = ("click", "rating")
 HELD_OUT = ("valid", "test")
 LAST_ITEMS = 20
-"""Items of a history that RecBole's models read, at most; the recipe reads as many events."""
+"""Maximum number of history items for RecBole's models; the recipe uses as many events."""
 RECBOLE: dict[str, dict[str, Any]] = {
     "DIN": {"history": "marked", "features": False, "embedding_size": 16, "mlp_hidden_size": [64, 64]},
     "DeepFM": {"history": "marked", "features": True, "embedding_size": 16},
 }
-"""What RecBole's models are told (`history`: see `items_before`; `features` of items: year and genres), and their
+"""Inputs of RecBole's models (`history`: see `items_before`; `features` of items: year and genres), and their
 settings. The histories, and DeepFM's size and learning rate, were chosen by AUC on the validation part of seed 0; DIN's
-size and features were not searched. To DeepFM the history is one more field, the mean of its ids' vectors. Of users
-both are given age, gender and occupation, which RecBole's DIN does not use."""
+size and features were not searched. DeepFM gets the history as one more field, the mean of its ids' vectors. Both get
+the users' age, gender and occupation, which RecBole's DIN does not use."""
 SHARED = {
     "epochs": 30,
     "stopping_step": 3,
@@ -55,7 +56,7 @@ SHARED = {
 
 
 def unread(max_events: int) -> Any:
-    """Stand in for a processor where no model reads: it makes nothing of requests."""
+    """Return a replacement of a processor for evaluations without a model: it returns empty rows."""
 
     def read_many(requests: Sequence[Any], task: str) -> list[Any]:
         return [SimpleNamespace(input_ids=[])] * len(requests)
@@ -64,7 +65,7 @@ def unread(max_events: int) -> Any:
 
 
 def recipe(data: Path, folder: Path, seed: int) -> Recipe:
-    """The recipe, in these folders."""
+    """Return the recipe with these folders."""
     changed = {
         "data.directory": str(data / "ml-100k"),
         "data.seed": seed,
@@ -77,7 +78,7 @@ def recipe(data: Path, folder: Path, seed: int) -> Recipe:
 
 
 def row(report: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The row of a model, of what its reports on both tasks say."""
+    """Return the row of a model from its reports on both tasks."""
     clicks, ratings = (report[task] for task in ASKED)
     return {"auc": clicks["auc"], "gauc": clicks["gauc"], "rmse": ratings["rmse"], "examples": clicks["examples"]}
 
@@ -97,13 +98,13 @@ def mean_likes(data: Path, folder: Path, seed: int) -> dict[str, dict[str, Any]]
 
 
 def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
-    """Pretrain and fine-tune by the recipe, and measure."""
+    """Pretrain and fine-tune with the recipe, and measure."""
     from m6rec.train.runs.finetune import finetune
     from m6rec.train.runs.pretrain import pretrain
 
     asked = recipe(data, folder, seed)
     pretrain(asked)
-    report = finetune(asked)  # goes on from what was pretrained
+    report = finetune(asked)  # starts from the pretrained model
     parameters = M6RecForRecommendation.from_pretrained(folder / "model").num_parameters()
     return {**row({task: report[task]["m6rec"] for task in ASKED}), "parameters": parameters}
 
@@ -114,8 +115,8 @@ def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
 def recbole(data: Path, folder: Path, kind: str, seed: int, python: str | None = None) -> list[dict[str, Any]]:
     """Train a model of RecBole (DIN, DeepFM) on the training part, and choose the number of its epochs.
 
-    It runs by the python of an environment of its own (pip install recbole==1.2.1 "numpy<2" "pandas<3"), which is
-    given, or named by the variable M6REC_RECBOLE_PYTHON.
+    It runs with the python of a separate environment (pip install recbole==1.2.1 "numpy<2" "pandas<3"), which is given
+    as argument or in the variable M6REC_RECBOLE_PYTHON.
     """
     if not (python := python or os.environ.get("M6REC_RECBOLE_PYTHON")):
         raise ValueError("RecBole has no environment: set M6REC_RECBOLE_PYTHON to the python of one that has it")
@@ -130,7 +131,7 @@ def recbole(data: Path, folder: Path, kind: str, seed: int, python: str | None =
 def write_likes(
     asked: Recipe, folder: Path, seed: int, history: str | None, features: bool
 ) -> dict[str, ScoringExamples]:
-    """Write RecBole's tables, and return the examples that the rows of the held-out parts are."""
+    """Write RecBole's tables, and return the examples of the rows of the held-out parts."""
     log = read_log(asked.data)
     split = by_time(log.interactions, asked.evaluation.valid_fraction, asked.evaluation.test_fraction, seed)
     everything = all_events(split)
@@ -151,7 +152,7 @@ def write_likes(
 
 
 def asked_places(split: Split, part: str, asked: Recipe, seed: int) -> np.ndarray:
-    """Return where the events that `scoring_examples` asks about stand among all events, in its order."""
+    """Return the positions, among all events, of the events of `scoring_examples`, in its order."""
     heard: np.ndarray = np.ones(len(all_events(split)), dtype=bool)  # each event has a label
     return np.concatenate([one.asked for one in eval_queries(split, part, heard, 1, asked.evaluation, seed)])
 
@@ -159,11 +160,11 @@ def asked_places(split: Split, part: str, asked: Recipe, seed: int) -> np.ndarra
 def items_before(events: pandas.DataFrame, history: str) -> list[str]:
     """Return the last items that the user of each event met before it, oldest first.
 
-    Held-out events are known too once they are past.
+    They include earlier held-out events.
 
     Args:
         events: All events, in order.
-        history: "all" items, those "liked" alone, or "marked": all, and what was not liked has an id of its own.
+        history: "all" items, only "liked" ones, or "marked": all, with separate ids for items that were not liked.
     """
     items, labels = events["item_id"].astype(str).to_numpy(), events["label"].to_numpy()
     found = [""] * len(events)
@@ -177,7 +178,7 @@ def items_before(events: pandas.DataFrame, history: str) -> list[str]:
 
 
 def write_described(log: Log, folder: Path, features: bool) -> None:
-    """Write what is known of items, if asked, and of users."""
+    """Write the features of users and, if `features`, of items."""
     if features:
         genres = log.items["genres"].str.replace(", ", " ")
         items = {"item_id:token": log.items.index, "release_year:token": log.items["year"], "class:token_seq": genres}
@@ -188,7 +189,7 @@ def write_described(log: Log, folder: Path, features: bool) -> None:
 
 
 def run_recbole(python: str, folder: Path, kind: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train by the other environment, with the folder as its working directory, where RecBole leaves files."""
+    """Train in the other environment, with the folder as its working directory, where RecBole leaves files."""
     threads = torch.get_num_threads()
     asked = {"kind": kind, "settings": settings, "folder": str(folder), "seed": seed, "threads": threads}
     command = [python, str(Path(__file__).with_name("_recbole_rivals.py").absolute()), json.dumps(asked)]
@@ -199,7 +200,7 @@ def run_recbole(python: str, folder: Path, kind: str, settings: dict[str, Any], 
 
 
 def measure_recbole(folder: Path, examples: dict[str, ScoringExamples], reported: dict[str, Any]) -> dict[str, Any]:
-    """Measure what RecBole has predicted of the test part after the epoch with the best validation AUC."""
+    """Measure RecBole's predictions of the test part after the epoch with the best validation AUC."""
     predicted = np.load(folder / "predictions.npz")
     for part, own in examples.items():
         if own.item_ids.tolist() != predicted[f"{part}_items"].tolist():

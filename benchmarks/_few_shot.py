@@ -1,11 +1,11 @@
 """TALLRec's film clicks from 16, 64, 256 or all 8,000 labelled rows, by our model; `quality.py` runs the cells.
 
-A row is ten films that a user liked or not, and whether they like one more. Of a draw of few rows each stands for a
-user of its own, and nothing else of the training file is read. The model begins as MiniLM and is pretrained by `likes`:
-users who are made up over the films' titles, years and genres, without anyone's behaviour. Beside a film's text stands
-how many like it, counted in the histories of the drawn rows (of all 8,000: among their labels); in the rows that are
-called `histories counted`, in the histories of all 8,000 training rows. Later histories hold many of the films that
-earlier rows ask for, so these are not free of labels. All was chosen on validation.
+A row is ten films that a user liked or not, and whether the user likes one more. In a draw of few rows each row is a
+separate user, and nothing else of the training file is used. The model is initialised from MiniLM and pretrained by
+`likes`: synthetic users over the films' titles, years and genres, without real behaviour. A film's percentage of likes
+is added to its text, counted in the histories of the drawn rows (with all 8,000: in their labels); in the rows named
+`histories counted`, in the histories of all 8,000 training rows. Later histories hold many target films of earlier
+rows, so these are not free of labels. All settings were chosen on validation.
 """
 
 import ast
@@ -34,9 +34,9 @@ FINETUNING: dict[int, dict[str, Any]] = {
     256: {"num_train_epochs": 2, "learning_rate": 2e-5, "per_device_train_batch_size": 16},
     8000: {"num_train_epochs": 2, "learning_rate": 3e-4, "per_device_train_batch_size": 64},
 }
-"""By the number of labelled rows."""
+"""Settings of fine-tuning by the number of labelled rows."""
 PRIOR = 10.0
-"""What a film's like rate is smoothed by; not searched."""
+"""Smoothing of a film's like rate; not searched."""
 
 
 def read_rows(data: Path, part: str) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def read_rows(data: Path, part: str) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], shots: int, seed: int) -> list[dict[str, Any]]:
-    """Draw labelled rows, both labels among them."""
+    """Draw labelled rows that include both labels."""
     draws = random.Random(seed)
     while True:
         drawn = draws.sample(rows, shots)
@@ -57,7 +57,7 @@ def draw(rows: list[dict[str, Any]], shots: int, seed: int) -> list[dict[str, An
 
 
 def write_tables(data: Path, drawn: list[dict[str, Any]], folder: Path) -> None:
-    """Write drawn rows, and all validation and test rows, as a log: each row a user of its own."""
+    """Write drawn rows, and all validation and test rows, as a log: each row is a separate user."""
     from m6rec.train.data.movielens import movielens_tables
 
     parts = {"train": drawn, **{part: read_rows(data, part) for part in ("valid", "test")}}
@@ -74,7 +74,7 @@ def write_tables(data: Path, drawn: list[dict[str, Any]], folder: Path) -> None:
 
 
 def recipe(folder: Path, seed: int, **training: Any) -> dict[str, Any]:
-    """What pretraining and fine-tuning share."""
+    """Return the common settings of pretraining and fine-tuning."""
     return {
         "data": {
             "interactions": str(folder / "interactions.csv"),
@@ -90,7 +90,7 @@ def recipe(folder: Path, seed: int, **training: Any) -> dict[str, Any]:
 
 
 def pretrained(data: Path, folder: Path) -> Path:
-    """Make the model that all draws begin with, unless it is there; nobody's behaviour is read for it."""
+    """Make the initial model of all draws, unless it exists; no behaviour is used for it."""
     from m6rec.train.config.recipe import load_recipe
     from m6rec.train.runs.pretrain import pretrain
 
@@ -107,7 +107,7 @@ def pretrained(data: Path, folder: Path) -> Path:
 
 
 def history_likes(writer: Any, rows: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> Any:
-    """Count the likes of each film in the histories of rows, each of a user once, and none that drawn rows ask for."""
+    """Count the likes of each film in the histories of rows, once per user, without targets of drawn rows."""
     from m6rec.train.rows.item_likes import ItemLikes
 
     reported = {
@@ -127,10 +127,10 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool 
 
     Args:
         data: Folder of the data sets.
-        folder: Of this cell; the pretrained model is kept beside it.
-        seed: Of the draw and of the training.
-        shots: Labelled rows; 0: the pretrained model as it is.
-        everyone: Tell of a film how many like it in the histories of all training rows, not of the drawn ones alone.
+        folder: Folder of this cell; the pretrained model is next to it.
+        seed: Seed of the draw and of the training.
+        shots: Number of labelled rows; 0: the pretrained model without tuning.
+        everyone: Count likes of films in the histories of all training rows, not only of the drawn ones.
     """
     from m6rec.segment_cache_m6rec import SegmentCache
     from m6rec.train.config.recipe import load_recipe
@@ -159,7 +159,7 @@ def few_shot(data: Path, folder: Path, seed: int, *, shots: int, everyone: bool 
 
 
 def measured(run: Any) -> dict[str, Any]:
-    """Measure a model on validation and test rows; the interval is that of drawing the test's users anew."""
+    """Measure a model on validation and test rows; the interval is from resampling the test's users."""
     from m6rec.train.evaluation.reports import predictions
     from m6rec.train.runs.finetune import examples_of
 
@@ -181,8 +181,8 @@ def measured(run: Any) -> dict[str, Any]:
 def rule(data: Path, folder: Path, seed: int, *, films: bool) -> list[dict[str, Any]]:
     """Measure a rule without training: the share of likes in the row's own history, and the film's like rate with it.
 
-    The rate is counted in the histories of all training rows, each user's film once, and drawn towards the mean as if
-    PRIOR more had been asked.
+    The rate is counted in the histories of all training rows, each user's film once, and smoothed towards the mean with
+    the weight of PRIOR labels.
     """
     reported: dict[tuple[str, str], int] = {}
     for row in read_rows(data, "train") if films else ():
@@ -208,13 +208,13 @@ def rule(data: Path, folder: Path, seed: int, *, films: bool) -> list[dict[str, 
 
 
 def by_user(scores: np.ndarray, labels: np.ndarray, users: list[str]) -> list[float]:
-    """Return the AUC's 95% interval when users are drawn anew."""
+    """Return the AUC's 95% interval from resampling users."""
     pairs = np.column_stack([scores, labels])
     return list(bootstrap_interval(pairs, lambda rows: auc(*rows.T), groups=users, samples=1000))
 
 
 def cells() -> dict[str, Callable[[Path, Path, int], list[dict[str, Any]]]]:
-    """What `quality.py` runs: a name -> a function of the data's folder, the cell's folder, and the seed."""
+    """Return the cells for `quality.py`: name -> function of the data's folder, the cell's folder, and the seed."""
     found: dict[str, Callable[[Path, Path, int], list[dict[str, Any]]]] = {
         "share of likes in the history": partial(rule, films=False),
         "the same and the film's like rate": partial(rule, films=True),

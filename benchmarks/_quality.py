@@ -1,12 +1,13 @@
-"""What each way of reading costs in AUC: MovieLens-100K clicks, one trained model a configuration.
+"""AUC of each way of encoding: MovieLens-100K clicks, one trained model per configuration.
 
-Four stars or more are a like. Split by time; each click is asked after what its user did before, at most EVENTS events
-(`rolling`: without it most users of the test part have no history). Beside a candidate stands how many in a hundred
-like it. Every model begins as MiniLM (23M parameters, 11M of them in its six layers), reads `--rows` training rows of
-TARGETS candidates once, and learns at the same rate. Ways that only differ in how the same model is run share a cell.
+Four stars or more are a like. Split by time; each click is predicted from at most EVENTS earlier events of its user
+(`rolling`: without it most users of the test part have no history). A candidate's text includes its percentage of
+likes. Every model is initialised from MiniLM (23M parameters, 11M of them in its six layers), and trained on `--rows`
+rows of TARGETS candidates once, with the same learning rate. Ways that only run the same model differently share a
+cell.
 
-The rivals are those of `_click_models.py`. The two cross-encoders read user and candidate together, one candidate after
-the other, and so learn of two of each row's candidates only: all would take four times as long.
+The rivals are those of `_click_models.py`. The two cross-encoders encode user and candidate together, one candidate at
+a time, and so learn only two candidates of each row: all would take four times as long.
 """
 
 import argparse
@@ -36,17 +37,17 @@ CELLS: dict[str, dict[str, Any]] = {
     "sentence_transformers": {},
     "two_tower": {},
 }
-"""Fields of the configuration in which the cells differ."""
+"""Fields of the configuration that differ between the cells."""
 RIVALS = {"cross_encoder": CrossEncoder, "two_tower": TwoTower, "sentence_transformers": SentenceTransformers}
 SHARED = {
     "joint": ("flat_one_row", "reuse_all_joint"),
     "cross_encoder": ("cross_encoder", "user_states_reused", "user_states_reused_warm"),
 }
-"""Rows of the table that one cell answers for."""
+"""Rows of the table that share one cell."""
 
 
 def recipe_of(options: argparse.Namespace, fields: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
-    """The recipe that learns clicks, with these fields of the configuration."""
+    """Return the recipe for clicks, with these fields of the configuration."""
     return {
         "data": {"source": "ml-100k", "directory": str(options.quality / "ml-100k"), "min_rating_liked": 4},
         "text": {
@@ -105,7 +106,7 @@ def run_cell(options: argparse.Namespace, name: str, seed: int, folder: Path) ->
 
 
 def cut(examples: Any, candidates: int, bos: int) -> Any:
-    """Keep whole rows, drawn by a fixed seed, that hold so many candidates at most (one row at least)."""
+    """Keep whole rows, drawn by a fixed seed, with at most `candidates` candidates in total (at least one row)."""
     sizes = [row["input_ids"].count(bos) for row in examples.rows]
     starts, kept, total = np.cumsum([0, *sizes]), [], 0
     for row in random.Random(0).sample(range(len(sizes)), len(sizes)):
@@ -120,7 +121,7 @@ def cut(examples: Any, candidates: int, bos: int) -> Any:
 
 
 def simple_means(options: argparse.Namespace) -> dict[str, float]:
-    """AUC on the same clicks of the means of known labels, which need no model."""
+    """Return the AUC of means of known labels on the same clicks."""
     from m6rec.train.config.recipe import load_recipe
     from m6rec.train.evaluation.reports import scoring_baselines, scoring_report
     from m6rec.train.runs.build import prepare
@@ -134,7 +135,7 @@ def simple_means(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]:
-    """Run the cells that are missing, each in a process of its own, and sum up; or run the one cell that is named."""
+    """Run the missing cells, each in a separate process, and summarise; or run the one named cell."""
     if options.cell:
         name, seed = options.cell[0], int(options.cell[1])
         folder = cell_folder(options, name, seed)
@@ -154,19 +155,19 @@ def measure_quality(options: argparse.Namespace, script: Path) -> dict[str, Any]
 
 
 def cell_folder(options: argparse.Namespace, name: str, seed: int | str) -> Path:
-    """Where a cell is kept; other settings are other cells."""
+    """Return the folder of a cell; other settings are other cells."""
     return Path(options.runs, f"{name}-{options.part}-{options.rows}-{options.candidates}-{options.rate:g}-{seed}")
 
 
 def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return all cells of these settings, whichever call ran them."""
+    """Return all cells of these settings, from all calls."""
     found = options.runs.glob(f"{cell_folder(options, '*', '*').name}/cell.json")
     cells = [json.loads(path.read_text()) for path in found]
     return sorted(cells, key=lambda cell: (list(CELLS).index(cell["cell"]), cell["seed"]))
 
 
 def run_cells(options: argparse.Namespace, script: Path) -> None:
-    """Run the cells that are asked for, unless they have been, and print what they found."""
+    """Run the requested cells that have no results, and print their results."""
     for seed in options.seeds:
         for name in options.cells:
             folder = cell_folder(options, name, seed)

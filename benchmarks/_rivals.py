@@ -1,4 +1,4 @@
-"""Other ways to score 100 candidates for a user, which `scoring_speed.py` runs beside ours."""
+"""Other ways to score 100 candidates for a user, which `scoring_speed.py` compares with M6-Rec."""
 
 import importlib
 import importlib.util
@@ -16,16 +16,16 @@ Call = Callable[[], Any]
 
 @dataclass
 class Request:
-    """Ids of a user and of candidates, as every way reads them."""
+    """Ids of a user and of candidates, for all ways."""
 
     user: list[int]
     candidates: list[list[int]]
 
 
 class CrossEncoder:
-    """Hugging Face's sequence classification: every candidate reads the user again.
+    """Hugging Face's sequence classification: the user is encoded again for each candidate.
 
-    All rows are equally long, so that neither padding nor a mask costs time.
+    All rows have the same length, so that neither padding nor a mask costs time.
     """
 
     def __init__(self, shape: dict[str, int], dtype: torch.dtype) -> None:
@@ -40,14 +40,14 @@ class CrossEncoder:
 
     @torch.inference_mode()
     def read_user(self, request: Request) -> DynamicCache:
-        """Read the user once: key/value states."""
+        """Encode the user once: key/value states."""
         cache = DynamicCache()
         self.model.model(torch.tensor([request.user]), past_key_values=cache, use_cache=True)
         return cache
 
     @torch.inference_mode()
     def reuse(self, request: Request, batch: int, user: DynamicCache | None = None) -> torch.Tensor:
-        """Score all candidates, `batch` at a time, each going on from a copy of the user's states."""
+        """Score all candidates, `batch` at a time, each continuing from a copy of the user's states."""
         user = self.read_user(request) if user is None else user
         found = []
         for part in torch.tensor(request.candidates).split(batch):

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def quiet_training(output: Path, seed: int, **settings: Any) -> dict[str, Any]:
-    """Settings of a training that measures and saves nothing on its way; the given ones win."""
+    """Settings of a training without evaluation and checkpoints; the given ones override them."""
     return {
         "output_dir": str(output),
         "lr_scheduler_type": "linear",

@@ -2,11 +2,11 @@
 
     python benchmarks/continual.py --data DIR [--seeds 0 1 2]
 
-A small new model learns film clicks with every weight, then clicks on Amazon Beauty: `full` goes on with every weight,
-`replay` mixes a share of the film rows in, `adapter` leaves the film model as it is and trains an adapter (LoRA) beside
-it (films are asked without it, cosmetics with it), `adapter+replay` asks both with the adapter. Beauty's clicks are
-purchases beside products drawn at random; to fit the budget it is cut to its most bought products, some users and the
-first words of titles. What needs no learning, similarity of titles and popularity, is measured on the same examples.
+A small new model learns film clicks with all weights, then clicks on Amazon Beauty: `full` continues with all weights,
+`replay` mixes in a share of the film rows, `adapter` freezes the film model and trains an adapter (LoRA; films are
+measured without it, cosmetics with it), `adapter+replay` measures both with the adapter. Beauty's clicks are purchases
+and randomly drawn products; to fit the budget it is reduced to its most bought products, some users and the first words
+of titles. Untrained rules, similarity of titles and popularity, are measured on the same examples.
 Cells are kept in `--runs`. Writes `benchmarks/results/continual.json`; the last line printed is the same JSON.
 """
 

@@ -1,10 +1,10 @@
-"""Early exit: AUC and seconds after each joint layer, and where requests stop by themselves.
+"""Early exit: AUC and seconds after each joint layer, and with exit by confidence.
 
     python benchmarks/early_exit.py [--quality DIR] [--rows 640] [--candidates 1500] [--rate 1e-4] [--seed 0]
 
 One model of the clicks in `_quality.py`: MiniLM, its last 3 layers joint, each trained to score (`exit_layers`), one
-state a text. `exit_layer` leaves the layers behind it out; `exit_confidence` leaves them out where all candidates of a
-request are that sure; here a request has one. Seconds are the processor's own for 100 requests with all texts cached,
+state a text. `exit_layer` skips the layers after it; `exit_confidence` skips them if all candidates of a
+request have that confidence; here a request has one. Seconds are processor time for 100 requests with all texts cached,
 medians of five, the ways in turn. DIR holds `ml-100k`. The last line printed is the JSON in
 benchmarks/results/early_exit.json.
 """

@@ -1,13 +1,13 @@
-"""How well models recommend: every model of a data set on the same users, by the same code, over several seeds.
+"""Quality of recommendations: all models of a data set on the same users, with the same code, over several seeds.
 
     python benchmarks/quality.py --data DIR [--dataset beauty] [--models m6rec popularity ...] [--seeds 0 1 2]
     python benchmarks/quality.py --table                                    writes docs/results.md anew, nothing else
 
-DIR holds the data sets' folders. Every cell (a model with a seed) runs in a process of its own and is kept in `--runs`,
-so that a broken benchmark goes on where it stopped; rows of models that were measured elsewhere stay. Rankings are of
-the whole catalogue, with the items that a user has met before left out and kept in. All settings were chosen on
-validation parts (docs/experiments.md has the search); what is reported is the test part. Times are the processor's own
-seconds of training and measuring on one thread, with other work beside on the machine.
+DIR holds the data sets' folders. Every cell (a model with a seed) runs in a separate process and is kept in `--runs`,
+so that an interrupted benchmark can be resumed; rows of models that were measured elsewhere are kept. Rankings are of the
+whole catalogue, with and without the items that a user has met before. All settings were chosen on validation parts
+(docs/experiments.md has the search); the test part is reported. Times are processor seconds of training and measuring
+on one thread, with other work on the machine.
 
 Writes benchmarks/results/quality_DATASET.json and docs/results.md; the last line printed is the same JSON.
 """

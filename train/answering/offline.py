@@ -228,7 +228,7 @@ def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options
             return recommend(list(requests), batch_size=len(requests), **options)
         except OSError:  # from the disk or the network, not from a request
             raise
-        except Exception as error:  # noqa: BLE001  whatever the model's code raises concerns this request alone
+        except Exception as error:  # noqa: BLE001  any error of the model's code concerns only this request
             if alone:
                 return [_failed(error)]
     return [answer for request in requests for answer in _answers(recommend, [request], options)]
