@@ -1,8 +1,8 @@
 """The models and data sets of `quality.py`: each takes (data folder, its own folder, seed) and returns its rows.
 
-Ours are recipes of the package, of which `beauty` has a backbone: MiniLM reads texts, frozen, each once, its tokens'
-mean standing for the text, and new joint layers read the history. `ids` says whether items have a memory of their own,
-`text` whether their texts are read: without them the model is SASRec with the full softmax.
+M6-Rec's models are recipes of the package; `beauty` has a backbone: frozen MiniLM encodes each text once, as the mean
+of its tokens, and new joint layers encode the history. `ids` adds item embeddings, `text` uses items' texts: without
+texts the model is SASRec with the full softmax.
 """
 
 import json
@@ -25,7 +25,7 @@ Model = Callable[[Path, Path, int], Rows]
 READERS = {"beauty": "amazon-beauty", "ml-100k": "ml-100k"}
 """Reader (also the name of the folder) of each data set."""
 PROTOCOLS: dict[str, Protocol] = {"beauty": "published", "ml-100k": "shuffled"}
-"""How each data set is tested by custom."""
+"""Usual protocol of each data set."""
 DOMAINS = {"beauty": "ecommerce", "ml-100k": "video"}
 RECIPES = {"beauty": "beauty", "ml-100k": "quickstart"}
 """Of the package: what each data set's models are trained by."""
@@ -50,9 +50,9 @@ RECBOLE_PYTHON = "M6REC_RECBOLE_PYTHON"
 """Names the python of an environment with RecBole; without it its models are left out."""
 RECBOLE = {"din (RecBole)": "DIN", "deepfm (RecBole)": "DeepFM"}
 BONUS = 0.03
-"""Of new items: `model.config.cold_item_bias`."""
+"""Bias of cold items: `model.config.cold_item_bias`."""
 WORDS_UNTRAINED = 4.0
-"""Of a model that has learnt nothing yet: `model.config.tfidf_weight`."""
+"""`model.config.tfidf_weight` of an untrained model."""
 IDS: dict[str, Any] = {
     "gated_mlp": False,
     "hidden_act": "gelu",
@@ -90,10 +90,10 @@ SASREC: dict[str, tuple[int, float, dict[str, Any]]] = {
         },
     ),
 }
-"""How wide, how much is dropped, how long and how fast: docs/experiments.md has the search."""
+"""Width, dropout, length and learning rate of the training: docs/experiments.md has the search."""
 ATTENTION_DROPOUT = 0.1
 ITEM_SPREAD = 0.02
-"""Standard deviation of SASRec's item vectors at first."""
+"""Standard deviation of SASRec's initial item vectors."""
 
 
 def changes(name: str, data: Path, folder: Path, seed: int, text: bool, ids: bool, recipe: str) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def ours(
 
 
 def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) -> Rows:
-    """Train the model of texts alone on one data set, and measure it on another, of which it has seen nothing."""
+    """Train the model with texts only on one data set, and measure it zero-shot on another."""
     from m6rec.train.runs.finetune import fit
 
     run = prepared(learnt, data, folder, seed, text=True, ids=False, recipe=WITH_BACKBONE)
@@ -221,7 +221,7 @@ def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) ->
 
 
 def untrained(name: str, data: Path, folder: Path, seed: int) -> Rows:
-    """Measure the model of texts alone as it is before it has learnt anything."""
+    """Measure the untrained model with texts only."""
     from m6rec.segment_cache_m6rec import SegmentCache
 
     run = prepared(name, data, folder, seed, text=True, ids=False)
@@ -247,7 +247,7 @@ def _rankings(name: str, cold: float = 0.0) -> dict[str, Model]:
 
 
 def _ours_under(name: str, protocol: Protocol, data: Path, folder: Path, seed: int) -> Rows:
-    """Our model under another protocol than that of custom."""
+    """Our model under another protocol than the usual one."""
     return [{**row, "row": "m6rec"} for row in ours(name, data, folder, seed, evaluation={"protocol": protocol})]
 
 

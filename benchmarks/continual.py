@@ -108,7 +108,7 @@ def beauty_run(options: argparse.Namespace, arm: str, seed: int) -> Any:
 
 
 def film_auc(model: Any, films: Path) -> float:
-    """Measure a model on the test rows of the films, worded as the film model was taught."""
+    """Measure a model on the test rows of the films, formatted as in the training of the film model."""
     from m6rec.train.config.recipe import load_recipe
     from m6rec.train.runs.build import prepare
     from m6rec.train.runs.finetune import examples_of, measure
@@ -119,7 +119,7 @@ def film_auc(model: Any, films: Path) -> float:
 
 
 def without_learning(run: Any) -> dict[str, float]:
-    """Measure what needs no model on Beauty's test clicks: AUC of title similarity, of popularity, and of both."""
+    """Measure untrained rules on Beauty's test clicks: AUC of title similarity, of popularity, and of both."""
     from m6rec.train.evaluation.baselines import SimilarText
     from m6rec.train.evaluation.reports import all_events, eval_queries
     from m6rec.train.metrics import auc
@@ -156,14 +156,14 @@ def run_cell(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]
     films = options.runs / f"films-{seed}" / "model"
     found = {"arm": arm, "seed": seed, "beauty": own["test"], "valid": own["valid"], "seconds": seconds}
     found["without_learning"] = without_learning(run)
-    if arm == "adapter":  # films are asked of the film model, which the adapter has left alone
+    if arm == "adapter":  # films are measured without the adapter, on the unchanged film model
         with run.model.disable_adapter():
             return {**found, "films": film_auc(run.model, films)}
     return {**found, "films": film_auc(run.model, films)}
 
 
 def cell(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    """Return a cell, run unless it has been."""
+    """Return a cell; it is run if it has no results."""
     kept = options.runs / f"{arm}-{seed}" / "cell.json"
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def cell(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
 
 
 def table(runs: Path) -> list[dict[str, Any]]:
-    """Sum up all cells that have been run, each arm over its seeds."""
+    """Summarise all cells with results, each arm over its seeds."""
     cells = [json.loads(kept.read_text()) for kept in sorted(runs.glob("*/cell.json"))]
     before = {found["seed"]: found["films"] for found in cells if found["arm"] == "films"}
     rows = []

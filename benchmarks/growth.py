@@ -6,9 +6,9 @@ Scoring: the three joint layers of SmolLM2-135M's shape, random weights, bfloat1
 hardware (the committed figures), else float32; texts of 12 tokens that are all cached (so that one segment layer stands
 for the 27 that read them before); `late_all` attends to every token, `late_summary` to one state a text.
 Seconds are the processor's own, medians of `--rounds`; memory is the peak of a call
-above what the process held before, and what the caches hold. A growing history is asked with one new event and 10
-candidates, read anew or from `UserStates`. Catalogues up to 100,000 items are measured here as in `retrieval_scale.py`,
-whose results are taken for a million.
+above what the process held before, and what the caches hold. A growing history is scored with one new event and
+10 candidates, encoded again or from `UserStates`. Catalogues up to 100,000 items are measured here as in
+`retrieval_scale.py`, whose results are used for a million.
 
 Writes benchmarks/results/growth.json, which is also the last printed line, and docs/growth.png. Linux only: the peak is
 read from /proc.
@@ -111,7 +111,7 @@ def scoring(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def histories(rounds: int) -> Iterator[dict[str, Any]]:
-    """Ask with one new event, with and without what is kept of the user."""
+    """Score with one new event, with and without the user's cached states."""
     for way, summary in SUMMARIES.items():
         shop = Shop(summary)
         for events in EVENTS:

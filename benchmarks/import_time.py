@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     print("time budget: 3 minutes")
-    measure(OWN)  # whatever is not compiled or not in the disk's cache yet
+    measure(OWN)  # compiles and fills the disk cache
     base, own = [], []
     for turn in range(options.rounds):
         pair = [("pass", base), (OWN, own)]
@@ -64,9 +64,9 @@ def main() -> None:
 
 
 def measure(statement: str) -> tuple[float, ...]:
-    """Run both imports in a fresh process: seconds and processor seconds of all, then of the statement alone."""
+    """Run both imports in a fresh process: seconds and processor seconds of both, then of the statement only."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process would compile anew
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process would compile again
     command = [sys.executable, "-c", TIMED % statement]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     return tuple(map(float, done.stdout.split()))

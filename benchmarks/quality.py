@@ -1,13 +1,13 @@
 """Quality of recommendations: all models of a data set on the same users, with the same code, over several seeds.
 
     python benchmarks/quality.py --data DIR [--dataset beauty] [--models m6rec popularity ...] [--seeds 0 1 2]
-    python benchmarks/quality.py --table                                    writes docs/results.md anew, nothing else
+    python benchmarks/quality.py --table                                    only rewrites docs/results.md
 
 DIR holds the data sets' folders. Every cell (a model with a seed) runs in a separate process and is kept in `--runs`,
-so that an interrupted benchmark can be resumed; rows of models that were measured elsewhere are kept. Rankings are of the
-whole catalogue, with and without the items that a user has met before. All settings were chosen on validation parts
-(docs/experiments.md has the search); the test part is reported. Times are processor seconds of training and measuring
-on one thread, with other work on the machine.
+so that an interrupted benchmark can be resumed; rows of models that were measured elsewhere are kept. Rankings are of
+the whole catalogue, with and without the items that a user has met before. All settings were chosen on validation
+parts (docs/experiments.md has the search); the test part is reported. Times are processor seconds of training and
+measuring on one thread, with other work on the machine.
 
 Writes benchmarks/results/quality_DATASET.json and docs/results.md; the last line printed is the same JSON.
 """
@@ -35,15 +35,15 @@ RESULTS = Path(__file__).parent / "results"
 BUDGET_MINUTES = 90
 METRICS = ("recall@10", "ndcg@10", "auc", "gauc", "rmse")
 GROUP_KEYS = ("model", "seen", "subset", "protocol", "observed")
-"""What rows of several seeds have in common."""
+"""Fields that are equal in rows of several seeds."""
 CELL_ONLY = ("row", "ranks", "asked")
-"""What only the rows of cells have: by it rows are paired."""
+"""Fields only of the rows of cells, for pairing rows."""
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 """glibc keeps the large buffers of a training step, which it would else ask the system for again at each."""
 
 
 def cell(options: argparse.Namespace, model: str, seed: int) -> list[dict[str, Any]]:
-    """Return the rows of a cell, run in a process of its own unless it has been."""
+    """Return the rows of a cell; it is run in a separate process if it has no results."""
     folder = options.runs / options.dataset / f"{model}-{seed}"
     kept = folder / "cell.json"
     if not kept.is_file():
@@ -57,7 +57,7 @@ def cell(options: argparse.Namespace, model: str, seed: int) -> list[dict[str, A
 
 
 def run_cell(options: argparse.Namespace, model: str, seed: int) -> None:
-    """Run a cell here and keep its rows."""
+    """Run a cell in this process and save its rows."""
     import resource
 
     import torch
@@ -73,7 +73,7 @@ def run_cell(options: argparse.Namespace, model: str, seed: int) -> None:
 
 
 def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sum rows of single seeds up: mean and standard deviation of each metric."""
+    """Summarise rows of single seeds: mean and standard deviation of each metric."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in cells:
         groups.setdefault(tuple(row.get(name) for name in GROUP_KEYS), []).append(row)
@@ -92,9 +92,9 @@ def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_differences(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to summed rows their paired differences to the other rows of the same events, and that to the rule.
+    """Add to summarised rows their paired differences to the other rows of the same events, and to the rule.
 
-    Rows of the same events, by seed, are paired; where there are several seeds, their mean differences.
+    Rows of the same events are paired by seed; with several seeds, differences are averaged.
     """
     groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
     for row in cells:
@@ -114,7 +114,7 @@ def with_differences(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) ->
 
 
 def _paired(own: list[dict[str, Any]], models: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return the mean differences of rows to those of other models of the same events, with their intervals."""
+    """Return the mean differences of rows to other models' rows of the same events, with intervals."""
     columns: dict[str, np.ndarray] = {}
     for other, theirs in models.items():
         others = {row["asked"]: row for row in theirs}
@@ -161,7 +161,7 @@ def kept_cells(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def with_earlier(rows: list[dict[str, Any]], place: Path, order: list[str]) -> list[dict[str, Any]]:
-    """Keep what the results file says of models that have no cell here."""
+    """Keep the rows of the results file of models that have no cell here."""
     earlier = json.loads(place.read_text()) if place.is_file() else []
     measured = {_kind(row) for row in rows}
     rows = rows + [row for row in earlier if _kind(row) not in measured]

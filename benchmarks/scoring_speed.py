@@ -1,17 +1,17 @@
 """Seconds to score 100 candidates for a user of 50 events: ours against a cross-encoder and others, at 135M parameters.
 
     python benchmarks/scoring_speed.py [--threads 2] [--rounds 5]                         speed: 20 to 60 minutes
-    python benchmarks/scoring_speed.py --quality DIR [--rows 640] [--seeds 0 1 2]        AUC beside each way of reading
+    python benchmarks/scoring_speed.py --quality DIR [--rows 640] [--seeds 0 1 2]        AUC of each way of encoding
 
 Speed: SmolLM2-135M's shapes with random weights, in bfloat16 where the processor multiplies it in hardware, else in
 float32; a user of 600 tokens = 50 events, candidates of 12 tokens. All ways run in one process, in turn (ABAB), and
-medians are compared; ways of under 0.2 seconds run five times a round, each time prepared anew. The first round warms
-up and is not counted, but for ways of over 20 seconds. Rivals read the same number of tokens as ours, without padding,
-in the fastest of some batch sizes. What is in a cache is said beside each row. sentence-transformers is left out,
-saying so, where it is not installed.
+medians are compared; ways of under 0.2 seconds run five times a round, each time newly prepared. The first round is a
+warm-up and is not counted, except for ways of over 20 seconds. Rivals encode as many tokens as M6-Rec, without padding,
+with the fastest of several batch sizes. Each row states what is cached. sentence-transformers is left out with a
+message if it is not installed.
 
-Quality: DIR holds `ml-100k`; see `_quality.py`. Cells are kept in `--runs`, so that a broken run goes on where it
-stopped.
+Quality: DIR holds `ml-100k`; see `_quality.py`. Cells are kept in `--runs`, so that an interrupted run can be
+resumed.
 
 Both parts write benchmarks/results/scoring_speed.json, each its own fields; the last line printed is the same JSON.
 """
@@ -128,7 +128,7 @@ class Ours:
         self._score(user_states=self.users)
 
     def ways(self) -> Iterator[Way]:
-        """The ways, the one that the goals speak of first."""
+        """The ways; the first is the one of the goals."""
         yield Way(self.name, self._score, "all texts cached; the user is read anew by the joint layers", self._warm)
         yield Way(
             f"{self.name}_user_warm",
@@ -166,7 +166,7 @@ def prepared(way: Way) -> float:
 
 
 def rivals() -> Iterator[Way]:
-    """What we are compared with."""
+    """Yield the ways of the rivals."""
     rival, config = CrossEncoder(SHAPE, DTYPE), M6RecConfig(**SHAPE)
     request = make_request(config, random.Random(0))
     few = Request(request.user, request.candidates[:20])
@@ -271,7 +271,7 @@ def measure_speed(rounds: int) -> dict[str, Any]:
 
 
 def merged(old: dict[str, Any], new: dict[str, Any], aucs: dict[str, float]) -> dict[str, Any]:
-    """Put new speeds, or new AUCs, beside what is known of the other."""
+    """Merge new speeds, or new AUCs, with the earlier results of the other part."""
     known = {row["name"]: row["auc"] for row in old.get("rows", []) if row.get("auc") is not None} | aucs
     result = {**old, **new}
     result["rows"] = [{**row, "auc": known.get(row["name"])} for row in result.get("rows", [])]

@@ -3,17 +3,17 @@
     python benchmarks/training_speed.py [--data DIR] [--turns 5] [--steps 16]                        about 10 minutes
     python benchmarks/training_speed.py --rectools-python PATH [--batches 30]                        5 minutes more
 
-DIR holds `tallrec-movie`, `ml-100k` and `amazon-beauty`. Times are the processor's own seconds, with one thread by
-default, so that others who share the machine do not count; a turn's first step warms up and is not counted.
+DIR holds `tallrec-movie`, `ml-100k` and `amazon-beauty`. Times are processor seconds, with one thread by default,
+so that other work on the machine does not count; a turn's first step is a warm-up and is not counted.
 
 Llama: the same rows of TALLRec (ten films that a user liked or not, and one more), the same ids in the same batches,
-the same width, layers, heads and vocabulary, random weights, no drop-out, the same arguments of the Trainer; ours and
-theirs take turns in one process, and the ratio is the median of the turns' ratios. Ours reads a batch's distinct texts
-once and joins what is left of them in the last layers; Llama reads whole rows. With `group_user_rows` 8, eight rows of
-a user stay together in a batch, for both. A token is an id that is no padding, counted once for both: the ratio is also
-that of the rows per second.
+the same width, layers, heads and vocabulary, random weights, no drop-out, the same arguments of the Trainer; both
+models take turns in one process, and the ratio is the median of the turns' ratios. M6-Rec encodes a batch's distinct
+texts once and joins their states in the last layers; Llama encodes whole rows. With `group_user_rows` 8, eight rows of
+a user stay together in a batch, for both. A token is an id that is not padding, counted once for both: the ratio is
+also that of the rows per second.
 
-SASRec: `_rectools_epoch.py`, run by the python of an environment of its own (pip install "rectools[torch]"), reads the
+SASRec: `_rectools_epoch.py`, run with the python of a separate environment (pip install "rectools[torch]"), uses the
 same training part of Amazon Beauty; without `--rectools-python` its part is left out and null. Both have two layers of
 width 64 that read the history, 128 users a batch, the whole catalogue in the softmax, 32-bit numbers.
 
@@ -53,11 +53,11 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "
 JOINT = 2
 BATCH = 32
 TOGETHER = (1, 8)
-"""Rows of a user that stay together in a batch; the first is what is compared."""
+"""Number of rows of a user that stay together in a batch; the first is compared."""
 WIDTH, BLOCKS, HEADS, EVENTS, USERS, DROPOUT = 64, 2, 2, 50, 128, 0.2
 """Of both models of Amazon Beauty; USERS in a batch."""
 LOSSES = ({"negatives": "catalogue"}, {"negatives": "sampled", "num_sampled": 256})
-"""What retrieval is learnt against; the first is what is compared."""
+"""Negatives of retrieval; the first is compared."""
 
 
 class Clock(TrainerCallback):
@@ -230,7 +230,7 @@ def beauty_run(data: Path, task: dict[str, Any], batches: int, output: str) -> R
 
 
 def against_rectools(options: argparse.Namespace, output: str) -> list[dict[str, Any]]:
-    """Time an epoch of each, or as many batches as were asked for; one row for each loss."""
+    """Time an epoch of each, or `--batches` batches; one row for each loss."""
     found = []
     for task in LOSSES:
         run = beauty_run(options.data, task, options.batches, f"{output}/ours")
@@ -291,7 +291,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure what was asked for, then print and write it."""
+    """Measure the requested parts, then print and write the results."""
     options = parse()
     torch.set_num_threads(options.threads)
     print("time budget: 10 minutes for Llama, 5 to 10 more for RecTools, on one free core", flush=True)

