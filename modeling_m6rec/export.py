@@ -1,6 +1,6 @@
 """The model as a graph of `torch.export` or ONNX: scores of candidates, vectors of users and vectors of items.
 
-Any number of rows and of tokens goes through one graph, which runs the plan "flat".
+One graph accepts any number of rows and tokens; it runs the plan "flat".
 
 Shapes: B rows, T tokens of a row, N targets of a row, I interactions, M items of up to L tokens, D = vector_width.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 ONE_FILE = 1 << 30
-"""Bytes of weights up to which an ONNX model is one file; those of a larger one stand in a second file."""
+"""Most bytes of weights in a single ONNX file; larger models store their weights in a second file."""
 
 
 class ScorePart(nn.Module):
@@ -50,7 +50,7 @@ class ScorePart(nn.Module):
 
 
 class UserPart(nn.Module):
-    """Makes the vector of the user of each row, after all its events."""
+    """Makes each row's user vector after all its events."""
 
     def __init__(self, model: M6RecForRecommendation) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class UserPart(nn.Module):
 
 
 class ItemPart(nn.Module):
-    """Makes the vectors of items by themselves, as `M6RecForRecommendation.embed_items` does."""
+    """Makes the vectors of standalone items, as `M6RecForRecommendation.embed_items` does."""
 
     def __init__(self, model: M6RecForRecommendation) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class ItemPart(nn.Module):
 
 PARTS = {"score": ScorePart, "user": UserPart, "item": ItemPart}
 OUTPUTS = {"score": "scores", "user": "user_vectors", "item": "item_vectors"}
-"""Names of what the ONNX file of each part gives."""
+"""Name of the output of each part's ONNX file."""
 
 
 def export_program(
@@ -96,17 +96,17 @@ def export_program(
 ) -> "ExportedProgram":
     """Export a part of a model with `torch.export`, for any number of rows and tokens.
 
-    Inputs are `input_ids` and `attention_mask`, and of a model with item embeddings also their rows:
-    `item_embedding_ids` of "score" and "user" (B x T), `memory_ids` of "item" (M), 0 = none.
+    Inputs are `input_ids` and `attention_mask`. A model with item embeddings also takes their rows:
+    `item_embedding_ids` for "score" and "user" (B x T), `memory_ids` for "item" (M), 0 = none.
 
     Args:
         model: The model; a PEFT model is merged first, by its `merge_and_unload`.
         part: "score" gives B x N scores, "user" B x D and "item" M x D vectors.
         task: Which score: "click", "rating" or "interaction".
-        strict: As of `torch.export.export`.
+        strict: As in `torch.export.export`.
 
     Raises:
-        ValueError: The model, the part or the task cannot be exported; the message says why.
+        ValueError: If the model, the part or the task cannot be exported; the message gives the reason.
     """
     _refuse(model, part, task)
     module = ScorePart(model, task) if part == "score" else PARTS[part](model)
@@ -117,7 +117,7 @@ def export_program(
 
 
 def to_onnx(model: M6RecForRecommendation, path: str | Path, part: str = "score", task: str = "click") -> Path:
-    """Write a part of a model as ONNX; inputs as of `export_program`, the output is named after the part.
+    """Write a part of a model as ONNX; inputs as in `export_program`, the output is named after the part.
 
     It needs `pip install 'm6rec[onnx]'`. Weights above a gigabyte are written into a second file, `path`.data.
 
@@ -157,7 +157,7 @@ def _refuse(model: M6RecForRecommendation, part: str, task: str) -> None:
 
 
 def _example(model: M6RecForRecommendation, part: str) -> dict[str, torch.Tensor]:
-    """Make two rows to trace the graph with: only their form matters."""
+    """Make two rows for tracing the graph; only their shapes matter."""
     config = model.config
     kinds, close = config.kind_token_ids, config.segment_token_id
     word = next(number for number in range(config.vocab_size) if number not in config.structural_token_ids)

@@ -1,4 +1,4 @@
-"""Published language models' weights as M6Rec, one file a family. Stays in the package: checkpoints do not carry it."""
+"""Conversion of published language models to M6Rec, one file per family. Checkpoints do not contain this code."""
 
 from .backbone import FAMILIES, from_backbone, load_backbone, load_tokenizer
 

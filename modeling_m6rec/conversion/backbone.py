@@ -1,4 +1,4 @@
-"""From a published language model to an M6Rec that computes the same: configuration, weights, new tokens.
+"""Conversion of a published language model to an M6Rec with equal outputs: configuration, weights, new tokens.
 
 Shapes: V tokens of the backbone, H = hidden_size.
 """
@@ -29,18 +29,18 @@ from .qwen3 import QWEN3
 logger = logging.getLogger(__name__)
 
 FAMILIES: dict[str, Family] = {"bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
-"""`model_type` of a configuration -> how to read it."""
+"""`model_type` of a configuration -> its family."""
 MAY_DIFFER = {"attention_dropout", "hidden_dropout", "initializer_range"}
-"""Fields that a backbone decides unless they are given; all its others are the shape of its weights."""
+"""Fields that take the backbone's values unless given; all its other fields follow from the shapes of its weights."""
 NEW_WEIGHTS = (
     *("score_head.", "item_norm.", "user_projection.", "item_projection."),
     *("model.embed_kind.", "model.embed_event.", "model.entry_norm."),
 )
-"""Weights that no language model has, besides those of item features."""
+"""Weights that no language model has, without those of item features."""
 SPREAD = 0.5
-"""How far new tokens lie from the mean token, as a share of how far words do: apart, yet less likely than words."""
+"""Distance of new tokens from the mean token, relative to that of words: distinct, but less likely than words."""
 PADDING = 0.1
-"""Most rows of an embedding that may stand for no token (sizes are rounded up), as a share."""
+"""Largest share of an embedding's rows without a token (sizes are rounded up)."""
 
 
 def from_backbone(
@@ -51,30 +51,30 @@ def from_backbone(
 ) -> M6RecForRecommendation:
     """Make an M6Rec of a language model: BERT, GPT-2, Llama, Qwen2 or Qwen3, with its head or without.
 
-    On plain text it computes what the backbone does. With all layers joint a causal backbone reads structured rows as
-    it reads any text, which is what zero-shot use wants; retrieval needs segment layers. The model's tokens are those
-    of `M6RecTokenizer.from_backbone`, made of the backbone's tokenizer. Rows of the tokens that it lacks:
+    On plain text its outputs equal the backbone's. With all layers joint, a causal backbone processes structured rows
+    like any text, as zero-shot use requires; retrieval needs segment layers. The model's tokens are those of
+    `M6RecTokenizer.from_backbone`, made from the backbone's tokenizer. Rows of the tokens that the backbone lacks:
 
-    - [MASK], [UNK], [BOS] and [EOS] begin as its own mask, unknown, first (or [CLS]) and last (or [SEP]) token;
-    - [PAD] is the mean of its tokens. It is never read, but where the head is tied, zeros would mean a logit of 0,
-      which is more than any word's in models whose logits are negative;
-    - all others are drawn around that mean with the covariance of its tokens, always alike.
+    - [MASK], [UNK], [BOS] and [EOS] start as its own mask, unknown, first (or [CLS]) and last (or [SEP]) token;
+    - [PAD] is the mean of its tokens. It is never an input, but with a tied head a zero row would give a logit of 0,
+      higher than any word's in models with negative logits;
+    - all others are drawn around that mean with the covariance of its tokens, with a fixed seed.
 
-    With more `num_hidden_layers` than the backbone has, the rest is new and stands on top.
+    If `num_hidden_layers` exceeds the backbone's, new layers are added on top.
 
-    Embeddings of kinds and events are zero. The heads of scores and vectors are new, as is, where the backbone has none
-    (`BertModel`), the writing head, which is then tied to the embeddings.
+    Embeddings of kinds and events are zero. The heads of scores and vectors are new. If the backbone has no writing
+    head (`BertModel`), it is new as well, and tied to the embeddings.
 
     Args:
         backbone: The model, or the Hub id, folder or GGUF file of one.
-        num_joint_layers: How many last layers read all segments together; None = all.
-        tokenizer: The backbone's own, or where it is; needed with a model, else read from where the model is.
-        **fields: Fields of M6RecConfig that the backbone does not decide, and `dtype`; by default the drop-outs and the
-            type of numbers are the backbone's.
+        num_joint_layers: Number of last layers that read all segments together; None = all.
+        tokenizer: The backbone's tokenizer, or its location; required with a model, else read from there.
+        **fields: Fields of M6RecConfig that the backbone does not determine, and `dtype`; by default dropout rates and
+            number type are the backbone's.
 
     Raises:
-        ValueError: The architecture is not supported, has a trait that an M6Rec block cannot hold, lacks weights or has
-            others, or contradicts `fields`.
+        ValueError: If the architecture is not supported, has a property that an M6Rec block cannot represent, has
+            missing or unexpected weights, or contradicts `fields`.
     """
     unknown = sorted(fields.keys() - {entry.name for entry in dataclasses.fields(M6RecConfig)})
     if unknown:
@@ -99,17 +99,17 @@ def from_backbone(
     model = M6RecForRecommendation._from_config(config, dtype=source.dtype if dtype == "auto" else dtype)
     _fill(model, weights)
     own_end = _first_id(base, "eos_token_id", "sep_token_id")
-    if own_end is not None:  # in untrained writing both ends are as likely as one another
+    if own_end is not None:  # before training both ends are equally likely
         model.generation_config.eos_token_id = sorted({config.eos_token_id, own_end})
     return model.to(source.device).eval()
 
 
 def load_backbone(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """Load a published language model whole: what transformers would replace or drop with a warning is an error.
+    """Load a complete published language model; weights that transformers would only warn about are errors.
 
     Args:
         name: Hub id, folder, or GGUF file.
-        dtype: Type of the numbers; "auto" = as they are stored.
+        dtype: Number type; "auto" = as stored.
     """
     where = _where(name)
     settings, _ = PreTrainedConfig.get_config_dict(**where)
@@ -153,7 +153,7 @@ def _refuse_odd_weights(what: str, lost: list[str], extra: list[str]) -> None:
 
 
 def _weights(source: PreTrainedModel, family: Family) -> Weights:
-    """Return a model's weights under our names; a tied head's are left out."""
+    """Return a model's weights under M6Rec's names, without those of a tied head."""
     weights: Weights = {}
     extra = []
     for name, tensor in family.untangle(source.state_dict()).items():
@@ -182,7 +182,7 @@ def _fields(
     num_joint_layers: int | None,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put the fields of M6RecConfig together: the shape of the weights, what suits it, what is given."""
+    """Combine the fields of M6RecConfig: shapes of the weights, defaults that suit them, and given fields."""
     shape = family.fields(source.config)
     shape |= {"lm_head_transform": "lm_transform.dense.weight" in weights, "lm_head_bias": "lm_head.bias" in weights}
     shape |= {"tie_word_embeddings": "lm_head.weight" not in weights, **ids}
@@ -195,7 +195,7 @@ def _fields(
     causal = family.causal and getattr(source.config, "is_causal", True)
     attention = "causal" if causal else "bidirectional"
     whole = num_joint_layers in (None, shape["num_hidden_layers"])
-    # Learned places are those of a text: only a causal model that reads a request as one text counts on.
+    # Learned positions are those of a text: they continue across segments only if a causal model reads one whole text.
     counts_on = shape["position_embedding_type"] == "rotary" or causal and whole
     writes = causal and source.get_output_embeddings() is not None and shape["num_hidden_layers"] == layers
     return {
@@ -211,7 +211,7 @@ def _fields(
 
 
 def _add_rows(weights: Weights, base: TokenizersBackend, ids: Mapping[str, int]) -> None:
-    """Fit embeddings, and the head's weights where they are apart, to the tokens of M6Rec."""
+    """Extend embeddings, and the weights of an untied head, to the tokens of M6Rec."""
     table, size = weights["model.embeddings.tokens.weight"], ids["vocab_size"]
     rows, tokens = len(table), len(base)
     if max(base.get_vocab().values()) >= tokens:
@@ -249,9 +249,9 @@ def _grown(table: torch.Tensor, known: int, size: int, copies: Mapping[int, int]
 
 
 def _fill(model: M6RecForRecommendation, weights: Weights) -> None:
-    """Load the weights; what M6Rec adds to a language model's states begins at zero.
+    """Load the weights; embeddings that M6Rec adds to a language model's states start at zero.
 
-    Texts mean something from the start: so a user's vector begins near those of the items they met last, not anywhere.
+    A user's vector then starts near the vectors of the last items, since texts are meaningful from the start.
     """
     lost, extra = model.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] * model.config.tie_word_embeddings

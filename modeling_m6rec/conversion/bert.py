@@ -1,4 +1,4 @@
-"""BERT and what is built like it, as MiniLM: with the head of masked language models, or without."""
+"""BERT and models of the same architecture, such as MiniLM, with or without a masked language model head."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from .family import Family, refuse, size_fields
 
 def fields(config: Any) -> dict[str, Any]:
     """BERT's block: post-norm, learned positions, row 0 of its token types for every token."""
-    # transformers 5 reads every position as absolute, whatever the file says.
+    # transformers 5 treats all positions as absolute, independently of the file.
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     refuse(
         {

@@ -1,4 +1,4 @@
-"""How a family of language models is described, and what several families have in common."""
+"""Description of a family of language models, and parts that several families share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,22 +9,22 @@ Weights = dict[str, torch.Tensor]
 
 
 class Family(NamedTuple):
-    """What is to be known of a family to read its checkpoints."""
+    """Description of a family for reading its checkpoints."""
 
     base: str
-    """Name of the class in transformers that has no head."""
+    """Name of the class without head in transformers."""
     head: str
-    """Name of the class that writes."""
+    """Name of the class with a writing head."""
     fields: Callable[[Any], dict[str, Any]]
-    """Its configuration -> fields of M6RecConfig; raises ValueError for what an M6Rec block cannot hold."""
+    """Its configuration -> fields of M6RecConfig; raises ValueError for properties that an M6Rec block cannot have."""
     names: Mapping[str, str]
-    """Pattern of a module's name, without the prefix of the body -> the name of ours."""
+    """Pattern of a module's name, without the prefix of the body -> M6Rec's name."""
     causal: bool = True
-    """Whether it reads a document from left to right only."""
+    """Whether its attention is causal."""
     unread: str = r"(?!)"
-    """Pattern of the weights that M6Rec has no use for."""
+    """Pattern of the weights that M6Rec does not use."""
     untangle: Callable[[Weights], Weights] = dict
-    """Brings weights into the form of plain linear layers, before they are renamed."""
+    """Converts weights to the form of plain linear layers, before they are renamed."""
 
 
 DECODER_NAMES = {
@@ -35,11 +35,11 @@ DECODER_NAMES = {
     r"norm": r"model.norm",
     r"lm_head": r"lm_head",
 }
-"""Names of Llama, which Qwen2 and Qwen3 took over."""
+"""Names of modules in Llama, Qwen2 and Qwen3."""
 
 
 def refuse(problems: Mapping[str, Any]) -> None:
-    """Raise if any of the problems (what it is -> whether it is there) is there.
+    """Raise an error if any problem (description -> whether it is present) is present.
 
     >>> refuse({"it is a decoder": False, "it has an odd mask": True})
     Traceback (most recent call last):
@@ -51,7 +51,7 @@ def refuse(problems: Mapping[str, Any]) -> None:
 
 
 def size_fields(config: Any) -> dict[str, Any]:
-    """Fields that every family names alike, and the traits of M6Rec's block that few of them have."""
+    """Fields with equal names in all families, and properties of M6Rec's block that few families have."""
     return {
         "hidden_size": config.hidden_size,
         "embedding_size": config.hidden_size,

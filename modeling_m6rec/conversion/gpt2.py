@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, and weights that stand transposed, those of queries, keys and values fused."""
+"""GPT-2: learned positions, layer norms, transposed weights, and fused weights of queries, keys and values."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from .family import Family, Weights, refuse, size_fields
 
 
 def fields(config: Any) -> dict[str, Any]:
-    """GPT-2's block; of its two drop-outs of states, that of the residual serves both."""
+    """GPT-2's block; its residual dropout rate replaces both of its dropout rates of states."""
     refuse(
         {
             "add_cross_attention=True": config.add_cross_attention,
@@ -33,7 +33,7 @@ def fields(config: Any) -> dict[str, Any]:
 
 
 def untangle(weights: Weights) -> Weights:
-    """Turn the transposed weights (`c_...`), and cut the fused ones in three."""
+    """Transpose the weights `c_...`, and split the fused weights into three."""
     plain: Weights = {}
     for name, tensor in weights.items():
         turned = tensor.T if ".c_" in name and name.endswith(".weight") else tensor
