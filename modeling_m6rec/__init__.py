@@ -1,7 +1,7 @@
 """m6rec: the open M6-Rec, a generative language model that is also a recommender.
 
-Importing it makes the model known to Transformers. Text, pipeline, catalogue and tuning are imported when they are
-first asked for, by their names here or by the library that they belong to.
+Importing it registers the model with Transformers. Text, pipeline, catalogue and tuning are imported at their first
+use, by their names here or by the library that they belong to.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ LAZY = {
     "UserStates": "m6rec.segment_cache_m6rec",
     "fit": "m6rec.train",
 }
-"""Names of the package that are imported when they are first asked for, and where they are."""
+"""Names of the package that are imported at their first use, and their modules."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,14 @@
-"""Files and folders that appear whole: a reader finds the old content or the new one, never half of either.
+"""Atomic writes of files and folders: a reader finds the complete old content or the complete new content.
 
-New content is written under a hidden name in the same folder, brought to the disk, and takes its place by renaming. An
-error or a full disk removes it and leaves the old content. A killed process leaves hidden names; the next write to the
-same place, or `recover`, finishes or removes them. What a live process is writing is locked, where the system has file
-locks, and is left alone. Files get the mode that the umask gives, whatever the library that wrote them does.
+New content is written under a hidden name in the same folder, synchronised to disk, and renamed to its place. After an
+error or with a full disk it is removed and the old content stays. A killed process leaves hidden names; the next write
+to the same place, or `recover`, finishes or removes them. Hidden names that a live process writes to are locked, if the
+system has file locks, and are not touched. Files get the mode of the umask, independently of the library that writes.
 
-A folder cannot replace another in one renaming: for a moment, or after a kill in that moment, it has no folder at its
-name. `standing` finds the old one then.
+A folder cannot replace another in one renaming: for a moment, or after a kill in that moment, there is no folder at
+the place. `standing` then finds the old folder.
 
-A `Journal` is appended to instead, a record at a time: each is there whole, or not at all.
+A `Journal` is extended instead, one record at a time: each record is complete or absent.
 """
 
 import errno
@@ -28,33 +28,33 @@ from typing import Any
 from safetensors import SafetensorError
 
 PARTIAL, COMPLETE, REPLACED = ".partial-", ".complete-", ".replaced-"
-"""How hidden names begin: being written; complete files on the move to their places; about to be removed."""
+"""Prefixes of hidden names: being written; complete files being moved to their places; about to be removed."""
 HIDDEN = re.compile(r"(?P<kind>\.partial-|\.complete-|\.replaced-)(?:[0-9a-f]{16}-)?(?P<name>.+)")
 JOURNAL = "files.json"
-"""In a folder of complete files: the names to move, in order, and the patterns of files that they make obsolete."""
+"""File in a folder of complete files: names to move, in order, and patterns of files that become obsolete."""
 FILES = "model"
-"""What stands in a hidden name for several files of a folder."""
+"""Part of a hidden name for several files of a folder."""
 MOST_WRITERS = 100
-"""Another writer may put its folder in place between our two renamings so many times."""
+"""Number of retries if another writer's folder takes the place between the two renamings."""
 _fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 UNLOCKED = -1
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write one file, texts as UTF-8 with the line ends that they have; missing folders are made."""
+    """Write one file atomically, texts as UTF-8 with unchanged line ends; missing folders are created."""
     with atomic_file(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], durable: bool = True, partial: Path | None = None) -> Iterator[Path]:
-    """Yield the path of a hidden file to write; it takes its place unless an error is raised.
+    """Yield the path of a hidden file to write; it is moved to its place unless an error is raised.
 
     Args:
         path: The place.
-        durable: Wait until the content is on the disk, so that a power cut leaves the old file or the new one.
-        partial: The hidden file, if the caller names it and removes what killed processes leave of it. A link in the
-            place is then replaced itself, not what it points to.
+        durable: Wait until the content is on disk, so that a power failure leaves the old file or the new one.
+        partial: The hidden file, if the caller names it and removes leftovers of killed processes. A link at the place
+            is then replaced itself, not its target.
     """
     if partial is not None:
         with _removed_if_failed(partial):
@@ -80,14 +80,14 @@ def atomic_file(path: str | os.PathLike[str], durable: bool = True, partial: Pat
 
 @contextmanager
 def atomic_folder(place: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
-    """Yield a hidden folder to write into; it takes its place, also that of an old folder, unless an error is raised.
+    """Yield a hidden folder to write into; it replaces the folder at the place unless an error is raised.
 
     Args:
-        place: The place. What stands there is replaced as a whole.
+        place: The place. A folder there is replaced completely.
         shared: Several processes write into the hidden folder, whose name is then `shared_partial(place)`.
 
     Raises:
-        NotADirectoryError: A file has that name.
+        NotADirectoryError: If there is a file with that name.
     """
     place = _resolved(place)
     if place.exists() and not place.is_dir():
@@ -109,16 +109,16 @@ def atomic_folder(place: str | os.PathLike[str], shared: bool = False) -> Iterat
 def atomic_files(
     folder: str | os.PathLike[str], obsolete: Sequence[str] = (), last: Sequence[str] = ("config.json",)
 ) -> Iterator[Path]:
-    """Yield a hidden folder to write into; its files then take their places in `folder`, all or none.
+    """Yield a hidden folder to write into; its files are then moved to `folder`, all or none.
 
-    Other files of the folder stay. A process that is killed while the files move, which takes no time to speak of, is
-    finished by the next one.
+    Other files of the folder stay. If a process is killed during the short time of moving, the next process finishes
+    the move.
 
     Args:
-        folder: Where the files belong; it is made if need be.
-        obsolete: Patterns of files in `folder` that are removed, unless they are among the new ones or none of the new
-            ones matches any of the patterns.
-        last: Names that are moved after all others: who finds them finds all.
+        folder: Folder of the files; it is created if it does not exist.
+        obsolete: Patterns of files in `folder` to remove, except new files; nothing is removed if no new file matches a
+            pattern.
+        last: Names that are moved after all others: if they exist, all files exist.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,11 +141,11 @@ def atomic_files(
 
 
 def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
-    """Finish or remove what killed processes have left in a folder.
+    """Finish or remove leftovers of killed processes in a folder.
 
     Args:
         folder: The folder.
-        name: Of the file or folder in it that is put right; None = all.
+        name: Name of the file or folder in it to recover; None = all.
     """
     folder = Path(folder)
     found = [(path, HIDDEN.fullmatch(path.name)) for path in folder.glob(".*-*")] if folder.is_dir() else []
@@ -166,7 +166,7 @@ def recover(folder: str | os.PathLike[str], name: str | None = None) -> None:
 
 
 def standing(place: str | os.PathLike[str]) -> Path:
-    """Return where a folder is to be read: at its place, or if that is missing, where a replacement has moved it."""
+    """Return the path for reading a folder: its place or, if missing, the path to which a replacement moved it."""
     place = _resolved(place)
     if place.exists() or not place.parent.is_dir():
         return place
@@ -183,17 +183,17 @@ def shared_partial(place: Path) -> Path:
 class Journal:
     """Appends records to a file that one process at a time writes to.
 
-    A record is a line of a checksum and JSON. `append` returns once it is on the disk. A last line without its end is
-    what a killed process has left of a record before `append` returned: it is not read, and the next writer removes it.
+    A record is a line with a checksum and JSON. `append` returns once the record is on disk. An incomplete last line is
+    the rest of a record from a process that was killed during `append`: it is ignored, and the next writer removes it.
 
     Args:
         path: The file.
-        known: Bytes of the records that are known already; those behind are `unread`.
+        known: Bytes of the records that are known already; later records are in `unread`.
 
     Raises:
-        BlockingIOError: Another process, or another object of this one, writes to it.
-        ValueError: It is damaged.
-        OSError: It cannot be written.
+        BlockingIOError: If another process, or another object of this process, writes to it.
+        ValueError: If it is damaged.
+        OSError: If it cannot be written.
     """
 
     def __init__(self, path: Path, known: int = 0) -> None:
@@ -228,7 +228,7 @@ class Journal:
         return not self._file.closed and self._process == os.getpid()
 
     def append(self, record: Any) -> None:
-        """Append a record; on an error the file is as it was."""
+        """Append a record; after an error the file is unchanged."""
         data = _journal_line(record)
         try:
             written = 0
@@ -242,7 +242,7 @@ class Journal:
         self.size += len(data)
 
     def close(self) -> None:
-        """Let others write to it."""
+        """Release the file for other writers."""
         self._file.close()
 
 
@@ -250,15 +250,15 @@ def read_journal(data: bytes, path: Path, known: int = 0) -> tuple[list[Any], in
     """Read the records of a journal.
 
     Args:
-        data: What the file holds.
+        data: Content of the file.
         path: The file, for the error.
-        known: Bytes at its beginning that are not read.
+        known: Bytes at its beginning to skip.
 
     Returns:
-        The records, and how many bytes whole records take, `known` included.
+        The records, and the bytes of complete records, including `known`.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: If it is damaged.
     """
     size = data.rfind(b"\n") + 1
     if size < known:
@@ -278,7 +278,7 @@ def _journal_line(record: Any) -> bytes:
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Follow a link: what it points to is replaced, not the link."""
+    """Resolve a link, so that its target is replaced, not the link."""
     return Path(path).resolve() if Path(path).is_symlink() else Path(path).absolute()
 
 
@@ -304,8 +304,8 @@ def _lock(path: Path) -> int | None:
     """Lock a file or folder; a kill releases it.
 
     Returns:
-        The descriptor that holds the lock, `UNLOCKED` where there are no locks; None if another process holds it, or
-        it is gone.
+        The descriptor that holds the lock, `UNLOCKED` without file locks; None if another process holds the lock, or
+        the file is gone.
     """
     if _fcntl is None:
         return UNLOCKED
@@ -353,7 +353,7 @@ def _removed_if_failed(partial: Path) -> Iterator[None]:
 
 
 def _swap(fresh: Path, place: Path) -> None:
-    """Put a written folder in the place of another."""
+    """Replace a folder by a newly written one."""
     for _ in range(MOST_WRITERS):
         old = _hidden(place, REPLACED)
         with suppress(FileNotFoundError):
@@ -374,7 +374,7 @@ def _swap(fresh: Path, place: Path) -> None:
 
 
 def _move_files(complete: Path, folder: Path) -> None:
-    """Let complete files take their places; may be begun again at any point."""
+    """Move complete files to their places; it can be repeated after an interruption at any point."""
     journal = complete / JOURNAL
     if journal.exists():  # else they all have, and it was killed while it cleaned up
         content = json.loads(journal.read_text(encoding="utf-8"))
@@ -403,7 +403,7 @@ def _remove(path: Path) -> None:
 
 
 def _bring_back(old: Path, place: Path) -> None:
-    """Give a folder its place again, unless other processes have moved it or have put another there meanwhile."""
+    """Move a folder back to its place, unless other processes have moved it or have replaced it meanwhile."""
     try:
         os.replace(old, place)
     except OSError as error:
@@ -412,7 +412,7 @@ def _bring_back(old: Path, place: Path) -> None:
 
 
 def _discard(old: Path, place: Path) -> None:
-    """Remove a folder that was replaced, under a name that nobody takes for a whole one if this is interrupted."""
+    """Remove a replaced folder, under a name that marks it as incomplete if removal is interrupted."""
     with suppress(FileNotFoundError):
         os.replace(old, partial := _hidden(place, PARTIAL))
         _remove(partial)
@@ -426,7 +426,7 @@ def _changed(path: Path) -> int:
 
 
 def _file_mode(folder: Path) -> int:
-    """Return the mode of new files in a folder. Asking for the umask would set it, for other threads as well."""
+    """Return the mode of new files in a folder. Reading the umask would set it, for other threads as well."""
     probe = folder / f"{PARTIAL}mode"
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode & 0o777
@@ -435,7 +435,7 @@ def _file_mode(folder: Path) -> int:
 
 
 def _finish_folder(folder: Path, mode: int) -> None:
-    """Make sure that all of a folder is on the disk before it gets its name."""
+    """Synchronise a folder's content to disk before it gets its name."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             _finish_file(path, mode, durable=True)

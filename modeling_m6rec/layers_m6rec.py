@@ -1,7 +1,7 @@
-"""The Transformer block: one description of it holds BERT, GPT-2, Llama and Qwen weights.
+"""The Transformer block, which can hold the weights of BERT, GPT-2, Llama and Qwen.
 
 Shapes: B rows, Q queries, K keys, H heads, G key/value heads, D = head_dim. In the shared form B = U * N: U users with
-N candidates each, S keys of a user; `n` of the N are read at once.
+N candidates each, S keys of a user; `n` of the N are computed at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +20,9 @@ from .configuration_m6rec import M6RecConfig
 from .layout_m6rec import gather_tokens
 
 SCORES_AT_ONCE = 1 << 19
-"""Attention scores to shared keys that are held together: larger tables leave the processor's cache."""
+"""Most attention scores to shared keys in one table: larger tables exceed the processor's cache."""
 SHORT = 32
-"""Up to so many keys the plain form of attention is faster on CPUs than the fused kernel, which starts row by row."""
+"""Number of keys up to which eager attention is faster on CPUs than the fused kernel, which starts row by row."""
 
 
 class SharedKeys(NamedTuple):
@@ -33,7 +33,7 @@ class SharedKeys(NamedTuple):
     value: torch.Tensor
     """U x G x S x D."""
     bias: torch.Tensor | None
-    """U x 1 x 1 x S, added to attention scores; None = all are seen."""
+    """U x 1 x 1 x S, added to attention scores; None = all keys are visible."""
 
     def followed_by(self, others: "SharedKeys") -> "SharedKeys":
         """Return these keys and others after them."""
@@ -65,12 +65,12 @@ class M6RecRMSNorm(nn.Module):
 
 
 def make_norm(config: M6RecConfig, size: int) -> nn.Module:
-    """Make the norm that the configuration names."""
+    """Make the norm of the configuration."""
     return M6RecRMSNorm(size, config.norm_eps) if config.norm_type == "rms" else nn.LayerNorm(size, config.norm_eps)
 
 
 class M6RecRotaryEmbedding(nn.Module):
-    """Cosines and sines of positions; buffer names are those that `_init_weights` computes again after a meta init."""
+    """Cosines and sines of positions; `_init_weights` recomputes buffers with these names after a meta init."""
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class M6RecRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn B x Q positions into cosines and sines, B x 1 x Q x D each, in the type of `hidden_states`."""
+        """Convert B x Q positions to cosines and sines, B x 1 x Q x D each, in the type of `hidden_states`."""
         angles = position_ids[..., None].float() * self.get_buffer("inv_freq").float()
         angles = torch.cat((angles, angles), -1)[:, None]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -100,8 +100,8 @@ class M6RecRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn B x H x Q x D queries or keys by their positions."""
-    if torch.is_grad_enabled():  # what is written into parts of a tensor takes longer to differentiate
+    """Rotate B x H x Q x D queries or keys by their positions."""
+    if torch.is_grad_enabled():  # in-place writes to parts of a tensor are slow to differentiate
         first, second = states.chunk(2, -1)
         return states * cos + torch.cat((-second, first), -1) * sin
     half, turned = states.shape[-1] // 2, states * cos
@@ -111,7 +111,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def _into(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Add `old` to `new`, which nothing else reads: in its place where no gradient and no number type forbids it."""
+    """Add `old` to `new`, which has no other use: in place if gradients and number types permit it."""
     return new + old if torch.is_grad_enabled() or new.dtype != old.dtype else new.add_(old)
 
 
@@ -125,9 +125,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend in the plain form; returns B x Q x H x D and the B x H x Q x K weights."""
+    """Compute eager attention; returns B x Q x H x D and the B x H x Q x K weights."""
     (rows, heads, queries, dim), (groups, keys) = query.shape, key.shape[1:3]
-    # The heads of a group are rows of one product, so that its keys are not copied for each.
+    # The heads of a group are rows of one product, so that its keys are not copied per head.
     folded = query.reshape(rows, groups, -1, dim)
     scores = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys)
     scores = torch.add(attention_mask[:, None], scores, alpha=scaling)
@@ -145,7 +145,7 @@ def shared_attention(
     scaling: float,
     shared: SharedKeys,
 ) -> torch.Tensor:
-    """Let each candidate attend to its user's keys, kept once, and to its own; nothing is copied.
+    """Attend from each candidate to its user's keys, stored once, and to its own keys, without copies.
 
     Args:
         query: U*N x H x Q x D.
@@ -164,8 +164,8 @@ def shared_attention(
     near = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys) + attention_mask[:, None]
     folded, near = (states.reshape(users, slots, groups, each, -1).transpose(1, 2) for states in (folded, near))
     own_value = value.view(users, slots, groups, keys, dim).transpose(1, 2)
-    # Candidates' own scores and weights stand behind the shared ones, where a key and a value of zeros make room for
-    # them: putting two tables together, and cutting them again, would copy both.
+    # Candidates' own scores and weights follow the shared ones in one table, in the room of keys and values of zeros:
+    # concatenating and splitting two tables would copy both.
     far_key, far_value = (nn.functional.pad(states, (0, 0, 0, keys)) for states in (shared.key, shared.value))
     far_key = far_key.transpose(2, 3)
     attended = []
@@ -211,9 +211,9 @@ class M6RecAttention(nn.Module):
         output_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; `layer_idx` is given at the call, as shared weights serve several layers of the cache.
+        """Attend; `layer_idx` is an argument of the call, since layers of the cache may share weights.
 
-        With `output_mask` (B x n places) these tokens attend to all Q, and the mask is theirs: B x 1 x n x K.
+        With `output_mask` (B x n indices) only these tokens attend to all Q, and the mask is B x 1 x n x K.
         """
         own = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
         query, key, value = (
@@ -241,7 +241,7 @@ class M6RecAttention(nn.Module):
 
     def _attention_function(self, key: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
         name = self.config._attn_implementation
-        # An exported graph is of all lengths.
+        # An exported graph must accept all lengths.
         short = not torch.compiler.is_exporting() and key.shape[2] <= SHORT
         if name == "sdpa" and short and key.device.type == "cpu":
             return eager_attention_forward
@@ -249,7 +249,7 @@ class M6RecAttention(nn.Module):
 
 
 class M6RecMLP(nn.Module):
-    """Two linear layers with an activation between, or its gated form."""
+    """Two linear layers with an activation between them, or the gated form."""
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class M6RecMLP(nn.Module):
 
 
 class M6RecLayer(GradientCheckpointingLayer):
-    """One block, pre-norm or post-norm; it serves as segment layer and as joint layer, only the mask differs."""
+    """One block, pre-norm or post-norm; segment layers and joint layers differ only in their masks."""
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__()
@@ -288,7 +288,7 @@ class M6RecLayer(GradientCheckpointingLayer):
         output_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Map B x Q x hidden_size to itself, or to B x n x hidden_size: what becomes of the tokens at `output_mask`."""
+        """Map B x Q x hidden_size to itself, or to B x n x hidden_size, the outputs of the tokens at `output_mask`."""
         inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
         attended, _ = self.self_attn(inner, rotary, attention_mask, output_mask=output_mask, **kwargs)
         hidden_states = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
@@ -316,11 +316,11 @@ class M6RecEmbeddings(nn.Module):
         self.projection = nn.Linear(size, config.hidden_size, bias=False) if wider else nn.Identity()
 
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Turn B x Q x embedding_size embeddings of tokens at B x Q positions into B x Q x hidden_size."""
+        """Convert B x Q x embedding_size token embeddings at B x Q positions to B x Q x hidden_size."""
         if self.types is not None:
             embeds = embeds + self.types.weight[0]
         if self.positions is not None:
-            # An exported graph cannot raise: its look-up of the position does.
+            # An exported graph cannot raise this error: its look-up of the position fails instead.
             exporting = torch.compiler.is_exporting()
             if not exporting and positions.numel() and int(positions.max()) >= self.positions.num_embeddings:
                 raise ValueError(
@@ -332,7 +332,7 @@ class M6RecEmbeddings(nn.Module):
 
 
 class LMHeadTransform(nn.Module):
-    """What stands between the last state and the writing head: BERT's dense layer, a narrowing one, or nothing."""
+    """Maps the last state to the input of the writing head: BERT's dense layer, a narrowing layer, or the identity."""
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__()
@@ -349,7 +349,7 @@ class LMHeadTransform(nn.Module):
 
 @contextmanager
 def inference_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout and gradients; afterwards each of its modules is in the mode it was in."""
+    """Run a model without dropout and gradients; afterwards restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

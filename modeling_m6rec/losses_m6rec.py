@@ -1,9 +1,9 @@
 """Losses of the four heads, and answers of the score head.
 
-A label of -100 is unknown and takes no part; an empty batch gives a loss of zero.
+A label of -100 is unknown and ignored; an empty batch gives a loss of zero.
 
-Each loss is the sum over its known labels divided by their weight: by that of the labels at hand, or by a given one,
-that of all labels of an optimizer step, so that the step does not depend on how it is split into batches.
+Each loss is the sum over its known labels divided by their weight. The weight is that of the given labels or, if
+passed, that of all labels of an optimizer step, so that the step does not depend on its split into batches.
 
 Shapes: B rows, T tokens, N targets of a row, K outputs of a scoring task, U user vectors, M items, D = embedding_dim,
 V = vocab_size.
@@ -21,25 +21,25 @@ from .layout_m6rec import Layout, layout
 from .values_m6rec import IGNORE_INDEX, SCORING_TASKS, label_field
 
 PRODUCTS_AT_ONCE = {"cpu": 1 << 22}
-"""Products of users and items that are held together, by kind of device: on a CPU what its cache takes,"""
+"""Most products of users and items in memory at once, by device type: on a CPU as many as its cache holds."""
 PRODUCTS_AT_ONCE_ELSEWHERE = 1 << 26
-"""elsewhere what bounds memory."""
+"""Most products in memory at once on other devices; this bounds memory."""
 Weight = torch.Tensor | float | None
-"""Of the labels of a whole optimizer step; None = of those at hand."""
+"""Weight of the labels of a whole optimizer step; None = weight of the given labels."""
 
 
 def loss_names(config: M6RecConfig) -> list[str]:
-    """Name the losses that a model of a configuration may have."""
+    """Return the names of the losses that a model with this configuration may have."""
     return ["text", *config.scored, "retrieval"]
 
 
 def given_labels(labels: torch.Tensor | None, name: str = "labels") -> torch.Tensor | None:
-    """Return labels, or None where one -100 a row (B) says that a batch holds none of this kind.
+    """Return labels, or None if they are one -100 per row (B), which marks a batch without labels of this kind.
 
-    The library's Trainer computes `eval_loss` only of batches that hold all labels which `forward` names.
+    The library's Trainer computes `eval_loss` only for batches with all labels that `forward` names.
 
     Raises:
-        ValueError: Known labels have one dimension.
+        ValueError: If known labels have only one dimension.
     """
     if labels is None or labels.dim() > 1:
         return labels
@@ -49,15 +49,15 @@ def given_labels(labels: torch.Tensor | None, name: str = "labels") -> torch.Ten
 
 
 def label_weights(batch: Mapping[str, torch.Tensor], config: M6RecConfig) -> dict[str, torch.Tensor]:
-    """Weigh the known labels of a batch for each loss: tokens that are predicted, targets times their class weight.
+    """Return the weight of a batch's known labels per loss: predicted tokens, or targets times their class weights.
 
     Args:
-        batch: What `M6RecForRecommendation.forward` takes.
-        config: Its configuration.
+        batch: Arguments of `M6RecForRecommendation.forward`.
+        config: Configuration of the model.
 
     Returns:
-        Loss by name -> the weight that its sum over this batch belongs to; summed over the batches of an optimizer step
-        they are what `forward` takes as `num_items_in_batch`.
+        Loss name -> weight of its labels in this batch; the sums over the batches of an optimizer step are the
+        argument `num_items_in_batch` of `forward`.
     """
     found: dict[str, torch.Tensor] = {}
     batch = {name: value for name, value in batch.items() if "labels" not in name or given_labels(value) is not None}
@@ -74,17 +74,17 @@ def label_weights(batch: Mapping[str, torch.Tensor], config: M6RecConfig) -> dic
 
 
 def text_targets(labels: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
-    """Say which token each position predicts: the next one, or its own where a document is read in both directions.
+    """Return the token that each position predicts: the next one, or its own in documents with bidirectional attention.
 
-    A document's first token is predicted by nothing, also where documents are packed or padded on the left.
+    No position predicts a document's first token, also if documents are packed or padded on the left.
 
     Args:
         labels: B x T ids of the tokens that carry loss, else -100.
         lay: Layout of the B x T tokens.
-        config: Says how documents are read.
+        config: Gives the attention of documents.
 
     Returns:
-        B x T ids, -100 where nothing is predicted.
+        B x T ids, -100 = no prediction.
     """
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     goes_on = lay.valid & functional.pad(lay.request[:, 1:] == lay.request[:, :-1], (0, 1))
@@ -100,43 +100,43 @@ def text_loss(logits: torch.Tensor, targets: torch.Tensor, weight: Weight = None
 
 
 class Form(ABC):
-    """How the K outputs of a scoring task become its answer, and how they are learnt.
+    """How the K outputs of a scoring task give its answer and its loss.
 
     A task names its form in SCORING_TASKS; several tasks may share one.
     """
 
     is_probability = True
-    """Whether answers are probabilities, so that it is known how sure they are."""
+    """Whether answers are probabilities and so have a confidence."""
 
     @abstractmethod
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
-        """Sum the losses of known labels: B x N x K logits, B x N labels or as many as logits.
+        """Sum the losses of known labels: B x N x K logits, B x N or B x N x K labels.
 
         Raises:
-            ValueError: A label has no meaning.
+            ValueError: If a label is invalid.
         """
 
     def weight(self, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
-        """Return what `loss` is divided by to be a mean: the number of known labels."""
+        """Return the divisor of `loss` for a mean: the number of known labels."""
         return (labels != IGNORE_INDEX).sum()
 
     @abstractmethod
     def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
-        """Turn ... x K logits into ... answers, or ... x K."""
+        """Convert ... x K logits to ... answers, or ... x K."""
 
     def confidence(self, logits: torch.Tensor) -> torch.Tensor:
-        """Say how sure each answer is: ... x K logits -> ... probabilities of the answer."""
+        """Return the confidence of each answer: ... x K logits -> ... probabilities of the answer."""
         raise TypeError(f"answers of {type(self).__name__} are no probabilities")
 
 
 class Classes(Form):
     """One class for each of the task's values: cross-entropy; the answer is the expected value (paper, scoring).
 
-    Class weights weigh the labels, also in the mean.
+    Class weights apply to the labels, also in the mean.
     """
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
-        """Sum the cross-entropies of B x N labels, which are among the task's values."""
+        """Sum the cross-entropies of B x N labels, which must be values of the task."""
         known = labels != IGNORE_INDEX
         classes, distance = self._classes(labels[known], task, config)
         if known.any() and distance.max() > 1e-4:
@@ -152,7 +152,7 @@ class Classes(Form):
         return known.sum() if weights is None else weights[self._classes(labels[known], task, config)[0]].sum()
 
     def answer(self, logits: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
-        """Return the expected value, clear of any class boundary: ... x K logits -> ..."""
+        """Return the expected value, which need not be one of the task's values: ... x K logits -> ..."""
         return logits.float().softmax(-1) @ torch.tensor(self._values(task, config), device=logits.device)
 
     def confidence(self, logits: torch.Tensor) -> torch.Tensor:
@@ -160,7 +160,7 @@ class Classes(Form):
         return logits.softmax(-1).amax(-1)
 
     def _classes(self, labels: torch.Tensor, task: str, config: M6RecConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the nearest of the task's values to each of n labels, and how far it is."""
+        """Return the nearest of the task's values to each of n labels, and its distance."""
         values = torch.tensor(self._values(task, config), device=labels.device)
         distance, classes = (labels.float()[:, None] - values).abs().min(1)
         return classes, distance
@@ -181,9 +181,9 @@ class Chance(Classes):
 
 
 class Chances(Form):
-    """One yes or no for each output by itself: binary cross-entropy; the mean is over labels.
+    """An independent yes or no for each output: binary cross-entropy; the mean is over labels.
 
-    A class weight makes an output's positives count so many times.
+    A class weight multiplies the loss of an output's positives.
     """
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, task: str, config: M6RecConfig) -> torch.Tensor:
@@ -209,7 +209,7 @@ class Chances(Form):
 
 
 class Number(Form):
-    """One output, a number: squared error. It is the distance from the middle of the task's values, if it has some."""
+    """One numeric output: squared error. If the task has values, the output is relative to their middle."""
 
     is_probability = False
 
@@ -226,7 +226,7 @@ class Number(Form):
 
 
 FORMS: dict[str, Form] = {"chance": Chance(), "classes": Classes(), "chances": Chances(), "number": Number()}
-"""The forms of answers by the names that SCORING_TASKS has of them."""
+"""The forms of answers by their names in SCORING_TASKS."""
 
 
 def form_of(task: str, config: M6RecConfig) -> Form:
@@ -237,7 +237,7 @@ def form_of(task: str, config: M6RecConfig) -> Form:
 def score_loss(
     task: str, logits: torch.Tensor, labels: torch.Tensor, config: M6RecConfig, weight: Weight = None
 ) -> torch.Tensor:
-    """Compute the loss of a scoring task of B x N x K logits and B x N (x K) labels."""
+    """Compute the loss of a scoring task from B x N x K logits and B x N (x K) labels."""
     form = form_of(task, config)
     total = form.loss(logits, labels, task, config)
     return _mean(total, form.weight(labels, task, config) if weight is None else weight)
@@ -256,7 +256,7 @@ def score_losses(
     Args:
         exit_scores: B x N x S score logits of each exit, the last layer's last.
         labels: Task -> B x N (x K) labels.
-        config: Which outputs belong to which task.
+        config: Assigns outputs to tasks.
         step_weights: Loss by name -> weight of the labels of the whole optimizer step.
     """
     found: dict[str, torch.Tensor] = {}
@@ -286,16 +286,16 @@ def retrieval_loss(
 ) -> torch.Tensor:
     """InfoNCE over the given items (paper, retrieval: in-batch negatives, temperature 0.07).
 
-    The items decide what it is: those of the batch, each once, make it the in-batch loss; with drawn negatives it is a
-    sampled softmax; with the whole catalogue it is the full softmax.
+    With the distinct items of the batch it is the in-batch loss, with drawn negatives a sampled softmax, with the whole
+    catalogue the full softmax.
 
     Args:
         users: U x D, l2-normalised.
         items: M x D, l2-normalised.
         labels: U rows of `items`.
         temperature: Divides the cosines.
-        log_frequency: M log probabilities with which each item got among `items` (logQ correction); None = none.
-        weight: Labels of the whole optimizer step.
+        log_frequency: M log probabilities that each item is among `items` (logQ correction); None = no correction.
+        weight: Number of labels of the whole optimizer step.
     """
     _check_rows(labels, items)
     total = _ChunkedInfoNCE.apply(users, items, labels, temperature, log_frequency)
@@ -309,7 +309,7 @@ def retrieval_losses(
     temperature: float,
     log_frequency: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """InfoNCE of each of the U users; see `retrieval_loss`, which sums it without ever holding all U x M products."""
+    """InfoNCE of each of the U users; `retrieval_loss` sums it without storing all U x M products."""
     _check_rows(labels, items)
     logits = (users / temperature @ items.T).float()  # U x M numbers are divided nowhere
     if log_frequency is not None:
@@ -318,7 +318,7 @@ def retrieval_losses(
 
 
 class _ChunkedInfoNCE(torch.autograd.Function):
-    """The sum of `retrieval_losses`, some users at a time; gradients are made with it, while products are at hand.
+    """The sum of `retrieval_losses`, some users at a time; forward also computes gradients, while products exist.
 
     A catalogue's products with all users of a batch do not fit into a processor's cache, and autograd would keep them.
     """
@@ -362,7 +362,7 @@ class _ChunkedInfoNCE(torch.autograd.Function):
 
 
 def _mean(total: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
-    """Divide a sum by the weight of what it sums over; the sum over nothing is zero, and so is its mean."""
+    """Divide a sum by the weight of its terms; an empty sum has the mean zero."""
     return total / (weight + (weight == 0))
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer: ordinary text tokens, the tokens that structure a request, and text that stays data."""
+"""The tokenizer: text tokens, structural tokens of requests, and encoding of text as data without special tokens."""
 
 import re
 import threading
@@ -10,7 +10,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, TokenizersBackend
 
 KINDS = ("user", "event", "age", "item", "now", "stat", "fact", "text", "option")
-"""Kinds of segments. The same tuple, in the same order, stands in the model's configuration."""
+"""Kinds of segments; equal to the tuple in the model's configuration, in the same order."""
 
 MARKERS = {
     "pad_token_id": "[PAD]",
@@ -22,14 +22,14 @@ MARKERS = {
     "eos_token_id": "[EOS]",
     "segment_token_id": "[SEG]",
 }
-"""Names of the configuration's fields and the spelling of the tokens whose ids they hold."""
+"""Names of the configuration's fields for token ids, and the spelling of these tokens."""
 
 KIND_TOKENS = tuple(f"[{kind.upper()}]" for kind in KINDS)
 
 _SETTINGS = threading.Lock()
 
 RARE = "\U00010600"
-"""A letter of an undeciphered script: a vocabulary that has an unknown token encodes it so."""
+"""A letter of an undeciphered script: a vocabulary with an unknown token encodes it as unknown."""
 
 
 def _option_tokens(num_options: int) -> list[str]:
@@ -37,10 +37,10 @@ def _option_tokens(num_options: int) -> list[str]:
 
 
 class M6RecTokenizer(TokenizersBackend):
-    """A fast tokenizer that knows the tokens of requests.
+    """A fast tokenizer with the tokens of requests.
 
-    Make one with `train` or `from_backbone`. It defines no `__init__`: a class that does is rebuilt from vocabulary
-    and merges on loading, without normaliser and pre-tokenizer.
+    Make one with `train` or `from_backbone`. It defines no `__init__`: loading would rebuild a class with `__init__`
+    from vocabulary and merges, without normaliser and pre-tokenizer.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -54,17 +54,17 @@ class M6RecTokenizer(TokenizersBackend):
         min_frequency: int = 2,
         leading_tokens: Sequence[str] = (),
     ) -> "M6RecTokenizer":
-        """Learn a byte-level BPE vocabulary; any text round trips up to Unicode normal form C.
+        """Train a byte-level BPE vocabulary; any text round-trips up to Unicode normal form C.
 
         Args:
-            iterator: Texts to learn from.
-            vocab_size: Tokens in all, the special ones included.
-            num_options: How many option tokens to provide.
-            min_frequency: How often a pair must occur to be merged.
+            iterator: Training texts.
+            vocab_size: Total number of tokens, including special tokens.
+            num_options: Number of option tokens.
+            min_frequency: Minimum frequency of a pair to be merged.
             leading_tokens: Special tokens to put before all others, which shifts every id.
 
         Raises:
-            ValueError: `vocab_size` does not hold the special tokens and the 256 bytes.
+            ValueError: If `vocab_size` is too small for the special tokens and the 256 bytes.
         """
         if isinstance(iterator, str):
             raise TypeError("train expects an iterable of texts, got one str: put it in a list")
@@ -91,15 +91,15 @@ class M6RecTokenizer(TokenizersBackend):
 
     @classmethod
     def from_backbone(cls, backbone: TokenizersBackend | str, num_options: int = 16) -> "M6RecTokenizer":
-        """Take over another checkpoint's tokenizer and append the special tokens that it lacks.
+        """Copy another checkpoint's tokenizer and append the special tokens that it lacks.
 
         Args:
             backbone: A fast tokenizer, or the name or path of a checkpoint that has one.
-            num_options: How many option tokens to provide.
+            num_options: Number of option tokens.
 
         Raises:
-            TypeError: The tokenizer is not a fast one.
-            ValueError: It already owns some of the kind or option tokens, so that they cannot be contiguous.
+            TypeError: If the tokenizer is not a fast one.
+            ValueError: If it already has some of the kind or option tokens, so that they cannot be contiguous.
         """
         base = AutoTokenizer.from_pretrained(backbone) if isinstance(backbone, str) else backbone
         if not isinstance(base, TokenizersBackend):
@@ -116,7 +116,7 @@ class M6RecTokenizer(TokenizersBackend):
 
     @classmethod
     def _around(cls, backend: Tokenizer, others: list[str]) -> "M6RecTokenizer":
-        """Wrap a backend that holds all special tokens; `others` are special tokens which are not ours."""
+        """Wrap a backend with all special tokens; `others` are the backbone's special tokens."""
         named = ("[PAD]", "[UNK]", "[MASK]", "[BOS]", "[EOS]")
         special = (*MARKERS.values(), *KIND_TOKENS, *_all_options(backend), *others)
         tokenizer = cls(
@@ -138,7 +138,7 @@ class M6RecTokenizer(TokenizersBackend):
         """The fields of `M6RecConfig` that this tokenizer decides: `M6RecConfig(**tokenizer.structural_ids)`.
 
         Raises:
-            ValueError: A token is missing, or kind or option tokens do not follow one another.
+            ValueError: If a token is missing, or the ids of kind or option tokens are not consecutive.
         """
         options = list(_all_options(self.backend_tokenizer))
         ids = {name: self._id_of(token) for name, token in MARKERS.items()}
@@ -167,18 +167,18 @@ class M6RecTokenizer(TokenizersBackend):
         return ids[0]
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode one text as data: `encode_texts` for one."""
+        """Encode one text as data; see `encode_texts`."""
         return self.encode_texts([text])[0]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts as data: no token is added, and what is spelled like a special token is ordinary text."""
+        """Encode texts as data: no token is added, and spellings of special tokens are ordinary text."""
         rows = self._encode_as_data(texts)
         special = {index for index, token in self.added_tokens_decoder.items() if token.special}
         return [ids if special.isdisjoint(ids) else self._spell_out(text, special) for text, ids in zip(texts, rows)]
 
     def _encode_as_data(self, texts: Sequence[str]) -> list[list[int]]:
         backend = self.backend_tokenizer
-        with _SETTINGS:  # of the backend, which all threads share
+        with _SETTINGS:  # lock: all threads share the backend's settings
             backend.no_truncation()  # an earlier call of the tokenizer may have left these on
             backend.no_padding()
             before = backend.encode_special_tokens
@@ -189,14 +189,14 @@ class M6RecTokenizer(TokenizersBackend):
                 backend.encode_special_tokens = before
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        """Decode ids of text; special tokens among them are left out."""
-        with _SETTINGS:  # a backend that is read cannot be set
+        """Decode ids of text without special tokens."""
+        with _SETTINGS:  # settings must not change while the backend decodes
             return str(self.decode(list(ids), skip_special_tokens=True))
 
     def _spell_out(self, text: str, special: set[int]) -> list[int]:
-        """Encode a text with special ids in it: unknown characters, or spellings that are pieces of a Unigram model.
+        """Encode a text whose ids contain special ids: unknown characters, or spellings that a Unigram model contains.
 
-        Spellings are cut in two, so that only what the vocabulary has no piece for may stay special.
+        Spellings are split in two, so that only characters that the vocabulary lacks may stay special.
         """
         spellings = sorted(self.get_added_vocab(), key=len, reverse=True)
         cuts = [found.start() + 1 for found in re.finditer("|".join(map(re.escape, spellings)), text)]
@@ -209,7 +209,7 @@ class M6RecTokenizer(TokenizersBackend):
 
 
 def _all_options(backend: Tokenizer) -> Iterator[str]:
-    """Yield the option tokens that a backend holds, from [OPT_0] on."""
+    """Yield the option tokens of a backend, starting with [OPT_0]."""
     index = 0
     while backend.token_to_id(f"[OPT_{index}]") is not None:
         yield f"[OPT_{index}]"

@@ -1,7 +1,4 @@
-"""What text and model must agree on, one rule each.
-
-Ids, times and numbers as users give them, the limits of a request, and the table of scoring tasks.
-"""
+"""Rules that text and model share: ids, times and numbers from users, limits of requests, table of scoring tasks."""
 
 import math
 import re
@@ -16,7 +13,7 @@ from typing import Any
 import numpy as np
 
 IGNORE_INDEX = -100
-"""A label that no loss counts."""
+"""A label that every loss ignores."""
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Characters of Chinese and Japanese, which are written without spaces."""
@@ -44,7 +41,7 @@ RENAMED_KEYS = {
 """Keys of version 0.1 in saved files and recipes, and their names since 0.2."""
 
 EXACT_FLOAT = 2**53
-"""From here on a float no longer tells neighbouring whole numbers apart."""
+"""From this number on, a float no longer distinguishes neighbouring whole numbers."""
 
 TIME_UNITS = {
     "seconds": (1e8, 1e11, 1.0),
@@ -58,7 +55,7 @@ Each reaches from 1973 to 5138. A smaller number is no time by itself: years (20
 spreadsheet (45244) and positions (0, 1, 2) are such numbers."""
 
 WORDS, MOMENT = "words", "moment"
-"""How a time is given that is not a number: as an ISO 8601 text, or as a date or datetime."""
+"""Forms of a time that is not a number: an ISO 8601 text, or a date or datetime."""
 
 EARLIEST, LATEST = -62135596800.0, 1e11
 """Seconds of the first time, the beginning of the year 1, and the end, in 5138: as numbers these stay seconds."""
@@ -146,8 +143,8 @@ def time_seconds(value: Any, place: str, relative: bool = False) -> float:
             between two events is worded, so a request may count from a beginning of its own.
 
     Raises:
-        ValueError: It is no time.
-        TypeError: It is of a type that no time has.
+        ValueError: If it is not a time.
+        TypeError: If its type is not a type of times.
     """
     return read_time(value, place, relative)[0]
 
@@ -250,7 +247,7 @@ def time_text(value: date, place: str) -> str:
 
 
 def short(value: Any) -> str:
-    """Write a value for an error, at no great length."""
+    """Return a short text of a value for an error."""
     if isinstance(value, int) and value.bit_length() > 300:
         return f"a whole number of {value.bit_length()} bits"
     text = _SHORT.repr(value)
@@ -344,39 +341,39 @@ def labelled_task(name: str) -> str | None:
 
 
 MAX_CHARACTERS = 100_000
-"""Of a text."""
+"""Most characters of a text."""
 
 MAX_EVENTS = 100_000
-"""Of a history."""
+"""Most events of a history."""
 
 MAX_CANDIDATES = 100_000
 
 MAX_FACTS = 10_000
 
 MAX_VALUES = 10_000
-"""Of a user, a moment, an event, a candidate or any other list, at all depths together."""
+"""Most values of a user, a moment, an event, a candidate or any other list, at all depths together."""
 
 MAX_REQUEST_VALUES = 2_000_000
-"""Of a whole request, at all depths together."""
+"""Most values of a whole request, at all depths together."""
 
 MAX_DEPTH = 12
-"""Lists and mappings within each other."""
+"""Largest depth of nested lists and mappings."""
 
 SIMPLE = frozenset({str, int, float, bool, type(None)})
-"""Types of values that hold no others."""
+"""Types of values that contain no other values."""
 
 
 def check_size(value: Any, place: str, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> None:
-    """Refuse a value that holds too many others, or holds them too deep; it may hold itself.
+    """Refuse a value with too many values inside, or too deep nesting; it may contain itself.
 
     Args:
         value: Any value.
-        place: Where it stands, for the error.
-        most: How many values it may hold, at all depths together.
-        depth: How many lists and mappings may stand within each other.
+        place: Its place in the request, for the error.
+        most: Most values inside, at all depths together.
+        depth: Largest depth of nested lists and mappings.
 
     Raises:
-        ValueError: It is too large.
+        ValueError: If it is too large.
     """
     level, count = [value], 0
     for _ in range(depth + 1):
@@ -409,7 +406,7 @@ def check_count(count: int, place: str, most: int) -> None:
 
 
 def _inner(value: Any) -> Any:
-    """Return the values that a value holds."""
+    """Return the values inside a value."""
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, Mapping):
@@ -418,7 +415,7 @@ def _inner(value: Any) -> Any:
 
 
 def rename_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the keys of version 0.1 their names of today.
+    """Rename the keys of version 0.1 to their current names.
 
     >>> rename_keys({"word_similarity": 0.3, "hidden_size": 8})
     {'tfidf_weight': 0.3, 'hidden_size': 8}
