@@ -378,7 +378,7 @@ def _move_files(complete: Path, folder: Path) -> None:
     journal = complete / JOURNAL
     if journal.exists():  # else they all have, and it was killed while it cleaned up
         content = json.loads(journal.read_text(encoding="utf-8"))
-        # Version 0.1 wrote the names alone.
+        # Version 0.1 wrote only the names.
         names, patterns = (content, []) if isinstance(content, list) else (content["move"], content["remove"])
         for path in {path for pattern in patterns for path in folder.glob(pattern)}:
             if path.name not in names:

@@ -132,7 +132,7 @@ def eager_attention_forward(
     scores = (folded @ key.transpose(2, 3)).view(rows, groups, -1, queries, keys)
     scores = torch.add(attention_mask[:, None], scores, alpha=scaling)
     weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training).view(rows, heads, queries, keys)
-    # The product reads the very tensor that is returned: a gradient can be asked of it.
+    # The product uses the returned tensor itself, so that its gradient can be computed.
     attended = (weights.view(rows, groups, -1, keys) @ value).view(rows, heads, queries, dim)
     return attended.transpose(1, 2).contiguous(), weights
 

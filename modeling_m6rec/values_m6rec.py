@@ -78,18 +78,18 @@ _DATE_DIGITS = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 
 
 def normalize_id(value: Any, place: str) -> str:
-    """Return an id as text: white space around it is removed, and 7, 7.0 and "7" are one id; "007" stays "007".
+    """Return an id as text without surrounding white space: 7, 7.0 and "7" are one id; "007" stays "007".
 
     >>> normalize_id(7.0, "item_id"), normalize_id(" A ", "item_id")
     ('7', 'A')
 
     Args:
-        value: A text that is not empty, a whole number, or a float or decimal that is whole. A float must be below
-            2**53: from there on two ids may be the same float.
-        place: Where the value stands, for the error.
+        value: A nonempty text, a whole number, or a float or decimal that is whole. A float must be below 2**53: from
+            there on two ids may be the same float.
+        place: Place of the value, for the error.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: If it is none of these.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -117,7 +117,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def near_id(item_id: str) -> str:
-    """Return what ids that people may mean as one have in common: `00006`, `6.0` and `6`; `Ab-1` and `ab-1`.
+    """Return a common form of ids that people may confuse: `00006`, `6.0` and `6`; `Ab-1` and `ab-1`.
 
     >>> near_id("00006"), near_id("6.0"), near_id("Ab-1 ")
     ('6', '6', 'ab-1')
@@ -130,17 +130,17 @@ def near_id(item_id: str) -> str:
 def time_seconds(value: Any, place: str, relative: bool = False) -> float:
     """Return a time as seconds since 1970, by one rule for requests and tables.
 
-    A number is in seconds, milliseconds, microseconds or nanoseconds by its magnitude (TIME_UNITS); so is a text that
-    holds one. Any other text is an ISO 8601 date or time. What names no zone is in UTC. Less than a microsecond is cut.
+    A number, or a text with a number, is in seconds, milliseconds, microseconds or nanoseconds by its magnitude
+    (TIME_UNITS). Any other text is an ISO 8601 date or time. Without a zone it is UTC. Times are cut to microseconds.
 
     >>> time_seconds(1577836800000, "timestamp"), time_seconds("2020-01-01T08:00+08:00", "timestamp")
     (1577836800.0, 1577836800.0)
 
     Args:
         value: A number, a text, a date or datetime, or such a scalar of NumPy or pandas.
-        place: Where it stands, for the error.
-        relative: Whether a number below the magnitude of all units is seconds since any other moment. Only the time
-            between two events is worded, so a request may count from a beginning of its own.
+        place: Place of the value, for the error.
+        relative: Whether a number below the magnitude of all units is seconds since an arbitrary moment. A request may
+            contain such numbers, since its text contains only the time between two events.
 
     Raises:
         ValueError: If it is not a time.
@@ -150,7 +150,7 @@ def time_seconds(value: Any, place: str, relative: bool = False) -> float:
 
 
 def read_time(value: Any, place: str, relative: bool = False) -> tuple[float, str]:
-    """Return a time as `time_seconds` does, and how it was given: a name of TIME_UNITS, WORDS or MOMENT."""
+    """Return a time as `time_seconds` does, and its form: a name of TIME_UNITS, WORDS or MOMENT."""
     if isinstance(value, np.datetime64):
         value = value.astype("datetime64[us]").item()  # None for "not a time", a number beyond the year 9999
         if not isinstance(value, datetime):
@@ -190,7 +190,7 @@ def _of_number(number: float, given: Any, place: str, relative: bool) -> tuple[f
 
 
 def written_date(number: float) -> tuple[datetime, str] | None:
-    """Return the date that a number's digits are, and its form: 20231114 is one; None where they are none."""
+    """Return the date in a number's digits, such as 20231114, and its form; None if the digits are not a date."""
     if not (1.9e7 <= number < 2.1e13 and number.is_integer()):
         return None
     digits = str(int(number))
@@ -232,10 +232,10 @@ def _of_words(text: str, place: str) -> float:
 
 
 def time_text(value: date, place: str) -> str:
-    """Write a date or datetime in ISO form, in UTC where it names a zone: equal moments are written alike.
+    """Format a date or datetime in ISO form, in UTC if it has a zone, so that equal moments have equal texts.
 
     Raises:
-        ValueError: It is a missing date, which to pandas is a datetime too.
+        ValueError: If it is pandas' missing date, which is also a datetime.
     """
     _of_date(value, place)
     if not isinstance(value, datetime) or value.tzinfo is None:
@@ -259,18 +259,18 @@ def short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """A task whose answer the score head gives for each target. Its labels are called NAME_labels everywhere.
+    """A task that the score head answers for each target. Its labels are named NAME_labels everywhere.
 
     Attributes:
         outputs: Configuration -> names of its outputs in the score head.
-        form: Configuration -> how the outputs become an answer and are learnt: a name in FORMS of `losses_m6rec`.
-        values: Configuration -> what a label may be, ascending. With classes, each is the meaning of one output.
-            None: labels are 0 or 1 for each output, or any number.
-        advice: What the error about a label that is none of `values` advises.
-        details: Key under which a ranked answer also gives the value of each output by its name; the score is then
-            their mean, and labels have an axis more. None: there is one value.
-        about: Language -> what a model card says of the answer.
-        by_default: Whether a score head has these outputs where the configuration names no `score_tasks`.
+        form: Configuration -> form of answer and loss: a name in FORMS of `losses_m6rec`.
+        values: Configuration -> allowed labels, ascending. With classes, each value belongs to one output. None: labels
+            are 0 or 1 for each output, or any number.
+        advice: Advice in the error about a label that is not in `values`.
+        details: Key of a ranked answer with the value of each output by name; the score is then their mean, and labels
+            have one more axis. None: there is one value.
+        about: Language -> text about the answer in a model card.
+        by_default: Whether a score head has these outputs if the configuration has no `score_tasks`.
     """
 
     outputs: Callable[[Any], list[str]]
@@ -328,7 +328,7 @@ def label_field(task: str) -> str:
 
 
 def labelled_task(name: str) -> str | None:
-    """Return the scoring task whose labels have this name; None if it is no such name.
+    """Return the scoring task whose labels have this name; None for other names.
 
     >>> labelled_task("click_labels"), labelled_task("retrieval_labels")
     ('click', None)
