@@ -1708,7 +1708,7 @@ class Catalogue(CatalogueView):
                 self._save_with_evidence(Path(directory).resolve(), rest)
                 return
             if self._home is None or self._home.folder != Path(directory).resolve():
-                _refuse_journal(Path(directory).resolve())
+                refuse_journal(Path(directory).resolve())
         write_catalogue(directory, *rest)
 
     def _save_with_evidence(self, folder: Path, rest: tuple[dict[str, Item], torch.Tensor, str, Any, int]) -> None:
@@ -1719,7 +1719,7 @@ class Catalogue(CatalogueView):
             if (folder / JOURNAL).exists():
                 self._open_journal()
         else:
-            _refuse_journal(folder)
+            refuse_journal(folder)
         counted = self._state.counted
         assert counted is not None
         kept = KeptEvidence(
@@ -1792,7 +1792,7 @@ class _Home:
             )
 
 
-def _refuse_journal(folder: Path) -> None:
+def refuse_journal(folder: Path) -> None:
     """Raise an error if saving into a folder would lose events that were observed there."""
     path = folder / JOURNAL
     if not path.exists():
@@ -2002,6 +2002,7 @@ __all__ = [
     "nearest",
     "plain",
     "read_catalogue",
+    "refuse_journal",
     "table_rows",
     "without_stats",
     "write_catalogue",

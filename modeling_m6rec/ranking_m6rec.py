@@ -29,6 +29,7 @@ from .catalogue_m6rec import (
     without_stats,
 )
 from .configuration_m6rec import M6RecConfig
+from .item_features_m6rec import Evidence
 from .layout_m6rec import Layout, Picked
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
@@ -533,7 +534,7 @@ class Ranker:
                 vectors = embed(items, scorer.model, scorer.processor, segment_cache=scorer.segment_cache)
                 scores = cosines(user[None], vectors)[0]
             if catalogue is not None and catalogue.evidence is not None:
-                query.past = self._past(query)
+                query.past = self._past(query, catalogue.evidence)
                 added = catalogue.evidence_scores(_items_of(query), self._as_past(items))
                 scores = catalogue.evidence.learnt * scores.double() + torch.from_numpy(added.sum())
             query.best = _best(scores, self.top_k)
@@ -544,7 +545,7 @@ class Ranker:
         catalogue, histories = self.catalogue(), None
         if catalogue.evidence is not None:
             for query in queries:
-                query.past = self._past(query)
+                query.past = self._past(query, catalogue.evidence)
             histories = [_items_of(query) for query in queries]
         users = [torch.zeros(catalogue.dimension) if user is None else user for user in self._users(queries, catalogue)]
         seen = [query.seen for query in queries]
@@ -562,10 +563,17 @@ class Ranker:
             return [None] * len(queries)
         return list(self.scorer.users([query.encoded for query in queries]))
 
-    def _past(self, query: Query) -> list[Past | None]:
+    def _past(self, query: Query, rule: Evidence) -> list[Past | None]:
+        """Return what evidence reads of a history: all events that the model reads, None = without an item.
+
+        Where evidence reaches further back than the model, the items of earlier events stand before them.
+        """
         history = query.request.get("history") or []
         items = [event.get("item") if isinstance(event, Mapping) else event for event in history]
-        read = items[len(items) - len(query.encoded.events) :]
+        start = len(items) - len(query.encoded.events)
+        missing = max(0, len(rule.recency) - sum(item is not None for item in items[start:]))
+        earlier = [item for item in items[:start] if item is not None]
+        read = [*earlier[len(earlier) - min(missing, len(earlier)) :], *items[start:]]
         found = iter(self._as_past([item for item in read if item is not None]))
         return [None if item is None else next(found) for item in read]
 
@@ -621,8 +629,9 @@ class Ranker:
         table[:, places] = found[:2]
         words, transitions = table.sum(1)
         learnt = [score - added for (_, score), added in zip(query.best, found.sum().tolist())]
-        added = self._learnt_reasons(query, learnt, share)
-        events, reasons = self._events(query), []
+        earlier = [_described(item) for item in past[: len(past) - len(query.encoded.events)] if item is not None]
+        added = [[0.0] * len(earlier) + own for own in self._learnt_reasons(query, learnt, share)]
+        events, reasons = [*earlier, *self._events(query)], []
         for number, own in enumerate(learnt):
             because = []
             for event, alone, w, t in zip(events, added[number], *table[:, :, number].tolist()):
@@ -663,6 +672,11 @@ class Ranker:
 
 def _sorted(reasons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(reasons, key=lambda reason: -reason["contribution"])
+
+
+def _described(item: Past) -> dict[str, Any]:
+    """Describe an event that evidence reads, and the model does not."""
+    return {"event": item.text, **({} if item.item_id is None else {"item_id": item.item_id})}
 
 
 def _items_of(query: Query) -> list[Past]:

@@ -275,10 +275,6 @@ def _recommend(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("task", "top_k", "exit_layer", "exit_confidence")}
     asked = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
     if options.input:
-        if not hasattr(recommend, "model"):
-            raise ValueError(
-                f"{options.model} holds no network, and --input asks one: m6rec.train.Recommender answers many users"
-            )
         _recommend_offline(recommend, options, asked)
         return
     if options.user is not None:

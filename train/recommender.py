@@ -14,7 +14,7 @@ import pandas
 from datasets import Dataset
 
 from ..pipeline_m6rec import FOLDER
-from .answering.evidence import EvidenceAnswers, kept_evidence
+from .answering.evidence import kept_evidence
 from .answering.loading import load_recommender
 from .commands.fit import TABLES, Measured, fit_recommender
 from .config.recipe import Recipe, load_recipe, load_saved
@@ -41,15 +41,14 @@ class Recommender:
     Attributes:
         directory: The folder.
         recipe: The run's recipe.
-        pipeline: The pipeline "recommendation" of the model, for requests of any form; for a fit without a network, an
-            object with the same interface that recommends from evidence.
+        pipeline: The pipeline "recommendation" of the model, for requests of any form.
     """
 
     def __init__(self, directory: str | Path, overrides: Iterable[str] = ()) -> None:
         self.directory = Path(directory)
         self.recipe: Recipe = load_saved(self.directory, overrides)
         self.pipeline = load_recommender(str(self.directory), [*overrides])
-        if not isinstance(self.pipeline, EvidenceAnswers) and not (self.directory / FOLDER).is_dir():
+        if not (self.directory / FOLDER).is_dir():
             raise FileNotFoundError(
                 f"{self.directory} has no catalogue to recommend from: train a model with segment layers, or use "
                 "Recommender.pipeline with candidates"

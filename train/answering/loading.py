@@ -20,7 +20,7 @@ from ..config.recipe import load_saved
 from ..data.log import nearly, read_log
 from ..data.splits import histories, order
 from ..rows.examples import RequestWriter
-from .evidence import EvidenceAnswers, kept_evidence
+from .evidence import FIT_FILE
 
 ROWS_AT_ONCE = 1024
 """Number of rows of a table that are read together; bounds memory."""
@@ -28,28 +28,31 @@ DEEPEST = MAX_DEPTH + 4
 """Maximum nesting of lists and objects in a request: values in fields of items of events."""
 
 
-def load_pipeline(model: str) -> RecommendationPipeline:
-    """Load a trained model as a pipeline, with its catalogue if it has one."""
+def load_pipeline(model: str, **defaults: Any) -> RecommendationPipeline:
+    """Load a trained model as a pipeline, with its catalogue if it has one.
+
+    Args:
+        model: The folder or the Hub id of a model.
+        **defaults: Parameters of every call.
+    """
     try:
         processor, network = AutoProcessor.from_pretrained(model), load_model(model)
     except OSError as error:
         raise OSError(f"{model!r} is no folder of a model here, and the Hub does not give it: {error}") from error
-    return RecommendationPipeline(model=network.eval(), processor=processor)
+    return RecommendationPipeline(model=network.eval(), processor=processor, **defaults)
 
 
-def load_recommender(model: str, overrides: Sequence[str] = ()) -> RecommendationPipeline | EvidenceAnswers:
-    """Load the recommender of a folder: a trained model, or the evidence that a fit has saved instead.
+def load_recommender(model: str, overrides: Sequence[str] = ()) -> RecommendationPipeline:
+    """Load a model as a pipeline; that of a fit recommends seen items where its log says that users return to them.
 
     Args:
         model: The folder of a run or of a fit, or the Hub id of a model.
-        overrides: Changes to the recipe of a fit, such as new paths of its tables.
+        overrides: What differs from the recipe of a fit.
     """
-    kept = kept_evidence(model)
-    if kept is None:
-        return load_pipeline(model)
-    recipe = load_saved(model, overrides)
-    network = load_pipeline(model) if kept.share else None
-    return EvidenceAnswers(read_log(recipe.data), kept.settings, recipe, network, kept.share)
+    fitted = (Path(model) / FIT_FILE).is_file()
+    if fitted and not load_saved(model, overrides).evaluation.exclude_seen:
+        return load_pipeline(model, exclude_seen=False)
+    return load_pipeline(model)
 
 
 def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> RecommendationPipeline:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow
 
-from .loading import load_pipeline
+from .loading import load_recommender
 from .offline import Answered, Chunk, Job, answer_chunk, fingerprint
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -24,7 +24,7 @@ class ChunkWorker:
     """
 
     def __init__(self, model: str, job: Job) -> None:
-        self._recommend, self._reader, self._job = load_pipeline(model), job.reader(), job
+        self._recommend, self._reader, self._job = load_recommender(model), job.reader(), job
         self._other = fingerprint(self._recommend) != job.model
         self._model = model
 

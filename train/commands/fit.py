@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..answering.evidence import FIT_FILE, kept_evidence
-from ..answering.loading import build_catalogue
+from ...catalogue_m6rec import Catalogue, refuse_journal
+from ...pipeline_m6rec import FOLDER
+from ..answering.evidence import FIT_FILE, PlainWording, count_log, kept_evidence
+from ..answering.loading import load_pipeline
 from ..config.recipe import RECIPES, Recipe, load_recipe, load_saved, write_json
 from ..data.columns import Found, find_columns, write_items
 from ..data.log import Log, read_log
@@ -113,6 +115,8 @@ class Fitting:
     started: float
     decisions: dict[str, Any]
     """Contents of fit.json."""
+    catalogue: Catalogue = dataclasses.field(init=False)
+    """What the folder recommends from."""
 
     @property
     def folder(self) -> Path:
@@ -193,6 +197,8 @@ def fit_recommender(recipe: Recipe, minutes: float, say: Callable[[str], object]
     else:
         why = "nothing was trained" if fitting.measured.split.valid.empty else "nothing was trained (--minutes 0)"
         fitting.decisions["sentence"] = f"Kept: evidence; {why}. {_help(fitting, None)}"
+    if not share:
+        fitting.catalogue.save(fitting.folder / FOLDER)  # lets go of the journal: others may observe
     fitting.note("measuring on the test events")
     report = fitting.measured.report(choice.settings, outcome.run if outcome else None, share)
     _save(fitting, report)
@@ -291,11 +297,46 @@ def choose(fitting: Fitting) -> Choice:
         "evidence": dataclasses.asdict(choice),
         "seconds": {"first recommender": round(fitting.seconds, 1)},
     }
-    own.recipe.save(fitting.folder)
-    (fitting.folder / "config.json").unlink(missing_ok=True)  # from a network of an earlier fit
+    fitting.catalogue = _keep_untrained(fitting, choice.settings)
     fitting.keep()
     fitting.note(f"a first recommender is there: m6rec recommend {fitting.folder} --user ID")
     return choice
+
+
+def _keep_untrained(fitting: Fitting, settings: EvidenceSettings) -> Catalogue:
+    """Write a model that has learnt nothing, with a catalogue that does not read it: evidence alone answers.
+
+    Returns:
+        The catalogue. It holds the journal of its folder, so that nothing is observed there that the end of the fit
+        would not know of.
+    """
+    own = fitting.measured
+    refuse_journal((fitting.folder / FOLDER).resolve())  # before the model there is replaced
+    run = prepare(own.recipe, log=own.log)
+    save(run)
+    keep_facts(run, {}, 0, "m6rec fit")
+    loaded = load_pipeline(str(fitting.folder))
+    catalogue = count_log(own.recipe, own.log, own.writer.items, settings, loaded.model, loaded.processor)
+    catalogue.save(fitting.folder / FOLDER)
+    catalogue._open_journal()
+    return catalogue
+
+
+def add_cosine(catalogue: Catalogue, folder: Path, share: float) -> None:
+    """Let a catalogue of evidence rank by the model in a folder too, and save it there.
+
+    Args:
+        catalogue: The catalogue.
+        folder: The folder, whose model is trained.
+        share: Weight of the cosine; `ALONE`: evidence counts no more.
+    """
+    loaded = load_pipeline(str(folder))
+    if share == ALONE:
+        catalogue.set_evidence(None)
+        catalogue.encode(loaded.model, loaded.processor)
+    else:
+        catalogue.encode(loaded.model, PlainWording(loaded.processor), learnt=share)
+    catalogue.save(folder / FOLDER)
 
 
 def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
@@ -327,7 +368,7 @@ def decide(fitting: Fitting, choice: Choice, outcome: Outcome) -> float:
     )
     if share:
         save(run)
-        build_catalogue(run.recipe.output_dir, run.writer.items)
+        add_cosine(fitting.catalogue, fitting.folder, share)
         trained = trainable_parameters(run.model)[0]
         keep_facts(run, {"training": fitting.decisions["seconds"]["trained"]}, trained, "m6rec fit")
         weight = "" if share == ALONE else f" (weight of the cosine {share:g})"
@@ -376,4 +417,4 @@ def _save(fitting: Fitting, report: Report) -> None:
     fitting.note(fitting.decisions["sentence"])
 
 
-__all__ = ["Fitting", "Measured", "fit_recommender", "kept_report", "recipe_of_tables"]
+__all__ = ["Fitting", "Measured", "add_cosine", "fit_recommender", "kept_report", "recipe_of_tables"]

@@ -67,6 +67,11 @@ class EvidenceSettings:
             in_power=in_power,
         )
 
+    @property
+    def catalogue_rule(self) -> Rule:
+        """How a catalogue ranks by it alone: no model is read."""
+        return dataclasses.replace(self.rule, learnt=0.0, popularity=self.popularity + TIE_BREAK, again=self.again)
+
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
         """Make settings from their JSON form."""

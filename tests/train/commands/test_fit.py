@@ -1,17 +1,25 @@
 """`m6rec fit`: a recommender of two tables, within seconds, that every command then works on."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
+from transformers import pipeline
 
+from m6rec import Catalogue
 from m6rec.train import Recommender
-from m6rec.train.answering.loading import load_pipeline, load_recommender
+from m6rec.train.answering.evidence import kept_evidence
+from m6rec.train.answering.loading import load_recommender
 from m6rec.train.cli import main
-from m6rec.train.commands.fit import fit_recommender
-from m6rec.train.config.recipe import load_recipe
+from m6rec.train.commands.fit import add_cosine, fit_recommender
+from m6rec.train.config.recipe import load_recipe, load_saved
+from m6rec.train.data.splits import order
+from m6rec.train.evaluation.evidence import Evidence
 from m6rec.train.runs import beside_evidence
+from m6rec.train.runs.beside_evidence import ALONE
 from tests.train.world import figures, recipe_of, write_tables
 
 
@@ -71,24 +79,112 @@ def test_the_command_and_the_recommender_answer_alike(fitted, capsys):
     assert not set(table["item_id"]) & set(seen)
     last = int(seen[-1][1:])
     assert table["item_id"][0] == f"p{(last + 1) % 30}"
-    assert printed[0]["because"][0] == {
-        "event": f"{printed[0]['because'][0]['event']}",
-        "item_id": seen[-1],
-        "contribution": pytest.approx(printed[0]["because"][0]["contribution"]),
-    }
+    reason = printed[0]["because"][0]
+    assert reason["item_id"] == seen[-1]
+    assert reason["contribution"] == pytest.approx(reason["words"] + reason["transitions"]) and reason["learnt"] == 0
 
 
-def test_an_explanation_is_the_score_without_the_event(fitted):
-    answers = load_recommender(fitted[0])
-    history = [{"item": {"item_id": name}} for name in ("p3", "p4", "p9")]
-    for row in answers({"history": history}, top_k=4, explain=True):
-        for place, event in enumerate(history):
-            less = [each for each in history if each is not event]
-            found = answers({"history": less}, top_k=30, exclude_seen=False)
-            without = next(each["score"] for each in found if each["item_id"] == row["item_id"])
-            name = event["item"]["item_id"]
-            (told,) = [reason for reason in row["because"] if reason["item_id"] == name]
-            assert told["contribution"] == pytest.approx(row["score"] - without), (place, name)
+def log_scores(shop):
+    """Score all items for each user of a log by evidence counted from its tables: the slow twin of a catalogue."""
+    kept = kept_evidence(shop.directory)
+    ordered = order(shop.log.interactions, shop.recipe.data.seed, shop.recipe.evaluation.ties)
+    names = shop.log.items.index.tolist()
+    users = {user: [names.index(item) for item in own["item_id"]] for user, own in ordered.groupby("user_id")}
+    texts = [" ".join(shop.log.item_fields(name).values()) for name in names]
+    found = Evidence(texts, list(users.values()), kept.settings).scores(users.values())
+    return {user: dict(zip(names, scores.tolist())) for user, scores in zip(users, found)}
+
+
+def asked_of(shop, user):
+    """Write the request of a user of the log by ids alone."""
+    own = order(shop.log.interactions, shop.recipe.data.seed).query("user_id == @user")
+    events = zip(own["item_id"], own["timestamp"])
+    return {"history": [{"item": {"item_id": name}, "timestamp": time} for name, time in events]}
+
+
+def test_the_library_pipeline_answers_by_evidence_as_every_other_way(fitted, capsys):
+    folder, _ = fitted
+    shop, recommend = Recommender(folder), pipeline("recommendation", model=str(folder))
+    assert recommend.catalogue.evidence.learnt == 0
+    expected = log_scores(shop)
+    users = list(expected)[:20]
+    answers = recommend([asked_of(shop, user) for user in users], top_k=5)
+    table = shop.recommend(users, k=5)
+    for user, answer in zip(users, answers):
+        rows = table.query("user_id == @user")
+        assert [row["item_id"] for row in answer] == rows["item_id"].tolist()
+        seen = {event["item"]["item_id"] for event in asked_of(shop, user)["history"]}
+        left = {name: score for name, score in expected[user].items() if name not in seen}
+        assert [row["score"] for row in answer] == pytest.approx(sorted(left.values(), reverse=True)[:5], abs=1e-9)
+        assert [row["score"] for row in answer] == pytest.approx([left[row["item_id"]] for row in answer], abs=1e-9)
+    assert main(["recommend", str(folder), "--user", users[3], "--top-k", "5"]) == 0
+    printed = [row["item_id"] for row in json.loads(capsys.readouterr().out)]
+    assert printed == [row["item_id"] for row in answers[3]]
+
+
+def test_a_click_is_observed_and_kept(fitted, tmp_path):
+    folder = Path(shutil.copytree(fitted[0], tmp_path / "shop"))
+    recommend = pipeline("recommendation", model=str(folder))
+    asked = {"history": [{"item": {"item_id": "p3"}}]}
+    assert recommend(asked, top_k=1)[0]["item_id"] == "p4"
+    events = [(f"new{user}", item, f"2024-07-0{day}") for user in range(60) for day, item in ((1, "p3"), (2, "p20"))]
+    recommend.catalogue.observe([dict(zip(("user_id", "item_id", "timestamp"), event)) for event in events])
+    assert recommend(asked, top_k=1)[0]["item_id"] == "p20"
+    assert pipeline("recommendation", model=str(folder))(asked, top_k=1)[0]["item_id"] == "p20"
+    del recommend
+    with pytest.raises(ValueError, match="events that were observed and not saved"):
+        fit_recommender(load_saved(folder, [f"training.output_dir={folder}"]), 0, print)
+    assert pipeline("recommendation", model=str(folder))(asked, top_k=1)[0]["item_id"] == "p20", "as it was"
+
+
+@pytest.mark.parametrize("share", [0.5, ALONE])
+def test_a_network_joins_the_evidence_and_keeps_what_was_observed(fitted, tmp_path, share):
+    folder = Path(shutil.copytree(fitted[0], tmp_path / "shop"))
+    history = [{"item": {"item_id": "p3"}}]
+
+    def ask(**changed):
+        recommend = pipeline("recommendation", model=str(folder))
+        if changed:
+            recommend.catalogue.set_evidence(None)
+        return {row["item_id"]: row["score"] for row in recommend({"history": history}, top_k=30)}
+
+    early = Catalogue.load(folder / "catalogue")
+    clicks = [(f"new{user}", item, f"2024-07-0{day}") for user in range(60) for day, item in ((1, "p3"), (2, "p20"))]
+    early.observe([dict(zip(("user_id", "item_id", "timestamp"), click)) for click in clicks])
+    evidence = ask()
+    add_cosine(early, folder, share)
+    found = ask()
+    catalogue = pipeline("recommendation", model=str(folder)).catalogue
+    if share == ALONE:
+        assert catalogue.evidence is None and len(set(found.values())) > 1
+        return
+    assert catalogue.evidence.learnt == share and max(evidence, key=evidence.get) == "p20"
+    cosines = ask(evidence=None)
+    assert found == pytest.approx({name: score + share * cosines[name] for name, score in evidence.items()}, abs=1e-5)
+
+
+def test_files_of_requests_are_answered_and_the_folder_can_be_published(fitted, tmp_path, capsys):
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"history": [{"item": {"item_id": "p7"}}]}) + "\n")
+    files = ["--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    assert main(["recommend", str(fitted[0]), *files, "--top-k", "1"]) == 0
+    assert '"p8"' in (tmp_path / "answers.jsonl").read_text()
+    assert main(["push", str(fitted[0]), "me/shop", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "catalogue/evidence.safetensors" in said.split("not published:")[0]
+    assert "catalogue/events.parquet" not in said.split("not published:")[0]
+
+
+def test_evidence_reads_further_back_than_the_model(fitted):
+    recommend = pipeline("recommendation", model=str(fitted[0]))
+    history = [{"item": {"item_id": name}} for name in ("p3", "p12", "p9", "p22")]
+    whole = recommend({"history": history}, top_k=5, explain=True)
+    recommend.processor.max_events = 2
+    short = recommend({"history": history}, top_k=5, explain=True)
+    assert [row["score"] for row in short] == [row["score"] for row in whole]
+    for row, other in zip(whole, short):
+        added = [{reason["item_id"]: reason["contribution"] for reason in each["because"]} for each in (row, other)]
+        assert added[0] == added[1] and len(added[1]) == 4
+        assert sum(added[1].values()) + other["parts"]["popularity"] == pytest.approx(other["score"])
 
 
 def test_new_users_are_answered_by_their_events(fitted):
@@ -148,7 +244,16 @@ def trained(tmp_path_factory):
             told = {"metric": "ndcg@10", "baseline": "evidence", "better": kept, **compared}
             patch.setattr(beside_evidence, "compare", lambda *given, told=told, **more: told)
             recipe = load_recipe(recipe_of(data, folder / str(kept)))
-            fit_recommender(recipe, 30, said.append)
+
+            click = {"user_id": "a", "item_id": "p1", "timestamp": "2024-07-01"}
+
+            def say(line, catalogue=folder / str(kept) / "catalogue", click=click):
+                said.append(line)
+                if "a first recommender is there" in line:
+                    with pytest.raises(BlockingIOError):  # else the end of the fit would lose it
+                        Catalogue.load(catalogue).observe([click])
+
+            fit_recommender(recipe, 30, say)
             found[kept] = folder / str(kept)
     return found, said
 
@@ -158,18 +263,20 @@ def test_a_better_network_is_kept_beside_evidence(trained):
     folder = trained[0][True]
     decisions = json.loads((folder / "fit.json").read_text())
     assert (decisions["kept"], decisions["share"]) == ("network and evidence", 0.5)
-    shop = Recommender(folder)
-    items = shop.log.items.index.tolist()
-    seen = shop.log.interactions.query("user_id == 'c3'")["item_id"]
-    history = [{"item": {"item_id": name}} for name in seen]
-    evidence = load_recommender(str(trained[0][False]))
-    alone, cosines, both = (
-        {row["item_id"]: row["score"] for row in ask({"history": history}, top_k=30, exclude_seen=False)}
-        for ask in (evidence, load_pipeline(str(folder)), shop.pipeline)
-    )
-    assert both == pytest.approx({name: alone[name] + 0.5 * cosines[name] for name in items}, abs=1e-5)
-    best = max((name for name in items if name not in set(seen)), key=both.get)
-    assert shop.recommend(["c3"], k=1)["item_id"][0] == best
+    shop, recommend = Recommender(folder), pipeline("recommendation", model=str(folder))
+    assert recommend.catalogue.evidence.learnt == 0.5
+    alone = log_scores(shop)
+    users = list(alone)[:20]
+    requests = [asked_of(shop, user) for user in users]
+    table = shop.recommend(users, k=5)
+    plain = pipeline("recommendation", model=str(folder))
+    plain.catalogue.set_evidence(None)
+    asks = (plain(requests, top_k=30, exclude_seen=False), recommend(requests, top_k=30, exclude_seen=False))
+    for user, cosines, both, answer in zip(users, *asks, recommend(requests, top_k=5)):
+        own = {row["item_id"]: row["score"] for row in cosines}
+        expected = {name: score + 0.5 * own[name] for name, score in alone[user].items()}
+        assert {row["item_id"]: row["score"] for row in both} == pytest.approx(expected, abs=1e-5)
+        assert [row["item_id"] for row in answer] == table.query("user_id == @user")["item_id"].tolist()
     written = json.loads((folder / "metrics.json").read_text())["retrieval"]
     assert set(written) == {"m6rec", "popularity", "similar_text", "neighbours_and_words", "evidence", "network"}
     again = shop.evaluate()["retrieval"]["m6rec"]
@@ -184,7 +291,10 @@ def test_another_network_is_not_kept(trained):
         "a network beside it is not surely better" in decisions["sentence"] and "more events" in decisions["sentence"]
     )
     assert {path.name for path in folders[False].iterdir()} >= {"metrics.json", "recipe.yaml", "fit.json", "tables"}
-    assert not [*folders[False].glob("checkpoint-*"), *folders[False].glob("*.safetensors")]
+    assert not [*folders[False].glob("checkpoint-*")]
+    catalogue = pipeline("recommendation", model=str(folders[False])).catalogue
+    assert catalogue.evidence.learnt == 0
+    assert catalogue.observe([{"user_id": "a", "item_id": "p1", "timestamp": "2024-07-01"}]) == 1
     assert "network" in json.loads((folders[False] / "metrics.json").read_text())["retrieval"]
     assert sum("Kept: " in line for line in said) == 2
 
@@ -196,7 +306,6 @@ def test_what_cannot_be_used_is_refused(tmp_path, fitted, capsys):
         assert main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err
 
-    assert "config.json" not in [path.name for path in fitted[0].iterdir()]
     assert "holds a model, which this run would replace" in refused("fit", paths["events"], paths["items"], fitted[0])
     assert "minutes is -1.0" in refused("fit", paths["events"], paths["items"], tmp_path / "out", "--minutes=-1")
     assert "use m6rec finetune" in refused(
@@ -214,13 +323,8 @@ def test_what_cannot_be_used_is_refused(tmp_path, fitted, capsys):
         in refused("fit", tmp_path / "gone.csv", paths["items"], tmp_path / "out", "data.columns.item_id=product")
         or "none shares half" in capsys.readouterr().err
     )
-    answers = load_recommender(fitted[0])
-    with pytest.raises(ValueError, match=r"history\[0\] is 'p3': expected an item of the catalogue"):
-        answers({"history": ["p3"]})
-    with pytest.raises(ValueError, match="answers 'retrieval' only"):
-        answers({"history": []}, task="click")
-    with pytest.raises(ValueError, match="without candidates"):
-        answers({"history": [], "candidates": ["a"]})
+    with pytest.raises(ValueError, match="item_id 'p99' alone says nothing, and is not in the catalogue"):
+        load_recommender(str(fitted[0]))({"history": [{"item": {"item_id": "p99"}}]})
 
 
 def test_a_recipe_names_tables_and_folder(tmp_path, capsys):
