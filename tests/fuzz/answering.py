@@ -76,7 +76,7 @@ CALLS = st.fixed_dictionaries({
 
 def check_call(case):
     """Ask a pipeline: each answer follows the rules, and neither neighbours nor an earlier call change it."""
-    recommend, asked = recommender(case["setup"]), case["requests"]
+    recommend, asked = recommender(case["setup"]), [_few(request) for request in case["requests"]]
     given = {**case["parameters"]}
     if isinstance(given.get("filter"), str):
         given["filter"] = FILTERS.get(given["filter"], given["filter"])
@@ -96,6 +96,11 @@ def check_call(case):
     for request, answer in zip(asked, together):
         check_answer(recommend, request, answer, given)
         same(recommend(copied(request), **given), answer, "an answer changes with its neighbours")
+
+
+def _few(request):
+    """A list in place of a request is a batch of requests: the work of thousands is no hang."""
+    return request[:20] if isinstance(request, list) else request
 
 
 def alone_error(recommend, request, given):
