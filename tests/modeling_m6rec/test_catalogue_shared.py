@@ -131,7 +131,7 @@ def test_a_catalogue_is_loaded_once_and_what_is_added_meanwhile_stays(tmp_path, 
     MODEL.save_pretrained(tmp_path)
     make().save(tmp_path / "catalogue")
     loads, load = [], Catalogue.load
-    monkeypatch.setattr(Catalogue, "load", lambda folder: loads.append(folder) or load(folder))
+    monkeypatch.setattr(Catalogue, "load", lambda folder, **more: loads.append(folder) or load(folder, **more))
     for attempt in range(3):
         model = M6RecForRecommendation.from_pretrained(tmp_path)
         recommend = RecommendationPipeline(model=model, processor=PROCESSOR, device="cpu")

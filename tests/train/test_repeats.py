@@ -127,7 +127,7 @@ def test_repeats_are_counted_as_they_are_asked_about(tmp_path, split, part):
     data = write_revisits(tmp_path / "few", 40, seed=1)
     run = prepare(load_recipe(recipe_of(data, tmp_path / "run", evaluation=split)))
     asked = ranking_examples(run.writer, run.processor, run.split, part, run.recipe.evaluation, 0)
-    assert count_repeats(run.split, part) == (asked.repeated.sum(), len(asked.users))
+    assert count_repeats(run.split, part, run.recipe.evaluation) == (asked.repeated.sum(), len(asked.users))
 
 
 def warning_of(data, folder, **evaluation):

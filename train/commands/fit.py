@@ -299,7 +299,8 @@ def choose(fitting: Fitting) -> Choice:
     }
     fitting.catalogue = _keep_untrained(fitting, choice.settings)
     fitting.keep()
-    fitting.note(f"a first recommender is there: m6rec recommend {fitting.folder} --user ID")
+    command = f"m6rec recommend {fitting.folder} --user ID"
+    fitting.note(f"a first recommender is there: {command}")
     return choice
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def choose_counting(sequences: Sequence[np.ndarray], num_items: int, trial: Tria
     ages = max(values, key=values.__getitem__, default=DEFAULT).recency
     for steps in _windows(sequences, num_items):
         measure(dataclasses.replace(DEFAULT, steps=steps), [ages, WIDE_RECENCY])
-    others: tuple[tuple[dict[str, float], ...], ...] = (
+    others: tuple[tuple[dict[str, Any], ...], ...] = (
         tuple({"out_power": out, "in_power": into} for out, into in POWERS),
         ({"backwards": 0.0}, {"backwards": 1.0}),
         ({"second": 0.0},),

@@ -241,7 +241,7 @@ def test_rolling_asks_each_event_after_all_before_it(timed, part):
 def test_rolling_asks_the_same_events_as_asking_all_at_once(timed):
     at_once, rolling = of_task(timed, "rating"), of_task(timed, "rating", rolling=True)
     assert len(at_once.rows) < len(rolling.rows) == len(rolling.labels)
-    for name in ("user_ids", "item_embedding_ids", "labels"):
+    for name in ("user_ids", "item_ids", "labels"):
         assert getattr(at_once, name).tolist() == getattr(rolling, name).tolist()
 
 
