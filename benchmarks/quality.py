@@ -91,14 +91,21 @@ def summed_up(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def with_differences(rows: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_differences(
+    rows: list[dict[str, Any]], cells: list[dict[str, Any]], parts: tuple[str, ...] = ("all",)
+) -> list[dict[str, Any]]:
     """Add to summarised rows their paired differences to the other rows of the same events, and to the rule.
 
     Rows of the same events are paired by seed; with several seeds, differences are averaged.
+
+    Args:
+        rows: The summed rows, which are changed.
+        cells: Rows of single seeds.
+        parts: Parts of the test events that are compared.
     """
     groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
     for row in cells:
-        if "ranks" in row and row["seen"] == "out":
+        if "ranks" in row and row["seen"] == "out" and row["subset"] in parts:
             place = tuple(row.get(name) for name in GROUP_KEYS[1:])
             groups.setdefault(place, {}).setdefault(row["model"], []).append(row)
     for row in rows:
@@ -200,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
                 about = " ".join(str(row[name]) for name in names if name in row)
                 print(f"{options.dataset} {row['model']:16} seed {seed} {about:10} {figures}", flush=True)
     cells = kept_cells(options)
-    rows = with_differences(summed_up(cells), cells)
+    rows = with_differences(summed_up(cells), cells, ("all", "warm", "cold") if "cold" in options.dataset else ("all",))
     place = RESULTS / f"quality_{options.dataset}.json"
     rows = with_unpaired(with_earlier(rows, place, [*known, *BASELINES]))
     place.parent.mkdir(exist_ok=True)
