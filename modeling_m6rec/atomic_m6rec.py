@@ -204,7 +204,7 @@ class Journal:
             records, size = read_journal(path.read_bytes(), path, known)
             self._file.truncate(size)
             _sync_names(path.parent)
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, an interrupt too, the file must not stay open and claimed
             self.close()
             raise
         self.unread: list[Any] = records
@@ -235,7 +235,7 @@ class Journal:
             while written < len(data):
                 written += self._file.write(data[written:])
             os.fsync(self._file.fileno())
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, an interrupt too, no half line may stay
             with suppress(OSError):
                 self._file.truncate(self.size)
             raise

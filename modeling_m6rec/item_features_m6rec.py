@@ -108,7 +108,7 @@ class ItemFeature:
     places: ClassVar[tuple[str, ...]]
     """The members of PLACES where it acts."""
     is_trained: ClassVar[bool] = True
-    """Whether gradients train the weights, so that an adapter may have its own."""
+    """Whether gradients train the weights; otherwise `fit` sets them."""
     reads_rows: ClassVar[bool] = False
     """Whether it uses the items' rows of item embeddings."""
     needs: ClassVar[str | None] = None
@@ -155,7 +155,8 @@ class ItemFeature:
 
     def forget(self, network: Network) -> None:
         """Set the weights to values without effect."""
-        for weight in self.module(network).parameters():
+        module = self.module(network)
+        for weight in (*module.parameters(), *module.buffers()):
             nn.init.zeros_(weight)
 
     def resize_items(self, network: Network, rows: int) -> None:
@@ -178,7 +179,9 @@ class ItemFeature:
             before: Configuration of the initial checkpoint.
             item_rows: Whether the recipe requests item embeddings.
         """
-        return self.weights is not None and self.is_trained and self.is_on(config)
+        if self.weights is None or not self.is_on(config):
+            return False
+        return self.is_trained or not self.is_on(before)
 
     # ------------------------------------------------------------------------------------------------------ "segments"
 
@@ -513,14 +516,9 @@ def features_at(place: str, config: M6RecConfig) -> list[ItemFeature]:
     return [feature for feature in ITEM_FEATURES if place in feature.places and feature.is_on(config)]
 
 
-def feature_weights(trained: bool = False) -> tuple[str, ...]:
-    """Return the prefixes of all features' weight names in a whole model's state.
-
-    Args:
-        trained: Only features that gradients train.
-    """
-    found = [feature for feature in ITEM_FEATURES if feature.weights is not None]
-    return tuple(f"model.{feature.weights}." for feature in found if feature.is_trained or not trained)
+def feature_weights() -> tuple[str, ...]:
+    """Return the prefixes of all features' weight names in a whole model's state."""
+    return tuple(f"model.{feature.weights}." for feature in ITEM_FEATURES if feature.weights is not None)
 
 
 def feature_modules(network: Network) -> list[nn.Module]:

@@ -136,14 +136,14 @@ def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, 
         )
     except OSError as error:
         raise OSError(f"the base {base!r} of the adapter {str(name)!r} cannot be loaded: {error}") from error
-    own = ("score_head.", *feature_weights(trained=True))  # the adapter brings these, in its own shapes
+    own = ("score_head.", *feature_weights())  # the adapter brings these, in its own shapes
     mismatched = sorted(map(str, info["mismatched_keys"]))
     wrong = [entry for entry in mismatched if not any(part in entry for part in own)]
     if wrong:
         raise ValueError(f"{base!r} is not the base of the adapter {str(name)!r}: its shapes differ in {wrong[0]}")
     drawn = (*map(str, info["missing_keys"]), *mismatched)
     for feature in ITEM_FEATURES:
-        if feature.is_trained and any(f"model.{feature.weights}." in entry for entry in drawn):
+        if feature.weights is not None and any(f"model.{feature.weights}." in entry for entry in drawn):
             # Restore the state of training: the library drew random numbers, which change the fingerprint each time.
             feature.forget(model.model)
     return model

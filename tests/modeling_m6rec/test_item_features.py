@@ -51,7 +51,6 @@ def test_a_feature_that_is_on_has_the_weights_that_it_declares_and_no_others(fea
 
 def test_all_that_version_0_1_names_is_in_the_list():
     assert feature_weights() == ("model.item_memory.", "model.word_memory.", "model.word_sketch.")
-    assert feature_weights(trained=True) == ("model.item_memory.", "model.word_memory.")
 
 
 DECLARED = {"weights": None, "settings": ("cold_item_bias",), "places": ("vectors",)}

@@ -176,9 +176,7 @@ EMBEDDER = ["model.freeze_segments=true", "model.config.bow_embeddings=true", "m
 EMBEDDER += ["model.config.num_hidden_layers=5", "model.config.num_joint_layers=2"]
 BEGINNINGS = {
     "converted": ["model.checkpoint={folder}/converted"],
-    "converted, by an adapter": [
-        *("model.checkpoint={folder}/converted", "tuning.method=lora", "model.config.tfidf_weight=0.0")
-    ],
+    "converted, by an adapter": ["model.checkpoint={folder}/converted", "tuning.method=lora"],
     "backbone": ["model.backbone={folder}/llama", "model.config.num_joint_layers=2"],
     "embedder under new layers": ["model.backbone={folder}/bert", *EMBEDDER],
     "pretrained on texts": ["model.checkpoint={folder}/texts"],

@@ -98,7 +98,7 @@ def hold_out(
     if "time" in (protocol, validate) and not has_times(ordered):
         named = "protocol" if protocol == "time" else "validate"
         raise ValueError(f"evaluation.{named} time needs timestamps, and this log has none: use published or stale")
-    users = ordered.groupby("user_id", sort=False, observed=True)["user_id"]
+    users, _ = pandas.factorize(ordered["user_id"])
     if protocol == "time":
         test, asked = _later(times, times, 1 - test_fraction), numpy.ones(len(ordered), dtype=bool)
         if not test.any():
@@ -107,15 +107,15 @@ def hold_out(
                 f"{len(ordered)} events share the last timestamp"
             )
     else:
-        asked = (users.transform("size") >= 3).to_numpy()
-        test = asked & (users.cumcount(ascending=False) == 0).to_numpy()
-    rest = ordered[~test]
-    users = rest.groupby("user_id", sort=False, observed=True)["user_id"]
-    left = users.cumcount(ascending=False).to_numpy()  # remaining events of the same user before the test
-    asked = asked[~test] & (users.transform("size") >= 2).to_numpy()
+        asked = numpy.bincount(users)[users] >= 3
+        test = asked & (_events_left(users) == 0)
+    rest = numpy.flatnonzero(~test)
+    users = users[rest]
+    left = _events_left(users)
+    asked = asked[rest] & (numpy.bincount(users)[users] >= 2)
     if validate == "time":
         quantile = 1 - valid_fraction - (test_fraction if protocol == "time" else 0)
-        window = _later(times[~test], times if protocol == "time" else times[~test], quantile)
+        window = _later(times[rest], times if protocol == "time" else times[rest], quantile)
         valid = window & asked & (left == 0)
         gap = window & ~valid
     else:
@@ -123,7 +123,13 @@ def hold_out(
         gap = asked & (left == 1) & (validate == "stale")
     if len(ordered) and not (~(valid | gap)).any():  # without a log only texts are learnt
         raise ValueError(f"no training events are left of {len(ordered)}: the log is too small for validate {validate}")
-    return Split(rest[~(valid | gap)], rest[valid], ordered[test], rest[gap])
+    return Split(*(ordered.iloc[rows] for rows in (rest[~(valid | gap)], rest[valid], test.nonzero()[0], rest[gap])))
+
+
+def _events_left(users: numpy.ndarray) -> numpy.ndarray:
+    """Return the number of events of the same user after each event, given the numbers of the users in order."""
+    ends = numpy.append(numpy.flatnonzero(numpy.diff(users)), len(users) - 1)
+    return ends[numpy.searchsorted(ends, numpy.arange(len(users)))] - numpy.arange(len(users))
 
 
 def check_shares(valid_fraction: float, test_fraction: float) -> None:

@@ -38,7 +38,7 @@ def attach(run: Run) -> None:
         )
     if arguments.method != "full":
         _check(run.recipe)
-        more = [*arguments.settings.get("modules_to_save", []), *_shaped_anew(run)]
+        more = [*arguments.settings.get("modules_to_save", []), *_own_modules(run)]
         settings = {**arguments.settings, "modules_to_save": more}
         if not run.recipe.model.checkpoint:
             _save_base(run, run.recipe.output_dir / BASE)
@@ -73,15 +73,15 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-def _shaped_anew(run: Run) -> list[str]:
-    """Return the modules whose shape differs from the checkpoint's: the adapter must save its own."""
+def _own_modules(run: Run) -> list[str]:
+    """Return the modules that the adapter must save: of another shape than the checkpoint's, or not in it."""
     config, name, found = run.model.config, run.recipe.model.checkpoint, []
     before = AutoConfig.from_pretrained(name) if name else config
     if run.model.score_head is not None and before.score_names != config.score_names:
         found.append("score_head")
     rows = run.recipe.model.item_embeddings
-    tuned = [feature for feature in ITEM_FEATURES if feature.is_tuned(config, before, rows)]
-    return found + [feature.weights for feature in tuned if feature.weights is not None]
+    own = [feature for feature in ITEM_FEATURES if feature.is_tuned(config, before, rows)]
+    return found + [feature.weights for feature in own if feature.weights is not None]
 
 
 def _save_base(run: Run, folder: Path) -> None:

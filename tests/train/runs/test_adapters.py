@@ -195,16 +195,16 @@ def test_segment_states_are_kept_where_nothing_below_is_trained(tuning_recipe):
     assert len(fit(prepare(tuning_recipe("lora", model=frozen))).run.segment_cache) > 0
 
 
-def test_item_and_word_memory_come_with_the_adapter(tuning_recipe):
-    settings = {"item_embedding_dropout": 0.0, "bow_embeddings": True}
+def test_item_features_come_with_the_adapter(tuning_recipe):
+    settings = {"item_embedding_dropout": 0.0, "bow_embeddings": True, "tfidf_weight": 0.5}
     recipe = tuning_recipe("lora", model={"item_embeddings": True, "config": settings})
     report = finetune(recipe)
     stored = load_file(recipe.output_dir / "adapter_model.safetensors")
-    for memory in ("item_memory", "word_memory"):
+    for memory in ("item_memory", "word_memory", "word_sketch"):
         assert any(value.any() for name, value in stored.items() if memory in name), memory
     again = load_recipe(recipe.output_dir, [f"model.checkpoint={recipe.output_dir}"])
     assert full_report(prepare(again)) == report
-    # The base has no item memory: what stands in its place must be the same each time the adapter is loaded.
+    # The base has none of these: what stands in their place must be the same each time the adapter is loaded.
     models = [load(recipe.output_dir) for load in (load_tuned, load_tuned, AutoModel.from_pretrained)]
     assert len({model.fingerprint() for model in models}) == 1
     assert main(["recommend", str(recipe.output_dir), "--user", "u1", "--top-k", "3"]) == 0
