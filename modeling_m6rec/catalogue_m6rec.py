@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from io import BufferedReader
 from numbers import Real
 from pathlib import Path
@@ -161,6 +161,7 @@ def write_catalogue(
     index: Mapping[str, Any] | None = None,
     next_number: int = 0,
     evidence: KeptEvidence | None = None,
+    exclude_seen: bool = True,
 ) -> None:
     """Write a catalogue atomically into a separate folder: on failure, the earlier catalogue there stays.
 
@@ -173,6 +174,7 @@ def write_catalogue(
             not stored, since index files from others are not safe to read.
         next_number: Id of the next item that is a text; it is stored if the ids do not determine it.
         evidence: Evidence of the catalogue; None = none.
+        exclude_seen: As `CatalogueView.exclude_seen`.
 
     Raises:
         ValueError: If the folder holds other files, or a field has values that cannot be stored.
@@ -195,6 +197,8 @@ def write_catalogue(
         }
         if next_number > after_ids(items):
             manifest["next_number"] = next_number
+        if not exclude_seen:
+            manifest["exclude_seen"] = False
         if evidence is not None:
             _write_evidence(evidence, fresh)
             manifest["evidence"] = evidence.transitions.rule.to_dict()
@@ -222,6 +226,7 @@ class Kept:
     journal_size: int = 0
     version: tuple[int, ...] = ()
     """Differs whenever another catalogue stands in the folder."""
+    exclude_seen: bool = True
 
 
 def after_ids(item_ids: Iterable[str], least: int = 0) -> int:
@@ -292,7 +297,10 @@ def _read_part(standing: Path, folder: Path) -> Kept:
             evidence = _read_evidence(files, folder, manifest)
             journal = read_journal(files[JOURNAL].read() if JOURNAL in files else b"", folder / JOURNAL)
     number = after_ids(items, manifest.get("next_number", 0))
-    return Kept(items, vectors, manifest["fingerprint"], manifest.get("index"), number, evidence, *journal)
+    seen = manifest.get("exclude_seen", True)
+    return Kept(
+        items, vectors, manifest["fingerprint"], manifest.get("index"), number, evidence, *journal, exclude_seen=seen
+    )
 
 
 def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
@@ -521,6 +529,7 @@ def _read_manifest(file: BufferedReader, path: Path) -> dict[str, Any]:
         "evidence": manifest.get("evidence") is None or isinstance(manifest["evidence"], dict),
         "events": _is_count(manifest.get("events", 0)) and ("events" in manifest or not manifest.get("evidence")),
         "all_events": isinstance(manifest.get("all_events", True), bool),
+        "exclude_seen": isinstance(manifest.get("exclude_seen", True), bool),
     }
     for name, holds in rules.items():
         if not holds:
@@ -639,6 +648,15 @@ class VectorIndex:
             if len(data):  # FAISS cannot train without vectors
                 self._index.train(data)
                 self._index.add(data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        content = self._faiss.serialize_index(self._index)
+        return {"kind": self.kind, "given": self.given, "settings": self.settings, "content": content}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.kind, self.given, self.settings = kept["kind"], kept["given"], kept["settings"]
+        self._faiss = _import_faiss()
+        self._index = self._faiss.deserialize_index(kept["content"])
 
     def search(self, users: torch.Tensor, count: int, breadth: int = 1) -> list[Found]:
         """Find the nearest vectors.
@@ -950,6 +968,8 @@ class State:
     """Id of the next item that is a text: larger than every whole number that was ever an id."""
     counted: Counted | None = None
     """Evidence; None = the catalogue ranks by the cosine only."""
+    exclude_seen: bool = True
+    """As `CatalogueView.exclude_seen`."""
 
     @classmethod
     def of(cls, items: dict[str, Item], vectors: torch.Tensor, fingerprint: str, **more: Any) -> "State":
@@ -1027,6 +1047,11 @@ class CatalogueView:
     def evidence(self) -> Evidence | None:
         """Settings of evidence; None = the catalogue ranks by the cosine only."""
         return None if self._state.counted is None else self._state.counted.rule
+
+    @property
+    def exclude_seen(self) -> bool:
+        """Whether a pipeline leaves out the items of a request's history, unless a call says otherwise."""
+        return self._state.exclude_seen
 
     def __len__(self) -> int:
         return self._state.count
@@ -1498,6 +1523,16 @@ class Catalogue(CatalogueView):
         """Return the current state, for several calls that must agree; later changes do not affect it."""
         return CatalogueView(self._state)
 
+    def set_exclude_seen(self, exclude_seen: bool) -> None:
+        """Set whether a pipeline leaves out the items of a request's history; `save` stores it.
+
+        It does by default. Set False where users return to the same items, e.g. songs.
+        """
+        if not isinstance(exclude_seen, bool):
+            raise TypeError(f"exclude_seen={exclude_seen!r}: give True or False")
+        with self._lock:
+            self._state = replace(self._state, exclude_seen=exclude_seen)
+
     # ------------------------------------------------------------------------------------------------------- evidence
 
     def set_evidence(self, evidence: Evidence | None, processor: Any = None) -> None:
@@ -1703,15 +1738,24 @@ class Catalogue(CatalogueView):
         with self._lock:
             state = self._state = _compacted(self._state)
             items = dict(zip(state.ids[: state.count], state.items[: state.count]))
-            rest = items, state.base, state.fingerprint, state.wanted, state.next_number
+            write = partial(
+                write_catalogue,
+                directory,
+                items,
+                state.base,
+                state.fingerprint,
+                state.wanted,
+                state.next_number,
+                exclude_seen=state.exclude_seen,
+            )
             if state.counted is not None:
-                self._save_with_evidence(Path(directory).resolve(), rest)
+                self._save_with_evidence(Path(directory).resolve(), write)
                 return
             if self._home is None or self._home.folder != Path(directory).resolve():
                 refuse_journal(Path(directory).resolve())
-        write_catalogue(directory, *rest)
+        write()
 
-    def _save_with_evidence(self, folder: Path, rest: tuple[dict[str, Item], torch.Tensor, str, Any, int]) -> None:
+    def _save_with_evidence(self, folder: Path, write: Callable[..., None]) -> None:
         """Write everything while no change can happen, and use this folder from then on."""
         home = self._home
         if home is not None and home.folder == folder:
@@ -1725,7 +1769,7 @@ class Catalogue(CatalogueView):
         kept = KeptEvidence(
             counted.words, counted.transitions, counted.names[: len(counted.rows)], self._evidence_log()
         )
-        write_catalogue(folder, *rest, evidence=kept)
+        write(evidence=kept)
         if home is not None and home.journal is not None:
             home.journal.close()
         self._home = _Home(folder, folder_version(folder))
@@ -1751,7 +1795,8 @@ class Catalogue(CatalogueView):
         """
         kept = read_catalogue(directory)
         wanted, catalogue = kept.index, cls(kept.fingerprint, kept.vectors.shape[1])
-        catalogue._state = State.of(kept.items, kept.vectors, kept.fingerprint, next_number=kept.next_number)
+        more = {"next_number": kept.next_number, "exclude_seen": kept.exclude_seen}
+        catalogue._state = State.of(kept.items, kept.vectors, kept.fingerprint, **more)
         if kept.evidence is not None:
             counted = Counted.read(kept.evidence, list(kept.items))
             catalogue._state, catalogue._log = replace(catalogue._state, counted=counted), kept.evidence.log
@@ -1899,7 +1944,7 @@ def _replaced(
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
     more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
     counted = None if state.counted is None else state.counted.kept(rows)
-    return State.of(items, vectors, fingerprint, **more, counted=counted)
+    return State.of(items, vectors, fingerprint, **more, counted=counted, exclude_seen=state.exclude_seen)
 
 
 def _read(items: Any, state: State) -> dict[str, Item]:

@@ -113,7 +113,8 @@ class RecommendationPipeline(Pipeline):
                 - `task`: "click", "rating", "interaction", "retrieval" or "plausibility"; by default the first of these
                   that the model was trained for, but retrieval without candidates.
                 - `top_k`: number of items; by default all candidates, or 10 of a catalogue.
-                - `exclude_seen`: leave out items of the history, by id, else by text; by default of a catalogue only.
+                - `exclude_seen`: leave out items of the history, by id, else by text; by default of a catalogue only,
+                  unless its `exclude_seen` is False.
                 - `filter`: function of an item's fields that decides whether the item may be recommended; a text has
                   the field `item` only.
                 - `explain`: return the contribution of each event: the score minus the score with the event hidden.

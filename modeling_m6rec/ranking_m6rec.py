@@ -471,7 +471,8 @@ class Ranker:
         if given is not None:
             return Query(request, self._allowed(_checked(given), request))
         catalogue = self.catalogue()
-        seen = set() if self.exclude_seen is False else self._seen_in(catalogue, request)
+        exclude_seen = catalogue.exclude_seen if self.exclude_seen is None else self.exclude_seen
+        seen = self._seen_in(catalogue, request) if exclude_seen else set()
         if self.task == "retrieval":
             return Query(request, [], seen=seen)
         names = [name for name in catalogue if name not in seen]

@@ -207,7 +207,7 @@ def apply(catalogue, name, what, items, events, folders):
         folder = folders.mktemp("catalogue") / "kept"
         catalogue.save(folder)
         catalogue = Catalogue.load(folder)
-    elif name == "copy" and catalogue.index is None:
+    elif name == "copy":
         catalogue = copy.deepcopy(catalogue)
     elif name == "encode":
         catalogue.encode(MODEL, PROCESSOR)

@@ -169,6 +169,46 @@ def test_copies_go_their_own_ways(duplicate):
     assert "y" in other and "x" not in other and other.fields("y")["title"] == "stove"
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
+def test_a_copy_has_an_index_of_its_own(kind, duplicate, monkeypatch):
+    pytest.importorskip("faiss")
+    catalogue = make()
+    catalogue.build_index(kind)
+    monkeypatch.setattr(catalogue_m6rec, "EXACT_SHARE", 9)
+    users = catalogue.vectors(list(catalogue))
+    other = duplicate(catalogue)
+    assert other.search(users, 2) == catalogue.search(users, 2)
+    own, copied = ((each.index.kind, each.index.settings, each.index.given) for each in (catalogue, other))
+    assert own == copied and other.index is not catalogue.index
+    other.remove(["i0"])
+    other.build_index(kind)
+    assert "i0" in dict(catalogue.search(users[:1], 1)[0]) and "i0" not in dict(other.search(users[:1], 1)[0])
+
+
+def test_seen_items_are_recommended_if_the_catalogue_says_so(tmp_path):
+    MODEL.save_pretrained(tmp_path)
+    catalogue = make()
+    assert catalogue.exclude_seen
+    catalogue.save(tmp_path / "catalogue")
+    assert '"exclude_seen"' not in (tmp_path / "catalogue" / "catalogue.json").read_text()
+    catalogue.set_exclude_seen(False)
+    catalogue.encode(MODEL, PROCESSOR, progress=False)
+    catalogue.save(tmp_path / "catalogue")
+    model = M6RecForRecommendation.from_pretrained(tmp_path)
+    recommend = RecommendationPipeline(model=model, processor=PROCESSOR, device="cpu")
+    assert not recommend.catalogue.exclude_seen and not copy.deepcopy(recommend.catalogue).exclude_seen
+    request = {"history": [{"item": {"item_id": "i0"}}]}
+    assert len(recommend(request, top_k=99)) == len(ITEMS)
+    assert len(recommend(request, top_k=99, exclude_seen=True)) == len(ITEMS) - 1
+    with pytest.raises(TypeError, match="exclude_seen='no': give True or False"):
+        recommend.catalogue.set_exclude_seen("no")
+    path = tmp_path / "catalogue" / "catalogue.json"
+    path.write_text(path.read_text().replace('"exclude_seen": false', '"exclude_seen": 0'))
+    with pytest.raises(ValueError, match=r"catalogue\.json is damaged: exclude_seen is 0"):
+        Catalogue.load(tmp_path / "catalogue")
+
+
 def test_an_item_that_cannot_be_embedded_changes_nothing(monkeypatch):
     catalogue = make()
     state = catalogue._state

@@ -39,7 +39,7 @@ def count_log(
     """Make a catalogue that ranks by evidence alone, with all events of a log observed.
 
     Args:
-        recipe: Says in which order events of one time stand.
+        recipe: Says in which order events of one time stand, and whether seen items are recommended.
         log: Its events are counted, all of them.
         items: The catalogue's items.
         settings: How much each kind of evidence counts.
@@ -47,6 +47,7 @@ def count_log(
         processor: Its processor.
     """
     catalogue = Catalogue.from_dataset(items, model, PlainWording(processor), evidence=settings.catalogue_rule)
+    catalogue.set_exclude_seen(recipe.evaluation.exclude_seen)
     ordered = order(log.interactions, recipe.data.seed, recipe.evaluation.ties)
     names = ["user_id", "item_id", *(["timestamp"] if has_times(ordered) else [])]
     catalogue.observe(ordered[names].astype({"user_id": str, "item_id": str}))

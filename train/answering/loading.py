@@ -20,7 +20,6 @@ from ..config.recipe import load_saved
 from ..data.log import nearly, read_log
 from ..data.splits import histories, order
 from ..rows.examples import RequestWriter
-from .evidence import FIT_FILE
 
 ROWS_AT_ONCE = 1024
 """Number of rows of a table that are read together; bounds memory."""
@@ -43,23 +42,34 @@ def load_pipeline(model: str, **defaults: Any) -> RecommendationPipeline:
 
 
 def load_recommender(model: str, overrides: Sequence[str] = ()) -> RecommendationPipeline:
-    """Load a model as a pipeline; that of a fit recommends seen items where its log says that users return to them.
+    """Load a model as a pipeline; another `evaluation.exclude_seen` than the run's becomes its default.
 
     Args:
         model: The folder of a run or of a fit, or the Hub id of a model.
-        overrides: What differs from the recipe of a fit.
+        overrides: What differs from the recipe in the folder.
     """
-    fitted = (Path(model) / FIT_FILE).is_file()
-    if fitted and not load_saved(model, overrides).evaluation.exclude_seen:
-        return load_pipeline(model, exclude_seen=False)
+    if overrides:
+        wanted, saved = (load_saved(model, given).evaluation.exclude_seen for given in (overrides, []))
+        if wanted != saved:
+            return load_pipeline(model, exclude_seen=wanted)
     return load_pipeline(model)
 
 
-def build_catalogue(directory: str | Path, items: list[dict[str, Any]]) -> RecommendationPipeline:
-    """Embed items with the model in a folder, save them there as its catalogue, and load the pipeline."""
+def build_catalogue(
+    directory: str | Path, items: list[dict[str, Any]], exclude_seen: bool = True
+) -> RecommendationPipeline:
+    """Embed items with the model in a folder, save them there as its catalogue, and load the pipeline.
+
+    Args:
+        directory: The folder.
+        items: Items with an `item_id` each.
+        exclude_seen: Whether the pipeline leaves out the items of a history by default.
+    """
     recommend = load_pipeline(str(directory))
-    recommend.catalogue = Catalogue.from_dataset(items, recommend.model, recommend.processor)
-    recommend.catalogue.save(Path(directory) / FOLDER)
+    catalogue = Catalogue.from_dataset(items, recommend.model, recommend.processor)
+    catalogue.set_exclude_seen(exclude_seen)
+    catalogue.save(Path(directory) / FOLDER)
+    recommend.catalogue = catalogue
     return recommend
 
 

@@ -308,7 +308,7 @@ def fingerprint(recommend: RecommendationPipeline) -> str:
         for name in catalogue:
             digest.update(json.dumps([name, catalogue.item(name)], default=str).encode())
         digest_weight(digest, "vectors", catalogue.vectors(list(catalogue)))
-        digest.update(catalogue.evidence_digest().encode())
+        digest.update(catalogue.evidence_digest().encode() + (b"" if catalogue.exclude_seen else b"seen"))
     return digest.hexdigest()
 
 

@@ -242,7 +242,7 @@ def _repeats(split: Split, recipe: Recipe) -> list[str]:
         "before"
     )
     if not recipe.evaluation.exclude_seen:
-        return [f"{found}: seen items stay in the ranking; recommend with exclude_seen=False too"]
+        return [f"{found}: seen items stay in the ranking, and the pipeline recommends them"]
     if recipe.evaluation.repeats == "leave_out":
         counted = "they are left out of the evaluation"
     else:
@@ -250,9 +250,7 @@ def _repeats(split: Split, recipe: Recipe) -> list[str]:
     found += f", and seen items are never recommended: {counted}"
     if repeated / asked < REVISITS:
         return [f"{found}. They are rare: evaluation.exclude_seen=true fits"]
-    return [
-        f"{found}. This is a log of re-visits: set evaluation.exclude_seen=false, and recommend with exclude_seen=False"
-    ]
+    return [f"{found}. This is a log of re-visits: set evaluation.exclude_seen=false, and they are recommended too"]
 
 
 # What the model reads

@@ -81,7 +81,7 @@ def quickstart(output: Path, data: str | None, overrides: Sequence[str], say: Ca
         say(ranking_table(report["retrieval"]))
     with stage("saving", seconds, say):
         save(run)
-        recommend = build_catalogue(output, run.writer.items)
+        recommend = build_catalogue(output, run.writer.items, recipe.evaluation.exclude_seen)
         say(f"{len(run.writer.items):,} films in the catalogue")
     with stage("recommendations", seconds, say):
         show_users(run, recommend, say)

@@ -298,7 +298,8 @@ class EvaluationArguments:
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Cut-offs of the ranking metrics."""
     exclude_seen: bool = True
-    """Leave out the items that the user has met before, as the pipeline does by default."""
+    """Leave out the items that the user has met before. The catalogue of the trained model stores this setting, which
+    is the default of its pipeline."""
     repeats: Repeats = "miss"
     """With exclude_seen, how to count a held-out event of an item that the user has met before. `miss`: as a miss,
     since the pipeline never recommends such an item, so that metrics are those of the product. `leave_out`: the event

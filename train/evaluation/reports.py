@@ -473,8 +473,8 @@ def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -
     named = ", ".join(map(repr, users[:SHOWN_REPEATS])) + (", ..." if len(users) > SHOWN_REPEATS else "")
     logger.warning(
         "%d of %d held-out events are of items that their users have met before (users %s), and seen items are left "
-        "out, as the pipeline does by default: these events %s. evaluation.exclude_seen=false (and exclude_seen=False "
-        "of the pipeline) recommends seen items too",
+        "out, as the pipeline does by default: these events %s. A model trained with evaluation.exclude_seen=false "
+        "recommends seen items too",
         len(users),
         len(examples.users) + len(examples.left_out),
         named,

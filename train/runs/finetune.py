@@ -215,7 +215,7 @@ def finetune(recipe: Recipe) -> dict[str, dict[str, dict[str, Any]]]:
     if trainer.is_world_process_zero():
         save(run)
         if run.model.config.num_segment_layers:
-            build_catalogue(recipe.output_dir, run.writer.items)
+            build_catalogue(recipe.output_dir, run.writer.items, recipe.evaluation.exclude_seen)
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():  # only one process measures
         return {}

@@ -217,6 +217,13 @@ def test_a_log_of_re_visits_recommends_seen_items(tmp_path, capsys):
     assert not shop.recipe.evaluation.exclude_seen
     seen = set(shop.log.interactions.query("user_id == 'c3'")["item_id"])
     assert shop.recommend(["c3"], k=1)["item_id"][0] in seen
+    recommend, request = pipeline("recommendation", model=str(tmp_path / "shop")), asked_of(shop, "c3")
+    assert recommend(request, top_k=1)[0]["item_id"] in seen, "also by default of the plain pipeline"
+    assert not seen & {row["item_id"] for row in recommend(request, top_k=30, exclude_seen=True)}
+    asked = ["recommend", str(tmp_path / "shop"), "--user=c3", "--top-k=30"]
+    for more, found in (([], True), (["evaluation.exclude_seen=true"], False)):
+        assert main([*asked, *more]) == 0
+        assert (seen <= {row["item_id"] for row in json.loads(capsys.readouterr().out)}) is found
 
 
 def test_tiny_logs_work(tmp_path, capsys):
