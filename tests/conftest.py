@@ -8,12 +8,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from transformers.utils import logging
 
+from tests import fast
+
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config):
+    fast.ONLY = "not slow" in config.option.markexpr
+    hypothesis.settings.register_profile("m6rec", max_examples=fast.examples(100))
+    hypothesis.settings.load_profile("m6rec")
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from m6rec.model_cards import (
     write_cards,
 )
 from m6rec.train.config.recipe import RECIPES, load_recipe
+from tests.fast import examples
 
 FACTS = CardFacts(
     name="org/films",
@@ -284,7 +285,7 @@ def test_each_fact_is_said(name):
     assert render_card(CardFacts(name="x", **{name: PARTS[name]})) != render_card(CardFacts(name="x"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["m6rec", "popularity", "another"]),

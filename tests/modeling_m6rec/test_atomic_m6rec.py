@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from m6rec import atomic_m6rec
 from m6rec.atomic_m6rec import atomic_file, atomic_files, atomic_folder, recover, standing, write_atomic
+from tests.fast import examples
 from tests.modeling_m6rec.faults import finish, fork
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -260,7 +261,7 @@ def test_weights_of_another_kind_do_not_outlive_their_model(tmp_path):
 
 
 @given(st.lists(st.sampled_from(["a", "b/c", "config.json", "model.safetensors"]), unique=True, min_size=1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_any_files_take_their_places(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("any")
     fill(folder, OLD)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
 from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, Past
 from m6rec.item_features_m6rec import Evidence
+from tests.fast import examples
 from tests.modeling_m6rec.faults import finish, fork
 
 WIDTH = 4
@@ -156,7 +157,7 @@ past = st.one_of(
 
 @pytest.mark.parametrize("kind", [None, "flat"])
 @pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_searches_are_those_of_dense_matrices(kind, rule, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +230,7 @@ def state(catalogue):
 
 
 @pytest.mark.parametrize("half_life", [None, 30.0])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(batches=st.lists(batch, max_size=5), gone=st.sets(st.sampled_from("abcd"), max_size=2))
 def test_counts_depend_on_the_events_alone(half_life, batches, gone):
     """Not on batches nor on the order of users and times; and a user who is forgotten was never there."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
+from tests.fast import examples
 
 faiss = pytest.importorskip("faiss")
 
@@ -154,7 +155,7 @@ class Shop(RuleBasedStateMachine):
 
 class TestShop(Shop.TestCase):
     settings = settings(
-        max_examples=40, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=examples(40), stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
 
     @pytest.fixture(autouse=True)

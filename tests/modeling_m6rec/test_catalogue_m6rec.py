@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from m6rec import Catalogue, catalogue_m6rec
+from tests.fast import examples
 from tests.modeling_m6rec.shop import ITEMS, ROWS, TITLES, build, change, processor
 
 MODEL, PROCESSOR = build(), processor()
@@ -278,7 +279,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(OPERATIONS)
 def test_any_history_of_changes(tmp_path_factory, operations):
     """Against a dictionary of vectors, whatever was done."""

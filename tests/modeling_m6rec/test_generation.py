@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.modeling_m6rec.tiny import (
-    ALL,
     EOS,
     PAD,
     SMALL,
@@ -12,13 +11,12 @@ from tests.modeling_m6rec.tiny import (
     Writer,
     build,
     close,
+    everywhere,
     item_rows,
-    name,
     pad,
+    small,
 )
 
-everywhere = pytest.mark.parametrize("settings", ALL, ids=name)
-small = pytest.mark.parametrize("settings", SMALL, ids=name)
 CACHES = ({}, {"use_cache": False}, {"cache_implementation": "static"})
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from m6rec import item_features_m6rec
 from m6rec.item_features_m6rec import Evidence, Transitions, recent
 from m6rec.train.evaluation.baselines import NeighboursAndWords
+from tests.fast import examples
 
 sequences = st.lists(st.lists(st.integers(0, 5), max_size=7), max_size=6)
 
@@ -34,7 +35,7 @@ def slow_scores(matrix, histories):
     return np.array(rows).reshape(len(histories), len(matrix))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sequences, sequences, st.sampled_from([1, 3, 1 << 22]))
 def test_scores_are_those_of_a_loop_however_many_are_added_together(learnt, asked, at_once):
     with pytest.MonkeyPatch.context() as patch:

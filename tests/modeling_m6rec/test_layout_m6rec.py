@@ -146,14 +146,15 @@ def test_masks_equal_the_rules_token_by_token(history, forward, document, summar
     ids, mask = random_rows(7)
     lay = layout(ids, mask, config)
     keys = summary_keys(lay, ids == SEG, config)
-    alone, together = segment_mask(lay, 40, config), joint_mask(lay, 40, config, keys)
+    alone, together = segment_mask(lay, 40, config).tolist(), joint_mask(lay, 40, config, keys).tolist()
+    tokens_of = ids.tolist()
     for row in range(len(ids)):
         rule = slow_layout(ids[row].tolist(), mask[row].tolist())
         real, source, written, segment = mask[row].tolist(), rule["source"], rule["written"], rule["segment"]
         members = {number: [t for t in range(40) if real[t] and segment[t] == number] for number in segment}
         is_key = list(map(bool, real))
         for tokens in members.values() if summary else ():
-            if tokens and ids[row, tokens[-1]] == SEG and not written[tokens[-1]]:
+            if tokens and tokens_of[row][tokens[-1]] == SEG and not written[tokens[-1]]:
                 for t in tokens[:-summary]:
                     is_key[t] = False
         for t in range(40):
@@ -164,12 +165,12 @@ def test_masks_equal_the_rules_token_by_token(history, forward, document, summar
                 continue
             plain = document and written[q] and not rule["target"][q]
             see = real[k] and segment[q] == segment[k] and (k <= q or forward and not written[q] or plain)
-            assert bool(alone[row, q, k]) == bool(see)
+            assert alone[row][q][k] == bool(see)
             if source[k]:
                 see = k <= q or history and source[q]
             else:
                 see = not source[q] and rule["target"][q] == rule["target"][k] and (k <= q or plain)
-            assert bool(together[row, q, k]) == (see and is_key[k] and rule["request"][q] == rule["request"][k])
+            assert together[row][q][k] == (see and is_key[k] and rule["request"][q] == rule["request"][k])
 
 
 def test_picked_tokens_go_back_where_they_came_from():

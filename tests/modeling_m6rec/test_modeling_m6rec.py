@@ -9,7 +9,6 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMas
 from m6rec import M6RecConfig, M6RecForRecommendation, M6RecModel
 from m6rec.losses_m6rec import retrieval_loss
 from tests.modeling_m6rec.tiny import (
-    ALL,
     BERT,
     BOS,
     EOS,
@@ -23,14 +22,13 @@ from tests.modeling_m6rec.tiny import (
     Writer,
     build,
     close,
+    everywhere,
     item_rows,
-    name,
     pad,
     scores,
+    small,
 )
 
-everywhere = pytest.mark.parametrize("settings", ALL, ids=name)
-small = pytest.mark.parametrize("settings", SMALL, ids=name)
 GIVEN, WRITTEN = [[40, 41, SEG, 42, BOS, 50, ITEM, 51], [60, 61, 62], [36, EOS, 37, 38, 39]], [[60, 61, 62], [36, 37]]
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from m6rec import SegmentCache, network_m6rec
 from m6rec.layout_m6rec import SegmentKey, layout, user_places
+from tests.fast import examples
 from tests.modeling_m6rec.tiny import (
     ALL,
     BERT,
     BOS,
     EOS,
-    GRID,
     ITEM,
     NOW,
     OPTION,
@@ -31,19 +31,18 @@ from tests.modeling_m6rec.tiny import (
     WORDS,
     Writer,
     build,
+    causal,
     close,
+    everywhere,
     item_rows,
-    name,
     pad,
     scores,
+    small,
     states,
 )
 
-everywhere = pytest.mark.parametrize("settings", ALL, ids=name)
-small = pytest.mark.parametrize("settings", SMALL, ids=name)
 TOGETHER = (0, network_m6rec.TOGETHER)
 """Targets behind their source, each as a row of its own, or all in one row with it."""
-causal = pytest.mark.parametrize("settings", [s for s in GRID if s["history_attention"] == "causal"], ids=name)
 
 
 @everywhere
@@ -90,7 +89,7 @@ def together(request, monkeypatch):
     monkeypatch.setattr(network_m6rec, "TOGETHER", request.param)
 
 
-@example(max_examples=80, deadline=None)
+@example(max_examples=examples(80), deadline=None)
 @given(MODELS, st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(0, 99))
 def test_plans_agree_whatever_the_model(fields, shapes, seed):
     whole = fields["num_joint_layers"] == 4

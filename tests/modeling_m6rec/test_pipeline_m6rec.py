@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from m6rec import Catalogue, RecommendationPipeline, SegmentCache, pipeline_m6rec, ranking_m6rec
 from m6rec.catalogue_m6rec import without_stats
 from m6rec.layout_m6rec import layout
+from tests.fast import examples
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, build, change, processor, tokenizer
 
 MODEL, PROCESSOR = build(), processor()
@@ -218,7 +219,7 @@ def test_small_batches_within_give_the_same(recommend, monkeypatch):
         close(rows, others)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.permutations(range(6)), st.integers(0, 5), st.sampled_from(TASKS))
 def test_other_candidates_and_their_order_change_no_score(recommend, order, left_out, task):
     candidates = [ITEMS[0], "yoga mat", ITEMS[4], "a red tent", "lamp", {"title": "boots", "stats": "rare"}]
@@ -553,7 +554,7 @@ VALUES = st.recursive(
 REQUESTS = st.dictionaries(st.sampled_from([*REQUEST, "facts", "text", "x"]), VALUES, max_size=4) | VALUES
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(REQUESTS, st.sampled_from([None, *TASKS]), st.booleans())
 def test_whatever_is_asked_ends_in_an_error_or_an_answer(recommend, request, task, flag):
     try:

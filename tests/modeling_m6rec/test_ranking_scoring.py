@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from m6rec import RecommendationPipeline, SegmentCache, network_m6rec, ranking_m6rec
 from m6rec.ranking_m6rec import Scorer, confidence
+from tests.fast import examples
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, build, processor
 
 PROCESSOR = processor()
@@ -36,7 +37,7 @@ ASKED = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.lists(ASKED, min_size=2, max_size=6), st.integers(2, 6), st.sampled_from(["click", "rating", "plausibility"]))
 def test_batched_equals_one_by_one(requests, batch_size, task):
     together = make()(requests, task=task, batch_size=batch_size)
@@ -112,7 +113,7 @@ def test_requests_of_unlike_size_do_not_pad_each_other(monkeypatch):
 SURE = st.sampled_from([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0, 1.5, None])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.lists(st.tuples(ASKED, SURE), min_size=1, max_size=5),
     st.sampled_from(["click", "interaction", "rating"]),

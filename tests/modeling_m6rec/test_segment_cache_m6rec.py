@@ -17,6 +17,7 @@ from transformers import pipeline
 
 from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, SegmentCache, segment_cache_m6rec
 from m6rec.layout_m6rec import SegmentKey
+from tests.fast import examples
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.faults import Faults, finish, fork
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, processor
@@ -108,7 +109,7 @@ class MemoryTier(RuleBasedStateMachine):
 
 
 TestMemoryTier = MemoryTier.TestCase
-TestMemoryTier.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestMemoryTier.settings = settings(max_examples=examples(60), stateful_step_count=30, deadline=None)
 
 
 def test_callers_cannot_change_what_is_kept(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from m6rec import RecommendationPipeline, SegmentCache, network_m6rec, segment_cache_m6rec
 from m6rec.layout_m6rec import layout
 from m6rec.segment_cache_m6rec import UserStates
+from tests.fast import examples
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.tiny import (
     ALL,
@@ -75,7 +76,7 @@ def request(head, events, writer, candidates=2):
     return head + sum(events, []) + now + [SOURCE_END] + targets + writer.text()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     st.integers(0, len(CAUSAL) - 1),
     st.lists(

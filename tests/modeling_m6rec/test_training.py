@@ -8,7 +8,6 @@ from transformers import Trainer, TrainingArguments
 from m6rec.layout_m6rec import layout
 from tests.modeling_m6rec.test_generation import brute_force, prompts
 from tests.modeling_m6rec.tiny import (
-    ALL,
     EOS,
     OPTION,
     OPTIONS,
@@ -20,14 +19,12 @@ from tests.modeling_m6rec.tiny import (
     build,
     close,
     config_of_ids,
+    everywhere,
     item_rows,
-    name,
     pad,
     scores,
+    small,
 )
-
-everywhere = pytest.mark.parametrize("settings", ALL, ids=name)
-small = pytest.mark.parametrize("settings", SMALL, ids=name)
 
 
 def training_batch(retrieval=False, seed=12):

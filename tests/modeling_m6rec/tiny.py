@@ -6,10 +6,12 @@ Padding is 3 here, not 0: an id that is used in place of the pad id would show.
 import itertools
 import random
 
+import pytest
 import torch
 
 from m6rec import M6RecConfig, M6RecForRecommendation
 from m6rec.layout_m6rec import layout
+from tests.fast import some
 
 OTHER, UNK, MASK, PAD, SOURCE, SOURCE_END, BOS, EOS, SEG = range(9)
 USER, EVENT, AGE, ITEM, NOW, STAT, FACT, TEXT, OPTION = range(9, 18)
@@ -97,6 +99,29 @@ ALL = GRID + BLOCKS
 
 def name(config):
     return "-".join(str(value)[:4] for value in config.values())
+
+
+def pairs(config):
+    """All pairs of fields of a configuration, with their values."""
+    return set(itertools.combinations(config.items(), 2))
+
+
+def pairwise(configs):
+    """Some of the configurations, in which each two values meet that meet in any of them."""
+    found, missing = [], set().union(*map(pairs, configs))
+    while missing:
+        found.append(max(configs, key=lambda config: len(pairs(config) & missing)))
+        missing -= pairs(found[-1])
+    return found
+
+
+everywhere = pytest.mark.parametrize("settings", some(ALL, [*pairwise(GRID), *BLOCKS]), ids=name)
+"""Marks a test that holds for every configuration."""
+small = pytest.mark.parametrize("settings", SMALL, ids=name)
+"""Marks a test for which a few configurations are enough."""
+causal = [settings for settings in GRID if settings["history_attention"] == "causal"]
+causal = pytest.mark.parametrize("settings", some(causal, pairwise(causal)), ids=name)
+"""Marks a test of a history that is read causally."""
 
 
 def build(settings, **more):

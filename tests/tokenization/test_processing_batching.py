@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from m6rec.processing_m6rec import infilling, masking, pad, written_labels
 from m6rec.tokenization import M6RecProcessor
+from tests.fast import examples
 
 IDS = {
     "pad_token_id": 9,
@@ -91,7 +92,7 @@ def test_padding_refuses(rows, side, error):
         pad(rows, IDS, side)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 120), st.integers(9, 90), st.integers(0, 5))
 def test_infilling_can_be_undone(length, max_length, seed):
     """Put the written spans back where [MASK] stands: the text must come out, as much of it as fits."""

@@ -12,6 +12,7 @@ from m6rec import M6RecConfig, processing_m6rec
 from m6rec.formatting_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, LRUCache
 from m6rec.layout_m6rec import layout
 from m6rec.tokenization import KINDS, M6RecProcessor
+from tests.fast import examples
 
 MARKERS = ("[BOS']", "[EOS']", "[BOS]", "[EOS]", "[SEG]")
 
@@ -552,7 +553,7 @@ def check_reading(processor, request_, task):
     return reading
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(requests | garbage, st.sampled_from(TASKS), st.integers(8, 60), st.sampled_from(["gap", "ago"]))
 def test_garbage_is_refused_or_read_right(tokenizer, request_, task, max_length, time):
     processor = M6RecProcessor(tokenizer, max_length=max_length, max_events=3, time=time, options=2)
@@ -562,7 +563,7 @@ def test_garbage_is_refused_or_read_right(tokenizer, request_, task, max_length,
         assert str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     good_requests, st.sampled_from(["click", "rating", "retrieval", "plausibility"]), st.sampled_from(["gap", "ago"])
 )

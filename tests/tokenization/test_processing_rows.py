@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec.tokenization import M6RecProcessor
+from tests.fast import examples
 
 
 def lengths(tokenizer, row):
@@ -230,7 +231,7 @@ def test_what_cannot_fit_is_refused(tokenizer):
         M6RecProcessor(tokenizer, max_length=30).read(request)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_any_length_is_kept_and_nothing_needed_is_lost(tokenizer, data):
     words = st.text("ab 靴🥾", min_size=1, max_size=30).filter(str.strip)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertTokenizer, TokenizersBackend
 
 from m6rec.tokenization import KINDS, M6RecTokenizer
+from tests.fast import examples
 
 ORDER = "[PAD] [UNK] [MASK] [BOS'] [EOS'] [BOS] [EOS] [SEG]".split()
 ORDER += "[USER] [EVENT] [AGE] [ITEM] [NOW] [STAT] [FACT] [TEXT] [OPTION]".split()
@@ -86,7 +87,7 @@ def test_training_refuses_what_cannot_work():
         M6RecTokenizer.train("a text")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), max_size=4))
 def test_any_text_round_trips(tokenizer, texts):
     rows = tokenizer.encode_texts(texts)
@@ -103,7 +104,7 @@ def test_chosen_texts_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode_text(text), skip_special_tokens=True) == unicodedata.normalize("NFC", text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.sampled_from([*ORDER, "[OPT_0]", "[", "]", "EOS", " ", "靴"]), max_size=6).map("".join))
 def test_special_token_text_is_data(tokenizer, text):
     ids = tokenizer.encode_text(text)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from m6rec.train.config.recipe import RECIPES, SECTIONS, Recipe, find_recipe, load_recipe, write_json
+from tests.fast import examples
 
 PLAIN = {"training": {"output_dir": "out"}}
 
@@ -166,7 +167,7 @@ texts = st.one_of(
 names = texts.filter(bool)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     st.fixed_dictionaries(
         {

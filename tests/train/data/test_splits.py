@@ -26,6 +26,7 @@ from m6rec.train.data.splits import (
     shuffled_ties,
 )
 from tests.conftest import real_data
+from tests.fast import examples
 
 COLUMNS = ["user_id", "item_id", "timestamp"]
 # Few users, items and moments, so that ties are the rule; no event is there twice, as in a `Log`.
@@ -175,7 +176,7 @@ def slow_parts(events, protocol, validate, seed, valid_fraction, test_fraction):
     st.sampled_from([0.1, 0.25, 0.4]),
     st.sampled_from([0.1, 0.25]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_what_is_held_out_against_loops(events, seed, protocol, validate, valid_fraction, test_fraction):
     wanted = slow_parts(events, protocol, validate, seed, valid_fraction, test_fraction)
     arguments = (frame(events), protocol, validate, seed, valid_fraction, test_fraction)
@@ -324,7 +325,7 @@ def test_given_parts_without_times_keep_the_order_of_the_table():
     assert [part["item_id"].tolist() for part in parts(given(log))] == [["x"], [], ["y", "x"]]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given_(st.data(), rows)
 def test_given_parts_are_taken_as_they_are_or_refused(data, events):
     log = frame(events)
@@ -369,7 +370,7 @@ def test_categories_are_split_like_texts():
     assert all(type(user) is str for user in second)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given_(st.integers(0, 99), st.sampled_from([0.1, 0.3, 0.4]), st.booleans())
 def test_cold_items_lose_their_training_events_and_nothing_else(seed, fraction, pretend):
     rng = numpy.random.default_rng(seed)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from m6rec.train.data.tables import Table, find_folder, load_table, require_files
 from m6rec.train.data.times import WAYS, check_form, read_times
 from m6rec.values_m6rec import normalize_id, read_time
+from tests.fast import examples
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ traps = st.sampled_from(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.lists(st.tuples(traps | words, traps | words), min_size=1, max_size=6), st.sampled_from(ENDINGS))
 def test_texts_survive_every_format(rows, ending):
     frame = pandas.DataFrame(rows, columns=["标题", "b"])
@@ -257,7 +258,7 @@ COLUMNS = [
 ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.data())
 @pytest.mark.parametrize(("values", "kind"), COLUMNS, ids=[str(kind) for _, kind in COLUMNS])
 def test_a_column_is_read_by_the_rule_for_one_value(values, kind, data):

@@ -21,6 +21,7 @@ from m6rec.train.evaluation.baselines import (
 )
 from m6rec.train.rows.item_likes import like_rates
 from m6rec.values_m6rec import WORD
+from tests.fast import examples
 
 words = st.lists(st.sampled_from(["red", "Shoe", "tea", "1999", "靴", "子", "é"]), max_size=6).map(" ".join)
 
@@ -68,7 +69,7 @@ def test_chinese_is_compared_by_characters_and_other_scripts_by_words():
     np.testing.assert_allclose(scores[1], [0, 0, 1, 0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(words, min_size=1, max_size=6), st.data())
 def test_similar_text_equals_its_dense_twin(texts, data):
     histories = data.draw(st.lists(st.lists(st.integers(0, len(texts) - 1), max_size=4), max_size=4))
@@ -90,7 +91,7 @@ def test_popularity_is_the_same_for_every_user():
     assert popularity_scores(np.array([3]), 0).shape == (0, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), min_size=1, max_size=12),
     st.lists(st.sampled_from("abcz"), max_size=5),
@@ -107,7 +108,7 @@ def test_rates_are_means_drawn_towards_the_mean_of_all(examples, asked, strength
     assert found.tolist() == pytest.approx(wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=15),
     st.lists(st.integers(0, 12), min_size=1, max_size=5),
@@ -123,7 +124,7 @@ def test_recent_popularity_counts_what_came_before_by_its_age(events, moments):
 histories = st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(histories, histories, st.sampled_from([0.0, 0.4]), st.sampled_from([0, 10**9]))
 def test_last_items_score_alike_with_a_table_and_without(learnt, asked, second, work):
     texts = ["red shoes", "blue shoes", "green tea", "tea pot", ""]

@@ -12,6 +12,7 @@ from m6rec.train.evaluation import evidence
 from m6rec.train.evaluation.baselines import NeighboursAndWords
 from m6rec.train.evaluation.evidence import WIDE, Evidence, EvidenceSettings, choose_evidence, popularity
 from m6rec.train.metrics import ndcg_at_k, target_ranks
+from tests.fast import examples
 
 TEXTS = ["red shoes", "blue shoes", "green tea", "tea pot", "a pot", "red pot"]
 sequences = st.lists(st.lists(st.integers(0, 5), max_size=7), max_size=6)
@@ -48,7 +49,7 @@ def slow_scores(own, learnt, history):
 
 
 @pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(learnt=sequences, asked=sequences)
 def test_scores_are_those_of_a_loop(own, learnt, asked):
     found = Evidence(TEXTS, learnt, own).scores(asked)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec.train.metrics import bleu, distinct, rouge_l, tokens_of, writing_report
+from tests.fast import examples
 
 texts = st.lists(st.sampled_from(["a", "b", "c", "好"]), max_size=7).map(" ".join)
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
@@ -26,7 +27,7 @@ def longest_common(one, other):
     return best(0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(pairs)
 def test_rouge_is_the_mean_of_f1_over_common_subsequences(given_pairs):
     wanted = []
@@ -39,7 +40,7 @@ def test_rouge_is_the_mean_of_f1_over_common_subsequences(given_pairs):
     assert found == pytest.approx(sum(wanted) / len(wanted))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(pairs, st.integers(1, 3))
 def test_bleu_is_clipped_precision_times_brevity(given_pairs, order):
     precisions, written, wanted = [], 0, 0

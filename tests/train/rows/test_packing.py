@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from m6rec import M6RecConfig, M6RecForRecommendation
 from m6rec.train.rows.packing import PackingCollator, pack
 from m6rec.train.runs.pretrain import RowMaker, all_sources
+from tests.fast import examples
 
 OPENERS = frozenset({3, 5})
 CAUSAL = ("text", "infilling", "item", "behaviour")
@@ -25,7 +26,7 @@ def documents(lengths, first=9):
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(5, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_every_document_is_there_once_and_no_row_is_too_long(lengths, length):
     rows = [
         {"input_ids": [3 if number % 3 == 0 else 9, *[100 + number] * (n - 1)], "labels": [number] * n}
