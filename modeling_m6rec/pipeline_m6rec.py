@@ -18,7 +18,7 @@ from .catalogue_m6rec import EVIDENCE, ITEMS, MANIFEST, VECTORS, Catalogue, Cata
 from .layers_m6rec import inference_mode
 from .ranking_m6rec import Ranker, Scorer, check_confidence
 from .segment_cache_m6rec import SegmentCache, UserStates
-from .values_m6rec import MAX_REQUEST_VALUES, check_size, short
+from .values_m6rec import MAX_REQUEST_VALUES, check_lists, check_size, short
 
 logger = logging.get_logger(__name__)
 
@@ -162,6 +162,8 @@ class RecommendationPipeline(Pipeline):
         """Check the type of a request; the rest is done per batch, which computes shared parts once."""
         if not isinstance(input_, str | Mapping):
             raise TypeError(f"expected a request, a text or a mapping, got {type(input_).__name__} ({short(input_)})")
+        if isinstance(input_, Mapping):
+            check_lists(input_)
         check_size(input_, "request", MAX_REQUEST_VALUES)
         return {"request": plain(input_)}
 

@@ -3,7 +3,7 @@
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -359,6 +359,9 @@ MAX_REQUEST_VALUES = 2_000_000
 MAX_DEPTH = 12
 """Largest depth of nested lists and mappings."""
 
+LISTS = {"history": MAX_EVENTS, "candidates": MAX_CANDIDATES, "facts": MAX_FACTS}
+"""Most entries of each list of a request."""
+
 SIMPLE = frozenset({str, int, float, bool, type(None)})
 """Types of values that contain no other values."""
 
@@ -391,6 +394,14 @@ def check_size(value: Any, place: str, most: int = MAX_VALUES, depth: int = MAX_
         f"{place}: lists and mappings stand within each other more than {depth} deep, which is the limit "
         f"(got {short(value)})"
     )
+
+
+def check_lists(request: Mapping[str, Any]) -> None:
+    """Refuse a request whose lists are too long, before any work that grows with them."""
+    for name, most in LISTS.items():
+        own = request.get(name)
+        if isinstance(own, Sized) and not isinstance(own, str | Mapping):
+            check_count(len(own), name, most)
 
 
 def check_characters(text: str, place: str, most: int = MAX_CHARACTERS) -> None:
@@ -454,6 +465,7 @@ __all__ = [
     "ScoringTask",
     "check_characters",
     "check_count",
+    "check_lists",
     "check_size",
     "label_field",
     "labelled_task",
