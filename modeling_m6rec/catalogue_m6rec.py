@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from io import BufferedReader
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from .item_features_m6rec import (
     EventLog,
     Evidence,
     Histories,
+    Reader,
+    ReadTexts,
     Sparse,
     Transitions,
     Words,
@@ -93,6 +95,24 @@ def item_texts(processor: Any, items: Iterable[Any]) -> list[str]:
     return processor.item_texts([without_stats(item) for item in items])
 
 
+class PlainTexts:
+    """A processor without a template: the text of an item is the texts of its fields, joined."""
+
+    def item_texts(self, items: Iterable[Item]) -> list[str]:
+        """Return the texts of items.
+
+        >>> PlainTexts().item_texts([{"item_id": "7", "title": "Dune", "year": 2021, "genres": ["Drama", "SF"]}, "tea"])
+        ['Dune 2021 Drama SF', 'tea']
+        """
+        return [item if isinstance(item, str) else " ".join(_field_texts(item)) for item in items]
+
+
+def _field_texts(item: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in item.items():
+        if name not in ("item_id", "stats"):
+            yield from (str(each) for each in (value if isinstance(value, list | tuple) else [value]))
+
+
 def plain(value: Any) -> Any:
     """Convert tensors, arrays and tuples, at any depth, to numbers and lists."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
@@ -131,6 +151,12 @@ MANIFEST, ITEMS, VECTORS = "catalogue.json", "items.parquet", "vectors.safetenso
 EVIDENCE, EVENTS, JOURNAL = "evidence.safetensors", "events.parquet", "events.journal"
 """Files of evidence: counts; events, which may be left out; journal of events since the last save."""
 
+READER_FILE = "reader.safetensors"
+"""File of the reader, if evidence compares texts."""
+
+NO_MODEL = ""
+"""Fingerprint of a catalogue that no model has embedded."""
+
 TEXT_COLUMN = "__text__"
 """Column of `items.parquet` for items that are a text without fields."""
 
@@ -151,6 +177,8 @@ class KeptEvidence:
     names: Sequence[str]
     """Item id by number in the transitions."""
     log: EventLog
+    reading: ReadTexts | None = None
+    """One row for each item; None = evidence does not compare texts."""
 
 
 def write_catalogue(
@@ -180,7 +208,8 @@ def write_catalogue(
         ValueError: If the folder holds other files, or a field has values that cannot be stored.
     """
     target = Path(directory).resolve()
-    strange = sorted({path.name for path in target.glob("*")} - {MANIFEST, ITEMS, VECTORS, EVIDENCE, EVENTS, JOURNAL})
+    own = {MANIFEST, ITEMS, VECTORS, EVIDENCE, EVENTS, JOURNAL, READER_FILE}
+    strange = sorted({path.name for path in target.glob("*")} - own)
     if strange:
         raise ValueError(f"{target} holds other files, such as {strange[0]!r}: give the catalogue a folder of its own")
     with atomic_folder(target) as fresh:
@@ -203,7 +232,8 @@ def write_catalogue(
             _write_evidence(evidence, fresh)
             manifest["evidence"] = evidence.transitions.rule.to_dict()
             manifest |= {"events": len(evidence.log), "all_events": evidence.log.is_complete}
-            manifest["sha256"] |= {name: _digest(fresh / name) for name in (EVIDENCE, EVENTS)}
+            names = [EVIDENCE, EVENTS, *([] if evidence.reading is None else [READER_FILE])]
+            manifest["sha256"] |= {name: _digest(fresh / name) for name in names}
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -280,11 +310,11 @@ def _read_part(standing: Path, folder: Path) -> Kept:
                         f"there is no catalogue in {folder}: {MANIFEST} is missing; Catalogue.save writes it"
                     ) from error
                 raise ValueError(f"{folder / name} is missing: save the catalogue again") from error
-        for name in (EVIDENCE, EVENTS, JOURNAL):
+        for name in (EVIDENCE, EVENTS, JOURNAL, READER_FILE):
             with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 files[name] = stack.enter_context((standing / name).open("rb"))
         manifest = _read_manifest(files[MANIFEST], folder / MANIFEST)
-        own = {ITEMS, VECTORS} | ({EVIDENCE, EVENTS} & {*files} if manifest.get("evidence") else set())
+        own = {ITEMS, VECTORS} | ({EVIDENCE, EVENTS, READER_FILE} & {*files} if manifest.get("evidence") else set())
         for name in sorted(own):
             if hashlib.file_digest(files[name], "sha256").hexdigest() != manifest["sha256"].get(name):
                 raise ValueError(f"{folder / name} is damaged or of another catalogue: save the catalogue again")
@@ -387,7 +417,7 @@ def _read_vectors(file: BufferedReader, path: Path, count: int, dimension: int) 
 
 
 def _write_evidence(evidence: KeptEvidence, fresh: Path) -> None:
-    """Write counts and events; words are stored for rows without gaps."""
+    """Write counts, events and the reader; words are stored for rows without gaps."""
     words, log, names = evidence.words, evidence.log, list(evidence.names)
     keys, totals = evidence.transitions.counts()
     tensors = {
@@ -400,6 +430,9 @@ def _write_evidence(evidence: KeptEvidence, fresh: Path) -> None:
         "word_columns": words.columns,
         "vocabulary": _packed(list(words.vocabulary)),
     }
+    if evidence.reading is not None:
+        tensors |= {"token_starts": evidence.reading.starts, "token_columns": evidence.reading.columns}
+        evidence.reading.reader.save(fresh / READER_FILE)
     save_file({name: torch.from_numpy(np.ascontiguousarray(own)) for name, own in tensors.items()}, fresh / EVIDENCE)
     pyarrow, events = _arrow(), log.events
     ids = {number: user for user, number in log.numbers.items()}
@@ -456,7 +489,28 @@ def _read_evidence(files: Mapping[str, BufferedReader], folder: Path, manifest: 
     counted = replace(Transitions.empty(rule), origin=rule.origin(end))
     transitions = replace(counted.adding(Counts(keys, totals), len(names), end), met=met)
     known = {word: number for number, word in enumerate(vocabulary)}
-    return KeptEvidence(Words(known, starts, columns, np.ones(manifest["count"], bool)), transitions, names, log)
+    words = Words(known, starts, columns, np.ones(manifest["count"], bool))
+    return KeptEvidence(words, transitions, names, log, _read_reading(files, folder, found, rule, words.live))
+
+
+def _read_reading(
+    files: Mapping[str, BufferedReader], folder: Path, found: Mapping[str, np.ndarray], rule: Evidence, live: np.ndarray
+) -> ReadTexts | None:
+    """Read the reader, and the tokens of all items, if evidence compares texts."""
+    if not rule.texts:
+        return None
+    if READER_FILE not in files:
+        raise ValueError(f"{folder / READER_FILE} is missing: save the catalogue again")
+    reader = Reader.read(files[READER_FILE].read(), folder / READER_FILE)
+    try:
+        starts, columns = _column_of(found["token_starts"], "i8"), _column_of(found["token_columns"], "i4")
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder / EVIDENCE, error) from error
+    fits = len(starts) == len(live) + 1 and starts[0] == 0 and starts[-1] == len(columns)
+    fits = fits and bool((np.diff(starts) >= 0).all() and ((columns >= 0) & (columns < len(reader.vectors))).all())
+    if not fits:
+        raise _damaged(folder / EVIDENCE, "its token_starts and token_columns do not fit the rest")
+    return ReadTexts(reader, starts, columns, live)
 
 
 def _unpacked(data: np.ndarray) -> list[str]:
@@ -778,18 +832,22 @@ class Texts:
 
 
 class Past(NamedTuple):
-    """An item of a user's history, as evidence uses it."""
+    """An item of a user's history, or a text about the user, as evidence uses it."""
 
     item_id: str | None = None
     text: str | None = None
-    """Source of words if the catalogue has no item with this id."""
+    """The text of a query or of a profile; of an item, it is used if the catalogue has no item with this id."""
+    kind: Literal["item", "query", "profile"] = "item"
+    """A query is what the user searched for or wrote, a profile what the user is: neither is an item."""
 
 
 class Support(NamedTuple):
-    """The rows, ascending, whose scores evidence changes for one user, and the terms it adds."""
+    """The rows, ascending, whose scores words and transitions change for one user, and the terms they add."""
 
     rows: np.ndarray
     scores: np.ndarray
+    reading: np.ndarray = np.empty(0)
+    """W, the user's vector by the reader times the weight `texts`; its products with all rows are added as well."""
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the terms added to the scores of rows, 0 for rows without evidence."""
@@ -817,14 +875,17 @@ class Counted:
     numbers: dict[str, int]
     rows: np.ndarray
     """M, row of each of these items, -1 = not in the catalogue."""
+    reading: ReadTexts | None = None
+    """One row for each row of the catalogue; None = texts are not compared."""
 
     @classmethod
-    def of(cls, rule: Evidence, ids: Sequence[str], texts: Sequence[str]) -> "Counted":
-        """Make evidence without events for the rows of a catalogue."""
+    def of(cls, rule: Evidence, ids: Sequence[str], texts: Sequence[str], reader: Reader | None) -> "Counted":
+        """Make evidence without events for the rows of a catalogue; `reader` is needed if texts are compared."""
         names = [*ids]
         numbers = {name: number for number, name in enumerate(names)}
         words, rows = Words.of(texts), np.arange(len(names))
-        return cls(words, Transitions.empty(rule), names, numbers, rows).numbering([])[0]
+        reading = None if reader is None else ReadTexts.of(reader, texts)
+        return cls(words, Transitions.empty(rule), names, numbers, rows, reading).numbering([])[0]
 
     @classmethod
     def read(cls, kept: KeptEvidence, ids: Sequence[str]) -> "Counted":
@@ -832,9 +893,10 @@ class Counted:
         places = {item_id: row for row, item_id in enumerate(ids)}
         names = list(kept.names)
         rows = np.array([places.get(name, -1) for name in names], np.int64)
-        own = cls(kept.words, kept.transitions, names, {name: number for number, name in enumerate(names)}, rows)
-        new, numbers = own.numbering(ids)  # files of other origin may lack some
-        new.rows[numbers] = np.arange(len(ids))
+        numbers = {name: number for number, name in enumerate(names)}
+        own = cls(kept.words, kept.transitions, names, numbers, rows, kept.reading)
+        new, every = own.numbering(ids)  # files of other origin may lack some
+        new.rows[every] = np.arange(len(ids))
         return new
 
     def copy(self) -> "Counted":
@@ -867,17 +929,25 @@ class Counted:
         new, numbers = self.numbering(found)
         new.rows[[self.numbers[item_id] for item_id in gone.values()]] = -1
         new.rows[numbers] = np.arange(start, start + len(numbers))
-        return replace(new, words=self.words.adding(texts, [*gone]))
+        reading = None if self.reading is None else self.reading.adding(texts, [*gone])
+        return replace(new, words=self.words.adding(texts, [*gone]), reading=reading)
 
     def kept(self, rows: Sequence[int]) -> "Counted":
         """Return evidence for some of the rows, which get new numbers."""
         place = np.full(len(self.words.live) + 1, -1)
         place[rows] = np.arange(len(rows))
-        return replace(self, words=self.words.kept(rows), rows=place[self.rows])
+        reading = None if self.reading is None else self.reading.kept(rows)
+        return replace(self, words=self.words.kept(rows), rows=place[self.rows], reading=reading)
 
-    def parts(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse]:
-        """Score rows by words and by transitions, for users with these weighted items in their histories."""
-        vectors, known = self.read_histories(histories)
+    def worded(self, texts: Sequence[str], reader: Reader | None) -> "Counted":
+        """Return evidence with other texts of all rows, of which the same rows are live."""
+        gone = np.flatnonzero(~self.words.live)
+        reading = None if reader is None else ReadTexts.of(reader, texts).adding([], gone)
+        return replace(self, words=Words.of(texts).adding([], gone), reading=reading)
+
+    def parts(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> "Parts":
+        """Score rows by words and by transitions, for users with these weighted entries in their histories."""
+        vectors, known, reading = self.read_histories(histories)
         alike = self.words.likeness(vectors) if len(vectors.items) else vectors
         alike = alike._replace(values=self.rule.words * alike.values)
         after = self.transitions.after(known if self.rule.transitions else known.known(0))
@@ -886,13 +956,15 @@ class Counted:
             several.append(known._replace(values=self.rule.again * known.values))
         users, numbers, values = (np.concatenate(parts) for parts in zip(*several))
         here = self.rows[numbers] >= 0
-        return alike, Sparse.of(users[here], self.rows[numbers[here]], values[here], max(len(self.words.live), 1))
+        width = max(len(self.words.live), 1)
+        after = Sparse.of(users[here], self.rows[numbers[here]], values[here], width)
+        return Parts(alike, after, self.rule.texts * reading)
 
-    def read_histories(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse]:
-        """Return the users' words, and their items by number."""
+    def read_histories(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse, np.ndarray]:
+        """Return the users' words, their items by number, and their U x W vectors by the reader."""
         places: list[tuple[int, int, float]] = []
         known: list[tuple[int, int, float]] = []
-        texts = []
+        said: list[tuple[int, str, float]] = []
         for user, history in enumerate(histories):
             for past, weight in history:
                 number = self.numbers.get(past.item_id, len(self.rows)) if past.item_id else len(self.rows)
@@ -900,16 +972,32 @@ class Counted:
                 if number < len(self.rows):
                     known.append((user, number, weight))
                     row = int(self.rows[number])
-                if not self.rule.words:
-                    continue
                 if row >= 0:
                     places.append((user, row, weight))
                 elif past.text:
-                    vector = self.words.vector_of(past.text, weight)
-                    texts.append(vector._replace(users=np.full(len(vector.items), user)))
-        several = [self.words.vectors(_sparse(places, len(self.words.live))), *texts]
+                    said.append((user, past.text, weight))
+        reading = self._read(places, said, len(histories))
+        if not self.rule.words:
+            places, said = [], []
+        several = [self.words.vectors(_sparse(places, len(self.words.live)))]
+        for user, text, weight in said:
+            vector = self.words.vector_of(text, weight)
+            several.append(vector._replace(users=np.full(len(vector.items), user)))
         vectors = Sparse.sum(several, len(self.words.rarity))
-        return vectors, _sparse(known, len(self.rows))
+        return vectors, _sparse(known, len(self.rows)), reading
+
+    def _read(
+        self, places: Sequence[tuple[int, int, float]], said: Sequence[tuple[int, str, float]], count: int
+    ) -> np.ndarray:
+        """Return the users' sums of weighted vectors of rows and of other texts: U x W."""
+        if self.reading is None:
+            return np.zeros((count, 0))
+        found = np.zeros((count, self.reading.reader.width))
+        for user, row, weight in places:
+            found[user] += weight * self.reading.vectors[row].astype(float)
+        for user, text, weight in said:
+            found[user] += weight * self.reading.vector_of(text).astype(float)
+        return found
 
     @cached_property
     def popular(self) -> np.ndarray:
@@ -920,16 +1008,38 @@ class Counted:
         return found
 
     def weighed(self, history: Sequence[Past]) -> list[tuple[Past, float]]:
-        """Weight the last items of a history by their age; the last item comes last."""
-        recency = self.rule.recency
-        last = history[-len(recency) :]
-        return list(zip(last, recency[: len(last)][::-1]))
+        """Weight the entries of a history; the last one comes last."""
+        rule, items, texts, found = self.rule, 0, 0, []
+        recency = [*rule.recency, *[0.0] * len(history)]
+        for past in reversed(history):
+            if past.kind == "profile":
+                weight = rule.profile
+            elif past.kind == "query":
+                weight = rule.queries * recency[items + texts]
+                texts += 1
+            else:
+                weight = recency[items]
+                items += 1
+            found.append((past, weight))
+        return found[::-1]
 
     def supports(self, histories: Sequence[Sequence[Past]]) -> list[Support]:
         """Score rows by evidence, for users with these histories."""
-        parts = self.parts([self.weighed(history) for history in histories])
-        together = Sparse.sum(parts, max(len(self.words.live), 1))
-        return [Support(*together.of_user(user)) for user in range(len(histories))]
+        weighed = [[entry for entry in self.weighed(history) if entry[1]] for history in histories]
+        *several, reading = self.parts(weighed)
+        together = Sparse.sum(several, max(len(self.words.live), 1))
+        return [Support(*together.of_user(user), own) for user, own in enumerate(reading)]
+
+
+class Parts(NamedTuple):
+    """What evidence finds for several users."""
+
+    words: Sparse
+    """Terms by user and row."""
+    transitions: Sparse
+    """Terms by user and row."""
+    reading: np.ndarray
+    """U x W, the users' vectors by the reader times the weight `texts`; W = 0 without a reader."""
 
 
 def _sparse(entries: Sequence[tuple[int, int, float]], width: int) -> Sparse:
@@ -1013,6 +1123,11 @@ class State:
         """Weight of the cosine."""
         return 1.0 if self.counted is None else self.counted.rule.learnt
 
+    @property
+    def read_texts(self) -> np.ndarray | None:
+        """Vectors of all rows by the reader, N x W; None = texts are not compared."""
+        return None if self.counted is None or self.counted.reading is None else self.counted.reading.vectors
+
     def gather(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Return the vectors of rows, from the base and the side buffer."""
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -1087,16 +1202,17 @@ class CatalogueView:
         return [state.ids[row] for row in rows if row < len(state.live) and state.live[row]]
 
     def check(self, model: Model) -> None:
-        """Verify that this model made the vectors.
+        """Verify that this model made the vectors, or that they are not used and no model made them.
 
         Raises:
             ValueError: If another model made them.
         """
-        check_fingerprint(self.fingerprint, model)
+        if self.fingerprint != NO_MODEL or self._state.share:
+            check_fingerprint(self.fingerprint, model)
 
     def search(
         self,
-        user_vectors: torch.Tensor,
+        user_vectors: torch.Tensor | None = None,
         top_k: int = 10,
         exclude: Sequence[Collection[Any] | None] | None = None,
         filter: Predicate | None = None,
@@ -1107,17 +1223,21 @@ class CatalogueView:
         Without evidence a score is the cosine of the user's and the item's vector; `Evidence` defines it otherwise.
 
         Args:
-            user_vectors: B x D; they are not used if the cosine has weight 0.
+            user_vectors: B x D; None is allowed if the cosine has weight 0.
             top_k: Number of items per user; fewer if fewer remain.
             exclude: For each user the ids to leave out; unknown ids are allowed.
             filter: Decides by `fields` which items may be found at all.
-            histories: For each user the items of the history, the last one last, for evidence: ids, or `Past`, which
-                may contain a text. None = no evidence.
+            histories: For each user the history, the last entry last, for evidence: ids of items, or `Past`, which may
+                contain a text. None = no evidence.
 
         Returns:
             For each user (item_id, score) by descending score, equal scores in the order of insertion.
         """
         state = self._state
+        if user_vectors is None and histories is not None and not state.share:
+            user_vectors = torch.zeros(len(histories), state.dimension)
+        if user_vectors is None:
+            raise ValueError("search needs user_vectors, or histories and evidence with learnt=0")
         users = torch.as_tensor(user_vectors).detach().float().cpu()
         if users.dim() != 2 or users.shape[1] != state.dimension:
             raise ValueError(f"user_vectors: expected B x {state.dimension}, got the shape {tuple(users.shape)}")
@@ -1153,6 +1273,8 @@ class CatalogueView:
         digest.update(json.dumps([counted.names[: len(counted.rows)], transitions.unit]).encode())
         for numbers in (*transitions.counts(), transitions.met):
             digest.update(numbers.astype("<i8").tobytes())
+        if counted.reading is not None:
+            digest.update(counted.reading.reader.digest.encode())
         return digest.hexdigest()
 
     def _supports(self, histories: Sequence[Sequence[Any]] | None, count: int) -> list[Support]:
@@ -1181,11 +1303,9 @@ class CatalogueView:
         past, asked = ([_past(item, name) for item in own] for own, name in ((history, "history"), (items, "items")))
         rows = [None if item.item_id is None else state.row(item.item_id) for item in asked]
         known = np.array([-1 if row is None else row for row in rows], np.int64)
-        recent = [[entry] for entry in counted.weighed(past)]
-        events = [*([[]] * (len(past) - len(recent))), *recent]
-        each = (
-            [Support(*part.of_user(event)).of(known) for event in range(len(past))] for part in counted.parts(events)
-        )
+        events = [[(entry, weight)] if weight else [] for entry, weight in counted.weighed(past)]
+        *several, reading = counted.parts(events)
+        each = ([Support(*part.of_user(event)).of(known) for event in range(len(past))] for part in several)
         words, transitions = (np.array(own).reshape(len(past), len(asked)) for own in each)
         others = [place for place, row in enumerate(rows) if row is None and asked[place].text]
         if others:
@@ -1193,8 +1313,15 @@ class CatalogueView:
             for place in others:
                 own = counted.words.vector_of(asked[place].text or "")
                 words[:, place] = counted.rule.words * (vectors[:, own.items] @ own.values)
+        texts = np.zeros(words.shape)
+        if counted.reading is not None:
+            read = np.zeros((len(asked), counted.reading.reader.width))
+            read[known >= 0] = counted.reading.vectors[known[known >= 0]]
+            for place in others:
+                read[place] = counted.reading.vector_of(asked[place].text or "")
+            texts = np.array([(own * read).sum(1) for own in reading]).reshape(words.shape)
         popular = np.where(known >= 0, counted.popular[known], 0.0) if len(counted.popular) else np.zeros(len(asked))
-        return EvidenceScores(words, transitions, popular)
+        return EvidenceScores(words, transitions, texts, popular)
 
 
 class EvidenceScores(NamedTuple):
@@ -1204,12 +1331,14 @@ class EvidenceScores(NamedTuple):
     """E x M, by each of E events."""
     transitions: np.ndarray
     """E x M, by each of E events; `again` is included."""
+    texts: np.ndarray
+    """E x M, by each of E events."""
     popularity: np.ndarray
     """M."""
 
     def sum(self) -> np.ndarray:
         """Return the sum of all terms: M."""
-        return self.words.sum(0) + self.transitions.sum(0) + self.popularity
+        return self.words.sum(0) + self.transitions.sum(0) + self.texts.sum(0) + self.popularity
 
 
 def _past(item: Any, place: str) -> Past:
@@ -1220,6 +1349,8 @@ def _past(item: Any, place: str) -> Past:
 
 def check_fingerprint(fingerprint: str, model: Model) -> None:
     """Raise an error if another model made the vectors."""
+    if fingerprint == NO_MODEL:
+        raise ValueError("no model has made the catalogue's vectors: make them with catalogue.encode(model, processor)")
     found = model.fingerprint()
     if found != fingerprint:
         raise ValueError(
@@ -1243,13 +1374,16 @@ class _Asked(NamedTuple):
 
     def margin(self, state: State) -> float:
         """Return an upper bound of the error of scores before their exact computation."""
-        return ROUNDING * max(1.0, state.share, state.popularity, float(self.support.scores.max(initial=0.0)))
+        most = float(self.support.scores.max(initial=0.0))
+        return ROUNDING * max(1.0, state.share, state.popularity, most, float(np.linalg.norm(self.support.reading)))
 
     def added(self, state: State, rows: torch.Tensor) -> torch.Tensor:
         """Return the exact terms that evidence adds to the scores of rows."""
         found = self.support.of(rows.numpy())
         if state.counted is not None and state.popularity:
             found = found + state.counted.popular[rows.numpy()]
+        if state.read_texts is not None and len(self.support.reading):
+            found = found + (state.read_texts[rows.numpy()] * self.support.reading).sum(1)
         return torch.from_numpy(found)
 
 
@@ -1264,6 +1398,9 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
         scores = torch.zeros(len(asked), len(state.live))
     if state.counted is not None and state.popularity:
         scores += torch.from_numpy(state.counted.popular).float()
+    if state.read_texts is not None and all(len(each.support.reading) for each in asked):
+        reading = np.stack([each.support.reading for each in asked]).astype(np.float32)
+        scores += torch.from_numpy(reading) @ torch.from_numpy(state.read_texts).T
     found = []
     for each, own in zip(asked, scores):
         kept = allowed.clone()
@@ -1289,9 +1426,10 @@ def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pre
     """Search by the index with growing width; None for a user without a certain result.
 
     Removed, excluded and filtered rows are dropped from the results of the index, so that the filter sees few items.
+    The reader concerns all rows, which are then compared exhaustively.
     """
     answers: list[Ranking | None] = [None] * len(asked)
-    if state.index is None or not state.share:
+    if state.index is None or not state.share or state.read_texts is not None:
         return answers
     verdicts: dict[int, bool] = {}
 
@@ -1375,6 +1513,10 @@ def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Rank
 # ------------------------------------------------------------------------------------------------------ the catalogue
 
 
+TEXTS_ONLY = Evidence(learnt=0.0, texts=0.06)
+"""Evidence of a catalogue without a model. The weight of texts was chosen on validation purchases of Amazon Beauty,
+with the weight of words fixed, and before any event was counted (docs/experiments.md)."""
+
 REBUILD_SHARE, REBUILD_ROWS = 0.1, 1024
 """A new base matrix is made once added and removed rows exceed this share of it, and this number."""
 
@@ -1421,33 +1563,44 @@ class Catalogue(CatalogueView):
     def from_dataset(
         cls,
         items: Any,
-        model: Model,
-        processor: Any,
+        model: Model | None = None,
+        processor: Any = None,
         batch_size: int = 256,
         progress: bool = True,
         evidence: Evidence | None = None,
+        reader: Reader | str | Path | None = None,
     ) -> "Catalogue":
-        """Embed items.
+        """Embed items; without a model, make a catalogue that ranks by texts and events alone.
 
         Args:
             items: A dataset, a data frame or a list, of mappings with an `item_id` or of texts (whose id is a running
                 number, from 0 or from the largest whole number that was an id plus 1). Fields with None or NaN are
                 absent.
-            model: Model that embeds the items.
-            processor: Processor that formats the items.
+            model: Model that embeds the items. None = no vectors are made, and any model may use the catalogue.
+            processor: Processor that formats the items; without a model, None = the texts of the fields, joined.
             batch_size: Items embedded at once.
             progress: Show a progress bar if embedding takes more than two seconds.
-            evidence: Settings of evidence, as in `set_evidence`; None = the catalogue ranks by the cosine only.
+            evidence: Settings of evidence, as in `set_evidence`; None = the catalogue ranks by the cosine only or,
+                without a model, by `TEXTS_ONLY`.
+            reader: The reader, as in `set_evidence`.
 
         Raises:
-            ValueError: If an id is missing or occurs twice, or an item has no text.
+            ValueError: If an id is missing or occurs twice, an item has no text, or there is no model and `learnt` of
+                the evidence is above 0.
         """
-        catalogue = cls(model.fingerprint(), vector_width(model.config))
+        if model is None:
+            evidence, processor = evidence or TEXTS_ONLY, processor or PlainTexts()
+            if evidence.learnt:
+                raise ValueError(f"learnt={evidence.learnt}, but there is no model: give one, or set learnt=0")
+            catalogue = cls(NO_MODEL, 1)
+        else:
+            catalogue = cls(model.fingerprint(), vector_width(model.config))
         found = _read(items, catalogue._state)
-        vectors = _embedded(list(found.values()), model, processor, (batch_size, progress), evidence)
+        options = batch_size, progress
+        vectors = _embedded(list(found.values()), model, processor, options, evidence, catalogue.dimension)
         catalogue._state = State.of(found, vectors, catalogue.fingerprint, next_number=after_ids(found))
         if evidence is not None:
-            catalogue.set_evidence(evidence, processor)
+            catalogue.set_evidence(evidence, processor, reader)
         return catalogue
 
     # --------------------------------------------------------------------------------------------------- changing it
@@ -1455,26 +1608,33 @@ class Catalogue(CatalogueView):
     def add(
         self,
         items: Any,
-        model: Model,
-        processor: Any,
+        model: Model | None = None,
+        processor: Any = None,
         replace: bool = False,
         batch_size: int = 256,
         progress: bool = True,
     ) -> None:
         """Embed more items, which later searches find. Arguments as in `from_dataset`.
 
+        A catalogue that was made without a model needs none here.
+
         Raises:
             ValueError: If an id is in the catalogue already and `replace` is not set; then nothing is changed.
         """
         with self._lock:
             state = self._state
-            check_fingerprint(state.fingerprint, model)
+            if model is not None:
+                self.check(model)
+            elif state.fingerprint != NO_MODEL:
+                raise ValueError("add needs the model and the processor that embed the items, as in from_dataset")
+            processor = PlainTexts() if processor is None else processor
             found = _read(items, state)
             known = {item_id: row for item_id in found if (row := state.row(item_id)) is not None}
             if known and not replace:
                 name = next(iter(known))
                 raise ValueError(f"item_id {name!r} is in the catalogue already: pass replace=True to replace it")
-            vectors = _embedded(list(found.values()), model, processor, (batch_size, progress), self.evidence)
+            options = batch_size, progress
+            vectors = _embedded([*found.values()], model, processor, options, self.evidence, state.dimension)
             texts = [] if state.counted is None else item_texts(processor, found.values())
             self._state = _changed(state, found, vectors, list(known.values()), texts)
 
@@ -1511,10 +1671,13 @@ class Catalogue(CatalogueView):
             rule = None if state.counted is None else state.counted.rule
             rows = state.live_rows()
             items = {state.ids[row]: state.items[row] for row in rows}
-            vectors = _embedded(list(items.values()), model, processor, (batch_size, progress), rule)
+            options, width = (batch_size, progress), vector_width(model.config)
+            vectors = _embedded([*items.values()], model, processor, options, rule, width)
             new = _replaced(state, rows, items, vectors, model.fingerprint())
             if new.counted is not None:
-                counted = replace(new.counted, words=Words.of(item_texts(processor, items.values())))
+                reading = new.counted.reading
+                texts = item_texts(processor, items.values())
+                counted = new.counted.worded(texts, None if reading is None else reading.reader)
                 new = replace(new, counted=counted)
                 self._evidence_log().rule = counted.rule
             self._state = new
@@ -1535,7 +1698,9 @@ class Catalogue(CatalogueView):
 
     # ------------------------------------------------------------------------------------------------------- evidence
 
-    def set_evidence(self, evidence: Evidence | None, processor: Any = None) -> None:
+    def set_evidence(
+        self, evidence: Evidence | None, processor: Any = None, reader: Reader | str | Path | None = None
+    ) -> None:
         """Enable evidence, change its settings, or disable it.
 
         Weights can change at any time. The settings of counting (`steps`, `backwards`, `half_life`) can change only if
@@ -1544,7 +1709,10 @@ class Catalogue(CatalogueView):
 
         Args:
             evidence: The settings; None = the catalogue ranks by the cosine only, and events are deleted.
-            processor: Processor that formats the items; required if there is no evidence yet.
+            processor: Processor that formats the items; required if there is no evidence yet, or none that compares
+                texts.
+            reader: The reader that compares texts, if `texts` of the evidence is above 0, or its file; None = the
+                catalogue's own, else the package's.
 
         Raises:
             ValueError: If `learnt` is above 0 without vectors, the processor is missing, or events to count again are
@@ -1568,10 +1736,12 @@ class Catalogue(CatalogueView):
             if state.counted is None:
                 state = _compacted(state)
                 texts = item_texts(processor, state.items[: state.count])
-                counted = Counted.of(evidence, state.ids[: state.count], texts)
+                own = Reader.of(reader) if evidence.texts else None
+                counted = Counted.of(evidence, state.ids[: state.count], texts, own)
                 self._log, self._state = EventLog(evidence), replace(state, counted=counted)
                 return
             counted, log = self._ruled(evidence), self._evidence_log()
+            counted = self._reading(counted, processor, reader)
             if evidence.counting != state.counted.rule.counting:
                 if not log.is_complete:
                     raise ValueError(
@@ -1643,6 +1813,20 @@ class Catalogue(CatalogueView):
         counted = self._state.counted
         assert counted is not None
         return replace(counted, transitions=replace(counted.transitions, rule=rule))
+
+    def _reading(self, counted: Counted, processor: Any, reader: Reader | str | Path | None) -> Counted:
+        """Return evidence with the texts encoded, if it compares texts."""
+        if not counted.rule.texts:
+            return replace(counted, reading=None)
+        if counted.reading is not None and reader is None:
+            return counted
+        if processor is None and self.fingerprint != NO_MODEL:
+            raise ValueError(
+                f"texts={counted.rule.texts} compares the items' texts, which are not encoded yet: give set_evidence "
+                "the processor that words them"
+            )
+        texts = item_texts(processor or PlainTexts(), self._state.items[: len(self._state.live)])
+        return counted.worded(texts, Reader.of(reader))
 
     def _evidence_log(self) -> EventLog:
         if self._log is None or self._state.counted is None:
@@ -1767,7 +1951,11 @@ class Catalogue(CatalogueView):
         counted = self._state.counted
         assert counted is not None
         kept = KeptEvidence(
-            counted.words, counted.transitions, counted.names[: len(counted.rows)], self._evidence_log()
+            counted.words,
+            counted.transitions,
+            counted.names[: len(counted.rows)],
+            self._evidence_log(),
+            counted.reading,
         )
         write(evidence=kept)
         if home is not None and home.journal is not None:
@@ -1899,11 +2087,16 @@ def _seconds(given: Sequence[Any]) -> list[float]:
 
 
 def _embedded(
-    items: Sequence[Item], model: Model, processor: Any, options: tuple[int, bool], evidence: Evidence | None
+    items: Sequence[Item],
+    model: Model | None,
+    processor: Any,
+    options: tuple[int, bool],
+    evidence: Evidence | None,
+    width: int,
 ) -> torch.Tensor:
-    """Embed items; if the cosine has weight 0, the vectors are zeros."""
+    """Embed items; if the cosine has weight 0, the vectors are zeros of a width."""
     if evidence is not None and not evidence.learnt:
-        return torch.zeros(len(items), vector_width(model.config))
+        return torch.zeros(len(items), width)
     return embed(items, model, processor, *options)
 
 
@@ -2021,7 +2214,10 @@ __all__ = [
     "ITEMS",
     "JOURNAL",
     "MANIFEST",
+    "NO_MODEL",
+    "READER_FILE",
     "SETTINGS",
+    "TEXTS_ONLY",
     "TEXT_COLUMN",
     "VECTORS",
     "Catalogue",
@@ -2035,6 +2231,7 @@ __all__ = [
     "Model",
     "NamedText",
     "Past",
+    "PlainTexts",
     "Predicate",
     "State",
     "VectorIndex",

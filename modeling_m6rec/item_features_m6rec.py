@@ -18,6 +18,7 @@ Shapes of evidence: U users, M items of the events, N rows of words.
 """  # noqa: E501 - a row of a table is one line
 
 import hashlib
+import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -563,9 +564,12 @@ class Evidence:
     """Settings of a catalogue's ranking by counted events and words, in addition to the learnt score.
 
     The score of item j is `learnt` times the cosine of the user's and the item's vector, plus a sum over the user's
-    last items i, where the k-th last has the weight `recency[k]`, of three terms: `words` times the cosine of the
-    TF-IDF vectors of i and j, `transitions` times P(i, j) + `second` (P P)(i, j), and `again` if j is i; plus
-    `popularity` times log(1 + events of j), scaled to 1 for the most frequent item. Here
+    last items i, where the k-th last has the weight `recency[k]`, of four terms: `words` times the cosine of the
+    TF-IDF vectors of i and j, `texts` times the cosine of their vectors by a static reader, `transitions` times
+    P(i, j) + `second` (P P)(i, j), and `again` if j is i; plus `popularity` times log(1 + events of j), scaled to 1
+    for the most frequent item. Texts of the user that name no item are compared with j by `words` and `texts` as well:
+    what the user searched for or wrote, with the weight `queries` times `recency[k]` after k later items and texts, and
+    what the user is, with the weight `profile`. Here
 
     P(i, j) = n(i, j) / (out(i) ** out_power * in(j) ** in_power).
 
@@ -579,9 +583,12 @@ class Evidence:
     Attributes:
         learnt: Weight of the cosine; 0 = the model's vectors are neither made nor used.
         words: Weight of common words, by TF-IDF.
+        texts: Weight of similar texts, by a static reader (`Reader`); above 0, the catalogue has a copy of the reader.
         transitions: Weight of transitions.
         popularity: Weight of popularity, equal for all users.
         again: Weight of the user's own last items, if known items may be recommended again.
+        queries: Weight of a text of the history, such as a search, relative to an item of the same age.
+        profile: Weight of the description of the user, and of facts, relative to the last item.
         recency: Weights of a history's last items, the last one first; earlier items have no weight.
         second: Weight of transitions over two steps.
         steps: Weights of pairs at a distance of one, two, ... steps.
@@ -593,9 +600,12 @@ class Evidence:
 
     learnt: float = 1.0
     words: float = 0.3
+    texts: float = 0.0
     transitions: float = 1.0
     popularity: float = 0.0
     again: float = 0.0
+    queries: float = 1.0
+    profile: float = 0.3
     recency: tuple[float, ...] = (1.0, 0.6, 0.4, 0.3, 0.2)
     second: float = 0.4
     steps: tuple[float, ...] = (1.0, 0.7)
@@ -1335,12 +1345,13 @@ class Reader:
         vectors: T x W int8.
         scales: T float32; the vector of a token is its row of `vectors` times its scale.
         first: Id of the first row's token. Tokens with smaller ids, such as [CLS], are not read.
+        notice: Notice of origin and licence, which copies of the file keep.
 
     Raises:
         ValueError: If these do not fit together.
     """
 
-    def __init__(self, tokenizer: str, vectors: np.ndarray, scales: np.ndarray, first: int) -> None:
+    def __init__(self, tokenizer: str, vectors: np.ndarray, scales: np.ndarray, first: int, notice: str = "") -> None:
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer)
         except Exception as error:  # the library raises no narrower class
@@ -1355,16 +1366,17 @@ class Reader:
             tokens = self._tokenizer.get_vocab_size()
             raise ValueError(f"first={first}: {len(vectors)} vectors after it are not those of {tokens} tokens")
         self.tokenizer, self.vectors, self.scales, self.first = tokenizer, vectors, scales, first
+        self.notice = notice
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return type(self), (self.tokenizer, self.vectors, self.scales, self.first)
+        return type(self), (self.tokenizer, self.vectors, self.scales, self.first, self.notice)
 
     @classmethod
-    def quantized(cls, tokenizer: str, vectors: np.ndarray, first: int) -> "Reader":
+    def quantized(cls, tokenizer: str, vectors: np.ndarray, first: int, notice: str = "") -> "Reader":
         """Make a reader of T x W float vectors, at 8 bits with one scale per token."""
         scales = np.abs(vectors).max(1).astype(np.float32) / 127
         rounded = np.rint(vectors / np.maximum(scales, 1e-30)[:, None]).astype(np.int8)
-        return cls(tokenizer, rounded, scales, first)
+        return cls(tokenizer, rounded, scales, first, notice)
 
     @classmethod
     def of(cls, source: "Reader | str | Path | None") -> "Reader":
@@ -1392,15 +1404,17 @@ class Reader:
             tokenizer = unpacked.decompress(found["tokenizer"].tobytes(), LONGEST_TOKENIZER)
             if not unpacked.eof:
                 raise ValueError(f"its tokenizer is cut, or has more than {LONGEST_TOKENIZER} bytes")
-            return cls(tokenizer.decode(), found["vectors"], found["scales"], int(found["first"].item()))
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            notice = header.get("__metadata__", {}).get("notice", "")
+            return cls(tokenizer.decode(), found["vectors"], found["scales"], int(found["first"].item()), notice)
         except (SafetensorError, zlib.error, KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or not a reader of m6rec: {error}") from error
 
-    def save(self, path: str | Path, notice: str = "") -> None:
-        """Write the reader into a file, with a notice of its origin and licence."""
+    def save(self, path: str | Path) -> None:
+        """Write the reader into a file."""
         packed = np.frombuffer(zlib.compress(self.tokenizer.encode(), 9), np.uint8)
         arrays = {"vectors": self.vectors, "scales": self.scales, "first": np.array([self.first]), "tokenizer": packed}
-        save_file(arrays, path, {"notice": notice} if notice else None)
+        save_file(arrays, path, {"notice": self.notice})
         Path(path).chmod(0o644)  # safetensors writes files that only their owner reads
 
     @property

@@ -14,7 +14,17 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .atomic_m6rec import standing
-from .catalogue_m6rec import EVIDENCE, ITEMS, MANIFEST, VECTORS, Catalogue, CatalogueView, plain, table_rows
+from .catalogue_m6rec import (
+    EVIDENCE,
+    ITEMS,
+    MANIFEST,
+    READER_FILE,
+    VECTORS,
+    Catalogue,
+    CatalogueView,
+    plain,
+    table_rows,
+)
 from .layers_m6rec import inference_mode
 from .ranking_m6rec import Ranker, Scorer, check_confidence
 from .segment_cache_m6rec import SegmentCache, UserStates
@@ -47,8 +57,8 @@ class RecommendationPipeline(Pipeline):
 
     If the catalogue has evidence (`Catalogue.set_evidence`), the score of "retrieval" also uses the items of a
     request's history: the items that followed them in other histories, and their words. For an item without an
-    `item_id` only words are used. With `explain`, `parts` then lists the learnt part and the parts of words and
-    transitions.
+    `item_id`, for what the user searched for or wrote, and for `user` and `facts`, only words and texts are used. With
+    `explain`, `parts` then lists the learnt part and the parts of words, texts, transitions, popularity and profile.
 
     Args:
         *args: As in `Pipeline`.
@@ -246,7 +256,7 @@ class RecommendationPipeline(Pipeline):
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-            for file in (EVIDENCE, ITEMS, VECTORS, MANIFEST)
+            for file in (EVIDENCE, READER_FILE, ITEMS, VECTORS, MANIFEST)
             if name
         ]
         return Path(paths[-1]).parent if paths and paths[-1] is not None else None

@@ -353,7 +353,9 @@ class Query:
     vectors: torch.Tensor | None = None
     """N x D vectors of the returned items, for retrieval."""
     past: list[Past | None] | None = None
-    """If evidence is used, the item of each encoded event, the last one last; None = an event without item."""
+    """If evidence is used, what it reads of each encoded event, the last one last; None = an event of a verb only."""
+    profile: list[Past] = field(default_factory=list)
+    """If evidence is used, what it reads of the user, at most one text."""
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out."""
 
@@ -535,8 +537,8 @@ class Ranker:
                 vectors = embed(items, scorer.model, scorer.processor, segment_cache=scorer.segment_cache)
                 scores = cosines(user[None], vectors)[0]
             if catalogue is not None and catalogue.evidence is not None:
-                query.past = self._past(query, catalogue.evidence)
-                added = catalogue.evidence_scores(_items_of(query), self._as_past(items))
+                query.past, query.profile = self._past(query, catalogue.evidence), _profile(query.request)
+                added = catalogue.evidence_scores(_entries_of(query), self._as_past(items))
                 scores = catalogue.evidence.learnt * scores.double() + torch.from_numpy(added.sum())
             query.best = _best(scores, self.top_k)
             query.vectors = None if vectors is None else vectors[[number for number, _ in query.best]]
@@ -546,8 +548,8 @@ class Ranker:
         catalogue, histories = self.catalogue(), None
         if catalogue.evidence is not None:
             for query in queries:
-                query.past = self._past(query, catalogue.evidence)
-            histories = [_items_of(query) for query in queries]
+                query.past, query.profile = self._past(query, catalogue.evidence), _profile(query.request)
+            histories = [_entries_of(query) for query in queries]
         users = [torch.zeros(catalogue.dimension) if user is None else user for user in self._users(queries, catalogue)]
         seen = [query.seen for query in queries]
         top_k = self.top_k or FROM_CATALOGUE
@@ -565,18 +567,22 @@ class Ranker:
         return list(self.scorer.users([query.encoded for query in queries]))
 
     def _past(self, query: Query, rule: Evidence) -> list[Past | None]:
-        """Return what evidence reads of a history: all events that the model reads, None = without an item.
+        """Return what evidence reads of a history: all events that the model reads, None = only a verb.
 
-        Where evidence reaches further back than the model, the items of earlier events stand before them.
+        Where evidence reaches further back than the model, earlier items and queries stand before them.
         """
         history = query.request.get("history") or []
         items = [event.get("item") if isinstance(event, Mapping) else event for event in history]
-        start = len(items) - len(query.encoded.events)
-        missing = max(0, len(rule.recency) - sum(item is not None for item in items[start:]))
-        earlier = [item for item in items[:start] if item is not None]
-        read = [*earlier[len(earlier) - min(missing, len(earlier)) :], *items[start:]]
-        found = iter(self._as_past([item for item in read if item is not None]))
-        return [None if item is None else next(found) for item in read]
+        start = first = len(items) - len(query.encoded.events)
+        missing = len(rule.recency) - sum(item is not None for item in items[start:])
+        while first and missing > 0:
+            first -= 1
+            missing -= items[first] is not None
+        found = iter(self._as_past([item for item in items[first:] if item is not None]))
+        past = [
+            _query_of(event) if item is None else next(found) for event, item in zip(history[first:], items[first:])
+        ]
+        return [*(own for own in past[: start - first] if own is not None), *past[start - first :]]
 
     def _as_past(self, items: Sequence[Item]) -> list[Past]:
         """Convert items to the form that evidence uses."""
@@ -608,8 +614,9 @@ class Ranker:
     def _reasons(self, query: Query) -> list[dict[str, Any]]:
         """Return for each of the best items, as `because`, the contribution of each event.
 
-        It is the score minus the score with the event hidden. With evidence this holds for the learnt part; words and
-        transitions contribute their own terms. `parts` lists the parts of a score, which sum to it.
+        It is the score minus the score with the event hidden. With evidence this holds for the learnt part; words,
+        transitions and texts contribute their own terms. `parts` lists the parts of a score, which sum to it; that of
+        the `profile` is by words and texts.
         """
         if query.past is not None:
             return self._evident_reasons(query, query.past)
@@ -623,22 +630,24 @@ class Ranker:
     def _evident_reasons(self, query: Query, past: Sequence[Past | None]) -> list[dict[str, Any]]:
         catalogue = self.catalogue()
         chosen = [query.candidates[number].item for number, _ in query.best]
-        found = catalogue.evidence_scores(_items_of(query), self._as_past([without_stats(item) for item in chosen]))
+        found = catalogue.evidence_scores(_entries_of(query), self._as_past([without_stats(item) for item in chosen]))
         share = 0.0 if catalogue.evidence is None else catalogue.evidence.learnt
         places = [place for place, item in enumerate(past) if item is not None]
-        table = np.zeros((2, len(past), len(query.best)))
-        table[:, places] = found[:2]
-        words, transitions = table.sum(1)
+        table, count = np.zeros((3, len(past), len(query.best))), len(query.profile)
+        table[:, places] = np.stack(found[:3])[:, count:]
+        words, transitions, texts = table.sum(1)
+        profile = (found.words + found.texts)[:count].sum(0)
         learnt = [score - added for (_, score), added in zip(query.best, found.sum().tolist())]
         earlier = [_described(item) for item in past[: len(past) - len(query.encoded.events)] if item is not None]
         added = [[0.0] * len(earlier) + own for own in self._learnt_reasons(query, learnt, share)]
         events, reasons = [*earlier, *self._events(query)], []
         for number, own in enumerate(learnt):
             because = []
-            for event, alone, w, t in zip(events, added[number], *table[:, :, number].tolist()):
-                parts = {"learnt": alone, "words": w, "transitions": t}
+            for event, alone, w, t, x in zip(events, added[number], *table[:, :, number].tolist()):
+                parts = {"learnt": alone, "words": w, "transitions": t, "texts": x}
                 because.append({**event, "contribution": sum(parts.values()), **parts})
             parts = {"learnt": own, "words": float(words[number]), "transitions": float(transitions[number])}
+            parts |= {"texts": float(texts[number]), "profile": float(profile[number])}
             parts["popularity"] = float(found.popularity[number])
             parts["together"] = own - sum(added[number])
             reasons.append({"parts": parts, "because": _sorted(because)})
@@ -680,8 +689,24 @@ def _described(item: Past) -> dict[str, Any]:
     return {"event": item.text, **({} if item.item_id is None else {"item_id": item.item_id})}
 
 
-def _items_of(query: Query) -> list[Past]:
-    return [item for item in query.past or () if item is not None]
+def _entries_of(query: Query) -> list[Past]:
+    """Return all that evidence reads of a request: the profile, then the history."""
+    return [*query.profile, *(item for item in query.past or () if item is not None)]
+
+
+def _query_of(event: Mapping[str, Any]) -> Past | None:
+    """Return what the user searched for or wrote in an event without an item."""
+    text = event.get("text") if event.get("query") is None else event["query"]
+    return None if text is None else Past(None, str(text), "query")
+
+
+def _profile(request: Mapping[str, Any]) -> list[Past]:
+    """Return the text of who the user is and of facts, as one entry; of the user's fields, only texts are read."""
+    user = request.get("user")
+    values = [own for name, own in user.items() if name != "user_id"] if isinstance(user, Mapping) else [user]
+    parts = [part for own in (*values, request.get("facts")) for part in (own if isinstance(own, list) else [own])]
+    text = " ".join(part for part in parts if isinstance(part, str))
+    return [Past(None, text, "profile")] if text else []
 
 
 def _checked(given: Any) -> list[Candidate]:

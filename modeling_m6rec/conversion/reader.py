@@ -38,13 +38,14 @@ NOTICE = (
 
 
 @torch.inference_mode()
-def distil(teacher: PreTrainedModel, tokenizer: TokenizersBackend, width: int = WIDTH) -> Reader:
+def distil(teacher: PreTrainedModel, tokenizer: TokenizersBackend, width: int = WIDTH, notice: str = "") -> Reader:
     """Make a reader of a sentence embedder.
 
     Args:
         teacher: The embedder.
         tokenizer: Its tokenizer.
         width: W.
+        notice: Notice of origin and licence, which the reader's file keeps.
 
     Returns:
         The reader. Each component's largest entry is positive, so that the result does not depend on the signs that
@@ -78,7 +79,7 @@ def distil(teacher: PreTrainedModel, tokenizer: TokenizersBackend, width: int = 
     _, axes = np.linalg.eigh(centred[read].T @ centred[read])
     axes = axes[:, ::-1][:, :width]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(width)])
-    return Reader.quantized(tokenizer.backend_tokenizer.to_str(), centred @ axes * read[:, None], first)
+    return Reader.quantized(tokenizer.backend_tokenizer.to_str(), centred @ axes * read[:, None], first, notice)
 
 
 def _states(teacher: PreTrainedModel, tokenizer: TokenizersBackend, tokens: Sequence[int]) -> torch.Tensor:
@@ -112,14 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     name = given.teacher or default_teacher()
     teacher, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    reader = distil(teacher, tokenizer, given.width)
+    who = "sentence-transformers/all-MiniLM-L6-v2 (Apache License 2.0)"
+    who = f"the sentence embedder {Path(name).name}" if given.teacher else who
+    reader = distil(teacher, tokenizer, given.width, NOTICE.format(teacher=who))
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    who = (
-        f"the sentence embedder {Path(name).name}"
-        if given.teacher
-        else ("sentence-transformers/all-MiniLM-L6-v2 (Apache License 2.0)")
-    )
-    reader.save(given.output, NOTICE.format(teacher=who))
+    reader.save(given.output)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     size = given.output.stat().st_size
     logger.info("%s: %d tokens, %d wide, %.2f MB", given.output, len(reader.vectors), reader.width, size / 1e6)

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
-from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, Past
-from m6rec.item_features_m6rec import Evidence
+from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, TEXTS_ONLY, Past
+from m6rec.item_features_m6rec import Evidence, Reader
 from tests.fast import examples
+from tests.modeling_m6rec.conversion.backbones import own_tokenizer
 from tests.modeling_m6rec.faults import finish, fork
 
 WIDTH = 4
@@ -34,6 +35,10 @@ TITLES = ["red shoes", "blue shoes", "red hat", "tea pot", "green tea", "tea", "
 MODEL = types.SimpleNamespace(config=M6RecConfig.preset("tiny", embedding_dim=WIDTH), fingerprint=lambda: "f" * 64)
 PROCESSOR = types.SimpleNamespace(item_texts=lambda items: [item["title"] for item in items])
 RULE = Evidence(learnt=0.5)
+TOKENIZER = own_tokenizer("bert")
+READER = Reader.quantized(
+    TOKENIZER.backend_tokenizer.to_str(), np.random.default_rng(0).normal(size=(len(TOKENIZER) - 5, 6)), 5, "of a test"
+)
 
 
 def item(number, title=None):
@@ -54,7 +59,8 @@ def embedded(monkeypatch):
 
 
 def make(count=10, rule=RULE):
-    return Catalogue.from_dataset([item(number) for number in range(count)], MODEL, PROCESSOR, evidence=rule)
+    items = [item(number) for number in range(count)]
+    return Catalogue.from_dataset(items, MODEL, PROCESSOR, evidence=rule, reader=READER)
 
 
 def users(count=3, seed=0):
@@ -99,9 +105,35 @@ def slow_words(texts):
     return read
 
 
+def slow_reader(texts):
+    """Sums of tokens' vectors, each token once, by its rarity among the texts."""
+    tokens = {text: {*TOKENIZER(text, add_special_tokens=False)["input_ids"]} for text in [*texts, *TITLES]}
+
+    def read(text):
+        own = tokens.get(text) or {*TOKENIZER(text, add_special_tokens=False)["input_ids"]}
+        found = np.zeros(6)
+        for token in own - {*range(5)}:
+            number = sum(token in tokens[each] for each in texts)
+            weight = math.log((1 + len(texts)) / (1 + number)) + 1
+            found += weight * READER.vectors[token - 5].astype(float) * READER.scales[token - 5]
+        return found / max(np.linalg.norm(found), 1e-12)
+
+    return read
+
+
+def slow_weights(rule, history):
+    """Each entry of a history with its weight: items count by later items, queries by later items and queries."""
+    for place, past in enumerate(history):
+        later = [other.kind for other in history[place + 1 :] if other.kind != "profile"]
+        age = len(later) if past.kind == "query" else later.count("item")
+        recency = rule.recency[age] if age < len(rule.recency) else 0.0
+        yield past, {"item": recency, "query": rule.queries * recency, "profile": rule.profile}[past.kind]
+
+
 def slow_scores(rule, items, events, user, history):
     """All scores by dense matrices; `items` by id."""
-    counts, read = slow_counts(rule, events), slow_words([each["title"] for each in items.values()])
+    texts = [each["title"] for each in items.values()]
+    counts, read, read_static = slow_counts(rule, events), slow_words(texts), slow_reader(texts)
     names = [*dict.fromkeys([*items, *(each["item_id"] for each in events)])]
     table = np.array([[counts.get((first, second), 0.0) for second in names] for first in names])
     table = table.reshape(len(names), len(names))
@@ -114,9 +146,10 @@ def slow_scores(rule, items, events, user, history):
     for name, own in items.items():
         score = rule.learnt * float(user.double() @ vector(own).double()) if rule.learnt else 0.0
         score += rule.popularity * met[names.index(name)] / max(met.max(), 1e-12)
-        for past, weight in zip(history[::-1], rule.recency):
+        for past, weight in slow_weights(rule, history):
             text = items[past.item_id]["title"] if past.item_id in items else past.text
             score += weight * rule.words * float(read(text or "") @ read(own["title"]))
+            score += weight * rule.texts * float(read_static(text or "") @ read_static(own["title"]))
             if past.item_id in names:
                 score += weight * follows[names.index(past.item_id), names.index(name)]
         scores[name] = score
@@ -137,6 +170,8 @@ RULES = [
     Evidence(learnt=0.0),
     Evidence(learnt=1.0, half_life=40.0, popularity=0.2, again=0.7),
     Evidence(learnt=0.3, words=2.0, steps=(1.0, 0.0, 0.5), recency=(1.0, 0.5), backwards=1.0, second=0.0),
+    Evidence(learnt=0.2, words=0.0, texts=0.7, queries=0.6, profile=1.5),
+    Evidence(learnt=0.0, texts=0.4, popularity=0.1),
 ]
 number = st.integers(0, 12)
 batch = st.lists(st.tuples(st.sampled_from("abc"), number, st.integers(0, 200)), max_size=5)
@@ -152,11 +187,14 @@ past = st.one_of(
     number.map(lambda own: Past(f"i{own}")),
     st.tuples(number, st.sampled_from(TITLES)).map(lambda own: Past(f"i{own[0]}", own[1])),
     st.sampled_from([*TITLES, "an unknown tea"]).map(lambda text: Past(None, text)),
+    st.tuples(st.sampled_from([*TITLES, "a tea cat"]), st.sampled_from(["query", "profile"])).map(
+        lambda own: Past(None, *own)
+    ),
 )
 
 
 @pytest.mark.parametrize("kind", [None, "flat"])
-@pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other"])
+@pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other", "texts", "both"])
 @settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_searches_are_those_of_dense_matrices(kind, rule, data, tmp_path_factory):
@@ -317,19 +355,80 @@ def test_an_untrained_catalogue_gets_vectors_later():
     assert catalogue.search(users(), 5, histories=[["i0"]] * 3) == expected.search(users(), 5, histories=[["i0"]] * 3)
 
 
-def test_evidence_scores_sum_to_what_search_adds():
-    catalogue = make(rule=Evidence(learnt=0, popularity=0.5, again=0.3))
+@pytest.mark.parametrize("texts", [0.0, 0.6])
+def test_evidence_scores_sum_to_what_search_adds(texts):
+    catalogue = make(rule=Evidence(learnt=0, popularity=0.5, again=0.3, texts=texts))
     catalogue.observe([event(user, number, number) for user in "abc" for number in range(3)])
     history = ["i0", Past(None, "tea pot"), "i2", Past("gone", "red"), "i1", "i2", "i0"]
+    history = [Past(None, "a red tea", "profile"), *history[:5], Past(None, "a hat", "query"), *history[5:]]
     names = list(catalogue)
     found = catalogue.evidence_scores(history, names)
-    scores = dict(catalogue.search(torch.zeros(1, WIDTH), 10, histories=[history])[0])
-    assert found.words.shape == found.transitions.shape == (7, 10)
-    assert not found.words[:2].any() and not found.transitions[:2].any(), "older than the last five"
+    scores = dict(catalogue.search(top_k=10, histories=[history])[0])
+    assert found.words.shape == found.transitions.shape == found.texts.shape == (9, 10)
+    assert not found.words[1:3].any() and not found.transitions[:3].any(), "older than the last five"
+    assert found.words[0].any() and found.words[6].any() and found.texts.any() == bool(texts)
     assert found.sum() == pytest.approx([scores[name] for name in names], abs=1e-12)
     outside = catalogue.evidence_scores(history, [Past("new", TITLES[3]), Past(None, "")])
     assert outside.words[:, 0] == pytest.approx(found.words[:, 3]) and not outside.transitions.any()
+    assert outside.texts[:, 0] == pytest.approx(found.texts[:, 3]) and not outside.texts[:, 1].any()
     assert not outside.words[:, 1].any() and not outside.popularity.any()
+
+
+def test_texts_are_switched_on_and_off(tmp_path):
+    catalogue, fresh = make(rule=Evidence(learnt=0)), make(rule=Evidence(learnt=0, texts=0.5))
+    for each in (catalogue, fresh):
+        each.remove(["i3"])
+    with pytest.raises(ValueError, match="the processor that words them"):
+        catalogue.set_evidence(fresh.evidence)
+    catalogue.set_evidence(fresh.evidence, PROCESSOR, READER)
+    assert catalogue.search(top_k=9, histories=[["i0"]]) == fresh.search(top_k=9, histories=[["i0"]])
+    assert catalogue.evidence_digest() == fresh.evidence_digest()
+    fresh.save(tmp_path / "kept")
+    assert Reader.of(tmp_path / "kept" / "reader.safetensors").notice == "of a test"
+    (tmp_path / "kept" / "reader.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"reader\.safetensors is missing: save the catalogue again"):
+        Catalogue.load(tmp_path / "kept")
+    catalogue.set_evidence(Evidence(learnt=0))
+    assert catalogue._state.counted.reading is None
+    catalogue.save(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "reader.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- without a model
+
+
+def test_a_catalogue_needs_no_model(tmp_path):
+    items = [item(number) for number in range(10)]
+    catalogue = Catalogue.from_dataset(items[:9], reader=READER)
+    expected = Catalogue.from_dataset(items[:9], MODEL, PROCESSOR, evidence=TEXTS_ONLY, reader=READER)
+    asked = {"top_k": 9, "histories": [["i0"], [Past(None, "red tea", "query")], []]}
+    assert catalogue.search(**asked) == expected.search(**asked)
+    catalogue.add(items[9:])
+    expected.add(items[9:], MODEL, PROCESSOR)
+    for each in (catalogue, expected):
+        each.observe([event("a", 0, 1), event("a", 9, 2)])
+    assert catalogue.search(**asked)[0][0][0] == "i9"
+    catalogue.save(tmp_path / "kept")
+    again = Catalogue.load(tmp_path / "kept", MODEL)  # of any model
+    assert again.search(**asked) == catalogue.search(**asked) == expected.search(**asked)
+    again.encode(MODEL, PROCESSOR, learnt=0.5)
+    again.check(MODEL)
+    with pytest.raises(ValueError, match="made by a model with fingerprint ffff"):
+        again.check(types.SimpleNamespace(fingerprint=lambda: "0" * 64))
+    assert again.dimension == WIDTH and again.search(users(), 3, histories=asked["histories"])
+
+
+def test_what_a_catalogue_without_a_model_cannot_do():
+    with pytest.raises(ValueError, match=r"learnt=0.5, but there is no model"):
+        Catalogue.from_dataset([item(0)], evidence=RULE)
+    with pytest.raises(ValueError, match="search needs user_vectors, or histories"):
+        make().search(histories=[["i0"]])
+    with pytest.raises(ValueError, match="add needs the model"):
+        make(3).add([item(7)])
+    catalogue = Catalogue.from_dataset([item(0)], reader=READER)
+    catalogue.set_evidence(None)
+    with pytest.raises(ValueError, match="no model has made the catalogue's vectors"):
+        catalogue.check(MODEL)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The pipeline ranks by what is learnt and what is counted, and says exactly which is which."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -16,8 +17,9 @@ EVENTS = [
     for user in range(12)
     for step in range(5)
 ]
-RULE = Evidence(learnt=0.4, popularity=0.1, again=0.2)
-REQUESTS = [SOURCE, {**SOURCE, "history": SOURCE["history"][:2]}, {"user": "a man", "history": []}, "a man", REQUEST]
+RULE = Evidence(learnt=0.4, popularity=0.1, again=0.2, texts=0.3)
+TOLD = {"user": {"name": "hiking fan", "user_id": "yoga", "age": 3}, "facts": ["has a red tent"], "history": []}
+REQUESTS = [SOURCE, {**SOURCE, "history": SOURCE["history"][:2]}, TOLD, "wool", REQUEST]
 
 
 def make(rule=RULE):
@@ -33,9 +35,12 @@ def recommend():
 
 
 def past(request):
-    """The items of the history: two with ids, and socks without, which count by their words."""
+    """Who the user is; two items with ids, and socks without, which count by their words; and a search."""
+    if request is TOLD or request == "wool":
+        return [Past(None, "hiking fan has a red tent" if request is TOLD else "wool", "profile")]
     socks = Past(None, PROCESSOR.item_texts(["merino hiking socks"])[0])
-    return ["i1", socks, "i3"][: len(request["history"])] if isinstance(request, dict) else []
+    events = ["i1", socks, Past(None, "winter hiking", "query"), "i3"]
+    return [Past(None, "A woman in her thirties", "profile"), *events[: len(request["history"])]]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=range(len(REQUESTS)))
@@ -58,18 +63,43 @@ def test_parts_sum_to_the_score(rule, request_):
     assert rows
     for row in rows:
         parts = row["parts"]
-        four = ("learnt", "words", "transitions", "popularity")
-        assert sum(parts[name] for name in four) == pytest.approx(row["score"], abs=1e-9)
-        for name in ("words", "transitions"):
+        six = ("learnt", "words", "transitions", "texts", "popularity", "profile")
+        assert sum(parts[name] for name in six) == pytest.approx(row["score"], abs=1e-9)
+        for name in ("words", "transitions", "texts"):
             assert sum(reason[name] for reason in row["because"]) == pytest.approx(parts[name], abs=1e-9)
         whole = sum(reason["contribution"] for reason in row["because"]) + parts["together"] + parts["popularity"]
+        whole += parts["profile"]
         assert whole == pytest.approx(row["score"], abs=1e-9)
         for reason in row["because"]:
-            own = reason["learnt"] + reason["words"] + reason["transitions"]
+            own = reason["learnt"] + reason["words"] + reason["transitions"] + reason["texts"]
             assert reason["contribution"] == pytest.approx(own, abs=1e-12)
     events = {reason["event"].split()[0]: reason for reason in rows[0]["because"]}
     if "searched" in events:
-        assert events["searched"]["words"] == events["searched"]["transitions"] == 0, "a query is no item"
+        assert events["searched"]["transitions"] == 0, "a query is no item"
+        assert any(reason["words"] > 0 for row in rows for reason in row["because"] if "searched" in reason["event"])
+
+
+@pytest.mark.parametrize("rule", [RULE, Evidence(learnt=0)], ids=["both", "untrained"])
+def test_what_the_user_is_says_and_searches_finds_items(rule):
+    recommend = make(rule)
+    for request in ("yoga", {"facts": ["a yoga fan"]}, {"history": [{"event": "searched", "query": "yoga"}]}):
+        rows = recommend(request, explain=True, top_k=8)
+        parts = {row["item_id"]: row["parts"] for row in rows}
+        found = {name: own["profile"] + own["words"] + own["texts"] for name, own in parts.items()}
+        assert max(found, key=found.get) == "i2" and found["i2"] > 0.02, request
+    quiet = make(dataclasses.replace(rule, profile=0, queries=0))
+    assert all(own["profile"] == own["words"] == 0 for own in (row["parts"] for row in quiet("yoga", explain=True)))
+
+
+def test_evidence_reads_items_and_queries_before_those_that_the_model_reads():
+    recommend = make(Evidence(learnt=0, recency=(1, 1, 1)))
+    recommend.processor = processor(max_events=1)
+    history = [{"item": ITEMS[2]}, {"event": "searched", "query": "wool"}]
+    history += [{"item": ITEMS[4]}, {"event": "looked"}, {"item": ITEMS[1]}]
+    row = next(row for row in recommend({"history": history}, explain=True) if row["item_id"] == "i6")
+    because = {reason["event"]: reason["words"] for reason in row["because"]}
+    assert len(because) == 4, "the earlier verb is not read, and names nothing"
+    assert max(because, key=because.get) == "wool"
 
 
 def test_the_learnt_part_of_an_event_is_the_cosine_without_it(recommend):

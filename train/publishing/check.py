@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ...catalogue_m6rec import EVIDENCE, ITEMS
+from ...catalogue_m6rec import EVIDENCE, ITEMS, READER_FILE
 from ...model_cards import CARDS, MARK, find_place, find_secrets, is_place, is_secret, is_secret_variable, render_cards
 from ...modeling_m6rec import BASE, adapter_settings
 from ...pipeline_m6rec import FOLDER
@@ -39,6 +39,7 @@ ALLOWED = (
     "*_m6rec.py",
     f"{FOLDER}/catalogue.json",
     f"{FOLDER}/{EVIDENCE}",
+    f"{FOLDER}/{READER_FILE}",
     f"{FOLDER}/items.parquet",
     f"{FOLDER}/vectors.safetensors",
     "metrics.json",
