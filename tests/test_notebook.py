@@ -35,6 +35,7 @@ def test_it_is_kept_without_outputs(book):
     assert not any(word in sources for word in ("/home/", "/root/", "/tmp/", "/work/", "http://", "C:\\"))
 
 
+@pytest.mark.slow
 def test_it_runs_and_shows_what_it_says(book, tmp_path):
     """A customer who hikes gets what is for hiking, a new item is found at once, and the tuned model knows gardens."""
     book.cells.append(nbformat.v4.new_code_cell(ASKED))

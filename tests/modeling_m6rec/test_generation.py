@@ -154,7 +154,7 @@ def test_generate_refuses_what_it_cannot_write():
 
 def test_chunks_that_cut_given_text_are_refused():
     writer = Writer(2)
-    row = torch.tensor([writer.source(2) + writer.candidate()])
+    row = torch.tensor([writer.source(1) + writer.candidate()])
     for settings in (SMALL[0], SMALL[2]):
         model = build(settings)
         for place in range(1, row.shape[1]):

@@ -204,6 +204,7 @@ result = [names, first, second, files, refused, "m6rec" in sys.modules]
     assert type(AutoModel.from_pretrained(tmp_path / "again")) is M6RecForRecommendation
 
 
+@pytest.mark.slow
 def test_from_the_hubs_cache(in_cache, answers, tmp_path):
     code = """
 from transformers import AutoModel, pipeline

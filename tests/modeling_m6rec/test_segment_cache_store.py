@@ -253,8 +253,9 @@ def run_and_kill(directory, rounds, seed):
     return outlived / rounds
 
 
-def test_two_hundred_kills(tmp_path):
-    assert run_and_kill(tmp_path / "store", rounds=200, seed=200) > 5
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills(tmp_path, kills):
+    assert run_and_kill(tmp_path / "store", rounds=kills, seed=200) > 5
 
 
 def test_processes_write_read_and_sweep_at_once(tmp_path):

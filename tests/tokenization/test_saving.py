@@ -67,6 +67,7 @@ def test_copies_and_pickles_read_alike_and_carry_no_memory(special):
     assert len(pickle.dumps(special)) < fresh + 100, "else every step of datasets.map would get a new fingerprint"
 
 
+@pytest.mark.slow
 def test_remote_code_without_the_package(tmp_path, special):
     special.save_pretrained(tmp_path / "made")
     (tmp_path / "request.json").write_text(json.dumps(REQUEST), encoding="utf-8")

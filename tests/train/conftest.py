@@ -5,14 +5,31 @@ import pytest
 
 from m6rec.train.answering.loading import build_catalogue, load_pipeline
 from m6rec.train.config.recipe import load_recipe
+from m6rec.train.evaluation import curves
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import finetune
-from tests.train.world import ITEMS, recipe_of, write_world
+from tests.train.world import ITEMS, draw_nothing, recipe_of, write_world
+
+DRAW = curves.draw
 
 
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures():
+    """Plotting the curves of a run takes longer than its few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw", draw_nothing)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Let curves be plotted as they are for users."""
+    monkeypatch.setattr(curves, "draw", DRAW)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,9 @@ import traceback
 from pathlib import Path
 
 from m6rec.train.cli import main
+from m6rec.train.evaluation import curves
 from m6rec.train.runs.trainer import M6RecTrainer
+from tests.train.world import draw_nothing
 
 
 def note_batches(notes):
@@ -46,6 +48,7 @@ def start(command, notes, log):
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         note_batches(notes)
+        curves.draw = draw_nothing
         code = main(command)
     except BaseException:  # noqa: BLE001 - a fork must not go on as if it were its parent
         traceback.print_exc()
@@ -69,7 +72,7 @@ def kill_somewhere(process, folder, notes, chance):
             time.sleep(chance.uniform(0, 0.03))
             os.kill(process, signal.SIGKILL)
             break
-        time.sleep(0.0005)
+        time.sleep(0.002)
     if finish(process) == 0:
         return "finished"
     return "killed while saving" if any(folder.glob(".*-*")) else "killed"

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from m6rec.train.cli import main
+from tests import fast
 from tests.train.world import recipe_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,6 +34,8 @@ CASES = {
     "batch": {"task": {"learn": ["retrieval"], "negatives": "batch"}, "model": {"freeze_segments": True}},
     "text": {},
 }
+FAST = ("catalogue", "batch", "text")
+"""Cases that are also run where slow tests are left out."""
 PLAN = {
     "max_steps": 3,
     "optim": "sgd",
@@ -78,39 +81,40 @@ def same(left, right):
 def both(tables, tmp_path_factory):
     """Every case as learnt by one process, and by two; and what those two said."""
     folder = tmp_path_factory.mktemp("several")
+    chosen = FAST if fast.ONLY else tuple(CASES)
     two = [
         write(folder / f"two-{case}", tables, case, per_device_train_batch_size=3, gradient_accumulation_steps=1)
-        for case in CASES
+        for case in chosen
     ]
     # Goes on within the second epoch; of 18 rows of retrieval an epoch has three steps.
-    going_on = [*two[list(CASES).index("catalogue")], "--resume", "training.max_steps=5"]
+    going_on = [*two[chosen.index("catalogue")], "--resume", "training.max_steps=5"]
     said = launch([*two, going_on])
     assert said.returncode == 0, said.stderr
-    for case in CASES:
+    for case in chosen:
         more = {"max_steps": 5} if case == "catalogue" else {}
         split = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
         assert main(write(folder / f"one-{case}", tables, case, **split, **more)) == 0
-    return folder, said
+    return folder, said, chosen
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast.some(CASES, FAST))
 def test_two_processes_learn_what_one_does(both, case):
-    folder, _ = both
+    folder, *_ = both
     same(weights(folder / f"one-{case}"), weights(folder / f"two-{case}"))
 
 
 def test_one_process_speaks_and_writes(both):
-    folder, said = both
-    assert said.stdout.count("written to") == len(CASES) + 1
-    for case in CASES:
+    folder, said, chosen = both
+    assert said.stdout.count("written to") == len(chosen) + 1
+    for case in chosen:
         one, two = ({path.name for path in (folder / f"{kind}-{case}" / "run").iterdir()} for kind in ("one", "two"))
         assert one == two
         assert not [name for name in two if name.startswith((".partial", ".complete", ".replaced"))]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast.some(CASES, FAST))
 def test_they_log_and_measure_the_same(both, case):
-    folder, _ = both
+    folder, *_ = both
     one, two = (json.loads((folder / f"{kind}-{case}" / "run" / "curves.json").read_text()) for kind in ("one", "two"))
     assert one.keys() == two.keys()
     assert "loss_text" in one or "eval_mrr" in one or "loss" in one
@@ -121,7 +125,7 @@ def test_they_log_and_measure_the_same(both, case):
 
 
 def test_a_checkpoint_of_two_processes_is_whole(both):
-    folder, _ = both
+    folder, *_ = both
     found = sorted((folder / "two-catalogue" / "run").glob("checkpoint-*"))
     assert len(found) == 2
     assert found[-1].name == "checkpoint-5"

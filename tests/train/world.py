@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 import pandas
+from PIL import Image
 
 BESIDE = ("intervals", "verdict", "difference", "differences", "settings", "protocol")
 """What a row of a report holds beside its figures."""
@@ -70,6 +71,11 @@ def write_lines(path: Path, requests: list[Any]) -> Path:
     """Write requests as lines of JSON."""
     path.write_text("".join(json.dumps(request, ensure_ascii=False) + "\n" for request in requests), encoding="utf-8")
     return path
+
+
+def draw_nothing(found: Any, layout: Any, path: Path) -> None:
+    """Write an empty picture in the place of a run's curves."""
+    Image.new("L", (1, 1)).save(path)
 
 
 def best_of_steps(count: int, metric: str) -> dict[str, Any]:

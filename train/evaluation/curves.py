@@ -49,6 +49,11 @@ def save_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> None:
     if not layout:
         return
     write_json(folder / CURVES_FILE, found)
+    draw(found, layout, folder / PICTURE_FILE)
+
+
+def draw(found: dict[str, list[tuple[int, float]]], layout: dict[str, list[str]], path: Path) -> None:
+    """Write a PNG file with one plot for each panel of `layout`, which names the curves of `found` in it."""
     # Not pyplot: it would open a window if there is a display, and keep every figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,8 +71,8 @@ def save_curves(log_history: Sequence[dict[str, Any]], folder: Path) -> None:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend()
-    with atomic_file(folder / PICTURE_FILE) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png")
 
 
-__all__ = ["curves", "panels", "save_curves"]
+__all__ = ["curves", "draw", "panels", "save_curves"]

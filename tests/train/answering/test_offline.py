@@ -21,6 +21,7 @@ from m6rec.segment_cache_m6rec import SegmentCache
 from m6rec.train.answering import offline
 from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.answering.offline import SCHEMA, Job, answer_chunk, answer_file, answer_here, fingerprint
+from tests.fast import some
 from tests.train.world import REQUESTS, TITLES, write_lines
 
 
@@ -271,7 +272,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
         tracemalloc.stop()
         return traced + stub.arrow
 
-    assert peak(6_000) < 1.25 * peak(1_500)
+    assert peak(3_000) < 1.25 * peak(750)
 
 
 class Measured(Stub):
@@ -517,7 +518,7 @@ def killed_rounds(recommend, folder, name, rounds, seed):
     return took_over
 
 
-@pytest.mark.parametrize("name", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", some([".jsonl", ".parquet"], [".jsonl"]))
 def test_a_killed_run_ends_as_an_unbroken_one(recommend, tmp_path, name):
     killed_rounds(recommend, tmp_path, name, rounds=3, seed=1)
 

@@ -227,6 +227,7 @@ def test_printed_python_runs_and_recommends(done):
     assert all({reason["item_id"] for reason in row["because"]} == history for row in answer)
 
 
+@pytest.mark.slow
 def test_second_run_into_the_same_folder_gives_the_same(done, films, monkeypatch, capsys):
     output, _, _ = done
     rows, weights = read_json(output / "report.json")["rows"], (output / "model.safetensors").read_bytes()

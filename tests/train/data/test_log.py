@@ -413,7 +413,16 @@ def bytes_a_row(folder, few, many):
     return map(float, done.stdout.split()[-2:])
 
 
-def test_a_row_of_a_large_file_takes_as_much_memory_as_its_numbers(tmp_path):
+def test_a_row_of_a_log_takes_as_much_memory_as_its_numbers(tmp_path):
+    rows = [f"user-{row % 100},B{row % 99:09},{15 * 10**8 + row},view,{row % 5 + 1}\n" for row in range(5000)]
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp,event,rating\n" + "".join(rows))
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "".join(f"B{row:09},product {row}\n" for row in range(99)))
+    found = read_log(DataArguments(interactions=str(tmp_path / "events.csv"), items=str(tmp_path / "items.csv")))
+    assert found.interactions.memory_usage(deep=True).sum() / 5000 < 45
+
+
+@pytest.mark.slow
+def test_reading_a_large_file_takes_as_much_memory_as_its_numbers(tmp_path):
     peak, held = bytes_a_row(tmp_path, 100_000, 500_000)  # fewer measure the allocator
     assert held < 40
     assert peak < 200  # the log, its split, and what ordering the events takes

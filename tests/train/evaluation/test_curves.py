@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 from m6rec.train.evaluation.curves import curves, panels, save_curves
@@ -38,6 +39,7 @@ def test_losses_stand_together_and_each_figure_by_itself():
     }
 
 
+@pytest.mark.usefixtures("pictures")
 def test_picture_and_numbers_are_written(tmp_path):
     save_curves(LOG, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "curves.json"}
@@ -52,6 +54,7 @@ def test_nothing_is_drawn_of_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("pictures")
 def test_diverged_losses_are_drawn(tmp_path):
     save_curves(
         [{"loss": value, "step": step} for step, value in enumerate((1.0, float("inf"), float("nan")))], tmp_path

@@ -125,7 +125,7 @@ def test_pushed_and_pulled_without_the_package(films, hub, tmp_path):
     assert module.startswith("transformers_modules.") and tuple(answers) == expected(films)
 
 
-def test_evidence_is_published_without_events_and_users(films, hub, tmp_path):
+def test_evidence_is_published_without_events_and_users(films, hub):
     recommend = load_pipeline(str(films))
     recommend.catalogue.set_evidence(Evidence(learnt=0.5), recommend.processor)
     events = [{"user_id": f"secret-{user}", "item_id": f"i{item}"} for user in range(3) for item in (1, 3, 2)]
@@ -141,9 +141,8 @@ def test_evidence_is_published_without_events_and_users(films, hub, tmp_path):
     assert not any(b"secret-" in content for content in files.values())
     answers = json.loads(json.dumps(recommend(SOURCE, explain=True, top_k=3)))
     assert answers[0]["parts"]["transitions"] > 0
-    assert (
-        run(PULL.replace("ask(recommend)]", "recommend(SOURCE, explain=True, top_k=3)]"), hub, tmp_path)[-1] == answers
-    )
+    pulled = pipeline("recommendation", model="org/films", device="cpu")
+    assert json.loads(json.dumps(pulled(SOURCE, explain=True, top_k=3))) == answers
 
 
 def test_pushed_and_pulled_with_the_package(films, hub):

@@ -18,6 +18,7 @@ from m6rec.train.runs import pretrain as module
 from m6rec.train.runs.build import prepare, use_bf16
 from m6rec.train.runs.pretrain import MixedRows, RowMaker, all_sources, fit, perplexity, pretrain
 from tests.conftest import real_data
+from tests.fast import some
 from tests.train.world import TITLES, recipe_of
 
 CAUSAL = ("text", "infilling", "item", "behaviour")
@@ -275,7 +276,7 @@ def test_a_model_trained_in_bfloat16_answers_in_float32_as_it_does_when_loaded(m
     assert perplexity(run.model, rows, run.collator) == perplexity(loaded, rows, run.collator)
 
 
-@pytest.mark.parametrize("document", ["causal", "bidirectional"])
+@pytest.mark.parametrize("document", some(["causal", "bidirectional"], ["causal"]))
 def test_a_text_is_learnt_by_heart(make_recipe, tmp_path, document):
     """Packed with others, and while something else is learnt beside it."""
     (tmp_path / "one.txt").write_text("the long winter of 1990 漫长的冬天\n" * 8)
@@ -333,7 +334,7 @@ def test_sections_that_mean_nothing_are_refused(make_recipe, section, message):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
 def test_training_is_resumed(make_recipe, tmp_path, streaming):
-    """Stopped in the middle and resumed, the weights are those of a run in one go."""
+    """Resumed from a checkpoint in the middle, the weights are those of a run in one go."""
     (tmp_path / "texts.txt").write_text("\n".join(f"text {number} 文本" for number in range(60)))
     pretraining = {"streaming": streaming, "texts": [str(tmp_path / "texts.txt")], "pack": True, "length": 64}
     pretraining["objectives"] = dict.fromkeys(CAUSAL, 1)
@@ -346,8 +347,7 @@ def test_training_is_resumed(make_recipe, tmp_path, streaming):
         return run.model.state_dict()
 
     whole = trained("whole", 6)
-    trained("parts", 3)
-    resumed = trained("parts", 6, resume_from_checkpoint=True)
+    resumed = trained("resumed", 6, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 

@@ -14,6 +14,7 @@ from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import fit
 from m6rec.train.runs.gradient_cache import cached_gradients
 from m6rec.train.runs.trainer import M6RecTrainer
+from tests.fast import some
 
 INTERACTIONS = {"like": ["like"], "skip": ["skip"]}
 WEIGHTS = {"click": [0.3, 2.0], "rating": [1.0, 2.0, 3.0, 4.0, 5.0], "interaction": [3.0, 0.5]}
@@ -85,7 +86,7 @@ def same(left, right, **bounds):
         torch.testing.assert_close(right[name], tensor, **{"rtol": 1e-5, "atol": 1e-5, "msg": name, **bounds})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, ["regression", "catalogue", "documents", "all"]))
 def test_a_step_does_not_depend_on_how_it_is_split(make_recipe, case):
     given = prepared(make_recipe, case)
     whole, logs = trained(*given, 12, 1)
@@ -192,6 +193,7 @@ def test_what_is_logged_arrives(make_recipe, tmp_path, monkeypatch, report_to, m
         assert any(b"loss_click" in path.read_bytes() for path in written)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_picture_and_its_numbers_lie_beside_the_model(make_recipe, tmp_path):
     training = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "output_dir": str(tmp_path / "run")}
     fit(prepare(make_recipe(task={"learn": ["click"]}, training=training)))
