@@ -1,10 +1,9 @@
 """Configuration of M6Rec: one Transformer block, split into segment layers and joint layers, and the heads on top."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
 from .values_m6rec import RENAMED_KEYS, SCORING_TASKS, ScoringTask, rename_keys
 
@@ -135,6 +134,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+T = TypeVar("T")
+
+
+class Derived(Generic[T]):
+    """Type of a field that takes None and is never None afterwards: `__post_init__` derives it from other fields.
+
+    For a type checker, reading the field gives T; at run time `Derived[T]` is `T | None`, which `strict` checks.
+    """
+
+    if TYPE_CHECKING:
+
+        def __get__(self, config: Any, owner: Any = None) -> T: ...
+
+        def __set__(self, config: Any, value: T | None) -> None: ...
+
+    else:
+
+        def __class_getitem__(cls, kind: Any) -> Any:
+            return kind | None
+
+
+DERIVED: Any = None
+"""Default of a field with the type `Derived`."""
+
+
 @strict
 class M6RecConfig(PreTrainedConfig):
     """Everything that decides the shape and the behaviour of an M6Rec model.
@@ -152,19 +176,19 @@ class M6RecConfig(PreTrainedConfig):
     intermediate_size: int = 4096
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
+    num_key_value_heads: Derived[int] = DERIVED
     """Number of key and value heads (grouped-query attention); None = num_attention_heads."""
-    head_dim: int | None = None
+    head_dim: Derived[int] = DERIVED
     """Width of an attention head; None = hidden_size // num_attention_heads."""
     hidden_act: str = "silu"
     gated_mlp: bool = True
-    embedding_size: int | None = None
+    embedding_size: Derived[int] = DERIVED
     """Width of the token embeddings; smaller than hidden_size = factorised (M6-Edge). None = hidden_size."""
-    num_hidden_groups: int | None = None
+    num_hidden_groups: Derived[int] = DERIVED
     """Number of distinct sets of layer weights, as in ALBERT; None = one per layer."""
     position_embedding_type: Literal["rotary", "learned"] = "rotary"
     max_position_embeddings: int = 4096
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: Derived[dict[str, Any]] = DERIVED
     norm_type: Literal["rms", "layer"] = "rms"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-6
@@ -189,26 +213,26 @@ class M6RecConfig(PreTrainedConfig):
     entry_dropout: float = 0.0
     """Dropout rate of the input of the joint layers (segment states plus item, kind and event embeddings), as in
     SASRec."""
-    initializer_range: float | None = None
+    initializer_range: Derived[float] = DERIVED
     """Standard deviation of new weights; None = hidden_size ** -0.5. The customary 0.02 suits widths near 1,000: with
     it, a narrow model's attention is flat and learns no clicks for hundreds of steps (our addition)."""
     use_cache: bool = True
     """Default of `generate`; `forward` returns a cache only if its own `use_cache` is set."""
 
-    pad_token_id: int | None = 0
+    pad_token_id: int = 0
     unk_token_id: int | None = 1
     mask_token_id: int | None = 2
     source_token_id: int = 3
     source_end_token_id: int = 4
-    bos_token_id: int | None = 5
-    eos_token_id: int | None = 6
+    bos_token_id: int = 5
+    eos_token_id: int = 6
     segment_token_id: int = 7
     first_kind_token_id: int = 8
     """Id of the first kind token; the kind tokens have consecutive ids in the order of KINDS."""
     first_option_token_id: int = 17
     num_options: int = 16
 
-    num_joint_layers: int | None = None
+    num_joint_layers: Derived[int] = DERIVED
     """Number of last layers that read all segments together; None = all layers (no segment layers)."""
     segment_attention: Literal["bidirectional", "causal"] = "bidirectional"
     history_attention: Literal["bidirectional", "causal"] = "causal"
@@ -254,12 +278,12 @@ class M6RecConfig(PreTrainedConfig):
 
     score_head: Literal["linear", "option"] = "linear"
     """Whether a linear layer or the embeddings of the option tokens (option tuning) give the scores."""
-    score_tasks: list[str] | None = None
+    score_tasks: Derived[list[str]] = DERIVED
     """Scoring tasks of the score head, in the order of its outputs; None = click, rating, interaction."""
-    rating_values: list[float] | None = None
+    rating_values: Derived[list[float]] = DERIVED
     """Possible ratings, ascending; None = 1 to 5."""
     rating_loss: Literal["classes", "regression"] = "classes"
-    interactions: list[str] | None = None
+    interactions: Derived[list[str]] = DERIVED
     """Names of the interactions that are predicted together; None = like, follow, comment."""
     class_weights: dict[str, list[float]] | None = None
     """Class weights by scoring task: "click" (2 weights), "rating" (one per value), "interaction" (one per name, for
@@ -562,4 +586,4 @@ def check_format(found: Any, known: int, what: str) -> None:
         )
 
 
-__all__ = ["FORMAT_VERSION", "KINDS", "PRESETS", "TASKS", "M6RecConfig", "check_format"]
+__all__ = ["DERIVED", "FORMAT_VERSION", "KINDS", "PRESETS", "TASKS", "Derived", "M6RecConfig", "check_format"]

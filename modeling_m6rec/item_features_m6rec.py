@@ -1196,7 +1196,7 @@ class Postings(NamedTuple):
 
 
 def _more_rows(
-    starts: np.ndarray, live: np.ndarray, lengths: Sequence[int], gone: Sequence[int]
+    starts: np.ndarray, live: np.ndarray, lengths: Sequence[int], gone: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `starts` and `live` of rows of words with more rows of some lengths, and without the rows `gone`."""
     live = np.concatenate((live, np.ones(len(lengths), bool)))
@@ -1250,7 +1250,7 @@ class Words:
         """Make words from texts."""
         return cls({}, np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0, bool)).adding(texts)
 
-    def adding(self, texts: Iterable[str], gone: Sequence[int] = ()) -> "Words":
+    def adding(self, texts: Iterable[str], gone: Sequence[int] | np.ndarray = ()) -> "Words":
         """Return these words with those of more rows, and without the rows `gone`."""
         columns, lengths = [], []
         for text in texts:
@@ -1465,7 +1465,7 @@ class ReadTexts:
         """Encode texts."""
         return cls(reader, np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, bool)).adding(texts)
 
-    def adding(self, texts: Iterable[str], gone: Sequence[int] = ()) -> "ReadTexts":
+    def adding(self, texts: Iterable[str], gone: Sequence[int] | np.ndarray = ()) -> "ReadTexts":
         """Return these rows with more of them, and without the rows `gone`."""
         found = self.reader.tokens([*texts])
         starts, live = _more_rows(self.starts, self.live, [len(own) for own in found], gone)

@@ -63,23 +63,23 @@ class Layout(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """Some tokens of each row: `index` into the row and `present`, both B x n."""
+    """Some tokens of each row: `columns`, their indices in the row, and `present`, both B x n."""
 
-    index: torch.Tensor
+    columns: torch.Tensor
     present: torch.Tensor
 
     def of(self, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
         """Gather the picked tokens: B x T (x H) -> B x n (x H); absent ones get `fill`, or repeat token 0."""
-        found = gather_tokens(values, self.index)
+        found = gather_tokens(values, self.columns)
         return found if fill is None else found.masked_fill(~self.present, fill)
 
     def chosen(self, rows: list[int] | torch.Tensor) -> "Picked":
         """Return the picked tokens of some rows."""
-        return Picked(self.index[rows], self.present[rows])
+        return Picked(self.columns[rows], self.present[rows])
 
     def back(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
         """Scatter B x n x H states back to their tokens: B x T x H, zero elsewhere."""
-        place = self.index + torch.arange(len(states), device=states.device)[:, None] * tokens
+        place = self.columns + torch.arange(len(states), device=states.device)[:, None] * tokens
         if self.present.all():
             place, found = place.flatten(), states.flatten(0, 1)
         else:
@@ -89,7 +89,7 @@ class Picked(NamedTuple):
 
     def places(self, tokens: int) -> torch.Tensor:
         """Return the slot of each of T tokens of a row: B x T, zero for tokens that were not picked."""
-        slot = self.index.masked_fill(~self.present, tokens)
+        slot = self.columns.masked_fill(~self.present, tokens)
         order = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
         return slot.new_zeros(len(slot), tokens + 1).scatter(1, slot, order)[:, :tokens]
 

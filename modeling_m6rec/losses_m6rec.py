@@ -269,10 +269,11 @@ def score_losses(
                 f"{tuple(exit_scores[-1].shape[:2])}: pad with -100"
             )
         own = [scores[..., config.score_slices[task]] for scores in exit_scores]
-        found[task] = sum(
+        first, *others = (
             share * score_loss(task, logits, given, config, step_weights.get(task))
             for share, logits in zip(shares, own)
         )
+        found[task] = sum(others, first)
     return found
 
 

@@ -18,6 +18,7 @@ import importlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ from .network_m6rec import (
     M6RecModel,
     M6RecModelOutput,
     M6RecPreTrainedModel,
+    all_ids,
     last_states,
     library_arguments,
     one_cache,
@@ -88,7 +90,7 @@ OWN = "M6REC_ADAPTER"
 """Type of M6Rec's own tuning method, which the package registers with PEFT; all others are PEFT's."""
 
 
-def adapter_settings(name: str | Path, **hub: Any) -> dict[str, Any] | None:
+def adapter_settings(name: str | PathLike, **hub: Any) -> dict[str, Any] | None:
     """Read the adapter settings of a folder or a Hub repository; None if it holds no adapter, or a whole model as well.
 
     Args:
@@ -102,7 +104,7 @@ def adapter_settings(name: str | Path, **hub: Any) -> dict[str, Any] | None:
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def load_base(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def load_base(cls: Any, name: str | PathLike, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Load the base model of an adapter, with the configuration that the adapter was trained with.
 
     Args:
@@ -155,7 +157,7 @@ def _beside(adapter: Path, given: str) -> str | None:
     return next((str(place) for place in places if place.is_dir()), None)
 
 
-def load_adapted(cls: Any, name: str | Path, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def load_adapted(cls: Any, name: str | PathLike, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Load a model with its adapter inside, as `from_pretrained` does for an adapter's folder; see `load_base`.
 
     Raises:
@@ -200,7 +202,7 @@ SHOWN = 3
 """Number of weight names in an error message."""
 
 
-def refuse_incomplete(cls: Any, name: str | Path, missing: Collection[str], **hub: Any) -> None:
+def refuse_incomplete(cls: Any, name: str | PathLike, missing: Collection[str], **hub: Any) -> None:
     """Raise if a checkpoint lacks weights that its own configuration requires.
 
     Weights that the caller's configuration adds, such as item embeddings, may be new, and so may the heads of a
@@ -230,7 +232,7 @@ def refuse_incomplete(cls: Any, name: str | Path, missing: Collection[str], **hu
         )
 
 
-def refuse_not_finite(model: nn.Module, name: str | Path) -> None:
+def refuse_not_finite(model: nn.Module, name: str | PathLike) -> None:
     """Raise if weights of a model hold NaN or infinity.
 
     Args:
@@ -363,18 +365,18 @@ class M6RecOutput(CachedOutput):
         attentions: Attention weights of every layer, if requested.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    scores: torch.FloatTensor | None = None
-    user_vectors: torch.FloatTensor | None = None
-    item_vectors: torch.FloatTensor | None = None
-    plausibility: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    user_vectors: torch.Tensor | None = None
+    item_vectors: torch.Tensor | None = None
+    plausibility: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None
     cache: Cache | None = None
     layout: Layout | None = None
-    exit_layers: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    exit_layers: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
@@ -408,23 +410,23 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(  # noqa: PLR0913 - one argument for each input and label, as the Trainer reads them off the signature
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        layout_ids: torch.LongTensor | None = None,
-        item_embedding_ids: torch.LongTensor | None = None,
-        hidden_events: torch.BoolTensor | None = None,
+        layout_ids: torch.Tensor | None = None,
+        item_embedding_ids: torch.Tensor | None = None,
+        hidden_events: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         click_labels: torch.Tensor | None = None,
         rating_labels: torch.Tensor | None = None,
         interaction_labels: torch.Tensor | None = None,
-        retrieval_labels: torch.LongTensor | None = None,
-        item_input_ids: torch.LongTensor | None = None,
+        retrieval_labels: torch.Tensor | None = None,
+        item_input_ids: torch.Tensor | None = None,
         item_attention_mask: torch.Tensor | None = None,
-        item_states: torch.FloatTensor | None = None,
-        candidate_embedding_ids: torch.LongTensor | None = None,
-        item_log_frequency: torch.FloatTensor | None = None,
+        item_states: torch.Tensor | None = None,
+        candidate_embedding_ids: torch.Tensor | None = None,
+        item_log_frequency: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
@@ -503,7 +505,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             extra_output_mask=None if retrieval_labels is None else retrieval_labels != IGNORE_INDEX,
             **kwargs,
         )
-        ids = input_ids if layout_ids is None else layout_ids
+        ids = all_ids(input_ids, layout_ids)
         kept = KeptTokens(ids.shape[1], out.layout, out.kept)
         chosen, lay = kept.of(ids, self.config.pad_token_id), out.layout
         states, *exits = (state[:, -kept.tokens :] for state in (out.last_hidden_state, *out.exit_states))
@@ -586,12 +588,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         """Compute the states of items as in `embed_items`, with the features of their texts: M x H."""
         self._require_segment_layers()
         features = features_at("segments", self.config)
-        if input_ids is None and (states is None or features):
-            named = ", ".join(feature.settings[0] for feature in features) or "bow_embeddings"
-            raise ValueError(
-                "items have no texts: give their ids, as M6RecDataCollator does (item_input_ids for retrieval_labels), "
-                f"or their states without {named}"
-            )
+        if input_ids is None:
+            if states is None or features:
+                named = ", ".join(feature.settings[0] for feature in features) or "bow_embeddings"
+                raise ValueError(
+                    "items have no texts: give their ids, as M6RecDataCollator does (item_input_ids for "
+                    f"retrieval_labels), or their states without {named}"
+                )
+            return states
         if states is None:
             states = self.item_states(input_ids, attention_mask, segment_cache)
         if features:
@@ -616,8 +620,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return self.lm_head(self.lm_transform(states))
 
     def generate(
-        self, inputs: torch.LongTensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
-    ) -> torch.LongTensor | ModelOutput:
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | ModelOutput:
         """Continue from the last token, which must be inside written text; structural tokens are never generated.
 
         Arguments are those of `GenerationMixin.generate`; `suppress_tokens` adds to the structural ids, which are
@@ -652,7 +656,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         if self.config.document_attention == "bidirectional" and lay.plain.any():
             raise ValueError("a document that is read in both directions cannot be written on: use a [TEXT] target")
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass `forward` all ids so far, from which it derives the layout, and the cache under both names (PEFT)."""
         kwargs = {**library_arguments(kwargs), "layout_ids": input_ids}
         prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -772,7 +776,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, revision: str = "main", **kwargs: Any
+        cls, pretrained_model_name_or_path: str | PathLike | None, *args: Any, revision: str = "main", **kwargs: Any
     ) -> Any:
         """Load like `PreTrainedModel.from_pretrained`, and store the revision, which the catalogue shares."""
         # Set if an adapter is loaded; then the first argument and `revision` belong to its base.
@@ -780,7 +784,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         adapter = beside.get("_adapter_model_path") or pretrained_model_name_or_path
         own = beside.get("revision", revision)
         settings = None if adapter is None else adapter_settings(adapter, revision=own)
-        if settings is None:
+        if adapter is None or settings is None:
             loaded = cls._load_whole(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
         else:
             kwargs.pop("adapter_kwargs", None)
@@ -812,7 +816,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             raise ImportError("only the package can read other models' weights: install m6rec") from error
         return conversion.from_backbone(backbone, num_joint_layers, tokenizer, **fields)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """Save atomically weights, configuration and the code that loads them without this package.
 
         Args:
@@ -847,7 +851,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                 if any(partial.iterdir()):  # else another process writes
                     custom_object_save(RecommendationPipeline, partial)
         if push.pop("push_to_hub", False):
-            self.push_to_hub(push.pop("repo_id", None) or Path(save_directory).name, **push)
+            type(self).push_to_hub(self, push.pop("repo_id", None) or Path(save_directory).name, **push)
 
 
 __all__ = [

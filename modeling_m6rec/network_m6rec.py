@@ -26,12 +26,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
@@ -102,6 +102,19 @@ class CachedOutput(ModelOutput):
 
 def _own(key: Any) -> Any:
     return CACHE_NAMES[0] if isinstance(key, str) and key in CACHE_NAMES else key
+
+
+def all_ids(input_ids: torch.Tensor | None, layout_ids: torch.Tensor | None) -> torch.Tensor:
+    """Return `layout_ids`, or `input_ids`, which are all ids of the rows where nothing else is given.
+
+    Raises:
+        ValueError: If neither is given.
+    """
+    if layout_ids is not None:
+        return layout_ids
+    if input_ids is None:
+        raise ValueError("layout_ids (all ids so far) must come with inputs_embeds or a filled cache")
+    return input_ids
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -271,6 +284,13 @@ def _alike(lay: Layout) -> list[list[int]]:
     return groups
 
 
+class _FilledLayer(Protocol):
+    """A layer of a cache after a call has filled it."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class _Part(NamedTuple):
     """Tokens inside the joint layers: sources, B x S, or targets, B x N x C."""
 
@@ -316,7 +336,7 @@ class _JointRun:
             target = pick(torch.where((lay.target > 0) & ~opens, lay.target - 1, -1), slots)
             far, _ = self._part(entered, target, slots)
             self.far = _Part(*(field.unflatten(0, (-1, slots)) for field in far))
-            behind = target.places(tokens) + near.index.shape[1]
+            behind = target.places(tokens) + near.columns.shape[1]
             self.place = torch.where((lay.target > 0) & ~opens, behind, self.place)
         self.users: list[SharedKeys] = []
         """Keys and values of the next layers, if the sources have run through them already."""
@@ -415,7 +435,7 @@ class _JointRun:
         if not self.seen.all():
             lowest = torch.finfo(self.near.states.dtype).min
             bias = self.near.states.new_zeros(self.seen.shape).masked_fill(~self.seen, lowest)[:, None, None]
-        own = cast(list[DynamicLayer], cache.layers[model.config.num_segment_layers + first :])
+        own = cast(list[_FilledLayer], cache.layers[model.config.num_segment_layers + first :])
         self.users = [SharedKeys(layer.keys, layer.values, bias) for layer in own]
         if known:
             self.users = [before.followed_by(after) for before, after in zip(known, self.users)]
@@ -595,6 +615,10 @@ def _decided(decide: Decide, kept: Picked, lay: Layout, states: torch.Tensor, ro
 logger = logging.get_logger(__name__)
 
 
+GIVEN: Any = None
+"""Default, as ModelOutput wants it, of a field that the network always gives a value."""
+
+
 @dataclass
 class M6RecModelOutput(CachedOutput):
     """Output of the network.
@@ -613,17 +637,17 @@ class M6RecModelOutput(CachedOutput):
         attentions: Attention weights of every layer, if requested (eager attention only).
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    segment_states: torch.FloatTensor | None = None
-    standalone_states: torch.FloatTensor | None = None
-    exit_states: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor = GIVEN
+    segment_states: torch.Tensor = GIVEN
+    standalone_states: torch.Tensor = GIVEN
+    exit_states: tuple[torch.Tensor, ...] = GIVEN
     cache: Cache | None = None
-    layout: Layout | None = None
-    row_layout: Layout | None = None
+    layout: Layout = GIVEN
+    row_layout: Layout = GIVEN
     kept: Picked | None = None
-    exit_layers: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    exit_layers: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class M6RecPreTrainedModel(PreTrainedModel):
@@ -674,9 +698,9 @@ class M6RecModel(M6RecPreTrainedModel):
         """Return the token embeddings."""
         return self.embeddings.tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings."""
-        self.embeddings.tokens = value
+        self.embeddings.tokens = cast(nn.Embedding, value)
 
     def embed_ids(self, ids: torch.Tensor, lay: Layout, payloads: Payloads = ()) -> torch.Tensor:
         """Embed tokens. An override may embed payloads (content of segments besides ids); this version has none.
@@ -749,18 +773,18 @@ class M6RecModel(M6RecPreTrainedModel):
         """
         learning = torch.is_grad_enabled() and not self.segments_are_frozen
         found: dict[int, torch.Tensor] = {}
-        use_cache = cache is not None and not learning and not self.embeddings.training
-        if use_cache:
-            owner = cache.serve(self)
-            found = cache.find(owner, segments)
+        store = None if learning or self.embeddings.training else cache
+        if store is not None:
+            owner = store.serve(self)
+            found = store.find(owner, segments)
         missing = [index for index in range(len(segments)) if index not in found]
         order, parts = list(found), list(found.values())
         for batch in _batches(missing, segments, _at_once(self.embeddings.tokens.weight.device)):
             with torch.set_grad_enabled(learning):
                 states, lengths = _encode(self, [segments[index] for index in batch])
-            if use_cache:
+            if store is not None:
                 for index, own in zip(batch, states.split(lengths)):
-                    cache.put(owner, segments[index], own)
+                    store.put(owner, segments[index], own)
             order += batch
             parts.append(states)
         sizes = torch.tensor([len(segments[index].ids) for index in order], dtype=torch.long)
@@ -871,7 +895,7 @@ class M6RecModel(M6RecPreTrainedModel):
         for index in range(first, exits[-1]):
             if output_mask is not None and index + 1 == exits[-1] and not output_mask.all():
                 asked = pick(torch.where(output_mask, 0, -1), 1)
-                bias, kwargs["output_mask"] = gather_tokens(bias[:, 0], asked.index)[:, None], asked.index
+                bias, kwargs["output_mask"] = gather_tokens(bias[:, 0], asked.columns)[:, None], asked.columns
             own = None if shared is None else shared[index - first]
             states = self.layer(start + index)(states, rotary, bias, layer_idx=start + index, shared=own, **kwargs)
             if index + 1 in exits:
@@ -881,13 +905,13 @@ class M6RecModel(M6RecPreTrainedModel):
     @capture_outputs
     def forward(  # noqa: PLR0913 - one argument for each input
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        layout_ids: torch.LongTensor | None = None,
-        item_embedding_ids: torch.LongTensor | None = None,
-        hidden_events: torch.BoolTensor | None = None,
+        layout_ids: torch.Tensor | None = None,
+        item_embedding_ids: torch.Tensor | None = None,
+        hidden_events: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         plan: str | None = None,
         segment_cache: SegmentCache | None = None,
@@ -897,7 +921,7 @@ class M6RecModel(M6RecPreTrainedModel):
         standalone: Sequence[SegmentKey] = (),
         compact_output: bool = False,
         heads: Sequence[str] | None = None,
-        extra_output_mask: torch.BoolTensor | None = None,
+        extra_output_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         payloads: Payloads = (),
         **kwargs: Any,
@@ -934,16 +958,13 @@ class M6RecModel(M6RecPreTrainedModel):
         Raises:
             ValueError: If the arguments contradict each other; the message names the arguments to give.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or input_ids is not None and inputs_embeds is not None:
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
         cache = self._usable(one_cache(cache, past_key_values))
         past = 0 if cache is None else int(cache.get_seq_length())
-        if layout_ids is None:
-            if input_ids is None or past:
-                raise ValueError("layout_ids (all ids so far) must come with inputs_embeds or a filled cache")
-            layout_ids = input_ids
-        total = layout_ids.shape[1]
-        queries = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+        layout_ids = all_ids(None if past else input_ids, layout_ids)
+        total, queries = layout_ids.shape[1], given.shape[1]
         if past + queries < total:
             raise ValueError(f"layout_ids holds {total} ids, but only {past + queries} are in the cache and the input")
         lay = layout(layout_ids, None if attention_mask is None else attention_mask[:, -total:], self.config)
@@ -1087,6 +1108,7 @@ __all__ = [
     "M6RecModel",
     "M6RecModelOutput",
     "M6RecPreTrainedModel",
+    "all_ids",
     "last_states",
     "library_arguments",
     "one_cache",

@@ -113,6 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     name = given.teacher or default_teacher()
     teacher, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    if not isinstance(tokenizer, TokenizersBackend):
+        raise ValueError(
+            f"the tokenizer of {name!r} is a {type(tokenizer).__name__}; expected one with a tokenizer.json"
+        )
     who = "sentence-transformers/all-MiniLM-L6-v2 (Apache License 2.0)"
     who = f"the sentence embedder {Path(name).name}" if given.teacher else who
     reader = distil(teacher, tokenizer, given.width, NOTICE.format(teacher=who))

@@ -177,7 +177,7 @@ def test_picked_tokens_go_back_where_they_came_from():
     slot = torch.tensor([[0, -1, 1, 0, 1, 1], [-1, 1, -1, -1, -1, -1]])
     states = torch.arange(1.0, 13).view(2, 6, 1)
     picked = pick(slot, 2)
-    assert picked.index[0].tolist()[:2] == [0, 3] and picked.index[0].tolist()[3:] == [2, 4, 5]
+    assert picked.columns[0].tolist()[:2] == [0, 3] and picked.columns[0].tolist()[3:] == [2, 4, 5]
     assert picked.present.tolist() == [[True, True, False, True, True, True], [False, False, False, True, False, False]]
     back = picked.back(picked.of(states), 6)
     assert torch.equal(back, states * (slot >= 0)[..., None])

@@ -293,7 +293,7 @@ def test_two_halves_of_a_world_are_learnt_far_above_popularity(tmp_path, memory)
             tmp_path / "run",
             text={"max_events": 10},
             model={"item_embeddings": memory, "config": {"initializer_range": 0.02}},  # as in own-data.yaml
-            training={"max_steps": 200, "learning_rate": 0.005, "per_device_train_batch_size": 20},
+            training={"max_steps": 150, "learning_rate": 0.005, "per_device_train_batch_size": 20},
             evaluation={"ks": [3]},
         )
     )
