@@ -84,7 +84,7 @@ def measure(hidden: int, summary: int | None, rounds: int) -> dict[str, float]:
         "cross_encoder": lambda: ask(apart, plan="flat"),
         "flat": lambda: ask(one_row, plan="flat"),
         "compact": lambda: ask(one_row, plan="compact"),
-        "reuse": lambda: ask(one_row, plan="reuse"),
+        "reuse": lambda: ask(one_row, plan="shared_prefix"),
         "cached": lambda: ask(one_row, plan="cached", segment_cache=cache),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}

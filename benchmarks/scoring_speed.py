@@ -179,7 +179,9 @@ def rivals() -> Iterator[Way]:
     whole = make_model(None)
     row = torch.tensor([request.user + [token for own in request.candidates for token in own]])
     yield Way("flat_one_row", lambda: whole.score(input_ids=row, plan="flat"), "ours, all layers joint, nothing cached")
-    yield Way("reuse_all_joint", lambda: whole.score(input_ids=row, plan="reuse"), "ours, all layers joint, user once")
+    yield Way(
+        "reuse_all_joint", lambda: whole.score(input_ids=row, plan="shared_prefix"), "ours, all layers joint, user once"
+    )
     vectors, of_user = torch.randn(CANDIDATES, 128), torch.randn(128)
     yield Way("two_tower", lambda: (vectors @ of_user).topk(10), "product of cached vectors, the floor")
     try:

@@ -4,6 +4,8 @@ Its parts: items as users pass them (texts or mappings of fields, in lists, data
 catalogue (items as Parquet, vectors as safetensors, and a manifest with digests); FAISS indexes over the base vectors;
 the immutable state of a catalogue at one moment; and `Catalogue`, which replaces that state with each change.
 
+They are one file, with a section for each, because a checkpoint carries few files and all in one folder.
+
 Shapes: B users, N rows of vectors, K results per user, M items of a call, D = vector_width.
 """
 
@@ -1777,7 +1779,7 @@ class Catalogue(CatalogueView):
             log = self._evidence_log()
             columns = _event_columns(events, log.rule)
             if columns[0]:
-                self._open_journal()
+                self.open_journal()
                 self._observe(columns, journal=True)
             return len(columns[0])
 
@@ -1805,7 +1807,7 @@ class Catalogue(CatalogueView):
                     f"{EVENTS} was left out of the catalogue's folder, so it is not known what was counted of whom: "
                     "put the file back, and load the catalogue again"
                 )
-            self._open_journal()
+            self.open_journal()
             return self._forget(users, journal=True)
 
     def _ruled(self, rule: Evidence) -> Counted:
@@ -1866,19 +1868,29 @@ class Catalogue(CatalogueView):
             except (KeyError, TypeError, ValueError) as error:
                 raise _damaged(path, f"record {number} is none of a catalogue: {error}") from error
 
-    def _open_journal(self) -> None:
-        """Open the journal of the catalogue's folder for writing, and count events in it that are not counted yet."""
-        home = self._home
-        if home is None or home.journal is not None and home.journal.is_open:
-            return
-        if home.journal is not None:
-            raise ValueError(
-                f"{home.folder / JOURNAL} is written by the process that this one was forked from: load the catalogue"
-            )
-        home.check()
-        journal = Journal(home.folder / JOURNAL, home.known)
-        self._replay(journal.unread, journal.path)
-        home.journal = journal
+    def open_journal(self) -> None:
+        """Open the journal of the catalogue's folder for writing, and count events in it that are not counted yet.
+
+        `observe` and `forget` do this on their first call. Until the end of this process no other one can change the
+        catalogue's events. Without a folder there is no journal, and nothing happens.
+
+        Raises:
+            ValueError: If another process writes the journal or has saved the catalogue since, or if this process was
+                forked from the one that writes it.
+        """
+        with self._lock:
+            home = self._home
+            if home is None or home.journal is not None and home.journal.is_open:
+                return
+            if home.journal is not None:
+                raise ValueError(
+                    f"{home.folder / JOURNAL} is written by the process that this one was forked from: load the "
+                    "catalogue"
+                )
+            home.check()
+            journal = Journal(home.folder / JOURNAL, home.known)
+            self._replay(journal.unread, journal.path)
+            home.journal = journal
 
     # ------------------------------------------------------------------------------------------------------ the index
 
@@ -1945,7 +1957,7 @@ class Catalogue(CatalogueView):
         if home is not None and home.folder == folder:
             home.check()
             if (folder / JOURNAL).exists():
-                self._open_journal()
+                self.open_journal()
         else:
             refuse_journal(folder)
         counted = self._state.counted

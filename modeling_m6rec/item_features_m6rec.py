@@ -11,6 +11,9 @@ A new feature is a subclass of `ItemFeature` in `ITEM_FEATURES`, and its setting
 roles. Weights, initial values, resizing, adapters, conversion, fingerprints and recipes are derived from this list.
 Transitions and common words, which a catalogue counts outside the network, are its `Evidence` (below), not features.
 
+Features, evidence and the static reader are sections of one file because a checkpoint carries few files and all in one
+folder.
+
 Shapes: B rows, T tokens of a row, E places of a row that give a user vector, M items (of a row, or standalone) of up to
 L tokens, V = vocabulary, H = hidden_size, D = tfidf_dim.
 

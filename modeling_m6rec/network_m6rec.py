@@ -2,6 +2,8 @@
 
 Segment layers read each segment independently, joint layers read all segments of a row together.
 
+Outputs, plans and network are sections of one file because a checkpoint carries few files and all in one folder.
+
 The cache of keys and values has two names: `cache`, and `past_key_values` before Transformers 5.24. `generate`, PEFT
 and users' code each use one of them: outputs have both, and functions accept either.
 
@@ -10,7 +12,7 @@ Plans are ways to run the network. All give the same numbers as "flat", which ma
 | plan | segments | joint layers |
 |---|---|---|
 | compact | each distinct segment of the batch once | whole rows, only the tokens that are keys |
-| reuse | each row without deduplication | a user's source once; candidates attend to it |
+| shared_prefix | each row without deduplication | a user's source once; candidates attend to it |
 | cached | each distinct segment once, through a SegmentCache | a user's source once; candidates attend to it |
 
 Shapes of plans: B rows (users), T tokens of a row, N targets of a row, S kept source tokens, C kept tokens of a target,
@@ -59,6 +61,7 @@ from .layout_m6rec import (
     summary_keys,
 )
 from .segment_cache_m6rec import PrefixMatches, SegmentCache, UserStates
+from .values_m6rec import RENAMED_KEYS
 
 # -------------------------------------------------------------------------------------------- outputs and their cache
 
@@ -151,7 +154,7 @@ def library_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- plans
 
 
-PLANS = ("flat", "compact", "reuse", "cached")
+PLANS = ("flat", "compact", "shared_prefix", "cached")
 
 TOKENS_AT_ONCE = {"cpu": 1024}
 """Tokens that go through the layers together, by device type. Fewer tokens load the weights more often; more tokens
@@ -254,7 +257,9 @@ def joint_shared(
     """
     lay = entered.lay
     if ((lay.request != lay.request.amax(1, keepdim=True)) & lay.valid).any():
-        raise ValueError("the plans 'reuse' and 'cached' take one request a row: unpack the rows, or use 'compact'")
+        raise ValueError(
+            "the plans 'shared_prefix' and 'cached' take one request a row: unpack the rows, or use 'compact'"
+        )
     groups = _alike(lay)
     if len(groups) == 1:
         return _JointRun(model, entered, sorted(groups[0])).through(exits, past, stop)
@@ -567,7 +572,7 @@ def run(
     users: UserStates | None = None,
     decide: Decide | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Picked, torch.Tensor | None]:
-    """Run the plan "compact", "reuse" or "cached"; only the last uses the cache and `users`.
+    """Run the plan "compact", "shared_prefix" or "cached"; only the last uses the cache and `users`.
 
     `decide` is called after each exit but the last, with b x n x H states of kept tokens, which tokens these are, their
     layout and their b row numbers; it returns b bool: the rows that stop there.
@@ -580,7 +585,7 @@ def run(
     if past is not None:  # from here on, reused tokens count as absent
         rest = Layout(*(field * ~past.reused for field in rows.lay))
         rows = rows._replace(lay=rest, keys=rows.keys & ~past.reused)
-    bank, place, alone = segment_states(model, rows, plan != "reuse", cache if plan == "cached" else None)
+    bank, place, alone = segment_states(model, rows, plan != "shared_prefix", cache if plan == "cached" else None)
     joint, states, kept = _entered(model, rows, bank, place)
     if plan == "compact":
         return joint_rows(model, joint, rows.exits), states, alone, kept, None
@@ -943,7 +948,7 @@ class M6RecModel(M6RecPreTrainedModel):
             user_states: User histories kept between calls, for plan "cached". Reused tokens have no output, like tokens
                 that a summary drops.
             exits: Joint layers, from 1, after which states are needed; None = the last.
-            decide: Decides after each exit which rows stop (see `network_m6rec.run`), for "reuse" and "cached".
+            decide: Decides after each exit which rows stop (see `network_m6rec.run`), for "shared_prefix" and "cached".
             standalone: Standalone segments, which belong to no row, to be computed as well.
             compact_output: If a plan skips tokens, return states and layout of the kept tokens only (Q = the largest
                 number in a row) and their indices in `kept`.
@@ -978,7 +983,12 @@ class M6RecModel(M6RecPreTrainedModel):
         rows = Rows(layout_ids, lay, item_embedding_ids, keys, hidden, exits, standalone, output_mask, payloads)
         whole = not (use_cache or cache is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
-        if plan != "cached" and user_states is not None or plan not in ("reuse", "cached") and decide is not None:
+        if (
+            plan != "cached"
+            and user_states is not None
+            or plan not in ("shared_prefix", "cached")
+            and decide is not None
+        ):
             raise ValueError(f"plan={plan!r} keeps no users and stops at no exit: use plan='cached'")
         if plan == "flat":
             if use_cache and cache is None:
@@ -1019,6 +1029,7 @@ class M6RecModel(M6RecPreTrainedModel):
         if plan is None:
             exporting = torch.compiler.is_exporting()  # the graph of other plans depends on a batch's segments
             return "compact" if whole and not recording and not exporting else "flat"
+        plan = RENAMED_KEYS.get(plan, plan)
         if plan not in PLANS:
             raise ValueError(f"plan={plan!r} is unknown: choose one of {list(PLANS)}")
         if plan != "flat" and not (whole and not recording):

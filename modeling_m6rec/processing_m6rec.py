@@ -1,7 +1,8 @@
 """The processor: turns requests into padded rows of ids.
 
 Its parts: labels of written text, padding, text infilling and masking; truncation of a request's segments to a row; and
-`M6RecProcessor`, which formats, encodes, truncates and pads.
+`M6RecProcessor`, which formats, encodes, truncates and pads. They are one file, with a section for each, because a
+checkpoint carries few files and all in one folder.
 """
 
 import importlib

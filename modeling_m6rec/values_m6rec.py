@@ -37,8 +37,10 @@ RENAMED_KEYS = {
     "gather_negatives": "cross_batch_negatives",
     "correct_popularity": "logq_correction",
     "cold_pretend": "cold_validation",
+    # plans of the network
+    "reuse": "shared_prefix",
 }
-"""Keys of version 0.1 in saved files and recipes, and their names since 0.2."""
+"""Keys of version 0.1 in saved files, recipes and calls, and their names since 0.2."""
 
 EXACT_FLOAT = 2**53
 """From this number on, a float no longer distinguishes neighbouring whole numbers."""

@@ -1,8 +1,9 @@
 """Names of version 0.1 in configurations, processors and recipes: read, and written under today's names."""
 
 import pytest
+import torch
 
-from m6rec import M6RecConfig
+from m6rec import M6RecConfig, M6RecForRecommendation
 from m6rec.train.config.recipe import load_recipe
 from m6rec.values_m6rec import RENAMED_KEYS, rename_keys
 
@@ -39,6 +40,15 @@ def test_recipes_and_overrides_read_the_old_names():
     assert recipe.model.item_embeddings and recipe.task.group_user_rows == 4 and recipe.evaluation.cold_validation
     assert recipe.model.config == {"tfidf_weight": 0.2, "cold_item_bias": 0.5}
     assert load_recipe({**old, **training}, ["task.rows_together=2"]).task.group_user_rows == 2
+
+
+def test_a_plan_is_known_by_its_old_name():
+    model, ids = (
+        M6RecForRecommendation(M6RecConfig.preset("tiny")).eval(),
+        torch.tensor([[3, 8, 40, 7, 4, 5, 11, 41, 7, 6]]),
+    )
+    old, new = (model(ids, plan=plan).scores for plan in ("reuse", "shared_prefix"))
+    assert torch.equal(old, new) and old.isfinite().all()
 
 
 def test_no_new_name_is_an_old_one():

@@ -77,7 +77,7 @@ def test_picking_tokens_and_putting_them_back():
 
 
 @pytest.mark.parametrize("settings", GRID[::3], ids=name)
-@pytest.mark.parametrize("plan", ["compact", "reuse", "cached"])
+@pytest.mark.parametrize("plan", ["compact", "shared_prefix", "cached"])
 def test_what_heads_read_does_not_depend_on_the_other_tokens_of_the_last_layer(settings, plan):
     """Without logits the last layer is computed where heads read; with them everywhere."""
     model, writer = build(settings), Writer(1)
@@ -123,7 +123,7 @@ def test_targets_are_read_in_even_parts(monkeypatch):
     monkeypatch.setattr(network_m6rec, "TOGETHER", 0)
     monkeypatch.setitem(network_m6rec.TOKENS_AT_ONCE, "cpu", 9)
     with torch.no_grad():
-        model(**pad([writer.source(1) + target * 7]), plan="reuse", return_logits=True)
+        model(**pad([writer.source(1) + target * 7]), plan="shared_prefix", return_logits=True)
     assert sizes == [1, 4, 3]  # the source; 21 tokens are a little more than twice nine
 
 

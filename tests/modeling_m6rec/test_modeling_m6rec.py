@@ -322,7 +322,7 @@ def test_exit_losses_rise_with_depth_and_sum_to_one():
     losses = [model(**batch, **click, exit_layer=layer).loss for layer in (1, 2, 3)]
     close(model(**batch, **click).loss, (1 * losses[0] + 2 * losses[1] + 3 * losses[2]) / 6)
     assert len({round(loss.item(), 6) for loss in losses}) == 3
-    for plan in ("flat", "reuse", "cached"):
+    for plan in ("flat", "shared_prefix", "cached"):
         close(scores(model, batch, exit_layer=2, plan=plan), scores(model, batch, exit_layer=2))
     with pytest.raises(ValueError, match="exit_layer=4"):
         model(**batch, exit_layer=4)

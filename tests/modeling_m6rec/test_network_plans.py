@@ -149,7 +149,7 @@ def test_rows_of_unlike_shapes_run_apart_and_in_their_order(settings):
     rows = [writer.source(n) + [token for _ in range(k) for token in writer.candidate()] for n, k in shapes]
     with torch.no_grad():
         flat = model(**pad(rows), plan="flat", exit_layer=1)
-        for plan in ("reuse", "cached"):
+        for plan in ("shared_prefix", "cached"):
             out = model(**pad(rows), plan=plan, exit_layer=1)
             close(out.scores, flat.scores)
             if flat.user_vectors is not None:
@@ -205,7 +205,7 @@ def test_packed_requests_equal_separate_rows(settings):
         close(together.scores[0], torch.cat([out.scores[0] for out in single]))
         if together.user_vectors is not None:
             close(together.user_vectors[0], torch.cat([out.user_vectors[0] for out in single]))
-    for plan in ("reuse", "cached"):
+    for plan in ("shared_prefix", "cached"):
         with pytest.raises(ValueError, match="one request a row"):
             model(packed, plan=plan)
 
@@ -437,4 +437,4 @@ def test_refusals():
         model.embed_items(torch.tensor([[ITEM, 40, 41]]))
     lone_target_first = torch.tensor([[BOS, ITEM, 40, SEG, EOS, SOURCE, USER, 41, SEG, OPTION, 18, SEG, SOURCE_END]])
     with pytest.raises(ValueError, match="one request a row"):
-        model(lone_target_first, plan="reuse")
+        model(lone_target_first, plan="shared_prefix")

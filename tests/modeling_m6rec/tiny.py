@@ -31,7 +31,7 @@ IDS = {
     "first_option_token_id": OPTIONS[0],
     "num_options": len(OPTIONS),
 }
-PLANS = ("flat", "compact", "reuse", "cached")
+PLANS = ("flat", "compact", "shared_prefix", "cached")
 
 READINGS = [
     ("causal", "causal", "request"),

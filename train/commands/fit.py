@@ -319,7 +319,7 @@ def _keep_untrained(fitting: Fitting, settings: EvidenceSettings) -> Catalogue:
     loaded = load_pipeline(str(fitting.folder))
     catalogue = count_log(own.recipe, own.log, own.writer.items, settings, loaded.model, loaded.processor)
     catalogue.save(fitting.folder / FOLDER)
-    catalogue._open_journal()
+    catalogue.open_journal()
     return catalogue
 
 

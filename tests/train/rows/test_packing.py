@@ -138,4 +138,4 @@ def test_plans_that_take_one_request_a_row_refuse_packed_documents(run):
     model = model_of(run, num_joint_layers=1)
     batch = {"input_ids": torch.tensor([[50, 51, 60, 61]]), "attention_mask": torch.tensor([[1, 1, 2, 2]])}
     with pytest.raises(ValueError, match="one request a row"):
-        model(**batch, plan="reuse")
+        model(**batch, plan="shared_prefix")
