@@ -284,6 +284,7 @@ def retrieval_loss(
     temperature: float,
     log_frequency: torch.Tensor | None = None,
     weight: Weight = None,
+    evidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """InfoNCE over the given items (paper, retrieval: in-batch negatives, temperature 0.07).
 
@@ -297,9 +298,15 @@ def retrieval_loss(
         temperature: Divides the cosines.
         log_frequency: M log probabilities that each item is among `items` (logQ correction); None = no correction.
         weight: Number of labels of the whole optimizer step.
+        evidence: U x M, added to the cosines: what is known without the network; None = nothing (ours).
     """
     _check_rows(labels, items)
-    total = _ChunkedInfoNCE.apply(users, items, labels, temperature, log_frequency)
+    if evidence is not None and evidence.shape != (len(users), len(items)):
+        raise ValueError(
+            f"evidence has shape {tuple(evidence.shape)}; expected one number for each of {len(users)} users and "
+            f"{len(items)} items"
+        )
+    total = _ChunkedInfoNCE.apply(users, items, labels, temperature, log_frequency, evidence)
     return _mean(total, len(labels) if weight is None else weight)
 
 
@@ -309,10 +316,13 @@ def retrieval_losses(
     labels: torch.Tensor,
     temperature: float,
     log_frequency: torch.Tensor | None = None,
+    evidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """InfoNCE of each of the U users; `retrieval_loss` sums it without storing all U x M products."""
     _check_rows(labels, items)
     logits = (users / temperature @ items.T).float()  # U x M numbers are divided nowhere
+    if evidence is not None:
+        logits = logits + evidence / temperature
     if log_frequency is not None:
         logits = logits - log_frequency.float()
     return functional.cross_entropy(logits, labels, reduction="none")
@@ -332,6 +342,7 @@ class _ChunkedInfoNCE(torch.autograd.Function):
         labels: torch.Tensor,
         temperature: float,
         log_frequency: torch.Tensor | None,
+        evidence: torch.Tensor | None,
     ) -> torch.Tensor:
         learning = any(ctx.needs_input_grad)
         kind = users.device.type
@@ -345,6 +356,8 @@ class _ChunkedInfoNCE(torch.autograd.Function):
             logits = (scaled[part] @ others.T).float()
             if log_frequency is not None:
                 logits -= log_frequency.float()
+            if evidence is not None:
+                logits.add_(evidence[part], alpha=1 / temperature)
             wanted = labels[part, None]
             norm = logits.logsumexp(1, keepdim=True)
             total += (norm - logits.gather(1, wanted)).sum()
@@ -359,7 +372,7 @@ class _ChunkedInfoNCE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_users, of_items = ctx.saved_tensors
-        return slope * of_users, slope * of_items, None, None, None
+        return slope * of_users, slope * of_items, None, None, None, None
 
 
 def _mean(total: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:

@@ -427,6 +427,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         item_states: torch.Tensor | None = None,
         candidate_embedding_ids: torch.Tensor | None = None,
         item_log_frequency: torch.Tensor | None = None,
+        item_evidence: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
@@ -461,6 +462,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
                 embeddings).
             candidate_embedding_ids: M rows of item embeddings of these items.
             item_log_frequency: M log probabilities for the logQ correction.
+            item_evidence: U x M, added to the cosines of the retrieval loss; U = known `retrieval_labels`, by row.
             use_cache: Return a cache.
             logits_to_keep: Number of last tokens that get logits (0 = all), or their indices.
             return_logits: Compute `logits`; None = unless only labels of other heads were given.
@@ -522,7 +524,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             wanted = kept.of(retrieval_labels, IGNORE_INDEX)
             users = self._labelled_users(states, lay, wanted)
             against = (items, wanted[wanted != IGNORE_INDEX], self.config.embedding_temperature, item_log_frequency)
-            found["retrieval"] = contrast(users, *against, step.get("retrieval"))
+            more = {} if item_evidence is None else {"evidence": item_evidence}
+            found["retrieval"] = contrast(users, *against, step.get("retrieval"), **more)
         if only_losses:
             return M6RecOutput(loss=self._total(found), losses=found)
         given = Given(ids, attention_mask, item_embedding_ids, hidden_events)

@@ -117,18 +117,20 @@ def test_only_losses_are_the_losses_and_nothing_else(settings):
 
 @pytest.mark.parametrize("at_once", [1, 40, 10**6])
 @pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("informed", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_retrieval_loss_of_some_users_at_a_time_is_that_of_all(monkeypatch, at_once, corrected, bf16):
+def test_the_retrieval_loss_of_some_users_at_a_time_is_that_of_all(monkeypatch, at_once, corrected, informed, bf16):
     monkeypatch.setattr(losses_m6rec, "PRODUCTS_AT_ONCE", {"cpu": at_once})
     torch.manual_seed(0)
     labels, logs = torch.randint(13, (11,)), torch.randn(13) if corrected else None
     users, items = (torch.nn.functional.normalize(torch.randn(n, 7), dim=-1) for n in (11, 13))
+    evidence = torch.rand(11, 13) if informed else None
     found = []
-    for loss in (retrieval_loss, lambda *given: retrieval_losses(*given).sum() / 5):
+    for loss in (retrieval_loss, lambda *given, evidence: retrieval_losses(*given, evidence).sum() / 5):
         own = users.clone().requires_grad_(), items.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             weight = (5,) if loss is retrieval_loss else ()
-            value = loss(*own, labels, 0.07, logs, *weight)
+            value = loss(*own, labels, 0.07, logs, *weight, evidence=evidence)
         (3 * value).backward()
         found.append((value.detach(), *(each.grad for each in own)))
     tolerance = {"rtol": 0.02, "atol": 0.08} if bf16 else {}
@@ -144,3 +146,12 @@ def test_the_retrieval_loss_of_no_users_is_zero_and_of_unknown_items_refused():
     assert loss == 0 and not items.grad.any()
     with pytest.raises(ValueError, match="row 3, but only 3 items"):
         retrieval_loss(torch.randn(1, 7), items, torch.tensor([3]), 0.07)
+
+
+def test_evidence_is_added_to_the_cosines_of_each_user_and_item():
+    users, items = (torch.nn.functional.normalize(torch.randn(n, 7), dim=-1) for n in (2, 3))
+    evidence, labels = torch.tensor([[0.0, 0.5, 0.0], [0.25, 0.0, 0.0]]), torch.tensor([1, 2])
+    found = retrieval_loss(users, items, labels, 0.07, evidence=evidence)
+    close(found, torch.nn.functional.cross_entropy((users @ items.T + evidence) / 0.07, labels))
+    with pytest.raises(ValueError, match=r"evidence has shape \(3,\); .* for each of 2 users and 3 items"):
+        retrieval_loss(users, items, labels, 0.07, evidence=evidence[0])

@@ -10,7 +10,9 @@ import numpy as np
 from ...item_features_m6rec import Evidence as Rule
 from ...item_features_m6rec import Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
+from .baselines import LastItems
 from .reports import COMPARED_AT
+from .tuning import counted
 
 RULE = Rule()
 
@@ -124,6 +126,53 @@ class Evidence:
         found = self.transitions.after(shares).dense(*shape) + own.again * shares.dense(*shape)
         found += own.words * self.words.likeness(self.words.vectors(shares)).dense(*shape)
         return found + (own.popularity + TIE_BREAK) * self.popularity
+
+
+class FoldedEvidence:
+    """Evidence for the training loss: a user is scored by the events of the other folds of users.
+
+    With the user's own events counted, evidence would know each training event, and a network that is trained with it
+    would learn nothing.
+
+    Args:
+        texts: Text of each of the M items.
+        sequences: Items of each training history by user, in order, as rows of the catalogue.
+        settings: Weights of the kinds of evidence.
+        weight: Factor of the scores.
+        seed: Seed of the folds.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        sequences: Mapping[str, np.ndarray],
+        settings: EvidenceSettings,
+        weight: float,
+        seed: int = 0,
+    ) -> None:
+        self.settings, self.weight, self.num_items = settings, weight, len(texts)
+        folds = np.random.default_rng(seed).permutation(len(sequences)) % FOLDS
+        self.folds = dict(zip(sequences, folds.tolist()))
+        self.words = LastItems(Words.of(texts), settings.rule)
+        others = [
+            [own for own, fold in zip(sequences.values(), folds) if fold != left_out] for left_out in range(FOLDS)
+        ]
+        self.transitions = [counted(settings.rule, own, len(texts)) for own in others]
+        self.popularity = [popularity(own, len(texts)) for own in others]
+
+    def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M in float32."""
+        own, found = self.settings, np.empty((len(users), self.num_items), dtype=np.float32)
+        folds = np.array([self.folds[user] for user in users], dtype=int)
+        for fold in np.unique(folds):
+            places = np.flatnonzero(folds == fold)
+            several = [histories[place] for place in places]
+            part = self.transitions[fold].scores(several) + own.popularity * self.popularity[fold]
+            part += own.words * self.words.scores(several)
+            if own.again:
+                part += own.again * recent(several, own.rule).dense(len(several), self.num_items)
+            found[places] = self.weight * part
+        return found
 
 
 def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:
@@ -302,4 +351,4 @@ class _Trial:
         return self._parts[name]
 
 
-__all__ = ["Choice", "Evidence", "EvidenceSettings", "choose_evidence", "popularity"]
+__all__ = ["Choice", "Evidence", "EvidenceSettings", "FoldedEvidence", "choose_evidence", "popularity"]

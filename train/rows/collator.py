@@ -1,6 +1,6 @@
 """Batches of rows: padding by the processor, and the negatives of retrieval."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ from ..config.arguments import TaskArguments
 def label_names(config: M6RecConfig) -> list[str]:
     """Return the names of all labels that `M6RecForRecommendation.forward` takes."""
     return ["labels", *map(label_field, config.scored), "retrieval_labels"]
+
+
+NOT_READ = ("next_items", "number", "events")
+"""Keys of rows that are not arguments of `forward`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class M6RecDataCollator:
         self.all_labels = True
         """A batch with labels of one kind holds placeholders for the other kinds. Runs of the package need none, and
         PEFT's prompt tuning accepts none."""
+        self.evidence: Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray] | None = None
+        """Scores the catalogue for users with given histories, U x M: added to the cosines of the retrieval loss. Rows
+        then need `events`."""
         self.frozen = False
         """Segment layers are frozen, so the states of the whole catalogue are cached and batches need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
@@ -84,13 +91,13 @@ class M6RecDataCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the batch that `M6RecForRecommendation.forward` takes."""
-        next_items, numbers = ([row.get(name) for row in rows] for name in ("next_items", "number"))
-        read = [{name: value for name, value in row.items() if name not in ("next_items", "number")} for row in rows]
+        next_items, numbers, events = ([row.get(name) for row in rows] for name in NOT_READ)
+        read = [{name: value for name, value in row.items() if name not in NOT_READ} for row in rows]
         batch = self.processor.pad(read, self.padding_side)
         if any(entry is not None for entry in next_items):
             if self.catalogue is None:
                 raise ValueError("rows with next_items need the catalogue: pass catalogue=CatalogueRows.read(...)")
-            batch |= self._retrieval(batch, next_items, [place for number in numbers for place in number or ()])
+            batch |= self._retrieval(batch, next_items, events, [place for number in numbers for place in number or ()])
         names = label_names(self.config)
         if self.all_labels and any(name in batch for name in names):
             unknown = torch.full((len(rows),), IGNORE_INDEX)
@@ -98,7 +105,11 @@ class M6RecDataCollator:
         return batch
 
     def _retrieval(
-        self, batch: dict[str, torch.Tensor], next_items: list[list[int] | None], numbers: list[int]
+        self,
+        batch: dict[str, torch.Tensor],
+        next_items: list[list[int] | None],
+        events: list[tuple[str, list[int]] | None],
+        numbers: list[int],
     ) -> dict[str, torch.Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         places = user_places(ids, layout(ids, mask, self.config), self.config)
@@ -115,7 +126,16 @@ class M6RecDataCollator:
         rows, positives = self._choose(wanted[known].numpy(), numbers)
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[known.nonzero()[:, 0], places[known]] = torch.from_numpy(positives)
-        return {"retrieval_labels": labels, **self._items(rows, len(positives))}
+        found = {"retrieval_labels": labels, **self._items(rows, len(positives))}
+        if self.evidence is not None:
+            users, histories = [], []
+            for row, place in known.nonzero().tolist():
+                own, met = events[row]
+                dropped = len(next_items[row]) - int((places[row] >= 0).sum())
+                users.append(own)
+                histories.append(np.array(met[: place + dropped], dtype=int))
+            found["item_evidence"] = torch.from_numpy(self.evidence(users, histories)[:, rows])
+        return found
 
     def _choose(self, positives: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return the distinct candidate rows of the catalogue, and the index of each positive among them."""

@@ -325,7 +325,7 @@ def retrieval_rows(
             following = rows[window.start : window.cut + 1]
             if window.start:  # earlier events are left out: the head predicts only a user's first event
                 following[0] = IGNORE_INDEX
-            extras.append({"next_items": following})
+            extras.append({"next_items": following, "events": (user_id, rows[window.start : window.cut])})
     readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
     return [{**row, **extra} for row, extra in zip(readings, extras)]
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from m6rec.item_features_m6rec import Sparse, Words
 from m6rec.train.evaluation import evidence
 from m6rec.train.evaluation.baselines import NeighboursAndWords
-from m6rec.train.evaluation.evidence import WIDE, Evidence, EvidenceSettings, choose_evidence, popularity
+from m6rec.train.evaluation.evidence import (
+    FOLDS,
+    WIDE,
+    Evidence,
+    EvidenceSettings,
+    FoldedEvidence,
+    choose_evidence,
+    popularity,
+)
 from m6rec.train.metrics import ndcg_at_k, target_ranks
 from tests.fast import examples
 
@@ -57,6 +65,23 @@ def test_scores_are_those_of_a_loop(own, learnt, asked):
     np.testing.assert_allclose(
         found, np.array([slow_scores(own, learnt, each) for each in asked]).reshape(-1, 6), atol=1e-7
     )
+
+
+@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again"])
+def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own):
+    rng = np.random.default_rng(0)
+    known = {f"u{user}": rng.integers(6, size=rng.integers(1, 6)) for user in range(3 * FOLDS)}
+    folded = FoldedEvidence(TEXTS, known, own, weight=0.6, seed=1)
+    assert sorted(np.bincount([*folded.folds.values()])) == [3] * FOLDS
+    asked = [known[user][:-1] for user in known]
+    found = folded.scores([*known], asked)
+    for user, history, scores in zip(known, asked, found):
+        others = [known[each] for each in known if folded.folds[each] != folded.folds[user]]
+        popular = own.popularity * popularity(others, 6)
+        rule = dataclasses.replace(own, popularity=0.0)
+        np.testing.assert_allclose(
+            scores, 0.6 * (slow_scores(rule, others, history) + popular), atol=1e-5, err_msg=user
+        )
 
 
 def test_the_defaults_are_the_rule_of_the_tables_but_for_ties():

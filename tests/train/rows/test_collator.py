@@ -98,6 +98,47 @@ def test_each_item_to_choose_among_is_there_once(run, negatives):
         assert len(positives) <= len(items) <= len(positives) + 4
 
 
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
+    rows, seen = rows_of(run, 5), []
+    collator = collator_of(run, negatives=negatives, num_sampled=4)
+
+    def evidence(users, histories):
+        seen.extend(zip(users, [history.tolist() for history in histories]))
+        return np.arange(len(users) * len(run.writer.items), dtype=np.float32).reshape(len(users), -1)
+
+    collator.evidence = evidence
+    batch = collator(rows)
+    frame, expected, following, starts = run.split.train, [], [], {}
+    for row in rows:
+        user, met = row["events"]
+        own = [run.writer.rows[item_id] for item_id in frame[frame["user_id"] == user]["item_id"]]
+        start, count = starts.get(user, 0), len(row["next_items"])
+        assert met == own[start : start + count - 1]
+        for place in range(int(start > 0), count):
+            following.append(own[start + place])
+            expected.append((user, met[:place]))
+        starts[user] = start + count - 1
+    assert seen == expected
+    labels = batch["retrieval_labels"][batch["retrieval_labels"] != -100]
+    assert batch["item_evidence"].shape == (len(labels), len(batch["candidate_embedding_ids"]))
+    positive = batch["item_evidence"].gather(1, labels[:, None])[:, 0]
+    assert positive.tolist() == [place * len(run.writer.items) + item for place, item in enumerate(following)]
+
+
+def test_evidence_changes_the_loss_as_it_changes_the_cosines(run):
+    collator = collator_of(run)
+    plain = collator(rows_of(run, 3))
+    collator.evidence = lambda users, histories: np.full((len(users), len(run.writer.items)), 0.25, dtype=np.float32)
+    same = collator(rows_of(run, 3))
+    collator.evidence = lambda users, histories: np.eye(len(users), len(run.writer.items), dtype=np.float32)
+    other = collator(rows_of(run, 3))
+    with torch.no_grad():
+        losses = [run.model.eval()(**batch, only_losses=True).losses["retrieval"] for batch in (plain, same, other)]
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-3
+
+
 def test_what_was_learnt_nowhere_is_refused_as_next(run):
     cold = int(np.flatnonzero(run.catalogue.counts == 0)[0])
     row = {**rows_of(run, 1)[0]}
