@@ -40,10 +40,10 @@ from ..evaluation.untrained import Untrained, plain
 from ..rows.examples import RequestWriter
 from ..rows.held_out import before_and_in
 from ..runs.adapters import trainable_parameters
-from ..runs.beside_evidence import ALONE, Outcome, batch_size, beside, train_beside
 from ..runs.build import make_split, prepare, save
 from ..runs.facts import keep_facts
 from ..runs.run import Run
+from ..runs.with_evidence import NETWORK_ONLY, Outcome, batch_size, combined, train_with_evidence
 from .prepare import REVISITS
 
 METRICS_FILE = "metrics.json"
@@ -81,7 +81,8 @@ class Measured:
         Args:
             settings: Settings of the evidence.
             run: A trained network, if there is one; it has a separate row.
-            share: Weight of the network's cosine in the kept recommender: 0, only evidence; `ALONE`, only the network.
+            share: Weight of the network's cosine in the kept recommender: 0 = only evidence, `NETWORK_ONLY` = only
+                the network.
 
         Returns:
             `retrieval` -> name -> metrics; empty if no event is held out.
@@ -96,12 +97,12 @@ class Measured:
         scores: dict[str, Any] = {OWN: alone}
         if run is not None:
             cosines = rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
-            scores[OWN] = beside(cosines, alone, share)
+            scores[OWN] = combined(cosines, alone, share)
         scores |= Untrained(self.writer, self.texts, self.split, plain(arguments), seed).scores(examples, "test")
         if share:
             scores["evidence"] = alone
         rows = ranking_rows(scores, examples, self.counts, arguments, seed)
-        if run is not None and share != ALONE:
+        if run is not None and share != NETWORK_ONLY:
             rows["network"] = ranking_scores_report(cosines, examples, self.counts, arguments)
         return {"retrieval": rows}
 
@@ -220,7 +221,7 @@ def _read_columns(recipe: Recipe, say: Callable[[str], object]) -> tuple[Recipe,
         found = dataclasses.replace(found, item_columns=data.item_columns, left_out={})
     path = recipe.output_dir / TABLES / "items.parquet"
     nameless = write_items(items, found, path)
-    for line in _columns_told(found, events.column_names, nameless, len(items)):
+    for line in _column_lines(found, events.column_names, nameless, len(items)):
         say(line)
     data = dataclasses.replace(
         data,
@@ -230,11 +231,11 @@ def _read_columns(recipe: Recipe, say: Callable[[str], object]) -> tuple[Recipe,
         time_format=found.time_format,
         drop_invalid=True,
     )
-    told = {"events": found.columns, "items": found.item_columns, "items not read": found.left_out}
-    return dataclasses.replace(recipe, data=data), {"columns": {**told, "items without text": nameless}}
+    read = {"events": found.columns, "items": found.item_columns, "items not read": found.left_out}
+    return dataclasses.replace(recipe, data=data), {"columns": {**read, "items without text": nameless}}
 
 
-def _columns_told(found: Found, columns: list[str], nameless: int, count: int) -> list[str]:
+def _column_lines(found: Found, columns: list[str], nameless: int, count: int) -> list[str]:
     """Return lines with the roles of the columns."""
     roles = ", ".join(f"{role} {column}" for role, column in found.columns.items() if column)
     unread = [column for column in columns if column not in found.columns.values()]
@@ -329,10 +330,10 @@ def add_cosine(catalogue: Catalogue, folder: Path, share: float) -> None:
     Args:
         catalogue: The catalogue.
         folder: The folder, whose model is trained.
-        share: Weight of the cosine; `ALONE`: evidence counts no more.
+        share: Weight of the cosine; `NETWORK_ONLY`: evidence counts no more.
     """
     loaded = load_pipeline(str(folder))
-    if share == ALONE:
+    if share == NETWORK_ONLY:
         catalogue.set_evidence(None)
         catalogue.encode(loaded.model, loaded.processor)
     else:
@@ -347,8 +348,8 @@ def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
     given = int(recipe.training.get("per_device_train_batch_size", 8))
     training = {**recipe.training, "per_device_train_batch_size": batch_size(given, users)}
     recipe = dataclasses.replace(recipe, training=training).for_finetuning()
-    outcome = train_beside(recipe, log, choice.settings, deadline, fitting.note)
-    fitting.decisions["network"] = {**outcome.told, "validation": outcome.found}
+    outcome = train_with_evidence(recipe, log, choice.settings, deadline, fitting.note)
+    fitting.decisions["network"] = {**outcome.facts, "validation": outcome.found}
     fitting.decisions["seconds"]["trained"] = round(fitting.seconds, 1)
     return outcome
 
@@ -361,7 +362,7 @@ def decide(fitting: Fitting, choice: Choice, outcome: Outcome) -> float:
     """
     found, run = outcome.found, outcome.run
     share = outcome.share if found["better"] else 0.0
-    kept = "evidence" if not share else "network" if share == ALONE else "network and evidence"
+    kept = "evidence" if not share else "network" if share == NETWORK_ONLY else "network and evidence"
     low, high = found["interval"]
     compared = (
         f"{found['metric']} on validation {found['value']:.4f} against {found['baseline_value']:.4f} of "
@@ -372,11 +373,11 @@ def decide(fitting: Fitting, choice: Choice, outcome: Outcome) -> float:
         add_cosine(fitting.catalogue, fitting.folder, share)
         trained = trainable_parameters(run.model)[0]
         keep_facts(run, {"training": fitting.decisions["seconds"]["trained"]}, trained, "m6rec fit")
-        weight = "" if share == ALONE else f" (weight of the cosine {share:g})"
+        weight = "" if share == NETWORK_ONLY else f" (weight of the cosine {share:g})"
         sentence = f"Kept: {kept}{weight}, which is better than all that needs no training: {compared}."
-        fitting.decisions |= {"share": share} if share != ALONE else {}
+        fitting.decisions |= {"share": share} if share != NETWORK_ONLY else {}
     else:
-        sentence = f"Kept: evidence; a network beside it is not surely better: {compared}."
+        sentence = f"Kept: evidence; a network combined with it is not clearly better: {compared}."
     fitting.decisions |= {"kept": kept, "sentence": f"{sentence} {_help(fitting, outcome)}"}
     fitting.keep()
     return share
@@ -388,7 +389,7 @@ def _help(fitting: Fitting, outcome: Outcome | None) -> str:
     found = []
     if len(own.log.interactions) < MANY_EVENTS:
         found.append("more events")
-    if outcome is not None and outcome.told["out of time"]:
+    if outcome is not None and outcome.facts["out of time"]:
         found.append("more minutes")
     if outcome is None and not own.split.valid.empty:
         found.append("training (--minutes 10)")

@@ -18,8 +18,8 @@ from m6rec.train.commands.fit import add_cosine, fit_recommender
 from m6rec.train.config.recipe import load_recipe, load_saved
 from m6rec.train.data.splits import order
 from m6rec.train.evaluation.evidence import Evidence
-from m6rec.train.runs import beside_evidence
-from m6rec.train.runs.beside_evidence import ALONE
+from m6rec.train.runs import with_evidence
+from m6rec.train.runs.with_evidence import NETWORK_ONLY
 from tests.train.world import figures, recipe_of, write_tables
 
 
@@ -137,7 +137,7 @@ def test_a_click_is_observed_and_kept(fitted, tmp_path):
     assert pipeline("recommendation", model=str(folder))(asked, top_k=1)[0]["item_id"] == "p20", "as it was"
 
 
-@pytest.mark.parametrize("share", [0.5, ALONE])
+@pytest.mark.parametrize("share", [0.5, NETWORK_ONLY])
 def test_a_network_joins_the_evidence_and_keeps_what_was_observed(fitted, tmp_path, share):
     folder = Path(shutil.copytree(fitted[0], tmp_path / "shop"))
     history = [{"item": {"item_id": "p3"}}]
@@ -155,7 +155,7 @@ def test_a_network_joins_the_evidence_and_keeps_what_was_observed(fitted, tmp_pa
     add_cosine(early, folder, share)
     found = ask()
     catalogue = pipeline("recommendation", model=str(folder)).catalogue
-    if share == ALONE:
+    if share == NETWORK_ONLY:
         assert catalogue.evidence is None and len(set(found.values())) > 1
         return
     assert catalogue.evidence.learnt == share and max(evidence, key=evidence.get) == "p20"
@@ -245,11 +245,11 @@ def trained(tmp_path_factory):
     data = {"interactions": paths["events"], "items": paths["items"]}
     found, said = {}, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beside_evidence, "best_share", lambda gains, where=slice(None): 0.5)
+        patch.setattr(with_evidence, "best_share", lambda gains, where=slice(None): 0.5)
         for kept in (True, False):
             compared = {**dict.fromkeys(("value", "baseline_value", "difference"), 0.0), "interval": [0.0, 0.0]}
-            told = {"metric": "ndcg@10", "baseline": "evidence", "better": kept, **compared}
-            patch.setattr(beside_evidence, "compare", lambda *given, told=told, **more: told)
+            result = {"metric": "ndcg@10", "baseline": "evidence", "better": kept, **compared}
+            patch.setattr(with_evidence, "compare", lambda *given, result=result, **more: result)
             recipe = load_recipe(recipe_of(data, folder / str(kept)))
 
             click = {"user_id": "a", "item_id": "p1", "timestamp": "2024-07-01"}
@@ -265,7 +265,7 @@ def trained(tmp_path_factory):
     return found, said
 
 
-def test_a_better_network_is_kept_beside_evidence(trained):
+def test_a_better_network_is_kept_with_evidence(trained):
     """Answers are those of evidence, plus the weight times the cosine."""
     folder = trained[0][True]
     decisions = json.loads((folder / "fit.json").read_text())
@@ -295,7 +295,8 @@ def test_another_network_is_not_kept(trained):
     decisions = json.loads((folders[False] / "fit.json").read_text())
     assert decisions["kept"] == "evidence" and decisions["network"]["steps"] == 2
     assert (
-        "a network beside it is not surely better" in decisions["sentence"] and "more events" in decisions["sentence"]
+        "a network combined with it is not clearly better" in decisions["sentence"]
+        and "more events" in decisions["sentence"]
     )
     assert {path.name for path in folders[False].iterdir()} >= {"metrics.json", "recipe.yaml", "fit.json", "tables"}
     assert not [*folders[False].glob("checkpoint-*")]

@@ -7,8 +7,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 
-from m6rec.train.runs.beside_evidence import ALONE, beside
 from m6rec.train.runs.budget import TimeBudget
+from m6rec.train.runs.with_evidence import NETWORK_ONLY, combined
 
 
 class Training:
@@ -69,5 +69,5 @@ def test_the_deadline_stops_a_training_that_becomes_slow(tmp_path):
 
 def test_shares():
     evidence, cosines = torch.zeros(1, 2).numpy() + 3, torch.ones(1, 2).numpy()
-    assert beside(cosines, evidence, ALONE) is cosines and beside(cosines, evidence, 0) is evidence
-    assert beside(cosines, evidence, 0.5)[slice(None)].tolist() == [[3.5, 3.5]]
+    assert combined(cosines, evidence, NETWORK_ONLY) is cosines and combined(cosines, evidence, 0) is evidence
+    assert combined(cosines, evidence, 0.5)[slice(None)].tolist() == [[3.5, 3.5]]

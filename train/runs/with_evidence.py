@@ -25,7 +25,7 @@ from .run import Run
 
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Weights of the network's cosine tried in combination with evidence, whose transitions have the weight 1."""
-ALONE = float("inf")
+NETWORK_ONLY = float("inf")
 """The weight of a network without evidence."""
 VALIDATION_USERS = 2_000
 """Maximum number of users on which epochs and shares are chosen."""
@@ -44,10 +44,10 @@ class Outcome:
 
     run: Run
     share: float
-    """Weight of the cosine relative to evidence that is best on validation; `ALONE`: no evidence."""
+    """Weight of the cosine relative to evidence that is best on validation; `NETWORK_ONLY`: no evidence."""
     found: dict[str, Any]
     """Its comparison with the best untrained row on validation, from `compare`."""
-    told: dict[str, Any]
+    facts: dict[str, Any]
     """Epochs, steps, and the metric of each share."""
 
 
@@ -67,20 +67,22 @@ class ValidationMetrics:
         """Return the metrics by name."""
         gains = self.gains()
         found = {share: float(own.mean()) for share, own in gains.items()}
-        return {"ndcg@10": max(found.values()), "network_ndcg@10": found[ALONE]}
+        return {"ndcg@10": max(found.values()), "network_ndcg@10": found[NETWORK_ONLY]}
 
     def gains(self) -> dict[float, np.ndarray]:
         """Return each event's NDCG@10 for each share."""
         run, examples = self.run, self.examples
         cosines = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
         return gains_of(
-            {ALONE: cosines, **{share: beside(cosines, self.evidence, share) for share in SHARES}}, run, examples
+            {NETWORK_ONLY: cosines, **{share: combined(cosines, self.evidence, share) for share in SHARES}},
+            run,
+            examples,
         )
 
 
-def beside(cosines: Scores, evidence: Scores, share: float) -> Scores:
-    """Add cosines, weighted by a share, to the scores of evidence; `ALONE`: only cosines, 0: only evidence."""
-    if share == ALONE:
+def combined(cosines: Scores, evidence: Scores, share: float) -> Scores:
+    """Add cosines, weighted by a share, to the scores of evidence; `NETWORK_ONLY`: only cosines, 0: only evidence."""
+    if share == NETWORK_ONLY:
         return cosines
     return Scores(lambda part: evidence[part] + share * cosines[part]) if share else evidence
 
@@ -108,7 +110,7 @@ def evidence_of_loss(run: Run, settings: EvidenceSettings) -> FoldedEvidence:
     return FoldedEvidence(run.texts, sequences, settings, LOSS_WEIGHT, run.recipe.seed)
 
 
-def train_beside(
+def train_with_evidence(
     recipe: Recipe, log: Log, settings: EvidenceSettings, deadline: float, say: Callable[[str], object]
 ) -> Outcome:
     """Train a network until a deadline, and compare it with the untrained rows on validation.
@@ -140,13 +142,13 @@ def train_beside(
     untrained = {"evidence": own, **others.scores(examples, "valid")}
     own_gains = {OWN: chosen_elsewhere(gains, recipe.seed), **gains_of(untrained, run, examples)}
     found = compare("ndcg@10", own_gains, seed=recipe.seed)
-    told = {
+    facts = {
         "epochs": round(float(trainer.state.epoch or 0), 2),
         "steps": trainer.state.global_step,
         "out of time": budget.out_of_time or budget.planned is not None,
         "ndcg@10 by weight of the cosine": {str(each): float(value.mean()) for each, value in gains.items()},
     }
-    return Outcome(run, share, found, told)
+    return Outcome(run, share, found, facts)
 
 
 def best_share(gains: Mapping[float, np.ndarray], where: np.ndarray | slice = slice(None)) -> float:
@@ -182,13 +184,13 @@ def batch_size(given: int, rows: int) -> int:
 
 
 __all__ = [
-    "ALONE",
+    "NETWORK_ONLY",
     "Outcome",
     "batch_size",
-    "beside",
     "best_share",
     "chosen_elsewhere",
+    "combined",
     "evidence_scores",
     "gains_of",
-    "train_beside",
+    "train_with_evidence",
 ]
