@@ -48,7 +48,7 @@ from .item_features_m6rec import (
 )
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
-from .values_m6rec import TIME_UNITS, normalize_id, time_seconds
+from .values_m6rec import TIME_UNITS, normalize_id, short, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
 
@@ -137,7 +137,7 @@ def table_rows(table: Any) -> Iterable[Any]:
         return table.astype(object).where(table.notna(), None).to_dict("records")
     rows = hasattr(table, "__iter__") or hasattr(table, "__getitem__")
     single = getattr(table, "ndim", None) == 0  # a number as an array or a tensor, which cannot be iterated
-    if isinstance(table, str | bytes | Mapping | type) or single or not rows:
+    if isinstance(table, str | bytes | bytearray | memoryview | Mapping | type) or single or not rows:
         raise TypeError(f"expected a list, a data frame or a dataset of rows, got {type(table).__name__}")
     return table
 
@@ -391,7 +391,7 @@ def _read_items(file: BufferedReader, path: Path, count: int, encoded: Collectio
 def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is no text")
+        raise TypeError(f"{name}={short(value)} is no text")
     return value
 
 
@@ -655,13 +655,13 @@ def check_settings(kind: Any, settings: Mapping[str, Any]) -> None:
     if not isinstance(kind, str) or kind not in SETTINGS:
         raise ValueError(f"there is no index {kind!r}: choose one of {list(SETTINGS)}, or None for exact search")
     if not isinstance(settings, Mapping):
-        raise ValueError(f"settings of the index {kind!r}: expected names and numbers, got {settings!r}")
+        raise ValueError(f"settings of the index {kind!r}: expected names and numbers, got {short(settings)}")
     for name, value in settings.items():
         if name not in SETTINGS[kind]:
             takes = f"it takes {', '.join(SETTINGS[kind])}" if SETTINGS[kind] else "it takes none"
             raise ValueError(f"the index {kind!r} has no setting {name!r}: {takes}")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-            raise ValueError(f"{name}={value!r}: give a whole number from 1 to {LARGEST}")
+            raise ValueError(f"{name}={short(value)}: give a whole number from 1 to {LARGEST}")
     if settings.get("M") == 1:
         raise ValueError("M=1 makes a graph that leads nowhere: give 2 or more")
 
@@ -1694,7 +1694,7 @@ class Catalogue(CatalogueView):
         It does by default. Set False where users return to the same items, e.g. songs.
         """
         if not isinstance(exclude_seen, bool):
-            raise TypeError(f"exclude_seen={exclude_seen!r}: give True or False")
+            raise TypeError(f"exclude_seen={short(exclude_seen)}: give True or False")
         with self._lock:
             self._state = replace(self._state, exclude_seen=exclude_seen)
 

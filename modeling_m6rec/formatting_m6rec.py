@@ -635,13 +635,13 @@ def _fields(value: Any, place: str) -> None:
 
 def _pairs(value: Any, place: str, expected: str) -> list[list[Any]]:
     if not isinstance(value, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
-        raise ValueError(f"{place}: expected a list of {expected}, got {value!r}")
+        raise ValueError(f"{place}: expected a list of {expected}, got {short(value)}")
     return value
 
 
 def _months(value: Any, place: str) -> None:
     if not isinstance(value, list) or len(value) != 12:
-        raise ValueError(f"{place}: expected twelve names, got {value!r}")
+        raise ValueError(f"{place}: expected twelve names, got {short(value)}")
     for name in value:
         _text(name, place)
 

@@ -51,7 +51,7 @@ from .layout_m6rec import (
     row_starts,
     value_at,
 )
-from .values_m6rec import WORD
+from .values_m6rec import WORD, short
 
 FACTOR, RANGE = 2654435761, 1 << 32
 """Multiplicative hashing (Knuth): consecutive ids get distant hashes."""
@@ -622,10 +622,10 @@ class Evidence:
             if name in ("recency", "steps"):
                 numbers = list(value) if isinstance(value, list | tuple) else []
                 if not 1 <= len(numbers) <= 100 or not all(map(_is_weight, numbers)):
-                    raise ValueError(f"evidence: {name}={value!r}: give 1 to 100 numbers from 0 to 1000")
+                    raise ValueError(f"evidence: {name}={short(value)}: give 1 to 100 numbers from 0 to 1000")
                 object.__setattr__(self, name, tuple(map(float, numbers)))
             elif not (_is_weight(value) or name == "half_life" and value is None or _is_time(name, value)):
-                raise ValueError(f"evidence: {name}={value!r}: give a number from 0 to 1000")
+                raise ValueError(f"evidence: {name}={short(value)}: give a number from 0 to 1000")
             elif value is not None:
                 object.__setattr__(self, name, float(value))
         if self.half_life is not None and self.half_life < 1:
@@ -644,7 +644,7 @@ class Evidence:
         """
         names = [each.name for each in fields(cls)]
         if not isinstance(settings, dict) or not settings.keys() <= {*names}:
-            raise ValueError(f"evidence: expected settings among {', '.join(names)}, got {settings!r}")
+            raise ValueError(f"evidence: expected settings among {', '.join(names)}, got {short(settings)}")
         return cls(**settings)
 
     @property

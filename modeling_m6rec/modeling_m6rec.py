@@ -75,7 +75,7 @@ from .network_m6rec import (
     one_cache,
 )
 from .segment_cache_m6rec import SegmentCache, active_adapters, digest_weights
-from .values_m6rec import IGNORE_INDEX, label_field
+from .values_m6rec import IGNORE_INDEX, label_field, short
 
 # -------------------------------------------------------------------------------------------- checkpoints of adapters
 
@@ -560,7 +560,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
     def read_scores(self, scores: torch.Tensor, task: str) -> torch.Tensor:
         """Turn B x N x S score logits into the answers of `score`."""
         if task not in self.config.score_slices:
-            raise ValueError(f"task={task!r} has no score: choose one of {list(self.config.score_slices)}")
+            raise ValueError(f"task={short(task)} has no score: choose one of {list(self.config.score_slices)}")
         return form_of(task, self.config).answer(scores[..., self.config.score_slices[task]], task, self.config)
 
     def embed(self, **batch: Any) -> M6RecOutput:

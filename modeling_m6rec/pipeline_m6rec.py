@@ -149,14 +149,14 @@ class RecommendationPipeline(Pipeline):
     def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
         unknown = [name for name in given if name not in PARAMETERS]
         if unknown:
-            raise TypeError(f"unknown parameter {unknown[0]!r}: a call takes {', '.join(PARAMETERS)}")
+            raise TypeError(f"unknown parameter {short(unknown[0])}: a call takes {', '.join(PARAMETERS)}")
         task, top_k, predicate = given.get("task"), given.get("top_k"), given.get("filter")
         if task is not None and task not in self._ranking_tasks:
-            raise ValueError(f"task={task!r} ranks nothing: choose one of {self._ranking_tasks}")
+            raise ValueError(f"task={short(task)} ranks nothing: choose one of {self._ranking_tasks}")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
-            raise ValueError(f"top_k={top_k!r}: give a whole number from 1 up, or None")
+            raise ValueError(f"top_k={short(top_k)}: give a whole number from 1 up, or None")
         if predicate is not None and not callable(predicate):
-            raise TypeError(f"filter={predicate!r}: give a function that says of an item's fields True or False")
+            raise TypeError(f"filter={short(predicate)}: give a function that says of an item's fields True or False")
         self._check_exits(given.get("exit_layer"), given.get("exit_confidence"))
         given |= {name: int(given[name]) for name in ("top_k", "exit_layer") if given.get(name) is not None}
         return {}, given, {}
@@ -165,7 +165,7 @@ class RecommendationPipeline(Pipeline):
         joint = self.model.config.num_joint_layers
         whole = isinstance(exit_layer, Integral) and not isinstance(exit_layer, bool)
         if exit_layer is not None and not (whole and 0 < exit_layer <= joint):
-            raise ValueError(f"exit_layer={exit_layer!r}: give a number from 1 to {joint} (joint layers), or None")
+            raise ValueError(f"exit_layer={short(exit_layer)}: give a number from 1 to {joint} (joint layers), or None")
         check_confidence(exit_confidence)
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from .values_m6rec import (
     labelled_task,
     normalize_id,
     rename_keys,
+    short,
 )
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -95,7 +96,7 @@ def pad(features: Sequence[Mapping[str, Any]], ids: Mapping[str, int], padding_s
         ValueError: If there are no rows, or a field is neither aligned with the tokens nor a label.
     """
     if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side={padding_side!r}: expected 'left' or 'right'")
+        raise ValueError(f"padding_side={short(padding_side)}: expected 'left' or 'right'")
     if not features:
         raise ValueError("there are no rows to pad: give at least one request or feature")
     rows = [{name: _plain(value) for name, value in feature.items()} for feature in features]
@@ -732,7 +733,7 @@ class M6RecProcessor(ProcessorMixin):
         if return_tensors == "pt":
             return BatchEncoding(self.pad(features, padding_side))
         if return_tensors is not None:
-            raise ValueError(f"return_tensors={return_tensors!r}: expected 'pt' or None")
+            raise ValueError(f"return_tensors={short(return_tensors)}: expected 'pt' or None")
         names = ["input_ids", "attention_mask", "layout_ids"] + ["item_embedding_ids"] * (self.item_rows is not None)
         return BatchEncoding({name: [feature[name] for feature in features] for name in names})
 

@@ -33,7 +33,7 @@ from .item_features_m6rec import Evidence
 from .layout_m6rec import Layout, Picked
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
-from .values_m6rec import normalize_id
+from .values_m6rec import normalize_id, short
 
 # ----------------------------------------------------------------------------------------------- scores of candidates
 
@@ -303,7 +303,8 @@ def check_confidence(value: Any) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (number and value > 0):
         raise ValueError(
-            f"exit_confidence={value!r}: give a probability from which an answer is sure (1 and more = never), or None"
+            f"exit_confidence={short(value)}: give a probability from which an answer is sure (1 and more = never), or "
+            "None"
         )
 
 

@@ -84,6 +84,11 @@ def check_call(case):
         before = shown(asked[0])
         answer = recommend(asked[0], **given)
         rule(shown(asked[0]) == before, "the pipeline changed the request that it was given")
+        if isinstance(asked[0], list | tuple):  # a batch
+            rule(len(answer) == len(asked[0]), "another number of answers than of requests")
+            for request, own in zip(asked[0], answer):
+                check_answer(recommend, request, own, given)
+            return
         check_answer(recommend, asked[0], answer, given)
         return
     try:
@@ -100,7 +105,7 @@ def check_call(case):
 
 def _few(request):
     """A list in place of a request is a batch of requests: the work of thousands is no hang."""
-    return request[:20] if isinstance(request, list) else request
+    return request[:20] if isinstance(request, list | tuple) else request
 
 
 def alone_error(recommend, request, given):

@@ -14,6 +14,8 @@ from m6rec.catalogue_m6rec import table_rows
         "a text",
         b"bytes",
         {"item_id": 1},
+        bytearray(b"mat"),
+        memoryview(b"mat"),
         7,
         None,
         list,

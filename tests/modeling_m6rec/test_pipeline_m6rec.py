@@ -539,6 +539,13 @@ def test_what_cannot_be_answered_says_why(request_, options, error, match):
         make()(request_, **options)
 
 
+@pytest.mark.parametrize("name", ["task", "top_k", "filter", "exit_layer", "exit_confidence"])
+def test_an_error_shortens_the_value_of_a_parameter(name):
+    with pytest.raises((TypeError, ValueError), match=f"{name}=") as caught:
+        make()(SIMPLE, **{name: [{"title": "mat"}] * 1000})
+    assert len(str(caught.value)) < 300
+
+
 def test_retrieval_needs_segment_layers():
     model = build(num_joint_layers=4)
     assert len(make(model)(REQUEST)) == 4
