@@ -82,7 +82,7 @@ def check_call(case):
         given["filter"] = FILTERS.get(given["filter"], given["filter"])
     if len(asked) == 1:
         before = shown(asked[0])
-        answer = recommend(asked[0], **given)
+        answer = answered(recommend, asked[0], given)
         rule(shown(asked[0]) == before, "the pipeline changed the request that it was given")
         if isinstance(asked[0], list | tuple):  # a batch
             rule(len(answer) == len(asked[0]), "another number of answers than of requests")
@@ -92,7 +92,7 @@ def check_call(case):
         check_answer(recommend, asked[0], answer, given)
         return
     try:
-        together = recommend(copied(asked), batch_size=len(asked), **given)
+        together = answered(recommend, copied(asked), given | {"batch_size": len(asked)})
     except (TypeError, ValueError):
         refused = [error for request in copied(asked) if (error := alone_error(recommend, request, given))]
         rule(refused, "requests are refused together, but each is answered alone")
@@ -100,7 +100,7 @@ def check_call(case):
     rule(len(together) == len(asked), "another number of answers than of requests")
     for request, answer in zip(asked, together):
         check_answer(recommend, request, answer, given)
-        same(recommend(copied(request), **given), answer, "an answer changes with its neighbours")
+        same(answered(recommend, copied(request), given), answer, "an answer changes with its neighbours")
 
 
 def _few(request):
@@ -108,10 +108,16 @@ def _few(request):
     return request[:20] if isinstance(request, list | tuple) else request
 
 
+def answered(recommend, requests, given):
+    """Call the pipeline; the answers to a generator, or to rows of any other kind, come one by one."""
+    answer = recommend(requests, **given)
+    return answer if isinstance(answer, list) else list(answer)
+
+
 def alone_error(recommend, request, given):
     """Return the error of a request that is refused alone, None if it is answered."""
     try:
-        recommend(request, **given)
+        answered(recommend, request, given)
     except (TypeError, ValueError) as error:
         return error
     return None

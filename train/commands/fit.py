@@ -347,7 +347,10 @@ def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
     users = fitting.measured.split.train["user_id"].nunique()
     given = int(recipe.training.get("per_device_train_batch_size", 8))
     training = {**recipe.training, "per_device_train_batch_size": batch_size(given, users)}
-    recipe = dataclasses.replace(recipe, training=training).for_finetuning()
+    model = recipe.model
+    if model.checkpoint is None:  # evidence compares words already
+        model = dataclasses.replace(model, config={**model.config, "tfidf_weight": 0.0})
+    recipe = dataclasses.replace(recipe, training=training, model=model).for_finetuning()
     outcome = train_with_evidence(recipe, log, choice.settings, deadline, fitting.note)
     fitting.decisions["network"] = {**outcome.facts, "validation": outcome.found}
     fitting.decisions["seconds"]["trained"] = round(fitting.seconds, 1)
