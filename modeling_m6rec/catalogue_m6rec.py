@@ -943,7 +943,7 @@ class Counted:
 
     def worded(self, texts: Sequence[str], reader: Reader | None) -> "Counted":
         """Return evidence with other texts of all rows, of which the same rows are live."""
-        gone = np.flatnonzero(~self.words.live)
+        gone = np.flatnonzero(~self.words.live).tolist()
         reading = None if reader is None else ReadTexts.of(reader, texts).adding([], gone)
         return replace(self, words=Words.of(texts).adding([], gone), reading=reading)
 

@@ -132,6 +132,10 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("items", nargs="?", help="the table of items; with a recipe its own")
     command.add_argument("output", nargs="?", help="the folder that is written; with a recipe its own")
     command.add_argument("--users", metavar="FILE", help="a table of users, if anything is known of them")
+    command.add_argument(
+        "--items", dest="items_alone", metavar="FILE", help="items without events: fit --items FILE OUT"
+    )
+    command.add_argument("--reader", metavar="FILE", help="with --items: a text reader other than the package's")
     command.add_argument("--minutes", type=float, default=10.0, metavar="M", help="training ends after; 0: no training")
     command.add_argument("--overwrite", action="store_true", help="replace what the folder holds")
     command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs, as in a recipe")
@@ -229,11 +233,30 @@ def _fit(options: argparse.Namespace) -> None:
     given = [name for name in (options.events, options.items, options.output) if name is not None]
     places = [name for name in given if "=" not in name]
     options.overrides = [*(name for name in given if "=" in name), *options.overrides]
+    if options.items_alone or options.reader:
+        _fit_items(options, places)
+        return
     recipe = recipe_of_tables(places, options.users, options.overrides)
     _refuse_to_replace(options, recipe, recipe.output_dir)
     report = fit_recommender(recipe, options.minutes, print)
     if report:
         print(tables(report))
+    print(f"written to {recipe.output_dir}; what was decided and why: {recipe.output_dir / 'fit.json'}")
+
+
+def _fit_items(options: argparse.Namespace, places: Sequence[str]) -> None:
+    from .commands.fit_items import fit_items, recipe_of_items
+
+    if not options.items_alone:
+        raise ValueError(f"--reader {options.reader} goes with --items: it reads items that have no events yet")
+    if len(places) != 1 or options.users:
+        raise ValueError(
+            f"--items FILE OUT takes one folder and no users; got {list(places)}. Where there are events: m6rec fit "
+            "EVENTS ITEMS OUT"
+        )
+    recipe = recipe_of_items(options.items_alone, places[0], options.overrides)
+    _refuse_to_replace(options, recipe, recipe.output_dir)
+    fit_items(recipe, print, options.reader)
     print(f"written to {recipe.output_dir}; what was decided and why: {recipe.output_dir / 'fit.json'}")
 
 

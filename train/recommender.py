@@ -17,8 +17,9 @@ from ..pipeline_m6rec import FOLDER
 from .answering.evidence import kept_evidence
 from .answering.loading import load_recommender
 from .commands.fit import TABLES, Measured, fit_recommender
+from .commands.fit_items import fit_items, recipe_of_items
 from .config.recipe import Recipe, load_recipe, load_saved
-from .data.log import Log, build_log, read_log
+from .data.log import Log, build_log, items_log, read_log
 from .data.splits import Split, histories, order
 from .rows.examples import RequestWriter
 from .runs.build import catalogue_rows, make_split, prepare
@@ -57,9 +58,10 @@ class Recommender:
 
     @property
     def log(self) -> Log:
-        """The log that the recipe names, read on first use."""
+        """The log that the recipe names, read on first use; without events if the recipe names items alone."""
         if self._log is None:
-            self._log = read_log(self.recipe.data)
+            alone = self.recipe.data.source == "tables" and not self.recipe.data.interactions
+            self._log = items_log(self.recipe.data) if alone else read_log(self.recipe.data)
         return self._log
 
     def recommend(
@@ -155,7 +157,7 @@ class Recommender:
 
 
 def fit(
-    events: Table,
+    events: Table | None,
     items: Table,
     users: Table | None = None,
     recipe: str | Path | Mapping[str, Any] = "own-data",
@@ -171,7 +173,8 @@ def fit(
 
     Args:
         events: One row per event: user, item and, if known, time; columns are found by their usual names or by their
-            cells, and `overrides` can name others.
+            cells, and `overrides` can name others. None: there are no events yet, as for `m6rec fit --items`; of the
+            other arguments only `items`, `output_dir`, `overrides` and `say` are used then.
         items: One row per item: its id and the columns that describe it.
         users: One row per user: user_id and the columns that describe the user.
         recipe: How a network is trained: a recipe file, the name of a recipe of the package, or a mapping of sections.
@@ -189,6 +192,10 @@ def fit(
         ValueError: A table or a setting cannot be used; the message names the table, the column and the row.
     """
     given = [*overrides, *([f"training.output_dir={output_dir}"] if output_dir is not None else [])]
+    if events is None:
+        alone = Path(output_dir or load_recipe("own-data", given).output_dir)
+        fit_items(recipe_of_items(_path(items, "items", alone), str(alone), [*overrides]), say or logger.info)
+        return Recommender(alone)
     folder = load_recipe(recipe, given).output_dir
     tables = {"interactions": events, "items": items, "users": users}
     paths = [f"data.{name}={_path(table, name, folder)}" for name, table in tables.items() if table is not None]

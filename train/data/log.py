@@ -160,10 +160,21 @@ def read_log(arguments: DataArguments) -> Log:
         raise ValueError(
             "data.source 'tables' needs data.interactions and data.items, each a file or a dataset; got "
             f"{arguments.interactions!r} and {arguments.items!r}. Where there are items and no events yet, there is "
-            "nothing to train on or to measure: a trained model of other items recommends them, by "
-            "Catalogue.from_dataset(items, model, processor)"
+            "nothing to train on or to measure: m6rec fit --items ITEMS OUT makes a recommender of the items alone"
         )
     return build_log(interactions, items, users, arguments)
+
+
+def items_log(arguments: DataArguments) -> Log:
+    """Reads a log without events: the items that the `data:` section of a recipe names."""
+    if not arguments.items:
+        raise ValueError("data.items is missing: name the table of items, a file or a dataset")
+    described = _described("items", load_table(arguments.items), arguments)
+    ids = pandas.Categorical([])
+    events = pandas.DataFrame({"user_id": ids, "item_id": ids, "timestamp": numpy.array([], dtype=float)})
+    for reason, count in described.dropped.items():
+        logger.warning("dropped %d rows: %s", count, reason)
+    return Log(events, described.texts, dropped=described.dropped)
 
 
 def read_movielens(directory: str | Path) -> Log:
@@ -315,6 +326,7 @@ __all__ = [
     "Log",
     "Source",
     "build_log",
+    "items_log",
     "nearly",
     "read_log",
     "read_movielens",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...item_features_m6rec import Evidence as Rule
-from ...item_features_m6rec import Sparse, Transitions, Words, recent
+from ...item_features_m6rec import Reader, ReadTexts, Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
 from .baselines import LastItems
 from .reports import COMPARED_AT
@@ -50,6 +50,8 @@ class EvidenceSettings:
     """Weight of second-order transitions."""
     words: float = RULE.words
     """Weight of rare words in common with the user's last items."""
+    texts: float = 0.0
+    """Weight of texts similar to the user's last items, by the package's static reader."""
     popularity: float = 0.0
     """Weight of popularity: log(1 + count), scaled to 1 for the most popular item."""
     again: float = 0.0
@@ -61,6 +63,7 @@ class EvidenceSettings:
         out_power, in_power = self.powers
         return Rule(
             words=self.words,
+            texts=self.texts,
             recency=self.recency,
             second=self.second,
             steps=self.steps,
@@ -117,6 +120,7 @@ class Evidence:
         sequences = list(sequences)
         self.transitions = Transitions.fit(sequences, len(texts), self.settings.rule)
         self.words = Words.of(texts)
+        self.reading = ReadTexts.of(Reader.of(None), texts) if self.settings.texts else None
         self.popularity = popularity(sequences, len(texts))
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -125,6 +129,9 @@ class Evidence:
         shares, shape = recent(several, own.rule), (len(several), self.transitions.num_items)
         found = self.transitions.after(shares).dense(*shape) + own.again * shares.dense(*shape)
         found += own.words * self.words.likeness(self.words.vectors(shares)).dense(*shape)
+        if self.reading is not None:
+            vectors = self.reading.vectors
+            found += own.texts * (shares.dense(*shape) @ vectors) @ vectors.T
         return found + (own.popularity + TIE_BREAK) * self.popularity
 
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoProcessor, TokenizersBackend, set_seed
 from ...atomic_m6rec import atomic_files
 from ...configuration_m6rec import ROLES, M6RecConfig
 from ...conversion import load_tokenizer
-from ...item_features_m6rec import ITEM_FEATURES
+from ...conversion.reader import is_reader, weigh_tokens
+from ...item_features_m6rec import ITEM_FEATURES, Reader
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor, M6RecTokenizer
 from ...tuning import load_model, quantized
@@ -261,6 +262,8 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     run = Run(recipe, log, split, writer, processor, model, catalogue, collator)
     for feature in ITEM_FEATURES:
         feature.fit(run.base_model.model, catalogue.input_ids)
+    if is_reader(recipe.model.backbone):
+        weigh_tokens(model.model.embeddings.tokens, catalogue.input_ids, Reader.of(None))
     return run
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from m6rec.conversion.reader import distil, main
+from m6rec import M6RecForRecommendation, M6RecTokenizer
+from m6rec.conversion import load_backbone, load_tokenizer
+from m6rec.conversion.reader import distil, is_reader, main, reader_backbone, reader_tokenizer, weigh_tokens
 from m6rec.item_features_m6rec import READER, Reader
 from tests.modeling_m6rec.conversion.backbones import own_tokenizer, tiny
 from tests.test_repository import ROOT
@@ -110,3 +112,46 @@ def test_the_packages_reader_is_small_and_reads_english():
     table = {word: reader.table(np.array(reader.tokens([word])[0])).sum(0) for word in ("shoes", "boots", "lipstick")}
     table = {word: own / np.linalg.norm(own) for word, own in table.items()}
     assert table["shoes"] @ table["boots"] > 0.3 > table["shoes"] @ table["lipstick"]
+
+
+# ---------------------------------------------------------------------------------------------------------- a backbone
+
+
+def test_segment_states_are_means_of_weighted_vectors():
+    base = own_tokenizer("bert")
+    vectors = np.random.default_rng(0).normal(size=(len(base) - 5, 8))
+    reader = Reader.quantized(base.backend_tokenizer.to_str(), vectors, 5)
+    fields = {"num_hidden_layers": 3, "num_joint_layers": 2, "segment_pooling": "mean"}
+    model = M6RecForRecommendation.from_backbone(reader_backbone(reader), tokenizer=reader_tokenizer(reader), **fields)
+    tokenizer = M6RecTokenizer.from_backbone(reader_tokenizer(reader))
+    item, close = tokenizer.convert_tokens_to_ids(["[ITEM]", "[SEG]"])
+    texts = ["the cat", "the shoes", "shoes shoes ing"]
+    rows = [[item, *tokenizer(text, add_special_tokens=False)["input_ids"], close] for text in texts]
+    table = model.model.embeddings.tokens.weight
+    before = table.detach().clone()
+    assert before[5 : len(base)].norm(dim=1).mean().item() == pytest.approx(1, rel=1e-5)
+    weigh_tokens(model.model.embeddings.tokens, rows, reader)
+    own = reader.table(np.arange(len(vectors)))
+    size = np.linalg.norm(own, axis=1).mean()
+    found = {token: sum(token in row for row in rows) for token in range(len(base))}
+    rarity = {token: np.log((1 + 3) / (1 + count)) + 1 for token, count in found.items()}
+    mean = sum(rarity[token] * count for token, count in found.items()) / sum(found.values())
+    for row in rows:
+        expected = [own[token - 5] / size * rarity[token] / mean for token in row[1:-1]]
+        expected = np.mean([*expected, before[item].numpy(), before[close].numpy()], axis=0)
+        state = model.item_states(torch.tensor([row]))[0].detach().numpy()
+        np.testing.assert_allclose(state, expected, atol=1e-6)
+
+
+def test_the_packages_reader_is_a_backbone_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_backbone("reader", "float32"), load_tokenizer("reader")
+    assert len(tokenizer) == model.config.vocab_size == 30522 and tokenizer.mask_token == "[MASK]"
+    ids = torch.tensor([tokenizer("waterproof hiking shoes")["input_ids"]])
+    with torch.inference_mode():
+        embedded, states = model.embed_tokens(ids), model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(states, dim=-1), torch.nn.functional.normalize(embedded, dim=-1)
+    )
+    (tmp_path / "reader").mkdir()
+    assert not is_reader("reader"), "a folder of that name comes first"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from m6rec import M6RecForRecommendation
+from m6rec.conversion import load_backbone
 from m6rec.tokenization import M6RecProcessor
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.data.log import Log
@@ -334,3 +335,17 @@ def test_an_item_longer_than_the_positions_of_a_backbone_is_read_by_its_beginnin
     examples = ranking_examples(run.writer, run.processor, run.split, "test", run.recipe.evaluation, 0)
     assert user_vectors(run.model, examples.rows, run.collator).isfinite().all()
     assert prepare(make_recipe()).processor.max_segment is None
+
+
+def test_the_reader_is_a_backbone_whose_tokens_weigh_as_they_are_rare_in_the_catalogue(make_recipe):
+    config = {"segment_pooling": "mean", "num_hidden_layers": 3, "num_joint_layers": 2}
+    run = prepare(make_recipe(model={"backbone": "reader", "config": config}))
+    table, tokens = run.base_model.model.embeddings.tokens.weight, run.processor.tokenizer.get_vocab()
+    own = load_backbone("reader").embed_tokens.weight
+    texts = [{*ids} for ids in run.catalogue.input_ids]
+    ratios = {}
+    for word in ("the", "harbour", "nobody"):
+        token = tokens[word]
+        rarity = math.log((1 + len(texts)) / (1 + sum(token in text for text in texts))) + 1
+        ratios[word] = float(table[token].norm() / own[token].norm()) / rarity
+    assert ratios["the"] == pytest.approx(ratios["harbour"], rel=1e-4) == pytest.approx(ratios["nobody"], rel=1e-4)
