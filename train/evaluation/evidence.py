@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from ...item_features_m6rec import Evidence as Rule
 from ...item_features_m6rec import Reader, ReadTexts, Sparse, Transitions, Words, recent
@@ -161,25 +163,57 @@ class FoldedEvidence:
         folds = np.random.default_rng(seed).permutation(len(sequences)) % FOLDS
         self.folds = dict(zip(sequences, folds.tolist()))
         self.words = LastItems(Words.of(texts), settings.rule)
-        others = [
-            [own for own, fold in zip(sequences.values(), folds) if fold != left_out] for left_out in range(FOLDS)
+        several = list(sequences.values())
+        self.counted = [
+            self._counted([own for own, fold in zip(several, folds) if fold != left_out]) for left_out in range(FOLDS)
         ]
-        self.transitions = [counted(settings.rule, own, len(texts)) for own in others]
-        self.popularity = [popularity(own, len(texts)) for own in others]
 
-    def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
+    def _counted(self, sequences: list[np.ndarray]) -> "_Counted":
+        """Count the events of the other folds."""
+        own, size = self.settings, self.num_items
+        transitions = counted(own.rule, sequences, size)
+        popular = torch.from_numpy(own.popularity * popularity(sequences, size)).float()
+        if transitions.table is None:
+            return _Counted(transitions, None, popular)
+        table = torch.from_numpy(transitions.table).add_(torch.from_numpy(self.words.table), alpha=own.words)
+        table.diagonal().add_(own.again)
+        return _Counted(transitions, table, popular)
+
+    def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Score all items for users with these item rows in their histories: U x M in float32."""
-        own, found = self.settings, np.empty((len(users), self.num_items), dtype=np.float32)
+        found = torch.empty(len(users), self.num_items)
         folds = np.array([self.folds[user] for user in users], dtype=int)
         for fold in np.unique(folds):
             places = np.flatnonzero(folds == fold)
-            several = [histories[place] for place in places]
-            part = self.transitions[fold].scores(several) + own.popularity * self.popularity[fold]
-            part += own.words * self.words.scores(several)
-            if own.again:
-                part += own.again * recent(several, own.rule).dense(len(several), self.num_items)
-            found[places] = self.weight * part
-        return found
+            found[torch.from_numpy(places)] = self._of_fold(self.counted[fold], [histories[place] for place in places])
+        return found.mul_(self.weight)
+
+    def _of_fold(self, own: "_Counted", histories: list[np.ndarray]) -> torch.Tensor:
+        """Score all items for users of one fold: U x M."""
+        rule = self.settings.rule
+        if own.table is None:
+            scores = own.transitions.scores(histories) + rule.words * self.words.scores(histories)
+            if self.settings.again:
+                scores += self.settings.again * recent(histories, rule).dense(len(histories), self.num_items)
+            return torch.from_numpy(scores).float() + own.popularity
+        last = [torch.from_numpy(history[: -len(rule.recency) - 1 : -1].copy()) for history in histories]
+        lengths, weights = torch.tensor([len(rows) for rows in last]), torch.tensor(rule.recency)
+        return own.popularity + functional.embedding_bag(
+            torch.cat(last),
+            own.table,
+            lengths.cumsum(0) - lengths,
+            mode="sum",
+            per_sample_weights=torch.cat([weights[: len(rows)] for rows in last]),
+        )
+
+
+class _Counted(NamedTuple):
+    """Events of all folds but one."""
+
+    transitions: LastItems
+    table: torch.Tensor | None
+    """M x M: evidence for each item after one item; None if there are too many items."""
+    popularity: torch.Tensor
 
 
 def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:

@@ -77,7 +77,7 @@ class M6RecDataCollator:
         self.all_labels = True
         """A batch with labels of one kind holds placeholders for the other kinds. Runs of the package need none, and
         PEFT's prompt tuning accepts none."""
-        self.evidence: Callable[[Sequence[str], Sequence[np.ndarray]], np.ndarray] | None = None
+        self.evidence: Callable[[Sequence[str], Sequence[np.ndarray]], torch.Tensor] | None = None
         """Scores the catalogue for users with given histories, U x M: added to the cosines of the retrieval loss. Rows
         then need `events`."""
         self.frozen = False
@@ -134,7 +134,7 @@ class M6RecDataCollator:
                 dropped = len(next_items[row]) - int((places[row] >= 0).sum())
                 users.append(own)
                 histories.append(np.array(met[: place + dropped], dtype=int))
-            found["item_evidence"] = torch.from_numpy(self.evidence(users, histories)[:, rows])
+            found["item_evidence"] = self.evidence(users, histories).index_select(1, torch.from_numpy(rows))
         return found
 
     def _choose(self, positives: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:

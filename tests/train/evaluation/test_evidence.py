@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec.item_features_m6rec import Sparse, Words
-from m6rec.train.evaluation import evidence
+from m6rec.train.evaluation import baselines, evidence
 from m6rec.train.evaluation.baselines import NeighboursAndWords
 from m6rec.train.evaluation.evidence import (
     FOLDS,
@@ -67,15 +67,17 @@ def test_scores_are_those_of_a_loop(own, learnt, asked):
     )
 
 
+@pytest.mark.parametrize("tabled", [True, False])
 @pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again"])
-def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own):
+def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own, tabled, monkeypatch):
+    monkeypatch.setattr(baselines, "TABLED", 6 if tabled else 5)
     rng = np.random.default_rng(0)
     known = {f"u{user}": rng.integers(6, size=rng.integers(1, 6)) for user in range(3 * FOLDS)}
     folded = FoldedEvidence(TEXTS, known, own, weight=0.6, seed=1)
     assert sorted(np.bincount([*folded.folds.values()])) == [3] * FOLDS
     asked = [known[user][:-1] for user in known]
     found = folded.scores([*known], asked)
-    for user, history, scores in zip(known, asked, found):
+    for user, history, scores in zip(known, asked, found.numpy()):
         others = [known[each] for each in known if folded.folds[each] != folded.folds[user]]
         popular = own.popularity * popularity(others, 6)
         rule = dataclasses.replace(own, popularity=0.0)

@@ -105,7 +105,7 @@ def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
 
     def evidence(users, histories):
         seen.extend(zip(users, [history.tolist() for history in histories]))
-        return np.arange(len(users) * len(run.writer.items), dtype=np.float32).reshape(len(users), -1)
+        return torch.arange(len(users) * len(run.writer.items)).float().view(len(users), -1)
 
     collator.evidence = evidence
     batch = collator(rows)
@@ -129,9 +129,9 @@ def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
 def test_evidence_changes_the_loss_as_it_changes_the_cosines(run):
     collator = collator_of(run)
     plain = collator(rows_of(run, 3))
-    collator.evidence = lambda users, histories: np.full((len(users), len(run.writer.items)), 0.25, dtype=np.float32)
+    collator.evidence = lambda users, histories: torch.full((len(users), len(run.writer.items)), 0.25)
     same = collator(rows_of(run, 3))
-    collator.evidence = lambda users, histories: np.eye(len(users), len(run.writer.items), dtype=np.float32)
+    collator.evidence = lambda users, histories: torch.eye(len(users), len(run.writer.items))
     other = collator(rows_of(run, 3))
     with torch.no_grad():
         losses = [run.model.eval()(**batch, only_losses=True).losses["retrieval"] for batch in (plain, same, other)]
