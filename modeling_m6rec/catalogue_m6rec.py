@@ -951,7 +951,7 @@ class Counted:
         """Score rows by words and by transitions, for users with these weighted entries in their histories."""
         vectors, known, reading = self.read_histories(histories)
         alike = self.words.likeness(vectors) if len(vectors.items) else vectors
-        alike = alike._replace(values=self.rule.words * alike.values)
+        alike = alike._replace(values=self.word_weights[alike.items] * alike.values)
         after = self.transitions.after(known if self.rule.transitions else known.known(0))
         several = [after._replace(values=self.rule.transitions * after.values)]
         if self.rule.again:
@@ -999,6 +999,14 @@ class Counted:
             found[user] += weight * self.reading.vectors[row].astype(float)
         for user, text, weight in said:
             found[user] += weight * self.reading.vector_of(text).astype(float)
+        return found
+
+    @cached_property
+    def word_weights(self) -> np.ndarray:
+        """Weight of words for each row: N."""
+        found = np.full(len(self.words.live), self.rule.words * (1 + self.rule.unseen))
+        met = np.flatnonzero((self.rows >= 0) & (self.transitions.met > 0))
+        found[self.rows[met]] = self.rule.words
         return found
 
     @cached_property
@@ -1314,7 +1322,8 @@ class CatalogueView:
             vectors = counted.read_histories(events)[0].dense(len(past), len(counted.words.rarity))
             for place in others:
                 own = counted.words.vector_of(asked[place].text or "")
-                words[:, place] = counted.rule.words * (vectors[:, own.items] @ own.values)
+                weight = counted.rule.words * (1 + counted.rule.unseen)
+                words[:, place] = weight * (vectors[:, own.items] @ own.values)
         texts = np.zeros(words.shape)
         if counted.reading is not None:
             read = np.zeros((len(asked), counted.reading.reader.width))

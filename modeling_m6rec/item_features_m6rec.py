@@ -568,11 +568,11 @@ class Evidence:
 
     The score of item j is `learnt` times the cosine of the user's and the item's vector, plus a sum over the user's
     last items i, where the k-th last has the weight `recency[k]`, of four terms: `words` times the cosine of the
-    TF-IDF vectors of i and j, `texts` times the cosine of their vectors by a static reader, `transitions` times
-    P(i, j) + `second` (P P)(i, j), and `again` if j is i; plus `popularity` times log(1 + events of j), scaled to 1
-    for the most frequent item. Texts of the user that name no item are compared with j by `words` and `texts` as well:
-    what the user searched for or wrote, with the weight `queries` times `recency[k]` after k later items and texts, and
-    what the user is, with the weight `profile`. Here
+    TF-IDF vectors of i and j, and 1 + `unseen` times that if j has no events; `texts` times the cosine of their vectors
+    by a static reader; `transitions` times P(i, j) + `second` (P P)(i, j); and `again` if j is i; plus `popularity`
+    times log(1 + events of j), scaled to 1 for the most frequent item. Texts of the user that name no item are compared
+    with j by `words` and `texts` as well: what the user searched for or wrote, with the weight `queries` times
+    `recency[k]` after k later items and texts, and what the user is, with the weight `profile`. Here
 
     P(i, j) = n(i, j) / (out(i) ** out_power * in(j) ** in_power).
 
@@ -586,6 +586,7 @@ class Evidence:
     Attributes:
         learnt: Weight of the cosine; 0 = the model's vectors are neither made nor used.
         words: Weight of common words, by TF-IDF.
+        unseen: Additional weight of words, relative to `words`, for items without events, which have no transitions.
         texts: Weight of similar texts, by a static reader (`Reader`); above 0, the catalogue has a copy of the reader.
         transitions: Weight of transitions.
         popularity: Weight of popularity, equal for all users.
@@ -603,6 +604,7 @@ class Evidence:
 
     learnt: float = 1.0
     words: float = 0.3
+    unseen: float = 0.0
     texts: float = 0.0
     transitions: float = 1.0
     popularity: float = 0.0

@@ -148,7 +148,8 @@ def slow_scores(rule, items, events, user, history):
         score += rule.popularity * met[names.index(name)] / max(met.max(), 1e-12)
         for past, weight in slow_weights(rule, history):
             text = items[past.item_id]["title"] if past.item_id in items else past.text
-            score += weight * rule.words * float(read(text or "") @ read(own["title"]))
+            words = rule.words if met[names.index(name)] else rule.words * (1 + rule.unseen)
+            score += weight * words * float(read(text or "") @ read(own["title"]))
             score += weight * rule.texts * float(read_static(text or "") @ read_static(own["title"]))
             if past.item_id in names:
                 score += weight * follows[names.index(past.item_id), names.index(name)]
@@ -172,6 +173,7 @@ RULES = [
     Evidence(learnt=0.3, words=2.0, steps=(1.0, 0.0, 0.5), recency=(1.0, 0.5), backwards=1.0, second=0.0),
     Evidence(learnt=0.2, words=0.0, texts=0.7, queries=0.6, profile=1.5),
     Evidence(learnt=0.0, texts=0.4, popularity=0.1),
+    Evidence(learnt=0.5, unseen=0.7),
 ]
 number = st.integers(0, 12)
 batch = st.lists(st.tuples(st.sampled_from("abc"), number, st.integers(0, 200)), max_size=5)
@@ -194,7 +196,7 @@ past = st.one_of(
 
 
 @pytest.mark.parametrize("kind", [None, "flat"])
-@pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other", "texts", "both"])
+@pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other", "texts", "both", "unseen"])
 @settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_searches_are_those_of_dense_matrices(kind, rule, data, tmp_path_factory):

@@ -25,7 +25,7 @@ CELLS = 8_000_000
 MOST_PAIRS = 10_000_000
 """Maximum number of pairs of events for wide neighbourhoods: they take 40 bytes a pair."""
 WORD_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
-REFINEMENTS = {"popularity": (0.03, 0.1, 0.3, 1.0), "again": (0.1, 0.3, 1.0, 3.0)}
+REFINEMENTS = {"popularity": (0.03, 0.1, 0.3, 1.0), "again": (0.1, 0.3, 1.0, 3.0), "unseen": (0.25, 0.5, 1.0)}
 SURELY = 2.0
 """Number of standard errors by which a difference must exceed zero."""
 FOLDS = 5
@@ -58,6 +58,8 @@ class EvidenceSettings:
     """Weight of popularity: log(1 + count), scaled to 1 for the most popular item."""
     again: float = 0.0
     """Weight of the user's own last items, if seen items are recommended."""
+    unseen: float = 0.0
+    """Additional weight of words for items without events, relative to `words`."""
 
     @property
     def rule(self) -> Rule:
@@ -66,6 +68,7 @@ class EvidenceSettings:
         return Rule(
             words=self.words,
             texts=self.texts,
+            unseen=self.unseen,
             recency=self.recency,
             second=self.second,
             steps=self.steps,
@@ -124,13 +127,14 @@ class Evidence:
         self.words = Words.of(texts)
         self.reading = ReadTexts.of(Reader.of(None), texts) if self.settings.texts else None
         self.popularity = popularity(sequences, len(texts))
+        self.word_weights = word_weights(self.settings, self.popularity)
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         own, several = self.settings, list(histories)
         shares, shape = recent(several, own.rule), (len(several), self.transitions.num_items)
         found = self.transitions.after(shares).dense(*shape) + own.again * shares.dense(*shape)
-        found += own.words * self.words.likeness(self.words.vectors(shares)).dense(*shape)
+        found += self.word_weights * self.words.likeness(self.words.vectors(shares)).dense(*shape)
         if self.reading is not None:
             vectors = self.reading.vectors
             found += own.texts * (shares.dense(*shape) @ vectors) @ vectors.T
@@ -163,6 +167,7 @@ class FoldedEvidence:
         folds = np.random.default_rng(seed).permutation(len(sequences)) % FOLDS
         self.folds = dict(zip(sequences, folds.tolist()))
         self.words = LastItems(Words.of(texts), settings.rule)
+        self.reading = ReadTexts.of(Reader.of(None), texts).vectors if settings.texts else np.zeros((len(texts), 0))
         several = list(sequences.values())
         self.counted = [
             self._counted([own for own, fold in zip(several, folds) if fold != left_out]) for left_out in range(FOLDS)
@@ -172,12 +177,16 @@ class FoldedEvidence:
         """Count the events of the other folds."""
         own, size = self.settings, self.num_items
         transitions = counted(own.rule, sequences, size)
-        popular = torch.from_numpy(own.popularity * popularity(sequences, size)).float()
+        popular = popularity(sequences, size)
+        weights = torch.from_numpy(word_weights(own, popular)).float()
+        added = torch.from_numpy(own.popularity * popular).float()
         if transitions.table is None:
-            return _Counted(transitions, None, popular)
-        table = torch.from_numpy(transitions.table).add_(torch.from_numpy(self.words.table), alpha=own.words)
+            return _Counted(transitions, None, weights, added)
+        table = torch.from_numpy(transitions.table).addcmul_(torch.from_numpy(self.words.table), weights)
         table.diagonal().add_(own.again)
-        return _Counted(transitions, table, popular)
+        reading = torch.from_numpy(self.reading).float()
+        table.addmm_(reading, reading.T, alpha=own.texts)
+        return _Counted(transitions, table, weights, added)
 
     def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Score all items for users with these item rows in their histories: U x M in float32."""
@@ -192,9 +201,9 @@ class FoldedEvidence:
         """Score all items for users of one fold: U x M."""
         rule = self.settings.rule
         if own.table is None:
-            scores = own.transitions.scores(histories) + rule.words * self.words.scores(histories)
-            if self.settings.again:
-                scores += self.settings.again * recent(histories, rule).dense(len(histories), self.num_items)
+            scores = own.transitions.scores(histories) + own.word_weights.numpy() * self.words.scores(histories)
+            shares = recent(histories, rule).dense(len(histories), self.num_items)
+            scores += self.settings.again * shares + self.settings.texts * (shares @ self.reading) @ self.reading.T
             return torch.from_numpy(scores).float() + own.popularity
         last = [torch.from_numpy(history[: -len(rule.recency) - 1 : -1].copy()) for history in histories]
         lengths, weights = torch.tensor([len(rows) for rows in last]), torch.tensor(rule.recency)
@@ -213,7 +222,13 @@ class _Counted(NamedTuple):
     transitions: LastItems
     table: torch.Tensor | None
     """M x M: evidence for each item after one item; None if there are too many items."""
+    word_weights: torch.Tensor
     popularity: torch.Tensor
+
+
+def word_weights(settings: EvidenceSettings, popular: np.ndarray) -> np.ndarray:
+    """Return the weight of words for each item, given the items' popularity: M."""
+    return settings.words * (1 + settings.unseen * (popular == 0))
 
 
 def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) -> np.ndarray:
@@ -368,7 +383,8 @@ class _Trial:
         if own.second:
             scores += own.second * self._part("second", lambda: self._transitions.follow(self._following))
         if own.words:
-            scores += own.words * self._part("words", lambda: self.words.likeness(self.words.vectors(self._shares)))
+            alike = self._part("words", lambda: self.words.likeness(self.words.vectors(self._shares)))
+            scores += word_weights(own, self.popularity).astype(np.float32) * alike
         if own.again:
             scores += own.again * self._part("again", lambda: self._shares)
         scores += (own.popularity + TIE_BREAK) * self.popularity

@@ -35,6 +35,7 @@ WIDE_RECENCY = falling(30, 0.9)
 RECENCIES = (DEFAULT.recency, (1.0,), (1.0,) * 5, falling(10, 0.8), WIDE_RECENCY, falling(50, 0.95))
 POWERS = ((0.7, 0.3), (0.5, 0.5), (0.7, 0.6), (1.0, 0.0))
 WORD_WEIGHTS = tuple(DEFAULT.words * 2.0**power for power in range(-5, 6))
+UNSEEN = (0.0, 0.1, 0.25, 0.5, 1.0)
 Setting = TypeVar("Setting")
 
 
@@ -131,21 +132,29 @@ def choose_words(words: LastItems, trial: Trial) -> LastItems:
     return words.aged(best(RECENCIES, lambda recency: trial.of(words.aged(recency))))
 
 
-def choose_weight(transitions: LastItems, words: LastItems, trial: Trial) -> float:
-    """Choose the weight of word similarity relative to transitions."""
+def choose_weights(transitions: LastItems, words: LastItems, unseen: np.ndarray, trial: Trial) -> tuple[float, float]:
+    """Choose the weight of words relative to transitions, then its increase for items without events.
+
+    Args:
+        transitions: Scores by transitions.
+        words: Scores by words.
+        unseen: M, True for items without events.
+        trial: The comparison of settings.
+    """
     parts = []
     for start in range(0, len(trial), USERS_AT_ONCE):
         own = trial.histories[start : start + USERS_AT_ONCE]
         parts.append((transitions.scores(own), words.scores(own)))
 
-    def value(weight: float) -> float:
-        return trial.value(lambda part: _sum(parts[part.start // USERS_AT_ONCE], weight))
+    def value(weight: float, more: float = 0.0) -> float:
+        def scores(part: slice) -> np.ndarray:
+            after, alike = parts[part.start // USERS_AT_ONCE]
+            return after + weight * (1 + more * unseen).astype(alike.dtype) * alike
 
-    return best(WORD_WEIGHTS, value)
+        return trial.value(scores)
+
+    weight = best(WORD_WEIGHTS, value)
+    return weight, best(UNSEEN if unseen.any() else UNSEEN[:1], lambda more: value(weight, more))
 
 
-def _sum(parts: tuple[np.ndarray, np.ndarray], weight: float) -> np.ndarray:
-    return parts[0] + weight * parts[1]
-
-
-__all__ = ["Trial", "best", "choose_counting", "choose_weight", "choose_words", "counted", "falling"]
+__all__ = ["Trial", "best", "choose_counting", "choose_weights", "choose_words", "counted", "falling"]

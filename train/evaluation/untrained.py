@@ -24,7 +24,7 @@ from .baselines import (
     refuse_large_ease,
 )
 from .reports import RankingExamples, Scores, learnt_sequences, ranking_examples, ranking_rows, warn_of_repeats
-from .tuning import DEFAULT, Trial, best, choose_counting, choose_weight, choose_words, counted
+from .tuning import DEFAULT, Trial, best, choose_counting, choose_weights, choose_words, counted
 
 logger = logging.getLogger(__name__)
 TUNED_USERS = 2000
@@ -165,11 +165,12 @@ class Untrained:
         return choose_counting(self.before.sequences, len(self.texts), self.trial) if len(self.trial) else DEFAULT
 
     @cached_property
-    def weight(self) -> float:
-        """The chosen weight of words relative to transitions."""
+    def weights(self) -> tuple[float, float]:
+        """The chosen weight of words relative to transitions, and its increase for items without events."""
         if not len(self.trial):
-            return DEFAULT.words
-        return choose_weight(counted(self.counting, self.before.sequences, len(self.texts)), self.words, self.trial)
+            return DEFAULT.words, DEFAULT.unseen
+        transitions = counted(self.counting, self.before.sequences, len(self.texts))
+        return choose_weights(transitions, self.words, self.before.counts == 0, self.trial)
 
     @cached_property
     def half_life(self) -> float:
@@ -218,13 +219,14 @@ class Untrained:
         return Scores(lambda part: rule.scores(examples.histories[part]))
 
     def _tuned(self, learnt: Learnt, examples: RankingExamples) -> Scores:
-        transitions, words, weight = self._counted(learnt), self.words, self.weight
+        transitions, words, (weight, unseen) = self._counted(learnt), self.words, self.weights
+        weights = weight * (1 + unseen * (learnt.counts == 0)).astype(np.float32)
 
         def scores(part: slice) -> np.ndarray:
             own = examples.histories[part]
-            return transitions.scores(own) + weight * words.scores(own)
+            return transitions.scores(own) + weights * words.scores(own)
 
-        chosen = {"words_recency": list(words.rule.recency), "words_weight": weight}
+        chosen = {"words_recency": list(words.rule.recency), "words_weight": weight, "unseen": unseen}
         return Scores(scores, {**_settings(self.counting), **chosen})
 
     def _counted(self, learnt: Learnt) -> LastItems:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec.item_features_m6rec import Sparse, Words
+from m6rec.item_features_m6rec import Reader, ReadTexts, Sparse, Words
 from m6rec.train.evaluation import baselines, evidence
 from m6rec.train.evaluation.baselines import NeighboursAndWords
 from m6rec.train.evaluation.evidence import (
@@ -23,11 +23,13 @@ from m6rec.train.metrics import ndcg_at_k, target_ranks
 from tests.fast import examples
 
 TEXTS = ["red shoes", "blue shoes", "green tea", "tea pot", "a pot", "red pot"]
+READ = ReadTexts.of(Reader.of(None), TEXTS).vectors
 sequences = st.lists(st.lists(st.integers(0, 5), max_size=7), max_size=6)
 SETTINGS = [
     EvidenceSettings(),
     EvidenceSettings(**WIDE, recency=(1.0,) * 50, words=1.0, popularity=0.3),
     EvidenceSettings(recency=(1.0,), words=0.0, second=0.0, again=2.0),
+    EvidenceSettings(unseen=0.5, texts=0.4),
 ]
 
 
@@ -50,13 +52,15 @@ def slow_scores(own, learnt, history):
     scores = (own.popularity + 1e-6) * met / max(met.max(), 1e-12)
     for age, item in enumerate(reversed(history)):
         if age < len(own.recency):
-            added = follows[item] + own.second * follows[item] @ follows + own.words * vectors @ vectors[item]
+            alike = own.words * np.where(met > 0, 1, 1 + own.unseen) * (vectors @ vectors[item])
+            added = follows[item] + own.second * follows[item] @ follows + alike
+            added += own.texts * READ @ READ[item]
             added[item] += own.again
             scores = scores + own.recency[age] * added
     return scores
 
 
-@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again"])
+@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again", "unseen"])
 @settings(max_examples=examples(30), deadline=None)
 @given(learnt=sequences, asked=sequences)
 def test_scores_are_those_of_a_loop(own, learnt, asked):
@@ -68,7 +72,7 @@ def test_scores_are_those_of_a_loop(own, learnt, asked):
 
 
 @pytest.mark.parametrize("tabled", [True, False])
-@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again"])
+@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again", "unseen"])
 def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own, tabled, monkeypatch):
     monkeypatch.setattr(baselines, "TABLED", 6 if tabled else 5)
     rng = np.random.default_rng(0)

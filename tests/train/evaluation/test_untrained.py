@@ -11,7 +11,7 @@ from m6rec.train.config.arguments import BASELINES, EvaluationArguments
 from m6rec.train.data.splits import hold_out
 from m6rec.train.evaluation.baselines import LastItems
 from m6rec.train.evaluation.reports import ranking_examples
-from m6rec.train.evaluation.tuning import DEFAULT, Trial, choose_counting, choose_weight, choose_words, counted
+from m6rec.train.evaluation.tuning import DEFAULT, Trial, choose_counting, choose_weights, choose_words, counted
 from m6rec.train.evaluation.untrained import Learnt, Untrained, untrained_rows
 from m6rec.train.evaluation.verdicts import RULE
 from m6rec.train.metrics import ndcg_at_k, target_ranks
@@ -49,8 +49,24 @@ def test_words_of_the_right_age_and_their_weight_are_chosen():
     assert choose_words(words, trial).rule.recency in ((1.0,), DEFAULT.recency)
     nothing = LastItems(Transitions.fit([], 40), DEFAULT)
     noise = LastItems(Transitions.fit(rng.integers(0, 40, (50, 10)), 40), DEFAULT)
-    assert choose_weight(nothing, words, trial) == pytest.approx(0.3 * 2**-5)  # all alike: the first
-    assert choose_weight(noise, words, trial) > 0.3
+    known = np.zeros(40, dtype=bool)
+    assert choose_weights(nothing, words, known, trial) == (pytest.approx(0.3 * 2**-5), 0)  # all alike: the first
+    assert choose_weights(noise, words, known, trial)[0] > 0.3
+
+
+def test_words_count_more_for_items_without_events_where_these_are_chosen():
+    """Users take an item of their group; half of the items are new, and transitions favour the others."""
+    words = LastItems(Words.of([f"group{row % 8} w{row}" for row in range(80)]), DEFAULT)
+    rng = np.random.default_rng(0)
+    histories = [rng.permutation(40)[:6] for _ in range(80)]
+    transitions = LastItems(Transitions.fit([rng.permutation(40) for _ in range(60)], 80), DEFAULT)
+    new = np.array([40 + own[-1] % 8 for own in histories])
+    old = np.array(
+        [next(item for item in range(40) if item % 8 == own[-1] % 8 and item not in own) for own in histories]
+    )
+    unseen = np.arange(80) >= 40
+    assert choose_weights(transitions, words, unseen, Trial(histories, new, exclude_seen=True))[1] > 0
+    assert choose_weights(transitions, words, unseen, Trial(histories, old, exclude_seen=True))[1] == 0
 
 
 def test_a_trial_measures_as_the_table_does():
