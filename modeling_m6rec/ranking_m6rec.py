@@ -413,7 +413,8 @@ class Ranker:
     ) -> None:
         """Warn, once per kind, of parts of requests that retrieval ignores."""
         config = self.scorer.config
-        if any(isinstance(item, Mapping) and item.get("stats") is not None for own in given for item in own or ()):
+        items = (item for own in given if isinstance(own, list) for item in own)
+        if any(isinstance(item, Mapping) and item.get("stats") is not None for item in items):
             logger.warning_once("task 'retrieval' does not read the statistics of candidates (`stats`)")
         if config.history_attention != "causal":
             return
@@ -712,11 +713,12 @@ def _profile(request: Mapping[str, Any]) -> list[Past]:
 
 def _checked(given: Any) -> list[Candidate]:
     if not isinstance(given, list):
-        raise TypeError(f"candidates: expected a list, got {type(given).__name__} ({given!r})")
+        raise TypeError(f"candidates: expected a list, got {type(given).__name__} ({short(given)})")
     for number, item in enumerate(given):
         if not isinstance(item, str | Mapping):
             raise TypeError(
-                f"candidates[{number}]: expected a text or a mapping of fields, got {type(item).__name__} ({item!r})"
+                f"candidates[{number}]: expected a text or a mapping of fields, got {type(item).__name__} "
+                f"({short(item)})"
             )
     return [
         Candidate(item, item.get("item_id") if isinstance(item, Mapping) else item_identity(item)) for item in given

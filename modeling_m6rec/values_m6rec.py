@@ -104,7 +104,7 @@ def normalize_id(value: Any, place: str) -> str:
         whole = int(value)  # type: ignore[arg-type]  # numbers.Real is no type to mypy
         if whole == value and (abs(whole) < EXACT_FLOAT or isinstance(value, Decimal)):
             return str(whole)
-        raise ValueError(f"{place}: {value!r} is no id: give a whole number below 2**53, or the id as a text")
+        raise ValueError(f"{place}: {short(value)} is no id: give a whole number below 2**53, or the id as a text")
     raise ValueError(
         f"{place}: {short(value)} ({type(value).__name__}) is no id: give a text that is not empty, or a whole number"
     )
@@ -402,7 +402,7 @@ def check_lists(request: Mapping[str, Any]) -> None:
     """Refuse a request whose lists are too long, before any work that grows with them."""
     for name, most in LISTS.items():
         own = request.get(name)
-        if isinstance(own, Sized) and not isinstance(own, str | Mapping):
+        if isinstance(own, Sized) and not isinstance(own, str | Mapping) and getattr(own, "ndim", 1):
             check_count(len(own), name, most)
 
 

@@ -163,9 +163,9 @@ def take(report: Report, door: Door, case: Any, text: str) -> None:
             with limited():
                 door.check(case)
         report.answered += 1
-    except Hang:
+    except Hang as error:
         report.hangs += 1
-        report.fault("hang", text)
+        report.fault("hang", text, "".join(traceback.format_exception(error)[-6:])[-3000:])
     except AssertionError as error:
         report.fault(f"wrong: {skeleton(str(error))}", text, str(error)[:SHOWN])
     except Exception as error:  # noqa: BLE001  any error at all is what is looked for
