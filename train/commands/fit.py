@@ -43,7 +43,7 @@ from ..runs.adapters import trainable_parameters
 from ..runs.build import make_split, prepare, save
 from ..runs.facts import keep_facts
 from ..runs.run import Run
-from ..runs.with_evidence import NETWORK_ONLY, Outcome, batch_size, combined, train_with_evidence
+from ..runs.with_evidence import NETWORK_ONLY, Outcome, batch_size, combined, train_with_evidence, train_with_gap
 from .prepare import REVISITS
 
 METRICS_FILE = "metrics.json"
@@ -53,6 +53,8 @@ MOST_DROPPED = 0.5
 """Maximum share of unusable events."""
 MANY_EVENTS = 100_000
 """Number of events above which the advice is not to collect more events (our choice)."""
+FIRST_SHARE = 0.55
+"""Share of the time for training in which epochs are chosen, if the network is then trained again with the gap."""
 STALE_FROM = 5
 """Median number of events per user from which validation is `stale`: third last events are then not learnt."""
 Report = dict[str, dict[str, dict[str, Any]]]
@@ -342,8 +344,11 @@ def add_cosine(catalogue: Catalogue, folder: Path, share: float) -> None:
 
 
 def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
-    """Train a network until a deadline; batches are smaller if there are few users."""
-    recipe, log = fitting.measured.recipe, fitting.measured.log
+    """Train a network until a deadline; batches are smaller if there are few users.
+
+    If validation leaves out a gap of events, a network that is better is trained again with them.
+    """
+    recipe, log, gap = fitting.measured.recipe, fitting.measured.log, not fitting.measured.split.gap.empty
     users = fitting.measured.split.train["user_id"].nunique()
     given = int(recipe.training.get("per_device_train_batch_size", 8))
     training = {**recipe.training, "per_device_train_batch_size": batch_size(given, users)}
@@ -351,7 +356,14 @@ def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
     if model.checkpoint is None:  # evidence compares words already
         model = dataclasses.replace(model, config={**model.config, "tfidf_weight": 0.0})
     recipe = dataclasses.replace(recipe, training=training, model=model).for_finetuning()
-    outcome = train_with_evidence(recipe, log, choice.settings, deadline, fitting.note)
+    left = deadline - time.monotonic()
+    first = deadline - (1 - FIRST_SHARE) * left if gap else deadline
+    outcome = train_with_evidence(recipe, log, choice.settings, first, fitting.note)
+    if gap and outcome.found["better"]:
+        fitting.note("training again, with the events before the validation events")
+        run = train_with_gap(recipe, log, choice.settings, outcome.facts["best epoch"], deadline, fitting.note)
+        outcome.facts["trained again"] = run is not None
+        outcome.run = run or outcome.run
     fitting.decisions["network"] = {**outcome.facts, "validation": outcome.found}
     fitting.decisions["seconds"]["trained"] = round(fitting.seconds, 1)
     return outcome

@@ -134,6 +134,7 @@ def train_with_evidence(
         more.append(EarlyStoppingCallback(PATIENCE))
     trainer = finetune.fit(run, figures, more, without=(PrinterCallback, ProgressCallback))
     plain_forward(run.model)
+    run.collator.evidence = None  # frees its tables
     for checkpoint in recipe.output_dir.glob("checkpoint-*"):  # the best checkpoint is in memory
         shutil.rmtree(checkpoint)
     gains = figures.gains()
@@ -142,13 +143,52 @@ def train_with_evidence(
     untrained = {"evidence": own, **others.scores(examples, "valid")}
     own_gains = {OWN: chosen_elsewhere(gains, recipe.seed), **gains_of(untrained, run, examples)}
     found = compare("ndcg@10", own_gains, seed=recipe.seed)
+    state = trainer.state
+    best = state.best_global_step if recipe.training.get("load_best_model_at_end") else state.global_step
     facts = {
-        "epochs": round(float(trainer.state.epoch or 0), 2),
-        "steps": trainer.state.global_step,
+        "epochs": round(float(state.epoch or 0), 2),
+        "steps": state.global_step,
+        "best epoch": round(float(state.epoch or 0) * (best or state.global_step) / max(state.global_step, 1), 2),
         "out of time": budget.out_of_time or budget.planned is not None,
         "ndcg@10 by weight of the cosine": {str(each): float(value.mean()) for each, value in gains.items()},
     }
     return Outcome(run, share, found, facts)
+
+
+def train_with_gap(
+    recipe: Recipe, log: Log, settings: EvidenceSettings, epochs: float, deadline: float, say: Callable[[str], object]
+) -> Run | None:
+    """Train for a number of epochs on all events before the validation part, with those of its gap.
+
+    The gap is not learnt where epochs and shares are chosen, so that validation is as far from the training events as
+    the test is. The network that is kept learns it.
+
+    Args:
+        recipe: Settings of the training.
+        log: The data.
+        settings: Settings of the evidence.
+        epochs: Number of epochs.
+        deadline: Deadline on the clock `time.monotonic`.
+        say: Receives lines of progress.
+
+    Returns:
+        The run, or None if there is not enough time.
+    """
+    changes = {
+        "num_train_epochs": epochs,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+    }
+    training = {**recipe.training, **changes, "metric_for_best_model": None}
+    arguments = dataclasses.replace(recipe.evaluation, validate="fresh")
+    run = prepare(dataclasses.replace(recipe, evaluation=arguments, training=training), log=log)
+    run.collator.evidence = evidence_of_loss(run, settings).scores
+    budget = TimeBudget(deadline, say)
+    finetune.fit(run, dict, [budget], without=(PrinterCallback, ProgressCallback))
+    plain_forward(run.model)
+    run.collator.evidence = None
+    return None if budget.out_of_time or budget.planned is not None else run
 
 
 def best_share(gains: Mapping[float, np.ndarray], where: np.ndarray | slice = slice(None)) -> float:
@@ -193,4 +233,5 @@ __all__ = [
     "evidence_scores",
     "gains_of",
     "train_with_evidence",
+    "train_with_gap",
 ]

@@ -279,6 +279,7 @@ def test_a_better_network_is_kept_with_evidence(trained):
     decisions = json.loads((folder / "fit.json").read_text())
     assert (decisions["kept"], decisions["share"]) == ("network and evidence", 0.5)
     shop, recommend = Recommender(folder), pipeline("recommendation", model=str(folder))
+    assert decisions["network"]["trained again"] and shop.recipe.evaluation.validate == "fresh", "with the gap"
     assert recommend.catalogue.evidence.learnt == 0.5
     assert recommend.model.config.tfidf_weight == 0.0, "evidence compares words"
     alone = log_scores(shop)
@@ -303,6 +304,7 @@ def test_another_network_is_not_kept(trained):
     folders, said = trained
     decisions = json.loads((folders[False] / "fit.json").read_text())
     assert decisions["kept"] == "evidence" and decisions["network"]["steps"] == 2
+    assert "trained again" not in decisions["network"]
     assert "a network combined with it is not clearly better" in decisions["sentence"]
     assert "more events" in decisions["sentence"]
     assert {path.name for path in folders[False].iterdir()} >= {"metrics.json", "recipe.yaml", "fit.json", "tables"}
