@@ -18,26 +18,29 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from m6rec.catalogue_m6rec import Past
-from m6rec.ranking_m6rec import _profile
+from m6rec.item_features_m6rec import Evidence, Reader, ReadTexts, Words, recent
+from m6rec.ranking_m6rec import profile_of
 from m6rec.train.config.arguments import EvaluationArguments
 from m6rec.train.data.log import DataArguments, Log, read_log
 from m6rec.train.data.splits import hold_out
-from m6rec.train.evaluation.evidence import Evidence, EvidenceSettings
-from m6rec.train.evaluation.reports import RankingExamples, Scores, ranking_examples, ranks_of
+from m6rec.train.evaluation.reports import RankingExamples, ranking_examples, ranks_of
 from m6rec.train.metrics import bootstrap_interval, ndcg_gains
 from m6rec.train.rows.examples import RequestWriter
 
 RESULTS = Path(__file__).parent / "results" / "open_catalogue.json"
-MINUTES = {"amazon-beauty": 6, "ml-100k": 1, "lastfm": 3}
+MINUTES = {"amazon-beauty": 3, "ml-100k": 1, "lastfm": 2}
 WEIGHTS = (0.0, 0.015, 0.03, 0.06, 0.12, 0.24)
 PROFILES = (0.0, 0.1, 0.3, 1.0)
-WORDS = EvidenceSettings()
-READER = EvidenceSettings(words=0.0, texts=1.0)
+READER = float("inf")
+"""Weight of texts without words."""
+RULE = Evidence()
+USERS_AT_ONCE = 1000
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
         log = read_log(DataArguments(source=name, directory=str(options.data / name)))
         result[name] = {**measured(log), "fit_items": fitted(log)}
         print(json.dumps({name: result[name]}), flush=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 
@@ -60,48 +63,67 @@ def measured(log: Log) -> dict:
     """Choose weights on validation, and measure them on the test."""
     split, writer = hold_out(log.interactions, "published", "fresh", 0), RequestWriter(log)
     texts = [" ".join(text for name, text in item.items() if name != "item_id") for item in writer.items]
-    arguments = EvaluationArguments(max_users=4000)
-    valid = ranking_examples(writer, None, split, "valid", arguments, 0)
+    similar = Similar(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
+    valid = ranking_examples(writer, None, split, "valid", EvaluationArguments(max_users=4000), 0)
     test = ranking_examples(writer, None, split, "test", EvaluationArguments(), 0)
+    described = log.users is not None
 
-    def gains(settings: EvidenceSettings, examples: RankingExamples, profile: float = 0.0) -> np.ndarray:
-        evidence = Evidence(texts, [], settings)
-        told = [_profile(writer.request(user, [])) for user in examples.users] if profile else []
+    def profiles(examples: RankingExamples) -> list[list[Past]] | None:
+        return [profile_of(writer.request(user, [])) for user in examples.users] if described else None
 
-        def scores(part: slice) -> np.ndarray:
-            found = evidence.scores(examples.histories[part])
-            if profile:
-                found += profile * profile_scores(evidence, told[part])
-            return found
-
-        ranks = ranks_of(Scores(scores), examples, True)
-        return np.stack((ranks <= 10, ndcg_gains(ranks, 10)), axis=1)
-
-    tried = {weight: gains(dataclasses.replace(WORDS, texts=weight), valid).mean(0) for weight in WEIGHTS}
-    weight = max(tried, key=lambda each: tried[each][1])
-    both = dataclasses.replace(WORDS, texts=weight)
-    rows = {"words": gains(WORDS, test), "reader": gains(READER, test), "both": gains(both, test)}
-    found = {"users": len(test.users), "items": len(texts), "texts": weight, "validation": listed(tried)}
-    if log.users is not None:
-        profiles = {each: gains(both, valid, each).mean(0) for each in PROFILES}
-        chosen = max(profiles, key=lambda each: profiles[each][1])
-        rows["both and profile"] = gains(both, test, chosen)
-        found |= {"profile": chosen, "validation_profile": listed(profiles)}
-    found["test"] = listed({name: own.mean(0) for name, own in rows.items()})
-    difference = rows["both"][:, 1] - rows["words"][:, 1]
+    tried = {weight: gains.mean(0) for weight, gains in similar.gains(valid, WEIGHTS, None).items()}
+    texts_weight = max(WEIGHTS, key=lambda each: tried[each][1])
+    found = {"users": len(test.users), "items": len(texts), "texts": texts_weight, "validation": listed(tried)}
+    rows = similar.gains(test, [0.0, READER, texts_weight], None)
+    named = {"words": rows[0.0], "reader": rows[READER], "both": rows[texts_weight]}
+    if described:
+        on_valid = {
+            each: similar.gains(valid, [texts_weight], profiles(valid), each)[texts_weight].mean(0) for each in PROFILES
+        }
+        chosen = max(PROFILES, key=lambda each: on_valid[each][1])
+        named["both and profile"] = similar.gains(test, [texts_weight], profiles(test), chosen)[texts_weight]
+        found |= {"profile": chosen, "validation_profile": listed(on_valid)}
+    found["test"] = listed({name: own.mean(0) for name, own in named.items()})
+    difference = named["both"][:, 1] - named["words"][:, 1]
     found["both_minus_words_ndcg@10"] = [float(difference.mean()), *map(float, bootstrap_interval(difference))]
     return found
 
 
-def profile_scores(evidence: Evidence, told: list[list[Past]]) -> np.ndarray:
-    """Compare users' descriptions with all items, by words and by the reader."""
-    words, own, rows = evidence.words, evidence.settings, np.zeros((len(told), len(evidence.words.live)))
-    for row, past in zip(rows, told):
-        for each in past:
-            row += own.words * words.likeness(words.vector_of(each.text)).dense(1, len(row))[0]
-            if evidence.reading is not None:
-                row += own.texts * (evidence.reading.vectors @ evidence.reading.vector_of(each.text))
-    return rows
+@dataclasses.dataclass
+class Similar:
+    """Scores by words and by the reader; each is computed once for all weights."""
+
+    words: Words
+    reading: ReadTexts
+
+    def gains(
+        self, examples: RankingExamples, weights: Sequence[float], told: list | None, profile: float = 0.0
+    ) -> dict[float, np.ndarray]:
+        """Return for each weight of texts U x 2: hits and NDCG at 10; `READER` = texts without words."""
+        found: dict[float, list[np.ndarray]] = {weight: [] for weight in weights}
+        for start in range(0, len(examples.users), USERS_AT_ONCE):
+            part = slice(start, start + USERS_AT_ONCE)
+            asked = dataclasses.replace(
+                examples,
+                users=examples.users[part],
+                histories=examples.histories[part],
+                targets=examples.targets[part],
+                cold=examples.cold[part],
+            )
+            shares = recent(asked.histories, RULE)
+            shape = len(asked.users), len(self.words.live)
+            words = self.words.likeness(self.words.vectors(shares)).dense(*shape).astype(np.float32)
+            users = shares.dense(*shape).astype(np.float32) @ self.reading.vectors
+            for row, past in enumerate(told[part] if told and profile else []):
+                for each in past:
+                    words[row] += profile * self.words.likeness(self.words.vector_of(each.text)).dense(1, shape[1])[0]
+                    users[row] += profile * self.reading.vector_of(each.text)
+            texts = users @ self.reading.vectors.T
+            for weight in weights:
+                scores = texts if weight == READER else RULE.words * words + weight * texts
+                ranks = ranks_of(scores, asked, True)
+                found[weight].append(np.stack((ranks <= 10, ndcg_gains(ranks, 10)), axis=1))
+        return {weight: np.concatenate(several) for weight, several in found.items()}
 
 
 def listed(rows: dict) -> dict:

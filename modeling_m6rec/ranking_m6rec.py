@@ -424,6 +424,9 @@ class Ranker:
                 "task 'retrieval' does not read `now`: with causal history the user is read after the last event, "
                 "before the moment"
             )
+        own = self.evidence()
+        if own is not None and own.evidence is not None and own.evidence.profile:
+            return
         if any(request.get("facts") and not each.events for request, each in zip(requests, encoded)):
             logger.warning_once(
                 "task 'retrieval' does not read `facts` where there is no history: with causal history the user is "
@@ -539,7 +542,7 @@ class Ranker:
                 vectors = embed(items, scorer.model, scorer.processor, segment_cache=scorer.segment_cache)
                 scores = cosines(user[None], vectors)[0]
             if catalogue is not None and catalogue.evidence is not None:
-                query.past, query.profile = self._past(query, catalogue.evidence), _profile(query.request)
+                query.past, query.profile = self._past(query, catalogue.evidence), profile_of(query.request)
                 added = catalogue.evidence_scores(_entries_of(query), self._as_past(items))
                 scores = catalogue.evidence.learnt * scores.double() + torch.from_numpy(added.sum())
             query.best = _best(scores, self.top_k)
@@ -550,7 +553,7 @@ class Ranker:
         catalogue, histories = self.catalogue(), None
         if catalogue.evidence is not None:
             for query in queries:
-                query.past, query.profile = self._past(query, catalogue.evidence), _profile(query.request)
+                query.past, query.profile = self._past(query, catalogue.evidence), profile_of(query.request)
             histories = [_entries_of(query) for query in queries]
         users = [torch.zeros(catalogue.dimension) if user is None else user for user in self._users(queries, catalogue)]
         seen = [query.seen for query in queries]
@@ -702,7 +705,7 @@ def _query_of(event: Mapping[str, Any]) -> Past | None:
     return None if text is None else Past(None, str(text), "query")
 
 
-def _profile(request: Mapping[str, Any]) -> list[Past]:
+def profile_of(request: Mapping[str, Any]) -> list[Past]:
     """Return the text of who the user is and of facts, as one entry; of the user's fields, only texts are read."""
     user = request.get("user")
     values = [own for name, own in user.items() if name != "user_id"] if isinstance(user, Mapping) else [user]
@@ -767,4 +770,5 @@ __all__ = [
     "Scorer",
     "check_confidence",
     "confidence",
+    "profile_of",
 ]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from m6rec import Catalogue, Evidence, M6RecForRecommendation, RecommendationPipeline
+from m6rec import Catalogue, Evidence, M6RecForRecommendation, RecommendationPipeline, ranking_m6rec
 from m6rec.catalogue_m6rec import Past
 from m6rec.ranking_m6rec import Scorer
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, build, processor
@@ -80,14 +80,20 @@ def test_parts_sum_to_the_score(rule, request_):
 
 
 @pytest.mark.parametrize("rule", [RULE, Evidence(learnt=0)], ids=["both", "untrained"])
-def test_what_the_user_is_says_and_searches_finds_items(rule):
+def test_what_the_user_is_says_and_searches_finds_items(rule, monkeypatch):
     recommend = make(rule)
     for request in ("yoga", {"facts": ["a yoga fan"]}, {"history": [{"event": "searched", "query": "yoga"}]}):
         rows = recommend(request, explain=True, top_k=8)
         parts = {row["item_id"]: row["parts"] for row in rows}
         found = {name: own["profile"] + own["words"] + own["texts"] for name, own in parts.items()}
         assert max(found, key=found.get) == "i2" and found["i2"] > 0.02, request
+    said = []
+    monkeypatch.setattr(ranking_m6rec.logger, "warning_once", said.append)
+    recommend({"facts": ["a yoga fan"]})
+    assert not said, "evidence reads facts"
     quiet = make(dataclasses.replace(rule, profile=0, queries=0))
+    quiet({"facts": ["a yoga fan"]})
+    assert ["`facts`" in text for text in said] == [True]
     assert all(own["profile"] == own["words"] == 0 for own in (row["parts"] for row in quiet("yoga", explain=True)))
 
 
