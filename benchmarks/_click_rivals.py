@@ -85,14 +85,16 @@ def row(report: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def mean_likes(data: Path, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
     """Measure means of known labels: rows by name."""
-    asked = recipe(data, folder, seed)
-    arguments = asked.evaluation
-    log = read_log(asked.data)
+    source = recipe(data, folder, seed)
+    arguments = source.evaluation
+    log = read_log(source.data)
     split = by_time(log.interactions, arguments.valid_fraction, arguments.test_fraction, seed)
     writer, found = RequestWriter(log), {}
     for task in ASKED:
-        rows = scoring_examples(writer, unread(asked.text.max_events), split, "test", task, asked.task, arguments, seed)
-        means = scoring_baselines(split, writer, rows, "test", task, asked.task, seed)
+        rows = scoring_examples(
+            writer, unread(source.text.max_events), split, "test", task, source.task, arguments, seed
+        )
+        means = scoring_baselines(split, writer, rows, "test", task, source.task, seed)
         found[task] = {name: scoring_report(own, rows, task) for name, own in means.items()}
     return {name: row({task: found[task][name] for task in ASKED}) for name in found["click"]}
 
@@ -102,9 +104,9 @@ def trained(data: Path, folder: Path, seed: int) -> dict[str, Any]:
     from m6rec.train.runs.finetune import finetune
     from m6rec.train.runs.pretrain import pretrain
 
-    asked = recipe(data, folder, seed)
-    pretrain(asked)
-    report = finetune(asked)  # starts from the pretrained model
+    source = recipe(data, folder, seed)
+    pretrain(source)
+    report = finetune(source)  # starts from the pretrained model
     parameters = M6RecForRecommendation.from_pretrained(folder / "model").num_parameters()
     return {**row({task: report[task]["m6rec"] for task in ASKED}), "parameters": parameters}
 
@@ -129,11 +131,11 @@ def recbole(data: Path, folder: Path, kind: str, seed: int, python: str | None =
 
 
 def write_likes(
-    asked: Recipe, folder: Path, seed: int, history: str | None, features: bool
+    source: Recipe, folder: Path, seed: int, history: str | None, features: bool
 ) -> dict[str, ScoringExamples]:
     """Write RecBole's tables, and return the examples of the rows of the held-out parts."""
-    log = read_log(asked.data)
-    split = by_time(log.interactions, asked.evaluation.valid_fraction, asked.evaluation.test_fraction, seed)
+    log = read_log(source.data)
+    split = by_time(log.interactions, source.evaluation.valid_fraction, source.evaluation.test_fraction, seed)
     everything = all_events(split)
     table = pandas.DataFrame({f"{name}:token": everything[name].astype(str) for name in ("user_id", "item_id")})
     if history:
@@ -145,16 +147,16 @@ def write_likes(
     table[everything.index.isin(split.train.index)].to_csv(folder / "likes.train.inter", sep="\t", index=False)
     writer, found = RequestWriter(log), {}
     for part in HELD_OUT:
-        found[part] = scoring_examples(writer, unread(1), split, part, "click", asked.task, asked.evaluation, seed)
-        places = asked_places(split, part, asked, seed)
+        found[part] = scoring_examples(writer, unread(1), split, part, "click", source.task, source.evaluation, seed)
+        places = held_out_places(split, part, source, seed)
         table.iloc[places].to_csv(folder / f"likes.{part}.inter", sep="\t", index=False)
     return found
 
 
-def asked_places(split: Split, part: str, asked: Recipe, seed: int) -> np.ndarray:
+def held_out_places(split: Split, part: str, source: Recipe, seed: int) -> np.ndarray:
     """Return the positions, among all events, of the events of `scoring_examples`, in its order."""
     heard: np.ndarray = np.ones(len(all_events(split)), dtype=bool)  # each event has a label
-    return np.concatenate([one.asked for one in eval_queries(split, part, heard, 1, asked.evaluation, seed)])
+    return np.concatenate([one.asked for one in eval_queries(split, part, heard, 1, source.evaluation, seed)])
 
 
 def items_before(events: pandas.DataFrame, history: str) -> list[str]:
@@ -191,8 +193,8 @@ def write_described(log: Log, folder: Path, features: bool) -> None:
 def run_recbole(python: str, folder: Path, kind: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train in the other environment, with the folder as its working directory, where RecBole leaves files."""
     threads = torch.get_num_threads()
-    asked = {"kind": kind, "settings": settings, "folder": str(folder), "seed": seed, "threads": threads}
-    command = [python, str(Path(__file__).with_name("_recbole_rivals.py").absolute()), json.dumps(asked)]
+    task = {"kind": kind, "settings": settings, "folder": str(folder), "seed": seed, "threads": threads}
+    command = [python, str(Path(__file__).with_name("_recbole_rivals.py").absolute()), json.dumps(task)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
     reported: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])

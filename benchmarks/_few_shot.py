@@ -189,18 +189,18 @@ def rule(data: Path, folder: Path, seed: int, *, films: bool) -> list[dict[str, 
         reported |= {
             (row["user_id"], film): int(like) for film, like in zip(row["history_movie_id"], row["history_rating"])
         }
-    likes, asked = Counter[str](), Counter[str]()
+    likes, counts = Counter[str](), Counter[str]()
     for (_, film), like in reported.items():
         likes[film] += like
-        asked[film] += 1
-    mean = sum(likes.values()) / max(sum(asked.values()), 1)
+        counts[film] += 1
+    mean = sum(likes.values()) / max(sum(counts.values()), 1)
     aucs = {}
     for part in ("valid", "test"):
         rows = read_rows(data, part)
         scores = np.array([np.mean(list(map(int, row["history_rating"]))) for row in rows])
         if films:
             asked_for = [row["movie_id"] for row in rows]
-            scores += [(likes[film] + PRIOR * mean) / (asked[film] + PRIOR) for film in asked_for]
+            scores += [(likes[film] + PRIOR * mean) / (counts[film] + PRIOR) for film in asked_for]
         labels = np.array([int(row["rating"]) for row in rows])
         aucs[part] = auc(scores, labels)
     interval = by_user(scores, labels, [row["user_id"] for row in rows])

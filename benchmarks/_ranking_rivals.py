@@ -144,8 +144,8 @@ def measure(
                 gains = np.column_stack([kept <= K, ndcg_gains(kept, K)])
                 means = resampled_means(gains, samples=1000).T
                 shown["interval"] = dict(zip((f"recall@{K}", f"ndcg@{K}"), map(interval_of, means)))
-                asked = hashlib.sha256(np.ascontiguousarray(examples.targets[mask]).tobytes()).hexdigest()[:16]
-                shown |= {"ranks": kept.tolist(), "asked": asked}
+                digest = hashlib.sha256(np.ascontiguousarray(examples.targets[mask]).tobytes()).hexdigest()[:16]
+                shown |= {"ranks": kept.tolist(), "asked": digest}
             about = {"model": model, "seen": seen, "subset": subset, **examples.conditions}
             rows.append({**about, **facts, **shown})
     return rows
@@ -195,8 +195,8 @@ def sentence_vectors(texts: Sequence[str]) -> np.ndarray:
     vectors = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
     for start in range(0, len(order), 64):
         rows = order[start : start + 64]
-        asked = [texts[row] for row in rows]
-        batch = tokenizer(asked, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch_texts = [texts[row] for row in rows]
+        batch = tokenizer(batch_texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
         mask = batch["attention_mask"][..., None]
         means = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
         vectors[rows] = torch.nn.functional.normalize(means, dim=-1).numpy()
@@ -234,11 +234,11 @@ def rectools(
         for part in ("valid", "test"):
             known[part] = f"{folder}/{part}.csv"
             before_and_in(given.split, part)[0][["user_id", "item_id"]].to_csv(known[part], index=False)
-        asked = {
+        arguments = {
             "kind": kind, "settings": settings, "train": known["valid"], "known": known, "checks": checks,
             "seed": seed, "threads": torch.get_num_threads(), "output": folder,
         }  # fmt: skip
-        command = [python, str(Path(__file__).with_name("_rectools_rivals.py")), json.dumps(asked)]
+        command = [python, str(Path(__file__).with_name("_rectools_rivals.py")), json.dumps(arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment)
         reported = json.loads(answer.stdout.splitlines()[-1])

@@ -45,23 +45,26 @@ FIXED: dict[str, Any] = {
 """Labels are given and none is drawn; a part's rows keep their order."""
 
 
-def run(asked: dict[str, Any]) -> dict[str, Any]:
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train until RecBole's validation AUC no longer rises, and write what is predicted after each epoch."""
     # Of another environment: nothing of it is here when this file is read by others.
     numpy, torch, configuration, data, utils = map(
         importlib.import_module, ("numpy", "torch", "recbole.config", "recbole.data", "recbole.utils")
     )
-    torch.set_num_threads(asked["threads"])
-    given = {**FIXED, **asked["settings"], "seed": asked["seed"], "data_path": asked["folder"]}
-    if "item_id_list" in (Path(asked["folder"]) / DATASET / f"{DATASET}.train.inter").read_text().partition("\n")[0]:
+    torch.set_num_threads(arguments["threads"])
+    given = {**FIXED, **arguments["settings"], "seed": arguments["seed"], "data_path": arguments["folder"]}
+    if (
+        "item_id_list"
+        in (Path(arguments["folder"]) / DATASET / f"{DATASET}.train.inter").read_text().partition("\n")[0]
+    ):
         given["alias_of_item_id"] = ["item_id_list"]  # the same numbers as the items asked about
-    config = configuration.Config(model=asked["kind"], dataset=DATASET, config_dict=given)
+    config = configuration.Config(model=arguments["kind"], dataset=DATASET, config_dict=given)
     utils.init_seed(config["seed"], config["reproducibility"])
     dataset = data.create_dataset(config)
     train, *held_out = data.data_preparation(config, dataset)
     parts = dict(zip(("valid", "test"), held_out))
-    model = utils.get_model(asked["kind"])(config, train._dataset)
-    trainer = utils.get_trainer(config["MODEL_TYPE"], asked["kind"])(config, model)
+    model = utils.get_model(arguments["kind"])(config, train._dataset)
+    trainer = utils.get_trainer(config["MODEL_TYPE"], arguments["kind"])(config, model)
     found: dict[str, list[Any]] = {part: [] for part in parts}
     seconds: list[float] = []
     start, apart = time.process_time(), 0.0
@@ -77,7 +80,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(train, parts["valid"], verbose=False, saved=False, callback_fn=keep)
     items = {f"{part}_items": rows(dataset, loader) for part, loader in parts.items()}
     predicted = {part: numpy.stack(epochs) for part, epochs in found.items()}
-    numpy.savez(Path(asked["folder"]) / "predictions.npz", **predicted, **items)
+    numpy.savez(Path(arguments["folder"]) / "predictions.npz", **predicted, **items)
     return {
         "seconds": seconds,
         "parameters": sum(own.numel() for own in model.parameters()),

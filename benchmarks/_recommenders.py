@@ -142,12 +142,12 @@ def prepared(
     changed |= {f"evaluation.{key}": value for key, value in (evaluation or {}).items()}
     if changed.get("evaluation.cold_fraction") and text and ids:
         changed["model.config.cold_item_bias"] = BONUS
-    asked = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
-    log = read_log(asked.data)
+    loaded = load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in changed.items()])
+    log = read_log(loaded.data)
     if not text:
         log.items[log.items.columns.difference(["title"])] = ""
         log.items["title"] = "item"
-    run = prepare(asked, log)
+    run = prepare(loaded, log)
     if not text:
         _begin_as_sasrec(run.model)
     return run
@@ -183,8 +183,8 @@ def measured(run: Any) -> Rows:
     users = user_vectors(reading[0], examples.rows, *reading[1:])
     places = {user: place for place, user in enumerate(examples.users)}
 
-    def score(asked: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
-        return (users[[places[user] for user in asked]] @ items.T).numpy()
+    def score(user_ids: Sequence[str], histories: Sequence[np.ndarray]) -> np.ndarray:
+        return (users[[places[user] for user in user_ids]] @ items.T).numpy()
 
     learnt, everything = trainable_parameters(run.model)
     return measure("", score, examples, parameters=everything, trainable_parameters=learnt)
@@ -209,13 +209,13 @@ def ours(
     return measured(run)
 
 
-def transferred(learnt: str, asked: str, data: Path, folder: Path, seed: int) -> Rows:
+def transferred(learnt: str, target: str, data: Path, folder: Path, seed: int) -> Rows:
     """Train the model with texts only on one data set, and measure it zero-shot on another."""
     from m6rec.train.runs.finetune import fit
 
     run = prepared(learnt, data, folder, seed, text=True, ids=False, recipe=WITH_BACKBONE)
     fit(run)
-    other = prepared(asked, data, folder, seed, text=True, ids=False)
+    other = prepared(target, data, folder, seed, text=True, ids=False)
     other.model, other.segment_cache = run.model, run.segment_cache
     return measured(other)
 

@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 
-def train(asked: dict[str, Any]) -> dict[str, Any]:
-    """Train as asked."""
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train with the given settings."""
     # Of another environment: nothing of it is here when this file is read by others.
     pandas, torch, lightning = map(importlib.import_module, ("pandas", "torch", "pytorch_lightning"))
     rectools, dataset, models = map(importlib.import_module, ("rectools", "rectools.dataset", "rectools.models"))
-    torch.set_num_threads(asked["threads"])
+    torch.set_num_threads(arguments["threads"])
     times: list[float] = []
     sizes: list[int] = []
 
@@ -39,7 +39,7 @@ def train(asked: dict[str, Any]) -> dict[str, Any]:
             max_epochs=1,
             accelerator="cpu",
             devices=1,
-            limit_train_batches=asked["batches"] or 1.0,
+            limit_train_batches=arguments["batches"] or 1.0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -47,13 +47,13 @@ def train(asked: dict[str, Any]) -> dict[str, Any]:
             callbacks=[Clock()],
         )
 
-    table = pandas.read_csv(asked["table"], dtype=str)
+    table = pandas.read_csv(arguments["table"], dtype=str)
     columns = rectools.Columns
     events = pandas.DataFrame({columns.User: table["user_id"], columns.Item: table["item_id"], columns.Weight: 1.0})
     events[columns.Datetime] = pandas.to_datetime(range(len(events)), unit="s")  # only the order counts
-    model = models.SASRecModel(**asked["model"], get_trainer_func=make_trainer)
+    model = models.SASRecModel(**arguments["model"], get_trainer_func=make_trainer)
     model.fit(dataset.Dataset.construct(events))
-    batches = -(-sizes[0] // asked["model"]["batch_size"])
+    batches = -(-sizes[0] // arguments["model"]["batch_size"])
     version = importlib.metadata.version("rectools")
     return {"times": times, "batches": batches, "rows": sizes[0], "version": version}
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 
-def run(asked: dict[str, Any]) -> dict[str, Any]:
+def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train, and write vectors at every check."""
     # Of another environment: nothing of it is here when this file is read by others.
     pandas, torch, lightning = map(importlib.import_module, ("pandas", "torch", "pytorch_lightning"))
     dataset, models = map(importlib.import_module, ("rectools.dataset", "rectools.models"))
-    torch.set_num_threads(asked["threads"])
-    lightning.seed_everything(asked["seed"], verbose=False)
+    torch.set_num_threads(arguments["threads"])
+    lightning.seed_everything(arguments["seed"], verbose=False)
 
     def make_trainer() -> Any:
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -38,16 +38,16 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
         moments = pandas.to_datetime(range(len(table)), unit="s")  # only the order counts
         return dataset.Dataset.construct(table.assign(weight=1.0, datetime=moments))
 
-    train, known = read(asked["train"]), {part: read(path) for part, path in asked["known"].items()}
-    model = getattr(models, asked["kind"])(**asked["settings"], get_trainer_func=make_trainer)
+    train, known = read(arguments["train"]), {part: read(path) for part, path in arguments["known"].items()}
+    model = getattr(models, arguments["kind"])(**arguments["settings"], get_trainer_func=make_trainer)
     seconds, done = [], 0
-    for check in asked["checks"]:
+    for check in arguments["checks"]:
         start = time.process_time()
         model.fit_partial(train, min_epochs=check - done, max_epochs=check - done)
         seconds.append(time.process_time() - start)
         done = check
         for part, data in known.items():
-            write(model, data, Path(asked["output"]) / f"{check}-{part}.npz")
+            write(model, data, Path(arguments["output"]) / f"{check}-{part}.npz")
     return {
         "seconds": seconds,
         "parameters": sum(own.numel() for own in model.torch_model.parameters()),
@@ -60,11 +60,11 @@ def write(model: Any, data: Any, path: Path) -> None:
     """Write the vectors of all users who know an item of the training part, and of these items."""
     numpy = importlib.import_module("numpy")
     preparator = model.data_preparator
-    asked = preparator.transform_dataset_u2i(data, data.user_id_map.external_ids)
-    loader = preparator.get_dataloader_recommend(asked, 256)
+    known = preparator.transform_dataset_u2i(data, data.user_id_map.external_ids)
+    loader = preparator.get_dataloader_recommend(known, 256)
     users, items = model.lightning_model._get_user_item_embeddings(loader, None)
     first = preparator.n_item_extra_tokens
-    names = {"users": asked.user_id_map.external_ids, "items": preparator.item_id_map.external_ids[first:]}
+    names = {"users": known.user_id_map.external_ids, "items": preparator.item_id_map.external_ids[first:]}
     texts = {name: numpy.array([str(one) for one in own]) for name, own in names.items()}
     vectors = {"user_vectors": users.numpy(), "item_vectors": items[first:].numpy()}
     numpy.savez(path, **texts, **vectors)

@@ -127,10 +127,10 @@ def without_learning(run: Any) -> dict[str, float]:
 
     examples, events = examples_of(run, "test", "click"), all_events(run.split)
     arguments = (run.processor.max_events, run.recipe.evaluation, run.recipe.seed)
-    asked = eval_queries(run.split, "test", np.ones(len(events), dtype=bool), *arguments)
+    questions = eval_queries(run.split, "test", np.ones(len(events), dtype=bool), *arguments)
     rows = np.array([run.writer.rows[item_id] for item_id in events["item_id"]])
-    similar = SimilarText(run.texts).scores([rows[question.history] for question in asked])
-    place = {question.user_id: number for number, question in enumerate(asked)}
+    similar = SimilarText(run.texts).scores([rows[question.history] for question in questions])
+    place = {question.user_id: number for number, question in enumerate(questions)}
     items = np.array([run.writer.rows[item_id] for item_id in examples.item_ids])
     scores = {
         "similar_title": similar[[place[user] for user in examples.user_ids], items],

@@ -268,9 +268,11 @@ def rectools_epoch(options: argparse.Namespace, run: Run, task: dict[str, Any], 
         "dropout_rate": DROPOUT, "loss": loss, "n_negatives": task.get("num_sampled", 1),
     }  # fmt: skip
     script = Path(__file__).with_name("_rectools_epoch.py")
-    asked = json.dumps({"table": str(table), "model": model, "batches": options.batches, "threads": options.threads})
+    arguments = json.dumps(
+        {"table": str(table), "model": model, "batches": options.batches, "threads": options.threads}
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    command = [str(options.rectools_python), str(script), asked]
+    command = [str(options.rectools_python), str(script), arguments]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=output, env=environment)
     reported = json.loads(answer.stdout.splitlines()[-1])
     return {**epoch(reported["times"], reported["batches"], reported["rows"]), "version": reported["version"]}

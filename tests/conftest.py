@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config):
     fast.ONLY = "not slow" in config.option.markexpr
-    hypothesis.settings.register_profile("m6rec", max_examples=fast.examples(100))
+    hypothesis.settings.register_profile("m6rec", max_examples=fast.examples(100), deadline=None)
     hypothesis.settings.load_profile("m6rec")
 
 

@@ -143,10 +143,10 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
 
 def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="the folder or the Hub id of a trained model")
-    asked = command.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--user", metavar="ID", help="a user of the log that the model was trained on")
-    asked.add_argument("--request", metavar="JSON", help="a request as JSON, or who the user is in words")
-    asked.add_argument("--input", metavar="FILE", help="requests, one a line (.jsonl) or a row (.parquet)")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--user", metavar="ID", help="a user of the log that the model was trained on")
+    source.add_argument("--request", metavar="JSON", help="a request as JSON, or who the user is in words")
+    source.add_argument("--input", metavar="FILE", help="requests, one a line (.jsonl) or a row (.parquet)")
     command.add_argument("--output", metavar="FILE", help="with --input: the answers (.jsonl or .parquet)")
     command.add_argument("--task", help="click, rating, interaction, retrieval or plausibility")
     command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed")
@@ -296,27 +296,27 @@ def _recommend(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.overrides[0]!r}: overrides say where the log is, which only --user reads")
     recommend = commands.load_recommender(options.model, options.overrides)
     given = {name: getattr(options, name) for name in ("task", "top_k", "exit_layer", "exit_confidence")}
-    asked = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
+    arguments = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
     if options.input:
-        _recommend_offline(recommend, options, asked)
+        _recommend_offline(recommend, options, arguments)
         return
     if options.user is not None:
         request = commands.user_request(options.model, options.user, options.overrides)
     else:
         request = commands.parse_request(options.request)
-    print(json.dumps(recommend(request, **asked), indent=2, ensure_ascii=False))
+    print(json.dumps(recommend(request, **arguments), indent=2, ensure_ascii=False))
 
 
-def _recommend_offline(recommend: Any, options: argparse.Namespace, asked: dict[str, Any]) -> None:
+def _recommend_offline(recommend: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> None:
     from .answering.offline import Job, answer_file, answer_here, fingerprint
     from .answering.offline_ray import answer_with_ray
 
-    recommend._sanitize_parameters(**asked)  # else each request would report the error
+    recommend._sanitize_parameters(**arguments)  # else each request would report the error
     job = Job(
         Path(options.input).absolute(),
         Path(options.output).absolute(),
         fingerprint(recommend),
-        asked,
+        arguments,
         options.batch_size,
         options.chunk_size,
         options.on_error == "skip",

@@ -188,7 +188,7 @@ training events, and has none.
 
 | | this model | the user's mean | history and item |
 |---|---:|---:|---:|
-| negatives beside each event | 4 | – | – |
+| negatives per event | 4 | – | – |
 | how negatives are drawn | uniformly | – | – |
 | `auc` | 0.5000 | 1.0000 | 0.2500 |
 | `gauc_groups` | 3 | – | – |

@@ -15,7 +15,7 @@ FIT_FILE = "fit.json"
 
 
 class PlainWording(PlainTexts):
-    """A processor whose item texts are the fields alone, without the words of a template, as a fit measures them.
+    """A processor whose item texts are only the fields, without the words of a template, as a fit measures them.
 
     Args:
         processor: Does everything else.
@@ -31,7 +31,7 @@ class PlainWording(PlainTexts):
 def count_log(
     recipe: Recipe, log: Log, items: list[dict[str, Any]], settings: EvidenceSettings, model: Model, processor: Any
 ) -> Catalogue:
-    """Make a catalogue that ranks by evidence alone, with all events of a log observed.
+    """Make a catalogue that ranks by evidence only, with all events of a log observed.
 
     Args:
         recipe: Says in which order events of one time stand, and whether seen items are recommended.

@@ -110,10 +110,10 @@ class RequestReader:
         try:
             return decode()
         except ValueError as error:
-            told = f"{self.places[-1]} {error}"
+            message = f"{self.places[-1]} {error}"
             if self._strict:
-                raise ValueError(told) from error
-            return Failed(told)
+                raise ValueError(message) from error
+            return Failed(message)
 
 
 class Failed(NamedTuple):

@@ -100,8 +100,8 @@ class Job:
 
     def digest(self, requests: Sequence[Any]) -> str:
         """Return a digest of everything that the answers to requests depend on."""
-        told = json.dumps([self.decisive, requests], default=str)
-        return hashlib.sha256(told.encode()).hexdigest()[:32]
+        content = json.dumps([self.decisive, requests], default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 class Chunk(NamedTuple):
@@ -152,7 +152,7 @@ def answer_file(job: Job, run: Run, restart: bool = False) -> Report:
     """
     chunks = list(_chunks(job))
     parts = Parts(job)
-    with _told_where(parts.folder):
+    with naming_folder(parts.folder):
         parts.claim(chunks, restart)
     missing = [chunk for chunk in chunks if not parts.has(chunk)]
     count = sum(chunk.size for chunk in chunks)
@@ -162,10 +162,10 @@ def answer_file(job: Job, run: Run, restart: bool = False) -> Report:
         for answered in run(job, missing) if missing else ():
             if answered.failure is not None:
                 raise ValueError(f"{answered.failure}{parts.kept()}")
-            with _told_where(parts.folder):
+            with naming_folder(parts.folder):
                 parts.put(sizes[answered.number], answered)
             bar.update(sizes[answered.number].size)
-    with _told_where(parts.folder):
+    with naming_folder(parts.folder):
         errors = parts.assemble(chunks)
     return Report(count, kept, errors)
 
@@ -183,18 +183,18 @@ def answer_chunk(recommend: RecommendationPipeline, reader: RequestReader, job: 
     if job.digest(requests) != chunk.digest:
         return Answered(chunk.number, b"", 0, f"{job.source} was changed while it was read: run it again")
     recommend.segment_cache.clear()
-    names, asked = zip(*map(_named, requests))
+    names, inputs = zip(*map(_named, requests))
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(asked), job.batch_size):
-        answers = _answers(recommend, asked[start : start + job.batch_size], job.options)
+    for start in range(0, len(inputs), job.batch_size):
+        answers = _answers(recommend, inputs[start : start + job.batch_size], job.options)
         for place, answer in enumerate(answers, start):
-            told = _row(answer, job.texts)
-            if (message := told.get("error")) is not None and requests[place] is not answer:
-                told["error"] = f"{reader.places[place]}: {message}"
-            rows.append({"row": chunk.row + place, "request_id": names[place], **told})
-            if "error" in told and not job.skip_errors:
-                return Answered(chunk.number, b"", 1, told["error"])
-    errors = sum("error" in told for told in rows)
+            row = _row(answer, job.texts)
+            if (message := row.get("error")) is not None and requests[place] is not answer:
+                row["error"] = f"{reader.places[place]}: {message}"
+            rows.append({"row": chunk.row + place, "request_id": names[place], **row})
+            if "error" in row and not job.skip_errors:
+                return Answered(chunk.number, b"", 1, row["error"])
+    errors = sum("error" in row for row in rows)
     encode = _table if job.output.suffix == ".parquet" else _lines
     return Answered(chunk.number, encode(rows), errors)
 
@@ -211,17 +211,17 @@ def _named(request: Any) -> tuple[str | None, Any]:
     """Separate a request from its `request_id`, which is not a model input."""
     if not isinstance(request, dict) or "request_id" not in request:
         return None, request
-    asked = {name: value for name, value in request.items() if name != "request_id"}
+    inputs = {name: value for name, value in request.items() if name != "request_id"}
     try:
-        return normalize_id(request["request_id"], "request_id"), asked
+        return normalize_id(request["request_id"], "request_id"), inputs
     except ValueError as error:
         return None, Failed(str(error))
 
 
 def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """Answer requests together; if one of them fails, one by one."""
-    alone = len(requests) == 1
-    if alone and isinstance(requests[0], Failed):
+    single = len(requests) == 1
+    if single and isinstance(requests[0], Failed):
         return [requests[0]]
     if not any(isinstance(request, Failed) for request in requests):
         try:
@@ -229,7 +229,7 @@ def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options
         except OSError:  # from the disk or the network, not from a request
             raise
         except Exception as error:  # noqa: BLE001  any error of the model's code concerns only this request
-            if alone:
+            if single:
                 return [_failed(error)]
     return [answer for request in requests for answer in _answers(recommend, [request], options)]
 
@@ -257,8 +257,8 @@ def _without_text(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    told = ({name: value for name, value in row.items() if value is not None} for row in rows)
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in told).encode(errors="backslashreplace")
+    filled = ({name: value for name, value in row.items() if value is not None} for row in rows)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in filled).encode(errors="backslashreplace")
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -281,11 +281,11 @@ def _encodable(value: Any) -> Any:
 
 def _cell(item: dict[str, Any]) -> dict[str, Any]:
     """Convert an item to SCHEMA: ids as texts, interactions and parts as pairs."""
-    told = _with_text_id(item)
-    told |= {name: list(item[name].items()) for name in ("interactions", "parts") if name in item}
+    cell = _with_text_id(item)
+    cell |= {name: list(item[name].items()) for name in ("interactions", "parts") if name in item}
     if "because" in item:
-        told["because"] = list(map(_with_text_id, item["because"]))
-    return told
+        cell["because"] = list(map(_with_text_id, item["because"]))
+    return cell
 
 
 def _with_text_id(entry: dict[str, Any]) -> dict[str, Any]:
@@ -392,8 +392,8 @@ class Parts:
         if then is None or then == now:
             return
         other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-        told = ", ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in other)
-        raise ValueError(f"{self.folder} holds the finished work of an interrupted run: {told}{ADVICE}")
+        differences = ", ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in other)
+        raise ValueError(f"{self.folder} holds the finished work of an interrupted run: {differences}{ADVICE}")
 
     def _path(self, name: str, errors: int) -> Path:
         return self.folder / f"{name}-{errors}.part"
@@ -418,7 +418,7 @@ def _join_tables(paths: Sequence[Path], whole: Path) -> None:
 
 
 @contextmanager
-def _told_where(folder: Path) -> Iterator[None]:
+def naming_folder(folder: Path) -> Iterator[None]:
     """Add to errors of writing the reason, and the location of finished chunks."""
     try:
         yield

@@ -34,8 +34,8 @@ class ChunkWorker:
 
     def _answer(self, chunk: Chunk) -> Answered:
         if self._other:
-            told = f"a worker finds another model in {self._model!r} than the run began with: copy it there again"
-            return Answered(chunk.number, b"", 0, told)
+            message = f"a worker finds another model in {self._model!r} than the run began with: copy it there again"
+            return Answered(chunk.number, b"", 0, message)
         return answer_chunk(self._recommend, self._reader, self._job, chunk)
 
 

@@ -68,8 +68,9 @@ def _warnings(model: M6RecForRecommendation) -> list[str]:
     if not apart:
         return []
     return [
-        f"its first {apart} layers read each text of a request alone, which they have not learnt: what it writes about "
-        "requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts go on as before"
+        f"its first {apart} layers read each text of a request by itself, which they have not learnt: what it writes "
+        "about requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts are "
+        "continued as before"
     ]
 
 

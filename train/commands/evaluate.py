@@ -83,10 +83,10 @@ def evaluate_untrained(
     Returns:
         `retrieval` -> name -> metric -> value.
     """
-    asked = load_recipe(recipe, [*overrides, "training.output_dir=."])  # not used, but required
-    log = read_log(asked.data)
-    split = make_split(asked, log)
-    rows = untrained_rows(RequestWriter(log), item_texts(log), split, "test", asked.evaluation, asked.seed)
+    loaded = load_recipe(recipe, [*overrides, "training.output_dir=."])  # not used, but required
+    log = read_log(loaded.data)
+    split = make_split(loaded, log)
+    rows = untrained_rows(RequestWriter(log), item_texts(log), split, "test", loaded.evaluation, loaded.seed)
     report = {"retrieval": rows}
     if say is not None:
         say(tables(report))
@@ -97,18 +97,18 @@ def evaluate_untrained(
 
 def _warn_of_learnt(row: dict[str, Any], then: Recipe, run: Run) -> None:
     """Warn, also in the model's row, of held-out events that the model has learnt under its own split."""
-    asked = run.split.test
+    held_out = run.split.test
     learnt = make_split(then, run.log).train
     names = ["user_id", "item_id"]
     known = pandas.MultiIndex.from_frame(learnt[names].astype(str))
-    count = int(pandas.MultiIndex.from_frame(asked[names].astype(str)).isin(known).sum())
+    count = int(pandas.MultiIndex.from_frame(held_out[names].astype(str)).isin(known).sum())
     if count:
         row["learnt"] = count
         logger.warning(
             "%d of the %d held-out events are among those that the model was trained on: its figures are no test. "
             "Train it under the same protocol (m6rec finetune with these settings)",
             count,
-            len(asked),
+            len(held_out),
         )
 
 

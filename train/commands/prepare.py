@@ -192,7 +192,7 @@ def _split(split: Split, recipe: Recipe) -> dict[str, Any]:
     parts = {name: getattr(split, name) for name in PARTS}
     users = {name: set(part["user_id"]) for name, part in parts.items()}
     cold, held_out = cold_items(split), pandas.concat([split.valid, split.test])
-    repeated, asked = count_repeats(split, "test", recipe.evaluation)
+    repeated, retrievals = count_repeats(split, "test", recipe.evaluation)
     return {
         "by": recipe.evaluation.protocol or recipe.evaluation.split,
         **{name: {"events": len(part), "users": len(users[name])} for name, part in parts.items()},
@@ -201,7 +201,7 @@ def _split(split: Split, recipe: Recipe) -> dict[str, Any]:
         "held-out users without a training event": len((users["valid"] | users["test"]) - users["train"]),
         "cold items (held out, but not in train)": len(cold),
         "held-out events of cold items": int(held_out["item_id"].isin(cold).sum()),
-        "retrievals in the test": asked,
+        "retrievals in the test": retrievals,
         "retrievals of an item that the user has met before": repeated,
     }
 
@@ -228,18 +228,18 @@ def _warnings(log: Log, split: Split) -> list[str]:
         found.append(f"nothing is held out for {' and '.join(empty)}: nothing can be measured there")
     same = int(log.items.duplicated(keep=False).sum())
     if same:
-        found.append(f"{same} items have the same text as another: by text alone no model can tell them apart")
+        found.append(f"{same} items have the same text as another: by text no model can tell them apart")
     return found
 
 
 def _repeats(split: Split, recipe: Recipe) -> list[str]:
     """Return warnings of held-out items that their users have met before, with the setting that fits such a log."""
-    repeated, asked = count_repeats(split, "test", recipe.evaluation)
+    repeated, retrievals = count_repeats(split, "test", recipe.evaluation)
     if not repeated or "retrieval" not in recipe.task.learn:
         return []
     found = (
-        f"{repeated} of {asked} retrievals of the test ({repeated / asked:.1%}) ask for an item that the user has met "
-        "before"
+        f"{repeated} of {retrievals} retrievals of the test ({repeated / retrievals:.1%}) ask for an item that the "
+        "user has met before"
     )
     if not recipe.evaluation.exclude_seen:
         return [f"{found}: seen items stay in the ranking, and the pipeline recommends them"]
@@ -248,7 +248,7 @@ def _repeats(split: Split, recipe: Recipe) -> list[str]:
     else:
         counted = "they count as misses (evaluation.repeats=leave_out leaves them out)"
     found += f", and seen items are never recommended: {counted}"
-    if repeated / asked < REVISITS:
+    if repeated / retrievals < REVISITS:
         return [f"{found}. They are rare: evaluation.exclude_seen=true fits"]
     return [f"{found}. This is a log of re-visits: set evaluation.exclude_seen=false, and they are recommended too"]
 

@@ -43,7 +43,7 @@ EXAMPLE = {
 INTENDED_USE = ("A first look at m6rec, and a start for experiments on MovieLens-100K.",)
 LIMITS = (
     "It knows the tastes of {users:,} users and {films:,} films: no other film, and nothing later.",
-    "A film it never saw in training is recommended by the words of its title, year and genres alone.",
+    "A film it never saw in training is recommended by the words of its title, year and genres only.",
 )
 
 

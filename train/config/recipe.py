@@ -120,7 +120,7 @@ class Recipe:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(
                 f"pretraining.output_dir {folder!r} holds no model to fine-tune: run `m6rec pretrain` with this recipe "
-                "first, or `m6rec run` for all its steps, or set pretraining.output_dir=null to begin anew"
+                "first, or `m6rec run` for all its steps, or set pretraining.output_dir=null to begin with a new model"
             )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, checkpoint=folder, backbone=None))
 
@@ -188,9 +188,9 @@ def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     recipe = load_recipe(folder, overrides)
     if gone := missing(dataclasses.asdict(recipe)):
-        told = ", ".join(f"{name}={path}" for name, path in gone.items())
+        places = ", ".join(f"{name}={path}" for name, path in gone.items())
         raise FileNotFoundError(
-            f"the run in {str(folder)!r} reads what is not there any more: {told}. Say where it is now, as in "
+            f"the run in {str(folder)!r} reads what is not there any more: {places}. Say where it is now, as in "
             f"{next(iter(gone))}=PATH"
         )
     return recipe

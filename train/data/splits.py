@@ -100,27 +100,27 @@ def hold_out(
         raise ValueError(f"evaluation.{named} time needs timestamps, and this log has none: use published or stale")
     users, _ = pandas.factorize(ordered["user_id"])
     if protocol == "time":
-        test, asked = _later(times, times, 1 - test_fraction), numpy.ones(len(ordered), dtype=bool)
+        test, eligible = _later(times, times, 1 - test_fraction), numpy.ones(len(ordered), dtype=bool)
         if not test.any():
             raise ValueError(
                 f"no event is later than the quantile {1 - test_fraction:g} of the times: too many of the "
                 f"{len(ordered)} events share the last timestamp"
             )
     else:
-        asked = numpy.bincount(users)[users] >= 3
-        test = asked & (_events_left(users) == 0)
+        eligible = numpy.bincount(users)[users] >= 3
+        test = eligible & (_events_left(users) == 0)
     rest = numpy.flatnonzero(~test)
     users = users[rest]
     left = _events_left(users)
-    asked = asked[rest] & (numpy.bincount(users)[users] >= 2)
+    eligible = eligible[rest] & (numpy.bincount(users)[users] >= 2)
     if validate == "time":
         quantile = 1 - valid_fraction - (test_fraction if protocol == "time" else 0)
         window = _later(times[rest], times if protocol == "time" else times[rest], quantile)
-        valid = window & asked & (left == 0)
+        valid = window & eligible & (left == 0)
         gap = window & ~valid
     else:
-        valid = asked & (left == 0)
-        gap = asked & (left == 1) & (validate == "stale")
+        valid = eligible & (left == 0)
+        gap = eligible & (left == 1) & (validate == "stale")
     if len(ordered) and not (~(valid | gap)).any():  # without a log only texts are learnt
         raise ValueError(f"no training events are left of {len(ordered)}: the log is too small for validate {validate}")
     return Split(*(ordered.iloc[rows] for rows in (rest[~(valid | gap)], rest[valid], test.nonzero()[0], rest[gap])))
@@ -210,7 +210,7 @@ def shuffled_ties(frame: pandas.DataFrame, seed: int, epoch: int) -> pandas.Data
 
     Args:
         frame: Events, ordered, with timestamps.
-        seed: Every order depends on (seed, epoch) alone.
+        seed: Every order depends only on (seed, epoch).
         epoch: Each epoch has its own order.
     """
     if not has_times(frame):
@@ -232,7 +232,7 @@ def histories(frame: pandas.DataFrame) -> dict[str, numpy.ndarray]:
     return {str(user): numpy.asarray(positions) for user, positions in rows.items()}
 
 
-def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool = False) -> Split:
+def hold_items_out(split: Split, fraction: float, seed: int = 0, for_validation: bool = False) -> Split:
     """Makes items cold: removes all training events of randomly drawn items, as if these items were new.
 
     The validation and test parts do not change. A history holds training events, and in the test also validation
@@ -246,7 +246,7 @@ def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool =
         split: The parts.
         fraction: Share of the items with events that is drawn.
         seed: Seed of the draws.
-        pretend: Hold out the second draw, and drop all events of the first.
+        for_validation: Hold out the second draw, and drop all events of the first.
 
     Returns:
         A split with fewer training events; `cold_items` returns its held-out items that are cold.
@@ -258,7 +258,7 @@ def hold_items_out(split: Split, fraction: float, seed: int = 0, pretend: bool =
     drawn = numpy.random.default_rng(seed).permutation(len(items))
     count = max(round(len(items) * fraction), 1)
     cold, next_cold = ({items[place] for place in drawn[start : start + count]} for start in (0, count))
-    if pretend:
+    if for_validation:
         parts = tuple(part[~part["item_id"].isin(cold)] for part in parts)
         cold = next_cold
     train, valid, test, gap = parts

@@ -295,7 +295,7 @@ def _weights(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        yield "", f"no safetensors, whatever it is called ({error})"
+        yield "", f"no safetensors, although named so ({error})"
         return
     yield from ((f", metadata {name}", what) for name, value in metadata.items() for what in find_secrets(value, known))
     yield from ((f", metadata{where.removeprefix(', key')}", what) for where, what in _values(metadata, ""))
@@ -306,9 +306,9 @@ def _cells(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     table = pyarrow.parquet.ParquetFile(path)
     with table:
         row = 0
-        told: set[str] = set()
+        reported: set[str] = set()
         for batch in table.iter_batches():
-            for name in set(batch.schema.names) - told:
+            for name in set(batch.schema.names) - reported:
                 for number, value in enumerate(batch.column(name).to_pylist()):
                     is_place = isinstance(value, str) and find_place(value) is not None
                     whats = [
@@ -316,7 +316,7 @@ def _cells(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
                         *([f"a path of one machine, {value!r}"] if is_place else []),
                     ]
                     if whats:
-                        told.add(name)
+                        reported.add(name)
                         yield from ((f", column {name}, row {row + number}", what) for what in whats)
                         break
             row += batch.num_rows

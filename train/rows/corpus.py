@@ -269,7 +269,7 @@ def _text_column(rows: Table | Stream, column: str, location: str) -> str:
         return "text"
     if not column and len(texts) == 1:
         return texts[0]
-    given = f"no column {column!r} of texts" if column else "not told which column holds the texts"
+    given = f"no column {column!r} of texts" if column else "no column of texts is named"
     raise ValueError(
         f"{location}: {given}; write it behind a #, one of {', '.join(texts) or 'none: there are no texts'}"
     )

@@ -256,9 +256,9 @@ class ScoringRows(Dataset):
         for user_id, places in histories(frame).items():
             self._events[user_id] = writer.events(frame.iloc[places])
             for window in windows(len(places), processor.max_events, task.targets):
-                asked = places[window.cut : window.stop]
-                if known[asked].any():
-                    self._windows.append((user_id, window, asked))
+                targets = places[window.cut : window.stop]
+                if known[targets].any():
+                    self._windows.append((user_id, window, targets))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw new negatives."""
@@ -274,8 +274,8 @@ class ScoringRows(Dataset):
         """Encode several rows at once, which is faster than one by one."""
         requests, labels = [], []
         for index in indices:
-            user_id, window, asked = self._windows[index]
-            rows, own = self.candidates.of(asked, self.epoch)
+            user_id, window, targets = self._windows[index]
+            rows, own = self.candidates.of(targets, self.epoch)
             history = self._events[user_id][window.start : window.cut]
             requests.append(self.writer.request(user_id, history, self.writer.candidates(rows, user_id)))
             labels.append({label_field(name): values.tolist() for name, values in own.items()})

@@ -82,16 +82,16 @@ def eval_queries(
     """
     everything = all_events(split)
     known, held_out = (everything.index.isin(frame.index) for frame in before_and_in(split, part))
-    asked = held_out & labelled
-    places = {user: own for user, own in histories(everything).items() if asked[own].any()}
+    chosen = held_out & labelled
+    places = {user: own for user, own in histories(everything).items() if chosen[own].any()}
     found = []
     for user in drawn_users(list(places), evaluation, seed):
         own = places[user]
         if evaluation.rolling:
-            wanted = np.flatnonzero(asked[own])
+            wanted = np.flatnonzero(chosen[own])
             found += [EvalQuery(user, own[max(at - max_events, 0) : at], own[[at]]) for at in wanted]
         else:
-            found.append(EvalQuery(user, own[known[own]][-max_events:], own[asked[own]]))
+            found.append(EvalQuery(user, own[known[own]][-max_events:], own[chosen[own]]))
     return found
 
 
@@ -110,10 +110,10 @@ def rankings(split: Split, part: str, arguments: EvaluationArguments) -> list[Ev
     held_out = everything.index.isin(before_and_in(split, part)[1].index)
     found = []
     for user, own in histories(everything).items():
-        asked = np.flatnonzero(held_out[own])
+        wanted = np.flatnonzero(held_out[own])
         if not arguments.successive:
-            asked = asked[-1:] if arguments.protocol == "time" else asked[:1]
-        found += [EvalQuery(user, own[:at], own[[at]]) for at in asked if at]
+            wanted = wanted[-1:] if arguments.protocol == "time" else wanted[:1]
+        found += [EvalQuery(user, own[:at], own[[at]]) for at in wanted if at]
     return found
 
 

@@ -62,13 +62,13 @@ def percent(shares: np.ndarray) -> list[int]:
     return (np.round(shares * 100 / STEP) * STEP).astype(int).tolist()
 
 
-def like_rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray, strength: float = 5.0) -> np.ndarray:
+def like_rates(labels: np.ndarray, groups: np.ndarray, ids: np.ndarray, strength: float = 5.0) -> np.ndarray:
     """Share of training labels that are 1, by user or by item, smoothed towards the overall share.
 
     Args:
         labels: N training labels, 0 or 1.
         groups: N ids of the labels' users or items.
-        asked: Ids to return shares for; unknown ids get the overall share.
+        ids: Ids to return shares for; unknown ids get the overall share.
         strength: Weight of the overall share, in examples (not in the paper).
 
     >>> like_rates(np.array([1, 1, 0, 0]), np.array(["a", "a", "a", "b"]), np.array(["a", "c"]), strength=2.0).tolist()
@@ -79,7 +79,7 @@ def like_rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray, streng
     total = np.bincount(place, weights=labels, minlength=len(names))
     count = np.bincount(place, minlength=len(names))
     rates = dict(zip(names.tolist(), (total + strength * overall) / (count + strength)))
-    return np.array([rates.get(name, overall) for name in asked.tolist()])
+    return np.array([rates.get(name, overall) for name in ids.tolist()])
 
 
 __all__ = [

@@ -59,8 +59,8 @@ class SyntheticUsers:
             shares = percent(1 / (1 + np.exp(-quality[len(history) :])))
             candidates = [{**own, "stats": {ITEM_LIKES: share}} for own, share in zip(candidates, shares)]
         liked = (rng.random(len(rows)) < 1 / (1 + np.exp(-logits))).astype(int).tolist()
-        told = [self.wordings[like][rng.integers(len(self.wordings[like]))] for like in liked[: len(history)]]
-        events = [{"item": self.writer.items[row], **how} for row, how in zip(history, told)]
+        expressed = [self.wordings[like][rng.integers(len(self.wordings[like]))] for like in liked[: len(history)]]
+        events = [{"item": self.writer.items[row], **how} for row, how in zip(history, expressed)]
         return {"history": events, "candidates": candidates}, liked[len(history) :]
 
     def _tastes(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -203,10 +203,10 @@ def _refuse_other_shape(checkpoint: str, fields: dict[str, Any]) -> None:
     own = AutoConfig.from_pretrained(checkpoint) if given else None
     other = [name for name in given if fields[name] != getattr(own, name, None)]
     if other:
-        told = ", ".join(f"{name}={fields[name]!r} ({getattr(own, name, None)!r})" for name in other)
+        differences = ", ".join(f"{name}={fields[name]!r} ({getattr(own, name, None)!r})" for name in other)
         raise ValueError(
-            f"model.config contradicts what the weights of {checkpoint} decide, in brackets: {told}. Leave it out, or "
-            "put it into model.shape, which is for models without a checkpoint"
+            f"model.config contradicts what the weights of {checkpoint} decide, in brackets: {differences}. Leave it "
+            "out, or put it into model.shape, which is for models without a checkpoint"
         )
 
 

@@ -61,7 +61,7 @@ def find_checkpoint(resume: str | bool | None, folder: Path) -> Path | None:
     if resume is True:
         found = newest(folder)
         if found is None:
-            logger.info("%s holds no checkpoint to go on from: training starts anew", folder)
+            logger.info("%s holds no checkpoint to go on from: training starts from the beginning", folder)
         return found
     found = Path(resume) if (Path(resume) / STATE_FILE).is_file() else newest(Path(resume))
     if found is None:
@@ -90,8 +90,8 @@ def last_of_run(folder: Path, count: int, step: int, recipe: Recipe, run: dict[s
         run: Facts of the run, as `describe` wrote them.
     """
     steps = {path.parent: int(path.parent.name.rpartition("-")[2]) for path in _complete(folder)}
-    told = [path for path in steps if steps[path] <= step and (path / RUN_FILE).is_file()]
-    own = [path for path in told if not _other(path, recipe, run)]
+    earlier = [path for path in steps if steps[path] <= step and (path / RUN_FILE).is_file()]
+    own = [path for path in earlier if not _other(path, recipe, run)]
     return sorted(own, key=steps.__getitem__)[-count:]
 
 
@@ -115,10 +115,10 @@ def refuse_other(checkpoint: Path, recipe: Recipe, run: dict[str, Any]) -> None:
     if not (checkpoint / RUN_FILE).is_file() or not (checkpoint / RECIPE_FILE).is_file():
         logger.warning("%s does not say what it was trained on: nothing was compared", checkpoint)
         return
-    if told := _other(checkpoint, recipe, run):
+    if differences := _other(checkpoint, recipe, run):
         raise ValueError(
-            f"{checkpoint} was written by another run: {'; '.join(told)}. Go on with the same settings, or leave "
-            "--resume (training.resume_from_checkpoint) out to start anew"
+            f"{checkpoint} was written by another run: {'; '.join(differences)}. Go on with the same settings, or "
+            "leave --resume (training.resume_from_checkpoint) out to start from the beginning"
         )
 
 

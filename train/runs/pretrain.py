@@ -51,11 +51,11 @@ class RowMaker:
     Args:
         processor: Formats and encodes.
         length: Maximum number of tokens of a plain document or an infilling row.
-        pretend: Generates synthetic users, for `likes`.
+        synthetic: Generates synthetic users, for `likes`.
     """
 
-    def __init__(self, processor: M6RecProcessor, length: int, pretend: SyntheticUsers | None = None) -> None:
-        self.processor, self.length, self.pretend = processor, length, pretend
+    def __init__(self, processor: M6RecProcessor, length: int, synthetic: SyntheticUsers | None = None) -> None:
+        self.processor, self.length, self.synthetic = processor, length, synthetic
         self.ids = processor.tokenizer.structural_ids
         special = {index for index, token in processor.tokenizer.added_tokens_decoder.items() if token.special}
         self.ordinary = [index for index in range(self.ids["vocab_size"]) if index not in special]
@@ -108,8 +108,8 @@ class RowMaker:
 
     def _likes(self, document: Document, rng: np.random.Generator) -> dict[str, Any]:
         """Predict which of the item and other items a synthetic user likes."""
-        assert self.pretend is not None
-        request, labels = self.pretend.draw(self.pretend.writer.rows[document["item"]["item_id"]], rng)
+        assert self.synthetic is not None
+        request, labels = self.synthetic.draw(self.synthetic.writer.rows[document["item"]["item_id"]], rng)
         reading = self.processor.read(request, "click")
         row = {"input_ids": reading.input_ids, "click_labels": labels}
         return row if self.processor.item_rows is None else {**row, "item_embedding_ids": reading.item_embedding_ids}
@@ -298,13 +298,13 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     shares = mix(all_sources(run, raw_sources(arguments) if raw is None else raw), arguments)
     longest = config.max_position_embeddings if config.position_embedding_type == "learned" else math.inf
     wanted = {share.objective for share in shares}
-    pretend: SyntheticUsers | None = None
+    synthetic: SyntheticUsers | None = None
     if "likes" in wanted:
-        pretend = SyntheticUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
+        synthetic = SyntheticUsers(run.writer, run.split.train, run.recipe.task, run.processor.max_events)
     if wanted <= {"likes", "behaviour"} and run.recipe.model.freeze_segments:  # others train segment layers
         run.model.model.freeze_segments()
         run.segment_cache = SegmentCache()
-    make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), pretend)
+    make = RowMaker(run.processor, arguments.length or int(min(run.processor.max_length, longest)), synthetic)
     settings = run.recipe.training_arguments(
         use_cpu=on_cpu(), bf16=use_bf16(), accelerator_config={"dispatch_batches": False}
     )
@@ -334,7 +334,7 @@ def fit(run: Run, raw: Sequence[AnySource] | None = None) -> dict[str, dict[str,
     after = measure()
     run.model.eval()
     learnt = {"writing", "plausibility"} if wanted - {"likes"} else set()
-    learnt |= {"click"} if pretend else set()
+    learnt |= {"click"} if synthetic else set()
     run.model.config.trained_tasks = sorted({*(config.trained_tasks or []), *learnt})
     return {objective: {"before": before[objective], "after": after[objective]} for objective in valid}
 

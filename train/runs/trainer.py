@@ -255,11 +255,11 @@ class M6RecTrainer(Trainer):
 
         One process measures and broadcasts the metrics, unless no process has the whole model.
         """
-        told: list[dict[str, float]] = [{}]
+        shared: list[dict[str, float]] = [{}]
         if self.is_world_process_zero() or self.accelerator.distributed_type in SHARDED:
-            told = [self.figures() if self.figures else {}]
-        broadcast_object_list(told)
-        found = {f"{metric_key_prefix}_{name}": value for name, value in told[0].items()}
+            shared = [self.figures() if self.figures else {}]
+        broadcast_object_list(shared)
+        found = {f"{metric_key_prefix}_{name}": value for name, value in shared[0].items()}
         shown = {name for name in found if self.logged is None or name.rpartition("_")[2] in self.logged}
         self.log({name: value for name, value in found.items() if name in shown})
         self._require_best_metric(found)

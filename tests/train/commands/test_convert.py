@@ -51,9 +51,9 @@ def test_the_command_leaves_a_model_that_recommends(published, tmp_path):
         "3 layers, the last 2 joint",
         f"{own} tokens of its own and {new} new ones",
         "writing head tied to the embeddings",
-        "its first 1 layers read each text of a request alone, which they have not learnt: what it writes about "
-        "requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts go on as "
-        "before",
+        "its first 1 layers read each text of a request by itself, which they have not learnt: what it writes about "
+        "requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts are "
+        "continued as before",
         f"written to {folder}",
     ]
     assert type(model) is M6RecForRecommendation and type(processor) is M6RecProcessor

@@ -60,7 +60,7 @@ def test_what_is_counted(make):
         "without": {"title": 0, "brand": 4},
     }
     assert found["dropped"] == {}
-    assert found["warnings"] == ["2 items have the same text as another: by text alone no model can tell them apart"]
+    assert found["warnings"] == ["2 items have the same text as another: by text no model can tell them apart"]
 
 
 def test_where_everybody_goes(make):

@@ -372,22 +372,22 @@ def test_categories_are_split_like_texts():
 
 @settings(max_examples=examples(60))
 @given_(st.integers(0, 99), st.sampled_from([0.1, 0.3, 0.4]), st.booleans())
-def test_cold_items_lose_their_training_events_and_nothing_else(seed, fraction, pretend):
+def test_cold_items_lose_their_training_events_and_nothing_else(seed, fraction, for_validation):
     rng = numpy.random.default_rng(seed)
     log = frame(
         [(f"u{user}", str(item), time) for user in range(12) for time, item in enumerate(rng.permutation(20)[:7])]
     )
     split = leave_one_out(log, seed)
     count, never = round(log["item_id"].nunique() * fraction), set(log["item_id"]) - items_of(split.train)
-    real, found = hold_items_out(split, fraction, seed), hold_items_out(split, fraction, seed, pretend)
+    real, found = hold_items_out(split, fraction, seed), hold_items_out(split, fraction, seed, for_validation)
     cold = items_of(split.train) - items_of(real.train)
-    held_out = items_of(split.train) - items_of(found.train) - (cold if pretend else set())
+    held_out = items_of(split.train) - items_of(found.train) - (cold if for_validation else set())
     assert count - len(never) <= len(held_out) <= count
     assert tuples(found.train) == [event for event in tuples(split.train) if event[1] not in held_out | cold]
     for before, after in zip(parts(split)[1:], parts(found)[1:]):
         gone = items_of(before) - items_of(after)
         assert tuples(after) == [event for event in tuples(before) if event[1] not in gone]
-        assert gone <= cold | never and bool(gone & cold) == bool(pretend and items_of(before) & cold)
+        assert gone <= cold | never and bool(gone & cold) == bool(for_validation and items_of(before) & cold)
 
 
 def items_of(part: pandas.DataFrame) -> set[str]:
@@ -402,8 +402,8 @@ def test_cold_items_follow_the_seed_and_not_the_order_of_the_file():
     ]
     assert drawn[0] == drawn[1] and len(drawn[0]) == 2
     assert len(set(drawn)) > 1
-    pretending = {frozenset(cold_items(hold_items_out(leave_one_out(log, 0), 0.2, 1, pretend=True)))}
-    assert pretending != {drawn[0]} and not pretending.pop() & drawn[0]
+    of_validation = {frozenset(cold_items(hold_items_out(leave_one_out(log, 0), 0.2, 1, for_validation=True)))}
+    assert of_validation != {drawn[0]} and not of_validation.pop() & drawn[0]
 
 
 def test_no_more_can_be_cold_than_leaves_something_to_learn():

@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_named(tmp_path, streaming):
     with pytest.raises(ValueError, match="no column 'reviews' of texts"):
         raw_source(f"{place}#reviews", 0.0, streaming)
     pandas.DataFrame({"one": ["a"], "two": ["b"]}).to_parquet(tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match="not told which column holds the texts; write it behind a #, one of one, two"):
+    with pytest.raises(ValueError, match="no column of texts is named; write it behind a #, one of one, two"):
         raw_source(str(tmp_path / "two.parquet"), 0.0, streaming)
     pandas.DataFrame({"one": [1]}).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="there are no texts"):
