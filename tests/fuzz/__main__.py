@@ -100,13 +100,12 @@ def main() -> int:
         share = (options.budget - (time.monotonic() - start)) / (len(options.doors) - place)
         reports.append(drive(name, max(1, round(COUNTS[name] * options.scale)), options.seed, share))
         print(line(reports[-1]), flush=True)
-    faults = [report for report in reports if report.faults]
-    for report in faults:
-        print(f"\n{report.door}:")
-        for kind, fault in sorted(report.faults.items(), key=lambda entry: -entry[1]["count"]):
-            print(f"  {fault['count']} x {kind}\n      {fault['case'][:400]}")
-    if options.output:
-        _replace(Path(options.output), json.dumps([vars(report) for report in reports], indent=2, ensure_ascii=False))
+        for kind, fault in sorted(reports[-1].faults.items(), key=lambda entry: -entry[1]["count"]):
+            print(f"  {fault['count']} x {kind}\n      {fault['case'][:400]}", flush=True)
+        if options.output:
+            written = json.dumps([vars(report) for report in reports], indent=2, ensure_ascii=False)
+            _replace(Path(options.output), written)
+    faults = any(report.faults for report in reports)
     print(f"\nseed {options.seed}, a call may take {LIMIT:.0f} processor seconds: {'faults' if faults else 'no fault'}")
     return 1 if faults else 0
 
