@@ -13,6 +13,7 @@ import copy
 import hashlib
 import importlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from transformers.utils import logging
 from .atomic_m6rec import Journal, atomic_folder, read_journal, recover, standing
 from .configuration_m6rec import check_format
 from .item_features_m6rec import (
+    NOTHING,
     WIDTH,
     Counts,
     EventLog,
@@ -798,6 +800,10 @@ ROUNDING = 1e-5
 EXTRA, WIDER, EXACT_SHARE = 16, 4, 1 / 16
 """Requests to an index: extra rows beyond the wanted number, then the factor of further rows, and the largest share of
 all rows."""
+AT_ONCE = 128
+"""Rows with evidence beyond those that an index found, which are compared first; then `WIDER` times as many."""
+POSTINGS, MORE = 4096, 96
+"""With the first request to an index: entries of words' postings that are read, and extra rows if there are words."""
 
 
 class Texts:
@@ -844,12 +850,10 @@ class Past(NamedTuple):
 
 
 class Support(NamedTuple):
-    """The rows, ascending, whose scores words and transitions change for one user, and the terms they add."""
+    """Rows, ascending, and the terms that words and transitions add to their scores for one user."""
 
     rows: np.ndarray
     scores: np.ndarray
-    reading: np.ndarray = np.empty(0)
-    """W, the user's vector by the reader times the weight `texts`; its products with all rows are added as well."""
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Return the terms added to the scores of rows, 0 for rows without evidence."""
@@ -857,9 +861,6 @@ class Support(NamedTuple):
             return np.zeros(len(rows))
         places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         return np.where(self.rows[places] == rows, self.scores[places], 0.0)
-
-
-NO_SUPPORT = Support(np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -951,16 +952,21 @@ class Counted:
         """Score rows by words and by transitions, for users with these weighted entries in their histories."""
         vectors, known, reading = self.read_histories(histories)
         alike = self.words.likeness(vectors) if len(vectors.items) else vectors
-        alike = alike._replace(values=self.word_weights[alike.items] * alike.values)
+        return Parts(
+            alike._replace(values=self.word_weights(alike.items) * alike.values),
+            self._after(known),
+            self.rule.texts * reading,
+        )
+
+    def _after(self, known: Sparse) -> Sparse:
+        """Score rows by transitions, for users with these weighted items by number."""
         after = self.transitions.after(known if self.rule.transitions else known.known(0))
         several = [after._replace(values=self.rule.transitions * after.values)]
         if self.rule.again:
             several.append(known._replace(values=self.rule.again * known.values))
         users, numbers, values = (np.concatenate(parts) for parts in zip(*several))
         here = self.rows[numbers] >= 0
-        width = max(len(self.words.live), 1)
-        after = Sparse.of(users[here], self.rows[numbers[here]], values[here], width)
-        return Parts(alike, after, self.rule.texts * reading)
+        return Sparse.of(users[here], self.rows[numbers[here]], values[here], max(len(self.words.live), 1))
 
     def read_histories(self, histories: Sequence[Sequence[tuple[Past, float]]]) -> tuple[Sparse, Sparse, np.ndarray]:
         """Return the users' words, their items by number, and their U x W vectors by the reader."""
@@ -981,11 +987,11 @@ class Counted:
         reading = self._read(places, said, len(histories))
         if not self.rule.words:
             places, said = [], []
-        several = [self.words.vectors(_sparse(places, len(self.words.live)))]
+        several = [self.words.vectors(_sparse(places, len(self.words.live)))] if places else []
         for user, text, weight in said:
             vector = self.words.vector_of(text, weight)
             several.append(vector._replace(users=np.full(len(vector.items), user)))
-        vectors = Sparse.sum(several, len(self.words.rarity))
+        vectors = Sparse.sum(several, len(self.words.rarity)) if several else NOTHING
         return vectors, _sparse(known, len(self.rows)), reading
 
     def _read(
@@ -1002,12 +1008,22 @@ class Counted:
         return found
 
     @cached_property
-    def word_weights(self) -> np.ndarray:
-        """Weight of words for each row: N."""
-        found = np.full(len(self.words.live), self.rule.words * (1 + self.rule.unseen))
-        met = np.flatnonzero((self.rows >= 0) & (self.transitions.met > 0))
-        found[self.rows[met]] = self.rule.words
+    def _unseen(self) -> np.ndarray:
+        """Whether each row is of an item without events: N."""
+        found = np.ones(len(self.words.live), bool)
+        found[self.rows[(self.rows >= 0) & (self.transitions.met > 0)]] = False
         return found
+
+    @property
+    def most_words(self) -> float:
+        """Largest weight of words."""
+        return self.rule.words * (1 + self.rule.unseen)
+
+    def word_weights(self, rows: np.ndarray) -> np.ndarray:
+        """Return the weight of words for each of some rows."""
+        if not self.rule.unseen:
+            return np.full(len(rows), self.rule.words)
+        return np.where(self._unseen[rows], self.most_words, self.rule.words)
 
     @cached_property
     def popular(self) -> np.ndarray:
@@ -1033,12 +1049,15 @@ class Counted:
             found.append((past, weight))
         return found[::-1]
 
-    def supports(self, histories: Sequence[Sequence[Past]]) -> list[Support]:
-        """Score rows by evidence, for users with these histories."""
+    def of_users(self, histories: Sequence[Sequence[Past]]) -> "list[UserEvidence]":
+        """Return the evidence of users with these histories."""
         weighed = [[entry for entry in self.weighed(history) if entry[1]] for history in histories]
-        *several, reading = self.parts(weighed)
-        together = Sparse.sum(several, max(len(self.words.live), 1))
-        return [Support(*together.of_user(user), own) for user, own in enumerate(reading)]
+        vectors, known, reading = self.read_histories(weighed)
+        after, found = self._after(known), []
+        for user in range(len(histories)):
+            own = Support(*after.of_user(user))
+            found.append(UserEvidence(own, self, *vectors.of_user(user), self.rule.texts * reading[user]))
+        return found
 
 
 class Parts(NamedTuple):
@@ -1050,6 +1069,69 @@ class Parts(NamedTuple):
     """Terms by user and row."""
     reading: np.ndarray
     """U x W, the users' vectors by the reader times the weight `texts`; W = 0 without a reader."""
+
+
+@dataclass(frozen=True, eq=False)
+class UserEvidence:
+    """The terms that evidence adds to the scores of rows for one user."""
+
+    after: Support
+    """By transitions, of all rows where they are not 0."""
+    counted: Counted | None = None
+    """The evidence of all rows."""
+    words: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Words of the user's vector, ascending."""
+    weights: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """Their entries."""
+    reading: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """W, the user's vector by the reader times the weight `texts`; its products with all rows are added as well."""
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the exact terms of words and transitions for rows."""
+        found = self.after.of(rows)
+        if self.counted is None or not len(self.words):
+            return found
+        return found + self.counted.word_weights(rows) * self.counted.words.products(self.words, self.weights, rows)
+
+    @cached_property
+    def most(self) -> float:
+        """Upper bound of all terms."""
+        read = float(np.linalg.norm(self.reading))
+        return max(float(self.after.scores.max(initial=0.0)) + self._bound(self.words, self.weights), read)
+
+    def support(self, most: float) -> tuple[Support, float]:
+        """Find rows by transitions and by the user's rarest words.
+
+        Common words are in very many rows, but they add little to a score.
+
+        Args:
+            most: Number of postings that are read; words beyond it are not.
+
+        Returns:
+            The rows with the terms added by what was read, and an upper bound of what other words add to any row.
+        """
+        if self.counted is None or not len(self.words):
+            return self.after, 0.0
+        every = self.counted.words
+        lengths = every.lengths(self.words)
+        order = np.argsort(lengths, kind="stable")
+        read = np.zeros(len(order), bool)
+        read[order[np.cumsum(lengths[order]) <= most]] = True
+        own = Sparse(np.zeros(int(read.sum()), np.int64), self.words[read], self.weights[read])
+        alike = every.likeness(own)
+        alike = alike._replace(values=self.counted.word_weights(alike.items) * alike.values)
+        rest = self._bound(self.words[~read], self.weights[~read])
+        if not len(self.after.rows):
+            return Support(alike.items, alike.values), rest
+        after = Sparse(np.zeros(len(self.after.rows), np.int64), *self.after)
+        return Support(*Sparse.sum([alike, after], len(every.live))[1:]), rest
+
+    def _bound(self, words: np.ndarray, weights: np.ndarray) -> float:
+        """Return an upper bound of what words of the user's vector add to any row."""
+        return 0.0 if self.counted is None else self.counted.most_words * self.counted.words.bound(words, weights)
+
+
+NO_EVIDENCE = UserEvidence(Support(np.empty(0, np.int64), np.empty(0)))
 
 
 def _sparse(entries: Sequence[tuple[int, int, float]], width: int) -> Sparse:
@@ -1141,6 +1223,8 @@ class State:
     def gather(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Return the vectors of rows, from the base and the side buffer."""
         index = torch.as_tensor(rows, dtype=torch.long)
+        if not len(self.side):
+            return self.base[index]
         base = index < len(self.base)
         vectors = torch.empty(len(index), self.dimension)
         vectors[base], vectors[~base] = self.base[index[base]], self.side[index[~base] - len(self.base)]
@@ -1263,8 +1347,7 @@ class CatalogueView:
             raise ValueError(f"exclude has {len(exclude)} entries for {len(users)} users: give one for each")
         names = [{normalize_id(item_id, "exclude") for item_id in own or ()} for own in exclude]
         left_out = [[row for name in own if (row := state.row(name)) is not None] for own in names]
-        supports = self._supports(histories, len(users))
-        asked = [_Asked(*parts) for parts in zip(users, left_out, supports)]
+        asked = [_Asked(*parts) for parts in zip(users, left_out, self._of_users(histories, len(users)))]
         found = _ask_index(state, asked, top_k, filter)
         missing = [number for number, own in enumerate(found) if own is None]
         if missing:
@@ -1287,15 +1370,15 @@ class CatalogueView:
             digest.update(counted.reading.reader.digest.encode())
         return digest.hexdigest()
 
-    def _supports(self, histories: Sequence[Sequence[Any]] | None, count: int) -> list[Support]:
+    def _of_users(self, histories: Sequence[Sequence[Any]] | None, count: int) -> list[UserEvidence]:
         counted = self._state.counted
         if histories is None:
-            return [NO_SUPPORT] * count
+            return [NO_EVIDENCE] * count
         if counted is None:
             raise ValueError("the catalogue has no evidence to read histories by: call set_evidence, or leave them out")
         if len(histories) != count:
             raise ValueError(f"histories has {len(histories)} entries for {count} users: give one for each")
-        return counted.supports([[_past(item, "histories") for item in own] for own in histories])
+        return counted.of_users([[_past(item, "histories") for item in own] for own in histories])
 
     def evidence_scores(self, history: Sequence[Any], items: Sequence[Any]) -> "EvidenceScores":
         """Return the terms that evidence adds to the scores of items, event by event.
@@ -1381,21 +1464,23 @@ class _Asked(NamedTuple):
 
     user: torch.Tensor
     left_out: list[int]
-    support: Support
+    evidence: UserEvidence
 
     def margin(self, state: State) -> float:
         """Return an upper bound of the error of scores before their exact computation."""
-        most = float(self.support.scores.max(initial=0.0))
-        return ROUNDING * max(1.0, state.share, state.popularity, most, float(np.linalg.norm(self.support.reading)))
+        return ROUNDING * max(1.0, state.share, state.popularity, self.evidence.most)
 
     def added(self, state: State, rows: torch.Tensor) -> torch.Tensor:
         """Return the exact terms that evidence adds to the scores of rows."""
-        found = self.support.of(rows.numpy())
+        return self.terms(state, rows.numpy(), self.evidence.of(rows.numpy()))
+
+    def terms(self, state: State, rows: np.ndarray, own: np.ndarray) -> torch.Tensor:
+        """Return the sum of the user's own terms, popularity and what the reader adds."""
         if state.counted is not None and state.popularity:
-            found = found + state.counted.popular[rows.numpy()]
-        if state.read_texts is not None and len(self.support.reading):
-            found = found + (state.read_texts[rows.numpy()] * self.support.reading).sum(1)
-        return torch.from_numpy(found)
+            own = own + state.counted.popular[rows]
+        if state.read_texts is not None and len(self.evidence.reading):
+            own = own + (state.read_texts[rows] * self.evidence.reading).sum(1)
+        return torch.from_numpy(own)
 
 
 def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Predicate | None) -> list[Ranking]:
@@ -1409,19 +1494,43 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
         scores = torch.zeros(len(asked), len(state.live))
     if state.counted is not None and state.popularity:
         scores += torch.from_numpy(state.counted.popular).float()
-    if state.read_texts is not None and all(len(each.support.reading) for each in asked):
-        reading = np.stack([each.support.reading for each in asked]).astype(np.float32)
+    if state.read_texts is not None and all(len(each.evidence.reading) for each in asked):
+        reading = np.stack([each.evidence.reading for each in asked]).astype(np.float32)
         scores += torch.from_numpy(reading) @ torch.from_numpy(state.read_texts).T
     found = []
     for each, own in zip(asked, scores):
         kept = allowed.clone()
         kept[each.left_out] = False
         count = min(top_k, int(kept.sum()))
-        own[torch.from_numpy(each.support.rows)] += torch.from_numpy(each.support.scores).float()
-        own = own.masked_fill(~kept, -torch.inf)
-        cut = own.topk(count).values[-1] - each.margin(state) if count else torch.inf
-        found.append(_ranked(state, each, (own >= cut).nonzero()[:, 0], count))
+        own = own.masked_fill_(~kept, -torch.inf)
+        found.append(_ranked(state, each, _finalists(state, each, own, count), count))
     return found
+
+
+def _finalists(state: State, asked: _Asked, scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the rows that can be among the first `count`.
+
+    Rare words are read first: the best scores with them are lower bounds, which mostly exclude the rows that have
+    common words only.
+
+    Args:
+        state: The catalogue.
+        asked: The user.
+        scores: Scores of all N rows without evidence of the user, -inf for rows that may not be found.
+        count: Number of rows that are wanted.
+    """
+    if not count:
+        return torch.empty(0, dtype=torch.long)
+    few = max(EXACT_SHARE * len(scores), count)
+    for most in (few, math.inf):
+        support, rest = asked.evidence.support(most)
+        with_support = scores.clone()
+        with_support[torch.from_numpy(support.rows)] += torch.from_numpy(support.scores).float()
+        cut = with_support.topk(count).values[-1] - asked.margin(state) - rest
+        rows = (with_support >= cut).nonzero()[:, 0]
+        if not rest or len(rows) <= few:
+            break
+    return rows
 
 
 def _allowed(state: State, predicate: Predicate | None) -> torch.Tensor:
@@ -1433,6 +1542,31 @@ def _allowed(state: State, predicate: Predicate | None) -> torch.Tensor:
     return allowed
 
 
+class _Allowed:
+    """Decides which rows may be found; the filter sees each item at most once, and only if all else allows it."""
+
+    def __init__(self, state: State, predicate: Predicate | None) -> None:
+        self._state, self._predicate = state, predicate
+        self._live = state.live.numpy()
+        self._verdicts: dict[int, bool] = {}
+
+    def places(self, rows: np.ndarray, left_out: Sequence[int]) -> np.ndarray:
+        """Return the places of the rows that may be found, for a user with these excluded rows."""
+        kept = self._live[rows]
+        if left_out:
+            kept &= ~np.isin(rows, left_out)
+        places = np.flatnonzero(kept)
+        if self._predicate is None:
+            return places
+        return places[[self._verdict(row) for row in rows[places].tolist()]]
+
+    def _verdict(self, row: int) -> bool:
+        assert self._predicate is not None
+        if row not in self._verdicts:
+            self._verdicts[row] = bool(self._predicate(self._state.fields(row)))
+        return self._verdicts[row]
+
+
 def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Predicate | None) -> list[Ranking | None]:
     """Search by the index with growing width; None for a user without a certain result.
 
@@ -1442,17 +1576,13 @@ def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pre
     answers: list[Ranking | None] = [None] * len(asked)
     if state.index is None or not state.share or state.read_texts is not None:
         return answers
-    verdicts: dict[int, bool] = {}
-
-    def allowed(row: int) -> bool:
-        if row not in verdicts:
-            verdicts[row] = predicate is None or predicate(state.fields(row))
-        return verdicts[row]
-
-    # If common words concern very many rows, exhaustive comparison costs less.
+    allowed = _Allowed(state, predicate)
     few = EXACT_SHARE * len(state.live)
-    waiting = [number for number, each in enumerate(asked) if len(each.support.rows) <= max(few, top_k)]
+    waiting = [number for number, each in enumerate(asked) if len(each.evidence.after.rows) <= max(few, top_k)]
     count, breadth = top_k + EXTRA + max((len(each.left_out) for each in asked), default=0), 1
+    if any(len(each.evidence.words) for each in asked):
+        count += MORE  # the lower the floor, the fewer words have to be read
+    most: float = POSTINGS
     while waiting and count <= few:
         users = torch.stack([asked[number].user for number in waiting])
         for number, base, side in zip(
@@ -1463,45 +1593,59 @@ def _ask_index(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pre
                 torch.cat((base.rows, side.rows + len(state.base))),
                 max(base.floor, side.floor),
             )
-            answers[number] = _certain(state, asked[number], reached, top_k, allowed)
+            support = asked[number].evidence.support(min(most, few))
+            answers[number] = _certain(state, asked[number], reached, support, top_k, allowed)
         waiting = [number for number in waiting if answers[number] is None]
-        count, breadth = WIDER * count, WIDER * breadth
+        count, breadth, most = WIDER * count, WIDER * breadth, WIDER * most
     return answers
 
 
-def _certain(state: State, asked: _Asked, reached: Found, top_k: int, allowed: Callable[[int], bool]) -> Ranking | None:
+def _certain(
+    state: State, asked: _Asked, reached: Found, evidence: tuple[Support, float], top_k: int, allowed: _Allowed
+) -> Ranking | None:
     """Rank the found rows, if there are enough and no other row can tie with the last.
 
     Rows with evidence that the index did not reach are added if their cosine, at most the floor of the index, could
-    bring them among the first. All remaining rows have the cosine only.
+    bring them among the first. All other rows have the cosine, and words that were not read.
+
+    Args:
+        state: The catalogue.
+        asked: The user.
+        reached: What the index found.
+        evidence: Result of `UserEvidence.support`.
+        top_k: Number of rows that are wanted.
+        allowed: Decides which rows may be found.
     """
-    own, share = {*asked.left_out}, state.share
-
-    def chosen(rows: list[int]) -> list[int]:
-        live = state.live[rows].tolist()
-        return [place for place, row in enumerate(rows) if live[place] and row not in own and allowed(row)]
-
-    kept = chosen(reached.rows.tolist())
+    share, (support, rest) = state.share, evidence
+    kept = torch.from_numpy(allowed.places(reached.rows.numpy(), asked.left_out))
     rows, floor = reached.rows[kept], share * reached.floor + state.popularity
     scores = share * reached.scores[kept].double() + asked.added(state, rows)
-    others = ~np.isin(asked.support.rows, reached.rows.numpy())
-    more, added = asked.support.rows[others], asked.support.scores[others]
-    order = np.argsort(-added, kind="stable")
-    start, size = 0, top_k + EXTRA
-    while start < len(order):
-        cut = scores.topk(top_k).values[-1].item() - asked.margin(state) if len(rows) >= top_k else -np.inf
-        stop = min(start + size, int(np.searchsorted(-added[order], floor - cut, side="right")))
+
+    def cut() -> float:
+        return scores.topk(top_k).values[-1].item() - asked.margin(state) if len(rows) >= top_k else -math.inf
+
+    others = np.flatnonzero(support.scores >= cut() - floor - rest)
+    others = others[~np.isin(support.rows[others], reached.rows.numpy())]
+    others = others[np.argsort(-support.scores[others], kind="stable")]
+    more, added = support.rows[others], support.scores[others]
+    start, size = 0, AT_ONCE
+    while start < len(more):
+        least = cut() - floor
+        stop = min(start + size, int(np.searchsorted(-added, rest - least, side="right")))
         if stop <= start:
             break
-        part = more[order[start:stop]]
-        fresh = torch.from_numpy(part[chosen(part.tolist())])
-        cosine = (state.gather(fresh) @ asked.user).double()
-        rows, scores = torch.cat((rows, fresh)), torch.cat((scores, share * cosine + asked.added(state, fresh)))
+        part = more[start:stop]
+        terms = asked.evidence.of(part) if rest else added[start:stop]
+        enough = np.flatnonzero(terms >= least)
+        enough = enough[allowed.places(part[enough], asked.left_out)]
+        fresh = torch.from_numpy(part[enough])
+        found = share * (state.gather(fresh) @ asked.user).double() + asked.terms(state, part[enough], terms[enough])
+        rows, scores = torch.cat((rows, fresh)), torch.cat((scores, found))
         start, size = stop, WIDER * size
-    if len(rows) < top_k:
+    last = cut()
+    if len(rows) < top_k or last <= floor + rest:
         return None
-    cut = scores.topk(top_k).values[-1].item() - asked.margin(state)
-    return _ranked(state, asked, rows[scores >= cut].sort().values, top_k) if cut > floor else None
+    return _ranked(state, asked, rows[scores >= last].sort().values, top_k)
 
 
 def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Ranking:

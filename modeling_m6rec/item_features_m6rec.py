@@ -558,6 +558,8 @@ HALF_LIVES = 16
 """Decaying counts are relative to the last moment that is a multiple of this number of half-lives."""
 ENTRIES_AT_ONCE = 1 << 22
 """Most entries of sparse rows that are summed together, unless they belong to one user; this bounds memory."""
+TABLE_SHARE = 8
+"""Share of counted pairs in the number of items, from which their places are in a table: its inverse."""
 TAIL_SHARE, TAIL_ROWS = 0.25, 1024
 """Later rows of words are sorted again with each change, until they exceed this share of all rows and this number."""
 
@@ -697,6 +699,23 @@ class Counts(NamedTuple):
 _NONE = Counts(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
+class Level(Counts):
+    """Counts by pairs of items that searches read."""
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Place of each first item's pairs, and the end of the last one's."""
+        return np.concatenate(([0], np.cumsum(np.bincount(self.keys // WIDTH))))
+
+    def spans(self, items: np.ndarray, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places, from and to, of the pairs whose first item is each of `items`, among M."""
+        if TABLE_SHARE * len(self.keys) < num_items:  # fewer steps than a table costs
+            low, high = np.searchsorted(self.keys, (items * WIDTH, (items + 1) * WIDTH))
+            return low, high
+        low, high = (np.minimum(items + more, len(self.starts) - 1) for more in (0, 1))
+        return self.starts[low], self.starts[high]
+
+
 class Histories(NamedTuple):
     """Events of some users; events of one user are consecutive, in order."""
 
@@ -799,7 +818,7 @@ class Sparse(NamedTuple):
         return table
 
 
-_NOTHING = Sparse(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+NOTHING = Sparse(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
 def recent(histories: Iterable[Sequence[int] | np.ndarray], rule: Evidence) -> Sparse:
@@ -845,7 +864,7 @@ class Transitions:
     """
 
     rule: Evidence
-    levels: tuple[Counts, ...]
+    levels: tuple[Level, ...]
     out: np.ndarray
     into: np.ndarray
     met: np.ndarray
@@ -891,9 +910,9 @@ class Transitions:
         sized = self.sized(num_items)
         for own, side in zip((sized.out, sized.into), np.divmod(counts.keys, WIDTH)):
             np.add.at(own, side, counts.totals)
-        levels = [*self.levels, counts]
+        levels = [*self.levels, Level(*counts)]
         while len(levels) > 1 and len(levels[-2].keys) < 2 * len(levels[-1].keys):
-            levels[-2:] = [Counts.sum(levels[-2:])]
+            levels[-2:] = [Level(*Counts.sum(levels[-2:]))]
         levels = [own for own in levels if len(own.keys)]
         decayed = 1.0
         if self.rule.half_life is not None:
@@ -948,12 +967,11 @@ class Transitions:
     def follow(self, shares: Sparse) -> Sparse:
         """Multiply weights of users at items with P."""
         weights = shares.values / np.maximum(self.out[shares.items] * self.unit, 1) ** self.rule.out_power
-        rows = shares.items * WIDTH
-        spans = [tuple(np.searchsorted(keys, (rows, rows + WIDTH))) for keys, _ in self.levels]
-        entries = sum((high - low for low, high in spans), np.zeros(len(rows), np.int64))
+        spans = [level.spans(shares.items, self.num_items) for level in self.levels]
+        entries = sum((high - low for low, high in spans), np.zeros(len(weights), np.int64))
         weighed = shares._replace(values=weights)
         parts = [self._multiplied(weighed.part(part), spans, part) for part in shares.groups(entries)]
-        users, items, values = parts[0] if len(parts) == 1 else map(np.concatenate, zip(_NOTHING, *parts))
+        users, items, values = parts[0] if len(parts) == 1 else map(np.concatenate, zip(NOTHING, *parts))
         return Sparse(users, items, values / np.maximum(self.into[items] * self.unit, 1) ** self.rule.in_power)
 
     def _multiplied(self, shares: Sparse, spans: Sequence[tuple[np.ndarray, ...]], part: slice) -> Sparse:
@@ -1189,9 +1207,8 @@ class Postings(NamedTuple):
 
     def lengths(self, words: np.ndarray) -> np.ndarray:
         """Return the number of rows with each of the words."""
-        known = np.minimum(words, max(len(self.starts) - 2, 0))
-        lengths = np.diff(self.starts, append=self.starts[-1])[known]
-        return np.where(words < len(self.starts) - 1, lengths, 0)
+        low, high = (np.minimum(words + more, len(self.starts) - 1) for more in (0, 1))
+        return self.starts[high] - self.starts[low]
 
     def entries(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return indices into `words`, and for each index a row that contains the word."""
@@ -1286,6 +1303,14 @@ class Words:
         return np.maximum(np.sqrt(squares), 1e-12)
 
     @cached_property
+    def impacts(self) -> np.ndarray:
+        """Largest entry of each word in the vector of a row, 0 for words that no row contains."""
+        rows = np.repeat(np.arange(len(self.live)), np.diff(self.starts))
+        least = np.full(len(self.rarity), np.inf)
+        np.minimum.at(least, self.columns, self.norms[rows])
+        return self.rarity / least
+
+    @cached_property
     def _sorted(self) -> tuple[int, Postings]:
         count, known = self.first
         if known is not None:
@@ -1316,17 +1341,53 @@ class Words:
         weights = weight * weights / max(math.sqrt((weights**2).sum()), 1e-12)
         return Sparse(np.zeros(len(found), np.int64), found, weights).known(unknown)
 
+    def lengths(self, words: np.ndarray) -> np.ndarray:
+        """Return the number of rows with each of the words."""
+        return self._sorted[1].lengths(words) + self._tail.lengths(words)
+
+    def bound(self, words: np.ndarray, weights: np.ndarray) -> float:
+        """Return an upper bound of the product of a vector, given by its words, with the vector of any row."""
+        if not len(words):
+            return 0.0
+        return min(math.sqrt(float(weights @ weights)), float(weights @ self.impacts[words]))
+
+    def products(self, words: np.ndarray, weights: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Multiply a vector with the vectors of some rows.
+
+        Each product is the same whatever the other rows are.
+
+        Args:
+            words: Words of the vector, ascending.
+            weights: Their weights.
+            rows: The rows.
+        """
+        products = np.zeros(len(rows))
+        if not len(words) or not len(rows):
+            return products
+        places = np.arange(len(rows))
+        if self.lengths(words).sum() < len(rows):
+            having = [own.entries(words)[1] for own in (self._sorted[1], self._tail)]
+            places = np.flatnonzero(np.isin(rows, np.concatenate(having)))
+        asked = rows[places]
+        lengths = self.starts[asked + 1] - self.starts[asked]
+        columns = self.columns[_stretches(self.starts[asked], lengths)]
+        found = np.minimum(np.searchsorted(words, columns), len(words) - 1)
+        terms = np.where(words[found] == columns, weights[found] * self.rarity[columns], 0.0)
+        owners = np.repeat(np.arange(len(asked)), lengths)
+        products[places] = np.bincount(owners, terms, len(asked)) / self.norms[asked]
+        return products
+
     def likeness(self, vectors: Sparse) -> Sparse:
         """Multiply vectors of users with the vectors of all rows, including rows that are not live."""
         postings = (self._sorted[1], self._tail)
         parts = []
-        for piece in vectors.groups(postings[0].lengths(vectors.items) + postings[1].lengths(vectors.items)):
+        for piece in vectors.groups(self.lengths(vectors.items)):
             part = vectors.part(piece)
             weights = part.values * self.rarity[part.items]
             owners, rows = zip(*(own.entries(part.items) for own in postings))
             owner, row = np.concatenate(owners), np.concatenate(rows)
             parts.append(Sparse.of(part.users[owner], row, weights[owner], max(len(self.live), 1)))
-        users, rows, values = (np.concatenate(several) for several in zip(_NOTHING, *parts))
+        users, rows, values = (np.concatenate(several) for several in zip(NOTHING, *parts))
         return Sparse(users, rows, values / self.norms[rows])
 
 
@@ -1508,6 +1569,7 @@ class ReadTexts:
 
 __all__ = [
     "ITEM_FEATURES",
+    "NOTHING",
     "TFIDF_ITEMS",
     "BagOfWords",
     "ColdItemBias",
@@ -1518,6 +1580,7 @@ __all__ = [
     "Histories",
     "ItemEmbeddings",
     "ItemFeature",
+    "Level",
     "LoneItems",
     "Postings",
     "ReadTexts",

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 
 from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
 from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, TEXTS_ONLY, Past
-from m6rec.item_features_m6rec import Evidence, Reader
+from m6rec.item_features_m6rec import Evidence, Postings, Reader
 from tests.fast import examples
 from tests.modeling_m6rec.conversion.backbones import own_tokenizer
 from tests.modeling_m6rec.faults import finish, fork
@@ -195,14 +195,18 @@ past = st.one_of(
 )
 
 
+SIZES = {"EXTRA": [0, 16], "MORE": [0, 96], "EXACT_SHARE": [1, 0.3], "POSTINGS": [0, 3, 4096], "AT_ONCE": [1, 128]}
+"""How much of a search is done at once."""
+
+
 @pytest.mark.parametrize("kind", [None, "flat"])
 @pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other", "texts", "both", "unseen"])
 @settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_searches_are_those_of_dense_matrices(kind, rule, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue_m6rec, "EXTRA", data.draw(st.sampled_from([0, 16])))
-        patch.setattr(catalogue_m6rec, "EXACT_SHARE", 1)
+        for name, values in SIZES.items():
+            patch.setattr(catalogue_m6rec, name, data.draw(st.sampled_from(values)))
         catalogue = make(6, rule)
         items, events = {own["item_id"]: own for own in map(item, range(6))}, []
         catalogue.build_index(kind)
@@ -255,6 +259,30 @@ def apply(catalogue, name, what, items, events, folders):
     else:
         catalogue.build_index(None if catalogue.index is None else catalogue.index.kind)
     return catalogue
+
+
+@pytest.mark.parametrize("kind", [None, "flat"])
+def test_common_words_are_read_only_if_they_can_matter(kind, monkeypatch):
+    catalogue = Catalogue.from_dataset(
+        [item(number, f"shop {number // 2} {'sale' if number % 3 else 'new'}") for number in range(300)],
+        MODEL,
+        PROCESSOR,
+        evidence=Evidence(learnt=0.02),
+    )
+    asked = {"top_k": 2, "histories": [["i7", "i30"], ["i101", Past(None, "sale 17")], ["i4"]]}
+    expected = [dict(own) for own in catalogue.search(users(), **{**asked, "top_k": 300})]
+    catalogue.build_index(kind)
+    for name, value in (("EXACT_SHARE", 0.3), ("MORE", 0), ("POSTINGS", 50)):
+        monkeypatch.setattr(catalogue_m6rec, name, value)
+    if kind:
+        monkeypatch.setattr(catalogue_m6rec, "_search_all", None)
+    read, entries = [], Postings.entries
+    monkeypatch.setattr(Postings, "entries", lambda own, words: read.append(words) or entries(own, words))
+    found = catalogue.search(users(), **asked)
+    common = {catalogue._state.counted.words.vocabulary[word] for word in ("shop", "sale", "new")}
+    assert read and not common & {*np.concatenate(read).tolist()}
+    for own, scores in zip(found, expected):
+        agree(own, scores, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- counts

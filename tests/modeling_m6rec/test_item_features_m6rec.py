@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m6rec import item_features_m6rec
-from m6rec.item_features_m6rec import Evidence, Transitions, recent
+from m6rec.item_features_m6rec import Evidence, Sparse, Transitions, Words, recent
 from m6rec.train.evaluation.baselines import NeighboursAndWords
 from tests.fast import examples
 
@@ -36,10 +36,11 @@ def slow_scores(matrix, histories):
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(sequences, sequences, st.sampled_from([1, 3, 1 << 22]))
-def test_scores_are_those_of_a_loop_however_many_are_added_together(learnt, asked, at_once):
+@given(sequences, sequences, st.sampled_from([1, 3, 1 << 22]), st.sampled_from([0, 8]))
+def test_scores_are_those_of_a_loop_however_many_are_added_together(learnt, asked, at_once, table_share):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(item_features_m6rec, "ENTRIES_AT_ONCE", at_once)
+        patch.setattr(item_features_m6rec, "TABLE_SHARE", table_share)
         found = Transitions.fit(learnt, 6)
         matrix = slow_matrix(learnt, 6)
         np.testing.assert_allclose(found.matrix(), matrix, atol=1e-8)
@@ -64,6 +65,26 @@ def test_the_last_items_count_by_age_and_repeats_add_up():
     rule = Evidence()
     assert recent([[5, 4, 3, 2, 1, 0]], rule).dense(1, 6).tolist() == [[*rule.recency, 0]]
     assert recent([[1, 1], []], rule).dense(2, 2).tolist() == [[0, 1.6], [0, 0]]
+
+
+titles = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5).map(" ".join), min_size=1, max_size=9)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(titles, titles, st.data())
+def test_products_of_some_rows_are_those_of_all_and_within_their_bound(first, later, data):
+    words = Words.of(first).adding(later, gone=[0])
+    own = words.vector_of(data.draw(titles)[0], weight=data.draw(st.sampled_from([0.5, 2.0])))
+    count = len(first) + len(later)
+    table = words.likeness(own).dense(1, count)[0]
+    rows = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=20)), np.int64)
+    found = words.products(own.items, own.values, rows)
+    np.testing.assert_allclose(found, table[rows], atol=1e-12)
+    assert [words.products(own.items, own.values, rows[place : place + 1])[0] for place in range(len(rows))] == [*found]
+    few = np.array(data.draw(st.lists(st.booleans(), min_size=len(own.items), max_size=len(own.items))), bool)
+    part = Sparse(own.users[few], own.items[few], own.values[few])
+    most = words.likeness(part).dense(1, count).max()
+    assert most <= words.bound(part.items, part.values) + 1e-12
 
 
 def test_rare_words_stand_beside_transitions():
