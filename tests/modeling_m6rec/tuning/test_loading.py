@@ -34,7 +34,7 @@ def saved(folder, method, settings=TWO_STAGES, base="pretrained"):
 
 
 @pytest.mark.parametrize("block", ["narrow", "bert"])
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", some(ADAPTERS, ["lora", "prefix", "option-adapter"]))
 def test_every_way_to_load_gives_the_same_numbers(tmp_path, method, block):
     tuned = saved(tmp_path, method, KINDS[block])
     expected = outputs(tuned)
