@@ -16,6 +16,7 @@ import json
 import math
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -217,7 +218,7 @@ def write_catalogue(
     if strange:
         raise ValueError(f"{target} holds other files, such as {strange[0]!r}: give the catalogue a folder of its own")
     with atomic_folder(target) as fresh:
-        encoded = _write_items(items, fresh / ITEMS)
+        encoded, orders = _write_items(items, fresh / ITEMS)
         save_file({"vectors": vectors.contiguous()}, fresh / VECTORS)
         manifest: dict[str, Any] = {
             "format": 1 if evidence is None else FORMAT,
@@ -232,6 +233,8 @@ def write_catalogue(
             manifest["next_number"] = next_number
         if not exclude_seen:
             manifest["exclude_seen"] = False
+        if orders:
+            manifest["field_orders"] = orders
         if evidence is not None:
             _write_evidence(evidence, fresh)
             manifest["evidence"] = evidence.transitions.rule.to_dict()
@@ -325,6 +328,7 @@ def _read_part(standing: Path, folder: Path) -> Kept:
             files[name].seek(0)
         vectors = _read_vectors(files[VECTORS], folder / VECTORS, manifest["count"], manifest["dimension"])
         items = _read_items(files[ITEMS], folder / ITEMS, manifest["count"], manifest["json_columns"])
+        _ordered(items, manifest.get("field_orders", []), folder / MANIFEST)
         evidence: KeptEvidence | None = None
         journal: tuple[list[Any], int] = ([], 0)
         if manifest.get("evidence"):
@@ -337,8 +341,13 @@ def _read_part(standing: Path, folder: Path) -> Kept:
     )
 
 
-def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
-    """Write items as Parquet; return the columns stored as JSON, whose values have no Parquet type."""
+def _write_items(items: Mapping[str, Item], path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Write items as Parquet.
+
+    Returns:
+        The columns stored as JSON, whose values have no Parquet type; and the orders of fields that differ from that of
+        the columns, each with its rows: the text of an item depends on the order.
+    """
     rows = [{TEXT_COLUMN: item} if isinstance(item, str) else item for item in items.values()]
     pyarrow = _arrow()
     columns, encoded = {"item_id": pyarrow.array(list(items), "string")}, []
@@ -355,7 +364,27 @@ def _write_items(items: Mapping[str, Item], path: Path) -> list[str]:
             columns[name] = pyarrow.array(texts, "string")
             encoded.append(name)
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return encoded
+    orders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    places = {name: place for place, name in enumerate(columns)}
+    for number, row in enumerate(rows):
+        fields = tuple(name for name, value in row.items() if value is not None and name != "item_id")
+        if list(fields) != sorted(fields, key=places.__getitem__):
+            orders[fields].append(number)
+    return encoded, [{"fields": [*fields], "rows": numbers} for fields, numbers in orders.items()]
+
+
+def _ordered(items: dict[str, Item], orders: Any, path: Path) -> None:
+    """Restore the orders of fields, from the manifest at `path`."""
+    try:
+        names = [*items] if orders else []
+        for order in orders:
+            for number in order["rows"]:
+                fields = items[names[number]]
+                if not isinstance(fields, Mapping) or {*order["fields"], "item_id"} != {*fields}:
+                    raise ValueError(f"row {number} has other fields than {order['fields']}")
+                items[names[number]] = {name: fields[name] for name in ("item_id", *order["fields"])}
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise _damaged(path, error) from error
 
 
 def _column(values: list[Any]) -> Any:

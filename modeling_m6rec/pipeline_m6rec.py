@@ -3,11 +3,13 @@
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
@@ -39,6 +41,13 @@ FOLDER = "catalogue"
 """Folder of a checkpoint's catalogue."""
 LOADING = threading.Lock()
 """Lock for finding and loading a pipeline's catalogue, which several threads may request first."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A request or an answer on its way through the library, which would visit every value of a list or a mapping."""
+
+    value: Any
 
 
 class RecommendationPipeline(Pipeline):
@@ -155,6 +164,9 @@ class RecommendationPipeline(Pipeline):
             raise ValueError(f"task={short(task)} ranks nothing: choose one of {self._ranking_tasks}")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
             raise ValueError(f"top_k={short(top_k)}: give a whole number from 1 up, or None")
+        for name in ("exclude_seen", "explain"):
+            if not isinstance(given.get(name), bool | np.bool_ | None):
+                raise TypeError(f"{name}={short(given[name])}: give True, False or None")
         if predicate is not None and not callable(predicate):
             raise TypeError(f"filter={short(predicate)}: give a function that says of an item's fields True or False")
         self._check_exits(given.get("exit_layer"), given.get("exit_confidence"))
@@ -175,12 +187,12 @@ class RecommendationPipeline(Pipeline):
         if isinstance(input_, Mapping):
             check_lists(input_)
         check_size(input_, "request", MAX_REQUEST_VALUES)
-        return {"request": plain(input_)}
+        return {"request": _Whole(plain(input_))}
 
     def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
         given, task = input_tensors["request"], options.pop("task", None)
         options["predicate"] = options.pop("filter", None)
-        requests = given if isinstance(given, list) else [given]
+        requests = [each.value for each in (given if isinstance(given, list) else [given])]
         tasks = [self._task(request, task) for request in requests]
         answers: list[Any] = [None] * len(requests)
         exit_layer = options.pop("exit_layer", None)
@@ -196,12 +208,12 @@ class RecommendationPipeline(Pipeline):
                 places = [place for place, own in enumerate(tasks) if own == name]
                 ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, **options)
                 for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
-                    answers[place] = answer
+                    answers[place] = _Whole(answer)
         return {"answers": answers if isinstance(given, list) else answers[0]}
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:
         """Return the answer to one request."""
-        return model_outputs["answers"]
+        return model_outputs["answers"].value
 
     @property
     def _ranking_tasks(self) -> list[str]:

@@ -100,7 +100,7 @@ def normalize_id(value: Any, place: str) -> str:
     elif isinstance(value, int | Integral) and not isinstance(value, bool):
         if abs(int(value)) < 10**1000:
             return str(int(value))
-    elif isinstance(value, Real | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+    elif isinstance(value, Real | Decimal) and not isinstance(value, bool) and _is_finite(value):
         whole = int(value)  # type: ignore[arg-type]  # numbers.Real is no type to mypy
         if whole == value and (abs(whole) < EXACT_FLOAT or isinstance(value, Decimal)):
             return str(whole)
@@ -108,6 +108,11 @@ def normalize_id(value: Any, place: str) -> str:
     raise ValueError(
         f"{place}: {short(value)} ({type(value).__name__}) is no id: give a text that is not empty, or a whole number"
     )
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a number is finite; a signalling NaN raises an error in most functions."""
+    return value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)
 
 
 def _is_unicode(text: str) -> bool:
@@ -402,7 +407,8 @@ def check_lists(request: Mapping[str, Any]) -> None:
     """Refuse a request whose lists are too long, before any work that grows with them."""
     for name, most in LISTS.items():
         own = request.get(name)
-        if isinstance(own, Sized) and not isinstance(own, str | Mapping) and getattr(own, "ndim", 1):
+        number = getattr(own, "ndim", 1) == 0  # an array or a tensor without a length
+        if isinstance(own, Sized) and not isinstance(own, str | Mapping) and not number:
             check_count(len(own), name, most)
 
 

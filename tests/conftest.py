@@ -21,7 +21,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config):
     fast.ONLY = "not slow" in config.option.markexpr
-    hypothesis.settings.register_profile("m6rec", max_examples=fast.examples(100), deadline=None)
+    slow = [hypothesis.HealthCheck.too_slow]  # of the machine, not of a test
+    hypothesis.settings.register_profile(
+        "m6rec", max_examples=fast.examples(100), deadline=None, suppress_health_check=slow
+    )
     hypothesis.settings.load_profile("m6rec")
 
 

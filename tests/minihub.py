@@ -5,9 +5,11 @@ Processes reach it by `HF_ENDPOINT`, with `HF_HUB_DISABLE_XET=1`; this process b
 
 import base64
 import hashlib
+import inspect
 import json
 import re
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,6 +99,12 @@ def use(hub: MiniHub, monkeypatch: object) -> None:
     # file_exists, and the one that Transformers makes when it first asks.
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    if "https://huggingface.co" in inspect.getsource(huggingface_hub.RepoCard.validate):  # before huggingface_hub 2
+        posted = huggingface_hub.repocard.get_session().post
+        client = types.SimpleNamespace(
+            post=lambda url, **more: posted(url.replace("https://huggingface.co", hub.url), **more)
+        )
+        monkeypatch.setattr(huggingface_hub.repocard, "get_session", lambda: client)
     monkeypatch.setenv("HF_TOKEN", "hub-of-the-tests")
 
 

@@ -171,7 +171,8 @@ def _check_found(catalogue, fields, answer, given, task):
     names = [row["item_id"] for row in answer]
     rule(len(set(names)) == len(names) and all(name in catalogue for name in names), "an item is there twice")
     seen = set()
-    for event in fields.get("history") or ():
+    history = fields.get("history")
+    for event in history if isinstance(history, list | tuple) else ():
         item = event.get("item") if isinstance(event, dict) else event
         if isinstance(item, dict) and item.get("item_id") is not None:
             seen.add(normalize_id(item["item_id"], "item_id"))
@@ -180,7 +181,7 @@ def _check_found(catalogue, fields, answer, given, task):
         seen = {name for name in seen if name in catalogue}
     else:
         seen = set()
-    if not given.get("filter") and (not fields.get("history") or given.get("exclude_seen") is False):
+    if not given.get("filter") and (history is None or not len(history) or given.get("exclude_seen") is False):
         asked = given.get("top_k") or (10 if task == "retrieval" else len(catalogue))
         rule(len(answer) == min(asked, len(catalogue) - len(seen)), "fewer items than there are")
 

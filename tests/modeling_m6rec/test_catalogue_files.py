@@ -24,6 +24,27 @@ def folder(tmp_path):
     return tmp_path / "catalogue"
 
 
+def test_items_keep_the_order_of_their_fields(tmp_path):
+    rows = {
+        "i0": {"item_id": "i0", "title": "tent", "brand": "North", "price": 3.5},
+        "i1": {"item_id": "i1", "price": 2.0, "title": "shoes"},
+        "i2": "a text",
+        "i3": {"item_id": "i3", "brand": "Trail", "title": "lamp"},
+    }
+    write_catalogue(tmp_path / "catalogue", rows, VALUES[[0, 1, 2, 0]], "f" * 64)
+    found = read_catalogue(tmp_path / "catalogue").items
+    assert found == rows and [[*item] for item in found.values()] == [[*item] for item in rows.values()]
+
+
+@pytest.mark.parametrize(
+    "orders", [7, [{"rows": [0]}], [{"fields": ["brand"], "rows": [0]}], [{"fields": [], "rows": [9]}]]
+)
+def test_forged_orders_of_fields_are_refused(folder, orders):
+    forge(folder, {"field_orders": orders})
+    with pytest.raises(ValueError, match=f"{MANIFEST} is damaged"):
+        read_catalogue(folder)
+
+
 def forge(folder, manifest=None, **files):
     """Replace files and sign them, as a stranger can."""
     encoded = {**json.loads((folder / MANIFEST).read_text()), **(manifest or {})}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Pipeline
 
 from m6rec import Catalogue, RecommendationPipeline, SegmentCache, pipeline_m6rec, ranking_m6rec
 from m6rec.catalogue_m6rec import without_stats
@@ -542,7 +543,24 @@ def test_what_cannot_be_answered_says_why(request_, options, error, match):
         make()(request_, **options)
 
 
-@pytest.mark.parametrize("name", ["task", "top_k", "filter", "exit_layer", "exit_confidence"])
+def test_the_library_visits_no_values_of_requests_and_answers(monkeypatch):
+    """It moves tensors within lists and mappings to the device, one value at a time: seconds for a long request."""
+    visited, visit = [], Pipeline._ensure_tensor_on_device
+
+    def watch(self, inputs, device):
+        visited.append(inputs)
+        return visit(self, inputs, device)
+
+    monkeypatch.setattr(Pipeline, "_ensure_tensor_on_device", watch)
+    recommend = make()
+    found = recommend([SIMPLE, {**SIMPLE, "candidates": ["tent"] * 100}], batch_size=2)
+    assert [len(answer) for answer in found] == [len(SIMPLE["candidates"]), 100] and 4 <= len(visited) < 20
+    assert len(recommend({**SIMPLE, "candidates": ["tent"] * 100})) == 100 and len(visited) < 30
+
+
+@pytest.mark.parametrize(
+    "name", ["task", "top_k", "exclude_seen", "explain", "filter", "exit_layer", "exit_confidence"]
+)
 def test_an_error_shortens_the_value_of_a_parameter(name):
     with pytest.raises((TypeError, ValueError), match=f"{name}=") as caught:
         make()(SIMPLE, **{name: [{"title": "mat"}] * 1000})

@@ -52,7 +52,7 @@ def launch(commands, processes=2):
     command += ["-m", "tests.train.several", json.dumps(commands)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
-        command, check=False, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+        command, check=False, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
     )
 
 

@@ -194,7 +194,7 @@ class FoldedEvidence:
         """Score all items for users with these item rows in their histories: U x M in float32."""
         found = torch.empty(len(users), self.num_items)
         folds = np.array([self.folds[user] for user in users], dtype=int)
-        for fold in np.unique(folds):
+        for fold in np.unique(folds).tolist():
             places = np.flatnonzero(folds == fold)
             found[torch.from_numpy(places)] = self._of_fold(self.counted[fold], [histories[place] for place in places])
         return found.mul_(self.weight)
