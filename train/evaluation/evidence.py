@@ -196,7 +196,9 @@ class FoldedEvidence:
         folds = np.array([self.folds[user] for user in users], dtype=int)
         for fold in np.unique(folds).tolist():
             places = np.flatnonzero(folds == fold)
-            found[torch.from_numpy(places)] = self._of_fold(self.counted[fold], [histories[place] for place in places])
+            found[torch.from_numpy(places)] = self._of_fold(
+                self.counted[fold], [histories[place] for place in places.tolist()]
+            )
         return found.mul_(self.weight)
 
     def _of_fold(self, own: "_Counted", histories: list[np.ndarray]) -> torch.Tensor:
