@@ -21,7 +21,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ...atomic_m6rec import write_atomic
-from ...values_m6rec import RENAMED_KEYS, rename_keys, short
+from ...values_m6rec import RENAMED_KEYS, check_size, rename_keys, short
 from ..data.log import DataArguments
 from .arguments import (
     EvaluationArguments,
@@ -34,7 +34,7 @@ from .arguments import (
     refuse_unknown,
 )
 from .locations import located, missing
-from .plain_yaml import PlainDumper, read_yaml
+from .plain_yaml import DEEPEST, MOST_VALUES, PlainDumper, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_FILE = "recipe.yaml"
@@ -169,7 +169,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         FileNotFoundError: If there is no such recipe; the message lists those of the package.
         ValueError: If a key is unknown or a value has the wrong type; the message names all known keys.
     """
-    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
+    if isinstance(source, Mapping):
+        check_size(source, "the recipe", MOST_VALUES, DEEPEST)
+        tree = copy.deepcopy(dict(source))
+    else:
+        tree = _read_yaml(find_recipe(source))
     tree = _renamed(tree)
     for entry in overrides:
         _override(tree, entry)

@@ -122,6 +122,14 @@ def test_numbers_and_texts_are_read_as_people_mean_them(tmp_path):
     assert read.task == Recipe(training={"output_dir": "out"}).task
 
 
+def test_a_mapping_that_is_too_deep_is_refused():
+    deep = []
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"the recipe: .* more than 50 deep"):
+        load_recipe({"training": {"output_dir": deep}})
+
+
 def test_overrides_win_the_last_one_most_and_reach_into_what_is_nested():
     tree = {**PLAIN, "text": {"max_length": 5}, "model": None}
     read = load_recipe(
