@@ -332,14 +332,15 @@ def add_cosine(catalogue: Catalogue, folder: Path, share: float) -> None:
     Args:
         catalogue: The catalogue.
         folder: The folder, whose model is trained.
-        share: Weight of the cosine; `NETWORK_ONLY`: evidence counts no more.
+        share: Weight of the cosine; `NETWORK_ONLY`: events are still counted, with weights of 0.
     """
     loaded = load_pipeline(str(folder))
     if share == NETWORK_ONLY:
-        catalogue.set_evidence(None)
-        catalogue.encode(loaded.model, loaded.processor)
-    else:
-        catalogue.encode(loaded.model, PlainWording(loaded.processor), learnt=share)
+        none = dict.fromkeys(("words", "texts", "transitions", "popularity", "again"), 0.0)
+        assert catalogue.evidence is not None
+        catalogue.set_evidence(dataclasses.replace(catalogue.evidence, **none))
+    learnt = 1.0 if share == NETWORK_ONLY else share
+    catalogue.encode(loaded.model, PlainWording(loaded.processor), learnt=learnt)
     catalogue.save(folder / FOLDER)
 
 

@@ -7,6 +7,7 @@ m6rec fit --items items.csv runs/shop
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def fit_items(recipe: Recipe, say: Callable[[str], object], reader: str | Path |
     }
     write_json(folder / FIT_FILE, decisions)
     request = json.dumps({"history": [{"event": "search", "query": "..."}]})
-    say(f"{len(log.items):,} items, {seconds:.1f} s; ask: m6rec recommend {folder} --request '{request}'")
+    command = shlex.join(["m6rec", "recommend", str(folder), "--request", request])
+    say(f"{len(log.items):,} items, {seconds:.1f} s; recommendations: {command}")
     return catalogue
 
 

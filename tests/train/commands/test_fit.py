@@ -154,12 +154,13 @@ def test_a_network_joins_the_evidence_and_keeps_what_was_observed(fitted, tmp_pa
     evidence = ask()
     add_cosine(early, folder, share)
     found = ask()
-    catalogue = pipeline("recommendation", model=str(folder)).catalogue
+    catalogue, cosines = pipeline("recommendation", model=str(folder)).catalogue, ask(evidence=None)
+    assert max(evidence, key=evidence.get) == "p20"
     if share == NETWORK_ONLY:
-        assert catalogue.evidence is None and len(set(found.values())) > 1
+        assert found == pytest.approx(cosines, abs=1e-6) and len(set(found.values())) > 1
+        assert catalogue.observe([{"user_id": "a", "item_id": "p1", "timestamp": "2024-08-01"}]) == 1
         return
-    assert catalogue.evidence.learnt == share and max(evidence, key=evidence.get) == "p20"
-    cosines = ask(evidence=None)
+    assert catalogue.evidence.learnt == share
     assert found == pytest.approx({name: score + share * cosines[name] for name, score in evidence.items()}, abs=1e-5)
 
 
