@@ -111,8 +111,13 @@ def normalize_id(value: Any, place: str) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    """Return whether a number is finite; a signalling NaN raises an error in most functions."""
-    return value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)
+    """Return whether a number is finite and, as a decimal, has at most 1000 digits: longer ones take minutes.
+
+    A signalling NaN raises an error in most functions.
+    """
+    if isinstance(value, Decimal):
+        return value.is_finite() and abs(value.adjusted()) < 1000
+    return math.isfinite(value)
 
 
 def _is_unicode(text: str) -> bool:
