@@ -336,7 +336,7 @@ def add_cosine(catalogue: Catalogue, folder: Path, share: float) -> None:
     """
     loaded = load_pipeline(str(folder))
     if share == NETWORK_ONLY:
-        none = dict.fromkeys(("words", "texts", "transitions", "popularity", "again"), 0.0)
+        none: dict[str, Any] = dict.fromkeys(("words", "texts", "transitions", "popularity", "again"), 0.0)
         assert catalogue.evidence is not None
         catalogue.set_evidence(dataclasses.replace(catalogue.evidence, **none))
     learnt = 1.0 if share == NETWORK_ONLY else share
