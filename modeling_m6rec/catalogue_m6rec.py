@@ -1222,7 +1222,7 @@ class State:
         name = normalize_id(item_id, "item_id")
         row = self.row(name)
         if row is None:
-            raise ValueError(f"item_id {name!r} is not among the {self.count} items of the catalogue")
+            raise ValueError(f"item_id {short(name)} is not among the {self.count} items of the catalogue")
         return row
 
     def live_rows(self) -> list[int]:
@@ -1816,7 +1816,7 @@ class Catalogue(CatalogueView):
             known = {item_id: row for item_id in found if (row := state.row(item_id)) is not None}
             if known and not replace:
                 name = next(iter(known))
-                raise ValueError(f"item_id {name!r} is in the catalogue already: pass replace=True to replace it")
+                raise ValueError(f"item_id {short(name)} is in the catalogue already: pass replace=True to replace it")
             options = batch_size, progress
             vectors = _embedded([*found.values()], model, processor, options, self.evidence, state.dimension)
             texts = [] if state.counted is None else item_texts(processor, found.values())
@@ -2349,7 +2349,7 @@ def _read(items: Any, state: State) -> dict[str, Item]:
         item = row if isinstance(row, str) else _read_fields(row, place)
         item_id = None if isinstance(item, str) else item["item_id"]
         if item_id in seen:
-            raise ValueError(f"{place}: item_id {item_id!r} is there twice; each item needs one of its own")
+            raise ValueError(f"{place}: item_id {short(item_id)} is there twice; each item needs one of its own")
         if item_id is not None:
             seen.add(item_id)
         rows.append((item_id, item))

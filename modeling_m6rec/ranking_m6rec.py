@@ -457,17 +457,18 @@ class Ranker:
         try:
             catalogue = self.catalogue()
         except ValueError as error:
-            raise ValueError(f"{place}: item_id {item_id!r} alone says nothing, and {error}") from error
+            raise ValueError(f"{place}: item_id {short(item_id)} alone says nothing, and {error}") from error
         if item_id not in catalogue:
             raise ValueError(
-                f"{place}: item_id {item_id!r} alone says nothing, and is not in the catalogue: give its text as well"
+                f"{place}: item_id {short(item_id)} alone says nothing, and is not in the catalogue: give its text as "
+                "well"
             )
         known = catalogue.item(item_id)
         if isinstance(known, str):
             if item.get("stats") is not None:
                 raise ValueError(
-                    f"{place}.stats: item {item_id!r} of the catalogue is a text, which has no statistics: give it "
-                    f"with fields, such as {{'title': ..., 'stats': ...}}"
+                    f"{place}.stats: item {short(item_id)} of the catalogue is a text, which has no statistics: give "
+                    f"it with fields, such as {{'title': ..., 'stats': ...}}"
                 )
             return NamedText(known, item_id)
         return {**known, **item}

@@ -531,6 +531,12 @@ def by_hand_outermost(tuned, request, task):
         ({**SIMPLE, "candidates": 1e-320}, {"task": "retrieval"}, TypeError, "candidates: expected a list, got float"),
         ({**SIMPLE, "facts": torch.tensor(3)}, {}, TypeError, "facts: expected a list, got int"),
         ({**SIMPLE, "candidates": "a" * 9999}, {"task": "retrieval"}, TypeError, r"got str \('a{10,90}\.\.\.a+'\)$"),
+        (
+            {**SIMPLE, "candidates": [{"item_id": "9" * 5000}]},
+            {},
+            ValueError,
+            r"^.{,50}item_id '9+\.\.\.9+' alone.{,150}$",
+        ),
         (SIMPLE, {"task": "writing"}, ValueError, "'writing'"),
         (SIMPLE, {"top_k": 0}, ValueError, "top_k=0"),
         (SIMPLE, {"top_k": True}, ValueError, "top_k=True"),
