@@ -6,7 +6,6 @@ events), `evaluation` (splits and metrics), `recommend` (requests at the end), a
 `transformers.TrainingArguments`.
 """
 
-import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -171,7 +170,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     """
     if isinstance(source, Mapping):
         check_size(source, "the recipe", MOST_VALUES, DEEPEST)
-        tree = copy.deepcopy(dict(source))
+        tree = _copied(source)
     else:
         tree = _read_yaml(find_recipe(source))
     tree = _renamed(tree)
@@ -182,6 +181,13 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     for name, cls in SECTIONS.items():
         _check(cls, given.setdefault(name, {}), name)
     return Recipe(**{name: SECTIONS[name](**given[name]) for name in SECTIONS}, training=given.get("training", {}))
+
+
+def _copied(value: Any) -> Any:
+    """Copy mappings and lists; what else there is stays, to be refused with its name."""
+    if isinstance(value, Mapping):
+        return {name: _copied(entry) for name, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def load_saved(folder: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -130,6 +130,14 @@ def test_a_mapping_that_is_too_deep_is_refused():
         load_recipe({"training": {"output_dir": deep}})
 
 
+def test_a_mapping_is_copied_and_what_is_no_setting_is_refused():
+    given = {"data": {"columns": {"user_id": "who"}}, "training": {"output_dir": "x"}}
+    load_recipe(given, ["data.columns.user_id=other"])
+    assert given["data"]["columns"] == {"user_id": "who"}
+    with pytest.raises(ValueError, match="task"):
+        load_recipe({"task": (number for number in range(3)), "training": {"output_dir": "x"}})
+
+
 def test_overrides_win_the_last_one_most_and_reach_into_what_is_nested():
     tree = {**PLAIN, "text": {"max_length": 5}, "model": None}
     read = load_recipe(
