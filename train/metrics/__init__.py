@@ -32,7 +32,18 @@ from .ranking import (
     target_ranks,
     top_items,
 )
-from .writing import bleu, distinct, rouge_l, tokens_of, writing_report
+from .writing import (
+    bleu,
+    distinct,
+    feature_report,
+    plain_text,
+    rouge_1,
+    rouge_l,
+    tokens_of,
+    unique_share,
+    writing_intervals,
+    writing_report,
+)
 
 __all__ = [
     "accuracy",
@@ -43,6 +54,7 @@ __all__ = [
     "coverage",
     "distinct",
     "expected_calibration_error",
+    "feature_report",
     "grouped_auc",
     "interval_of",
     "log_loss",
@@ -52,14 +64,18 @@ __all__ = [
     "mrr",
     "ndcg_at_k",
     "ndcg_gains",
+    "plain_text",
     "popularity_bias",
     "ranking_report",
     "recall_at_k",
     "resampled_means",
     "rmse",
+    "rouge_1",
     "rouge_l",
     "target_ranks",
     "tokens_of",
     "top_items",
+    "unique_share",
+    "writing_intervals",
     "writing_report",
 ]

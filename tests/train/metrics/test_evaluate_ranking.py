@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from m6rec.train.metrics import evaluate_classification, evaluate_ranking, evaluate_rating
+from m6rec.train.metrics import evaluate_classification, evaluate_ranking, evaluate_rating, evaluate_writing
 from m6rec.train.metrics.evaluate_ranking import RecommendationRanking
 
 SCORES = np.array([[0.9, 0.5, 0.1, -np.inf], [0.3, 0.3, 0.2, 0.1]], dtype=np.float32)
@@ -20,16 +20,19 @@ def refuse(*_):
     raise OSError("the network was asked")
 
 socket.socket.connect = refuse
-ranking, clicks, ratings = map(evaluate.load, sys.argv[1:])
+ranking, clicks, ratings, texts = map(evaluate.load, sys.argv[1:])
 ranking.add_batch(predictions=[[0.9, 0.5, 0.1]], references=[1])
 ranking.add_batch(predictions=[[0.3, 0.2, 0.1]], references=[0])
 clicks.add_batch(predictions=[0.2, 0.7], references=[0, 1])
 clicks.add(prediction=0.4, reference=1)
 ratings.add_batch(predictions=[3.0], references=[4])
+texts.add(prediction="Soft fabric.", reference="soft fabric")
+texts.add(prediction="soft", reference="a good size")
 figures = [
     ranking.compute(ks=[1], excluded=[[], [1]]),
     clicks.compute(groups=["a", "a", "b"], bins=1),
     ratings.compute(),
+    texts.compute(features=["soft", "size"], groups=["ann", "ann"], intervals=True),
 ]
 print(json.dumps(figures))
 """
@@ -41,7 +44,9 @@ def metric(tmp_path):
 
 
 def test_load_by_path_elsewhere_and_offline(tmp_path):
-    modules = [module.__file__ for module in (evaluate_ranking, evaluate_classification, evaluate_rating)]
+    modules = [
+        module.__file__ for module in (evaluate_ranking, evaluate_classification, evaluate_rating, evaluate_writing)
+    ]
     run = subprocess.run(
         [sys.executable, "-c", LOAD_ALL, *modules],
         cwd=tmp_path,
@@ -51,7 +56,7 @@ def test_load_by_path_elsewhere_and_offline(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    ranking, clicks, ratings = json.loads(run.stdout)
+    ranking, clicks, ratings, texts = json.loads(run.stdout)
     assert ranking == {
         "recall@1": 1 / 2,
         "ndcg@1": 1 / 2,
@@ -70,6 +75,8 @@ def test_load_by_path_elsewhere_and_offline(tmp_path):
         "gauc_examples": 2,
     }
     assert ratings == {"rmse": 1.0, "mae": 1.0, "examples": 1}
+    assert texts["rouge_l"] == texts["fmr"] == texts["fcr"] == 1 / 2
+    assert texts["intervals"]["rouge_l"] == [1 / 2, 1 / 2]
 
 
 def test_options_reach_the_functions(metric):
