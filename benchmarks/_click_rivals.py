@@ -156,7 +156,7 @@ def write_likes(
 def held_out_places(split: Split, part: str, source: Recipe, seed: int) -> np.ndarray:
     """Return the positions, among all events, of the events of `scoring_examples`, in its order."""
     heard: np.ndarray = np.ones(len(all_events(split)), dtype=bool)  # each event has a label
-    return np.concatenate([one.asked for one in eval_queries(split, part, heard, 1, source.evaluation, seed)])
+    return np.concatenate([one.held_out for one in eval_queries(split, part, heard, 1, source.evaluation, seed)])
 
 
 def items_before(events: pandas.DataFrame, history: str) -> list[str]:
@@ -206,7 +206,7 @@ def measure_recbole(folder: Path, examples: dict[str, ScoringExamples], reported
     predicted = np.load(folder / "predictions.npz")
     for part, own in examples.items():
         if own.item_ids.tolist() != predicted[f"{part}_items"].tolist():
-            raise ValueError(f"RecBole's rows of the {part} part are not those that are asked about")
+            raise ValueError(f"RecBole's rows of the {part} part are not the held-out ones")
     searched = [auc(epoch, examples["valid"].labels) for epoch in predicted["valid"]]
     epochs = int(np.argmax(searched)) + 1
     report = scoring_report(predicted["test"][epochs - 1], examples["test"], "click")

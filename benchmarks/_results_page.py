@@ -17,7 +17,7 @@ NOTES = {
         "P5's split, each user's last purchase held out, the one before it for validation, full ranking of 12,101 "
         "products. **The published order leaks:** purchases "
         "of one day stand in the order of their ids, and 43.5% of the test items share their day with the item before; "
-        "the rows of shuffled ties (three draws) and those after a quantile of all times are the honest ones. "
+        "the rows of shuffled ties (two draws) and those after a quantile of all times are the honest ones. "
         "Titles do not name what is "
         "bought next; popularity is counted on the training part alone, and in the published order its tenth and "
         "eleventh product have 237 purchases each: items of one score share their mean rank, 10.5, which is a miss of "
@@ -52,7 +52,7 @@ NOTES = {
     ),
     "ml-100k-click": (
         "Four stars or more are a like; split by time (80 / 10 / 10), so that the model learns nothing later than the "
-        "test. Each like and rating is asked after all that its user did before it, for the means as for the model: "
+        "test. Each label is predicted after all that its user did before it, for the means as for the model: "
         "most users of the last tenth are new. RecBole's models read the last 20 items, those not liked by ids of "
         "their own, and answer likes only. Ours is the recipe `video`."
     ),
@@ -157,7 +157,7 @@ def _parts(rows: list[dict[str, Any]]) -> list[str]:
 
 def _section(name: str, rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"## {TITLES.get(name, name)}", "", NOTES.get(name, ""), ""]
-    lines += [f"`python benchmarks/quality.py --dataset {name}`; some rows alone by `--models`, draws by `--seeds`", ""]
+    lines += [f"`python benchmarks/quality.py --dataset {name}`; selected rows by `--models`, draws by `--seeds`", ""]
     tables = ("all", "warm", "cold") if "cold" in name else (None, "all")
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:

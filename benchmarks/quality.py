@@ -188,7 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="measure nothing, write docs/results.md anew")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write docs/results.md again")
     parser.add_argument("--cell", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -148,7 +148,7 @@ class Scorer:
         if not trained:
             logger.warning_once(
                 f"exit_confidence={confidence}: no joint layer but the last was trained to score (exit_layers of the "
-                "configuration); each is asked all the same"
+                "configuration); each is used nevertheless"
             )
 
     def encode(self, requests: Sequence[Any], task: str) -> list[EncodedRequest]:

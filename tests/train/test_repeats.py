@@ -90,7 +90,7 @@ def test_repeats_are_left_out_and_counted(product, monkeypatch, caplog):
     assert asked.users == [user for user, repeated in zip(whole.users, whole.repeated) if not repeated]
     assert set(asked.left_out) == set(whole.users) - set(asked.users) and not asked.repeated.any()
     left = full_report(run)["retrieval"]
-    assert "these events are not asked about" in caplog.text
+    assert "these events are left out" in caplog.text
     share = len(asked.users) / 500
     for who, row in left.items():
         assert (row["examples"], row["repeats"], row["repeats_counted"]) == (

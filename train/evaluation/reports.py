@@ -162,8 +162,8 @@ def ranking_examples(
     found = [each for each in found if each.user_id in drawn]
     left_out = []
     if arguments.exclude_seen and arguments.repeats == "leave_out":
-        left_out = [each for each in found if rows[each.asked[0]] in rows[each.history]]
-        found = [each for each in found if rows[each.asked[0]] not in rows[each.history]]
+        left_out = [each for each in found if rows[each.held_out[0]] in rows[each.history]]
+        found = [each for each in found if rows[each.held_out[0]] not in rows[each.history]]
     read: list[dict[str, Any]] = []
     if processor is not None:
         kept = [(each.user_id, everything.iloc[each.history[-processor.max_events :]]) for each in found]
@@ -171,7 +171,7 @@ def ranking_examples(
         read = read_requests(processor, requests, "retrieval", f"Reading {part} users")
     sequences = learnt_sequences(writer, split, part, arguments)
     last = rows[[each.history[-1] for each in found]]
-    targets = rows[[each.asked[0] for each in found]]
+    targets = rows[[each.held_out[0] for each in found]]
     times = everything["timestamp"].to_numpy()
     return RankingExamples(
         [each.user_id for each in found],
@@ -215,7 +215,7 @@ def count_repeats(split: Split, part: str, arguments: EvaluationArguments) -> tu
     """
     items, _ = pandas.factorize(all_events(split)["item_id"])
     found = rankings(split, part, arguments)
-    return sum(bool((items[each.history] == items[each.asked]).any()) for each in found), len(found)
+    return sum(bool((items[each.history] == items[each.held_out]).any()) for each in found), len(found)
 
 
 def scoring_examples(
@@ -239,13 +239,13 @@ def scoring_examples(
     overall = _means(target_labels(before_and_in(split, part)[0], task, arguments))
     requests, users, rows, labels, means = [], [], [], [], []
     for question in eval_queries(split, part, candidates.known, processor.max_events, evaluation, seed):
-        asked, own = candidates.of(question.asked)
+        targets, own = candidates.of(question.held_out)
         history = writer.events(everything.iloc[question.history])
-        requests.append(writer.request(question.user_id, history, writer.candidates(asked)))
-        users += [question.user_id] * len(asked)
-        rows += [writer.item_ids[row] for row in asked]
+        requests.append(writer.request(question.user_id, history, writer.candidates(targets)))
+        users += [question.user_id] * len(targets)
+        rows += [writer.item_ids[row] for row in targets]
         labels.append(own[task])
-        means += [_means(values[question.history], overall, LIKE_STRENGTH)] * len(asked)
+        means += [_means(values[question.history], overall, LIKE_STRENGTH)] * len(targets)
     return ScoringExamples(
         read_requests(processor, requests, task, f"Reading {part} candidates"),
         np.array(users, dtype=object),
@@ -469,7 +469,7 @@ def warn_of_repeats(examples: RankingExamples, arguments: EvaluationArguments) -
     users = examples.left_out or [user for user, repeated in zip(examples.users, examples.repeated) if repeated]
     if not users or not arguments.exclude_seen:
         return
-    counted = "are not asked about" if examples.left_out else "count as misses"
+    counted = "are left out" if examples.left_out else "count as misses"
     named = ", ".join(map(repr, users[:SHOWN_REPEATS])) + (", ..." if len(users) > SHOWN_REPEATS else "")
     logger.warning(
         "%d of %d held-out events are of items that their users have met before (users %s), and seen items are left "
@@ -556,19 +556,19 @@ def scoring_baselines(
         "user_mean": (np.array(users, dtype=object), examples.user_ids),
         "item_mean": (item_ids, examples.item_ids),
     }
-    means = {name: _rates(np.concatenate(labels), given, asked) for name, (given, asked) in groups.items()}
+    means = {name: _rates(np.concatenate(labels), given, predicted) for name, (given, predicted) in groups.items()}
     if examples.history_means is not None:
         means["history_mean"] = examples.history_means
         means["history_and_item"] = (means["history_mean"] + means["item_mean"]) / 2
     return means
 
 
-def _rates(labels: np.ndarray, groups: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _rates(labels: np.ndarray, groups: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """`like_rates` of the known labels, per interaction."""
     if labels.ndim == 2:
-        return np.stack([_rates(column, groups, asked) for column in labels.T], 1)
+        return np.stack([_rates(column, groups, predicted) for column in labels.T], 1)
     labelled = labels != IGNORE_INDEX
-    return like_rates(labels[labelled], groups[labelled], asked, LIKE_STRENGTH)
+    return like_rates(labels[labelled], groups[labelled], predicted, LIKE_STRENGTH)
 
 
 __all__ = [

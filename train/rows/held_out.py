@@ -16,12 +16,12 @@ class EvalQuery:
     Attributes:
         user_id: The user.
         history: Positions of the history's events in `all_events`.
-        asked: Positions of the held-out events.
+        held_out: Positions of the held-out events.
     """
 
     user_id: str
     history: np.ndarray
-    asked: np.ndarray
+    held_out: np.ndarray
 
 
 def before_and_in(split: Split, part: str) -> tuple[pandas.DataFrame, pandas.DataFrame]:

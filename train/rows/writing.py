@@ -121,7 +121,7 @@ class TextSource:
             labelled = self.labelled(everything, name)
             for question in eval_queries(split, part, labelled, self.processor.max_events, evaluation, seed):
                 history = self.writer.events(everything.iloc[question.history])
-                for event in self.writer.events(everything.iloc[question.asked]):
+                for event in self.writer.events(everything.iloc[question.held_out]):
                     yield self.example(name, question.user_id, history, event)
 
 
