@@ -312,6 +312,8 @@ class EvaluationArguments:
     held-out events of a user are predicted at once from the events of the earlier parts."""
     max_texts: int = 50
     """Number of texts that are generated and compared with those of the log in the report of a writing task."""
+    text_features: list[str] = field(default_factory=list)
+    """Words or phrases, such as fabric or battery life, whose use by generated texts is reported (FCR, FMR, DIV)."""
 
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):

@@ -2,10 +2,29 @@
 
 import errno
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .verdicts import verdicts
+
+TEXT_METRICS = (
+    "bleu_1",
+    "bleu_4",
+    "rouge_1",
+    "rouge_l",
+    "distinct_1",
+    "distinct_2",
+    "usr",
+    "fcr",
+    "fmr",
+    "div",
+    "source_gain",
+    "naming_rate",
+    "agreement",
+    "unsupported",
+)
+"""Metrics of generated texts in tables, in their order."""
 
 
 def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -34,12 +53,29 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
         beside = [f" {shown} - {first['difference']['to']}"] if shown else []
         lines.append(" ".join([" " * width, *(name.rjust(size) for name, size in zip(names, sizes)), *beside]))
         for who, values in rows.items():
-            cells = [f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes)]
-            lines.append(" ".join([who.ljust(width), *cells, *_difference(values, shown)]))
+            if not names or names[0] in values:
+                cells = [f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes)]
+                lines.append(" ".join([who.ljust(width), *cells, *_difference(values, shown)]))
+        lines += _text_lines(rows)
         if task in said:
             lines.append(said[task])
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _text_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Format the metrics of generated texts: a table for each writing task whose texts were compared."""
+    first, lines = next(iter(rows.values())), []
+    for task in [name.removesuffix("/texts") for name in first if name.endswith("/texts")]:
+        names = [f"{task}/{name}" for name in TEXT_METRICS if f"{task}/{name}" in first]
+        shown = {who: values for who, values in rows.items() if names[0] in values}
+        width, heads = max(map(len, shown)), [name.rpartition("/")[2] for name in names]
+        lines.append(f"{task} ({first[f'{task}/texts']} texts)")
+        lines.append(" ".join([" " * width, *(head.rjust(10) for head in heads)]))
+        for who, values in shown.items():
+            cells = [f"{values[name]:.4f}" if name in values else "-" for name in names]
+            lines.append(" ".join([who.ljust(width), *(cell.rjust(10) for cell in cells)]))
+    return lines
 
 
 def _difference_of(row: dict[str, Any]) -> str | None:

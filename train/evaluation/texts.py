@@ -11,10 +11,14 @@ import torch
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor
 from ...values_m6rec import IGNORE_INDEX
-from ..metrics import writing_report
+from ..config.arguments import EvaluationArguments
+from ..metrics import writing_intervals, writing_report
 from ..rows.collator import M6RecDataCollator
 from ..rows.writing import WritingExample, WritingExamples
+from .trivial_texts import trivial_texts
+from .verdicts import OWN
 
+INTERVALS = "intervals"
 WRITTEN_AT_ONCE = 16
 NEW_TOKENS = 64
 """Maximum number of tokens of a text generated for the report."""
@@ -48,24 +52,42 @@ def _written(row: dict[str, Any]) -> np.ndarray:
 
 
 def measure_texts(
-    model: M6RecForRecommendation, examples: WritingExamples, processor: M6RecProcessor, max_texts: int, seed: int
-) -> dict[str, Any]:
-    """Generate texts and compare them with the log's (`explanation/rouge_l`, ...).
+    model: M6RecForRecommendation,
+    examples: WritingExamples,
+    known: tuple[WritingExamples, WritingExamples],
+    processor: M6RecProcessor,
+    evaluation: EvaluationArguments,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Generate texts and compare them with the log's, as do rows that need no model (`trivial_texts`).
 
     Args:
         model: Generates greedily, at most `NEW_TOKENS` tokens.
         examples: The texts to generate.
+        known: Training and validation texts, for the rows that need no model.
         processor: Encodes requests and decodes answers.
-        max_texts: Maximum number of texts per writing task, drawn by the seed.
+        evaluation: `max_texts` texts of each writing task are drawn; `text_features` are the features they may name.
         seed: Seed of the draw.
+
+    Returns:
+        Name of the row -> metrics (`explanation/rouge_l`, ...), with their `intervals` by bootstrap over users.
     """
-    report: dict[str, Any] = {}
+    report: dict[str, dict[str, Any]] = {}
+    features = evaluation.text_features or None
     for name in dict.fromkeys(example.name for example in examples.examples):
-        places = np.random.default_rng(seed).permutation(examples.of(name))[:max_texts]
+        places = np.random.default_rng(seed).permutation(examples.of(name))[: evaluation.max_texts]
         own = [examples.examples[place] for place in sorted(places)]
-        if own:
-            found = writing_report(write(model, own, processor), [example.text for example in own])
-            report |= {f"{name}/{metric}": value for metric, value in found.items()}
+        if not own:
+            continue
+        training, validation = ([part.examples[place] for place in part.of(name)] for part in known)
+        rows = {OWN: write(model, own, processor), **trivial_texts(training, validation, own, seed)}
+        references, users = [example.text for example in own], [example.group for example in own]
+        for who, written in rows.items():
+            row = report.setdefault(who, {INTERVALS: {}})
+            found = writing_report(written, references, features)
+            row |= {f"{name}/{metric}": value for metric, value in found.items()}
+            drawn = writing_intervals(written, references, features, users, seed=seed)
+            row[INTERVALS] |= {f"{name}/{metric}": interval for metric, interval in drawn.items()}
     return report
 
 

@@ -33,11 +33,13 @@ class WritingExample:
         name: The writing task.
         request: The request, without the text.
         text: The text; in a conversation the last turn, which `request` then does not hold.
+        group: The user or the dialogue: texts of one group are drawn together by the bootstrap.
     """
 
     name: str
     request: dict[str, Any]
     text: str
+    group: str = ""
 
     @property
     def answered(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class TextSource:
         """Make the example of one event of `RequestWriter.events`."""
         request = self.writer.request(user_id, history, [event["item"]] if name == "explanation" else [])
         text = self._items[self.writer.rows[event["item"]["item_id"]]] if name == "item_text" else event["text"]
-        return WritingExample(name, request, text)
+        return WritingExample(name, request, text, user_id)
 
     def training(self, frame: pandas.DataFrame) -> Iterator[WritingExample]:
         """Yield the examples of the training events."""
@@ -136,12 +138,12 @@ def dialogue_examples(
     order = np.random.default_rng(seed).permutation(len(dialogues))
     cuts = np.cumsum([round(len(order) * share) for share in (evaluation.test_fraction, evaluation.valid_fraction)])
     chosen = dict(zip(("test", "valid", "train"), np.split(order, cuts)))[part]
-    for turns in (dialogues[place] for place in sorted(chosen)):
+    for number in sorted(chosen):
+        turns = dialogues[number]
         for place, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                yield WritingExample(
-                    "conversation", {"text": turns[max(0, place - max_turns) : place]}, turn["content"]
-                )
+                request = {"text": turns[max(0, place - max_turns) : place]}
+                yield WritingExample("conversation", request, turn["content"], str(number))
 
 
 def read_dialogues(task: TaskArguments) -> list[list[dict[str, str]]]:

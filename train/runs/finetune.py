@@ -153,9 +153,10 @@ def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str
         return evaluation.ranking_rows(scores, examples, counts, recipe.evaluation, recipe.seed)
     if task == "writing":
         own = measure(run, examples, task, bf16)
-        own |= texts.measure_texts(run.model, examples, run.processor, recipe.evaluation.max_texts, recipe.seed)
-        learnt = examples_of(run, "train", task)
-        return {OWN: own, "unigram": texts.unigram_perplexity(learnt, examples, len(run.processor.tokenizer))}
+        known = examples_of(run, "train", task), examples_of(run, "valid", task)
+        rows = texts.measure_texts(run.model, examples, known, run.processor, recipe.evaluation, recipe.seed)
+        rows = {OWN: own | rows.pop(OWN, {}), **rows}
+        return {**rows, "unigram": texts.unigram_perplexity(known[0], examples, len(run.processor.tokenizer))}
     predicted = {OWN: _predicted(run, examples, task, bf16)}
     predicted |= evaluation.scoring_baselines(run.split, run.writer, examples, part, task, recipe.task, recipe.seed)
     return evaluation.scoring_rows(predicted, examples, task, recipe.seed)

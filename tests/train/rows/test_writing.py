@@ -228,9 +228,16 @@ def test_what_is_written_is_compared_with_what_people_wrote(make_run, monkeypatc
     run = make_run()
     examples = WritingExamples([WritingExample("query", {}, f"red {n}") for n in range(5)], [{}] * 5)
     monkeypatch.setattr(texts, "write", lambda _, own, __: [f"red {example.text[-1]} shoe" for example in own])
-    report = measure_texts(run.model, examples, run.processor, 3, 0)
-    assert report["query/texts"] == 3
-    assert report["query/rouge_l"] == pytest.approx(rouge_l(["red 1 shoe"], ["red 1"]))
+    evaluation = EvaluationArguments(max_texts=3, text_features=["Red", "blue"])
+    report = measure_texts(run.model, examples, (examples, examples), run.processor, evaluation, 0)
+    assert list(report) == ["m6rec", "one_sentence", "nearest_text", "previous_text"]
+    own = report["m6rec"]
+    assert own["query/texts"] == 3
+    assert own["query/rouge_l"] == pytest.approx(rouge_l(["red 1 shoe"], ["red 1"]))
+    assert own["query/usr"] == own["query/fmr"] == 1
+    assert own["intervals"]["query/rouge_l"] == pytest.approx([own["query/rouge_l"]] * 2)
+    assert report["one_sentence"]["query/usr"] == pytest.approx(1 / 3)
+    assert report["previous_text"]["query/rouge_l"] == 0
 
 
 def test_writing_is_finetuned_beside_other_tasks_and_reported(tables, tmp_path, monkeypatch):
@@ -244,6 +251,7 @@ def test_writing_is_finetuned_beside_other_tasks_and_reported(tables, tmp_path, 
     assert {"perplexity", "query/perplexity", "conversation/rouge_l", "item_text/bleu_4"} <= set(
         report["writing"]["m6rec"]
     )
+    assert report["writing"]["previous_text"]["item_text/rouge_l"] == 0
     assert report["writing"]["unigram"]["examples"] == report["writing"]["m6rec"]["examples"]
     config = json.loads((recipe.output_dir / "config.json").read_text())
     assert config["loss_weights"] == {"text": 0.5}
