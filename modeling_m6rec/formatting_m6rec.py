@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .values_m6rec import (
+    MAX_CANDIDATES,
+    MAX_EVENTS,
     MAX_VALUES,
     SCORING_TASKS,
     SIMPLE,
@@ -35,16 +37,18 @@ from .values_m6rec import (
 # ----------------------------------------------------------------------------------------------------------- requests
 
 
-WRITING_TASKS = ("explanation", "query", "conversation", "item_text")
+WRITING_TASKS = ("explanation", "query", "conversation", "item_text", "content", "next_item")
 
 OTHER_TASKS = ("retrieval", "plausibility", *WRITING_TASKS)
 
 TASKS = (*SCORING_TASKS, *OTHER_TASKS)
 """Tasks of a request."""
 
-REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text"})
+REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text", "mention"})
 
 EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"})
+
+MENTIONS = frozenset({"features", "events"})
 
 
 class LRUCache(OrderedDict):
@@ -126,7 +130,9 @@ def check_list(value: Any, place: str, most: int = MAX_VALUES) -> list[Any]:
 
 
 def check_read(parts: Mapping[str, Any], task: str) -> None:
-    """Refuse `text` for a task that does not read it."""
+    """Refuse `text` and `mention` for a task that does not read them."""
+    if parts.get("mention") is not None and task != "explanation":
+        raise ValueError(f"mention: task {task!r} does not read it, only explanation does")
     if parts.get("text") is not None and task not in WRITING_TASKS:
         raise ValueError(
             f"text: task {task!r} does not read it, only {', '.join(WRITING_TASKS)} do. Say who the user is in `user`, "
@@ -406,6 +412,11 @@ class RequestFormatter:
         segment = self._segment("item", tuple(names), tuple(parts), wording["join"])
         return replace(segment, row=self.item_row(item, place))
 
+    @staticmethod
+    def has_text(item: Any) -> bool:
+        """Whether an item is a text or has a field with a value, besides its id and statistics."""
+        return not isinstance(item, Mapping) or bool(_present(item, leave_out=("item_id", "stats")))
+
     def item_row(self, item: Any, place: str = "item") -> int:
         """Return an item's row of item embeddings, 0 = none."""
         if isinstance(item, str) or check_mapping(item, place).get("item_id") is None:
@@ -452,6 +463,85 @@ class RequestFormatter:
             segment = Segment("event", text)
             self._verbs.keep(key, segment)
         return segment
+
+    # Words before a written text
+
+    def lead(self, task: str, parts: Mapping[str, Any]) -> str:
+        """Return the words that precede the text of a writing task.
+
+        Args:
+            task: The task.
+            parts: The request: an explanation's words depend on `mention`, those of `content` on the blank field.
+
+        Raises:
+            ValueError: If the template lacks words for the task, or the request does not say what to write.
+        """
+        tasks = self.template["tasks"]
+        if task == "conversation":
+            return str(tasks["speakers"]["system"])
+        if task == "explanation" and parts.get("mention") is not None:
+            return self._mentioning(parts)
+        words = self._task_words(task)
+        if task != "content":
+            return str(words)
+        name = self._blank_field(parts)
+        return (
+            words[name] if name in words and name != "other" else words["other"].format(name=_spoken(name, "content"))
+        )
+
+    def written(self, text: str) -> str:
+        """Return a written text as it follows its lead: it is encoded together with the template's `join`."""
+        return f"{self.template['tasks']['join']}{text}"
+
+    def _task_words(self, name: str) -> Any:
+        words = self.template["tasks"].get(name)
+        if words is None:
+            raise ValueError(
+                f"template.tasks.{name}: this processor's template has no such words, since an older version wrote it: "
+                "add them (load_template has them), and train the model on them"
+            )
+        return words
+
+    def _mentioning(self, parts: Mapping[str, Any]) -> str:
+        """Return an explanation's lead with the features of the item, or the events of the user, to be mentioned."""
+        given = _present(check_mapping(parts["mention"], "mention", MENTIONS))
+        if len(given) != 1:
+            raise ValueError("mention: give either features (texts) or events (their places in the history)")
+        ((name, values),) = given.items()
+        values = check_list(values, f"mention.{name}")
+        if name == "features":
+            texts = [check_text(value, f"mention.features[{place}]") for place, value in enumerate(values)]
+        else:
+            history = check_list(parts.get("history"), "history", MAX_EVENTS)
+            texts = [self._event_words(history, value, f"mention.events[{i}]") for i, value in enumerate(values)]
+        return str(self._task_words(f"explanation_{name}").format(**{name: self.words["list"].join(texts)}))
+
+    def _event_words(self, history: list[Any], number: Any, place: str) -> str:
+        """Return the verb of an event, and the name of its item or its text."""
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise wrong_type(number, place, "the place of an event in the history")
+        if not -len(history) <= number < len(history):
+            raise ValueError(f"{place}: the history has {len(history)} events, none at place {number}")
+        event = self.event(history[int(number)], f"history[{number}]")
+        said = [
+            event.verb.text,
+            *([event.item.parts[0]] if event.item else []),
+            *([event.text.text] if event.text else []),
+        ]
+        return str(self.template["tasks"]["join"].join(said))
+
+    @staticmethod
+    def _blank_field(parts: Mapping[str, Any]) -> str:
+        """Return the first field of the candidate that is given as None."""
+        candidates = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
+        fields = candidates[0] if len(candidates) == 1 and isinstance(candidates[0], Mapping) else {}
+        for name, value in fields.items():
+            if value is None and name not in ("item_id", "stats"):
+                return check_text(name, "candidates[0]: the name of a field")
+        raise ValueError(
+            "candidates: task 'content' writes one field of one item, given as None: "
+            "[{'category': 'boots', 'title': None}]"
+        )
 
     def gap(self, seconds: float, table: str = "gaps") -> str:
         """Format a time interval with the table `gaps` (since the previous event) or `ago` (before now)."""
@@ -646,6 +736,15 @@ def _months(value: Any, place: str) -> None:
         _text(name, place)
 
 
+def _content_leads(value: Any, place: str) -> None:
+    """Check the words before a field's text, by field; `other` holds the {name} of any other field."""
+    leads = check_mapping(value, place)
+    _pattern("name")(leads.get("other"), f"{place}.other")
+    for name, words in leads.items():
+        if name != "other":
+            _text(words, f"{place}.{name}")
+
+
 _FIELDS = {"fields": _fields, "other": _pattern("name", "value"), "join": _any_text}
 
 _BY_GENDER = {"unknown": _any_text, "male": _any_text, "female": _any_text}
@@ -675,9 +774,19 @@ SCHEMA: dict[str, Any] = {
         "item_text": _text,
         "speakers": {"user": _text, "system": _text},
         "join": _any_text,
+        # Absent from templates that version 0.1 saved:
+        "explanation_features": _pattern("features"),
+        "explanation_events": _pattern("events"),
+        "content": _content_leads,
+        "next_item": _text,
+        "instruction": _text,
+        "recommend": _pattern("item"),
     },
 }
 """Schema of templates: a mapping must have exactly these keys; a check applies to any other value."""
+
+OPTIONAL = frozenset({"explanation_features", "explanation_events", "content", "next_item", "instruction", "recommend"})
+"""Keys that older templates lack."""
 
 
 def check_template(template: Any, schema: Mapping[str, Any] = SCHEMA, place: str = "template") -> None:
@@ -690,9 +799,11 @@ def check_template(template: Any, schema: Mapping[str, Any] = SCHEMA, place: str
     given = check_mapping(template, place)
     for key in given.keys() - schema.keys():
         raise ValueError(f"{place}: unknown key {key!r}; known keys: {', '.join(schema)}")
-    for key in schema.keys() - given.keys():
+    for key in schema.keys() - given.keys() - OPTIONAL:
         raise ValueError(f"{place}: missing key {key!r}")
     for key, expected in schema.items():
+        if key not in given:
+            continue
         if isinstance(expected, Mapping):
             check_template(given[key], expected, f"{place}.{key}")
         else:
@@ -746,6 +857,7 @@ class ItemNames:
 
 __all__ = [
     "EVENT_KEYS",
+    "OPTIONAL",
     "OTHER_TASKS",
     "REQUEST_KEYS",
     "SCHEMA",

@@ -588,9 +588,9 @@ def _above(lengths: list[int], level: int) -> int:
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Format version of processor_config.json, written as `format_version`; absent = 1. A change that older code would
-misread raises it; unknown fields are ignored."""
+misread raises it; unknown fields are ignored. Format 2: templates with the keys `OPTIONAL` of `formatting_m6rec`."""
 
 KEPT_TEXTS = 200_000
 """Number of texts whose ids are cached, since logs repeat texts."""
@@ -802,6 +802,13 @@ class M6RecProcessor(ProcessorMixin):
         row = reading.input_ids if isinstance(reading, EncodedRow) else list(reading)
         return written_labels(row, self._ids, self._kinds["text"])
 
+    def written_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts as a model writes them after the lead of a task: with the template's `join` in front.
+
+        The ids of a text that follows a lead equal these ids in every row, so that a trie may be made of them.
+        """
+        return self._encode([self._wording.written(check_text(text, f"texts[{i}]")) for i, text in enumerate(texts)])
+
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """Make a plain row of a text, with [EOS] at the end, and its labels; a text longer than `max_length` is cut."""
         row = [
@@ -938,7 +945,12 @@ class M6RecProcessor(ProcessorMixin):
     def _targets(self, parts: Mapping[str, Any], task: str) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
         """Make the targets, and the turns of a conversation for the source."""
         given = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
-        candidates = [self._candidate(candidate, f"candidates[{place}]") for place, candidate in enumerate(given)]
+        lead = self._wording.lead(task, parts) if task in WRITING_TASKS else ""
+        candidates = [
+            self._candidate(candidate, f"candidates[{place}]")
+            for place, candidate in enumerate(given)
+            if task != "content" or self._wording.has_text(candidate)
+        ]
         turns = self._turns(parts.get("text"), task)
         if task not in SCORING_TASKS and any(len(candidate) > 1 for candidate in candidates):
             logger.warning_once(f"task {task!r} does not read the statistics of candidates (`stats`)")
@@ -947,7 +959,7 @@ class M6RecProcessor(ProcessorMixin):
                 logger.warning_once("a row of task 'retrieval' holds the user alone: its candidates are not read")
             return [], []
         if task in WRITING_TASKS:
-            return self._writing(candidates, turns, task)
+            return self._writing(candidates, turns, task, lead)
         if not candidates:
             raise ValueError(f"candidates: task {task!r} needs at least one")
         if task == "plausibility":
@@ -968,21 +980,24 @@ class M6RecProcessor(ProcessorMixin):
         ]
 
     def _writing(
-        self, candidates: list[list[EncodedSegment]], turns: list[tuple[str, str]], task: str
+        self, candidates: list[list[EncodedSegment]], turns: list[tuple[str, str]], task: str, lead: str
     ) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
         """Make the target of a writing task: the item, if given, then the lead, then the text, if known."""
-        if len(candidates) > 1 or (task == "explanation" and not candidates):
-            expected = "exactly one" if task == "explanation" else "at most one"
-            raise ValueError(f"candidates: task {task!r} takes {expected}, got {len(candidates)}")
-        tasks = self.template["tasks"]
-        speakers, join = tasks["speakers"], tasks["join"]
+        self._check_count(len(candidates), task)
+        speakers = self.template["tasks"]["speakers"]
         known = bool(turns) and turns[-1][0] == "system"
         answer = turns[-1][1] if known else ""
-        past = [f"{speakers[role]}{join}{content}" for role, content in turns[: len(turns) - known]]
-        lead = speakers["system"] if task == "conversation" else tasks[task]
-        written = Segment("text", f"{join}{answer}" if answer else "", lead=lead, written=True)
+        past = [f"{speakers[role]}{self._wording.written(content)}" for role, content in turns[: len(turns) - known]]
+        written = Segment("text", self._wording.written(answer) if answer else "", lead=lead, written=True)
         target = [*(candidates[0][:1] if candidates else []), EncodedSegment(written, "text")]
         return [target], [EncodedSegment(Segment("text", text), f"text[{place}]") for place, text in enumerate(past)]
+
+    @staticmethod
+    def _check_count(candidates: int, task: str) -> None:
+        """Refuse numbers of candidates that a writing task does not take."""
+        if candidates > 1 or (task == "explanation" and not candidates) or (task == "next_item" and candidates):
+            expected = {"explanation": "exactly one", "next_item": "none"}.get(task, "at most one")
+            raise ValueError(f"candidates: task {task!r} takes {expected}, got {candidates}")
 
     def _turns(self, text: Any, task: str) -> list[tuple[str, str]]:
         """Read `text` as (role, content) turns; for other writing tasks it is one system turn, the target text."""

@@ -217,7 +217,7 @@ def fitting(request, task, written):
     elif task == "retrieval":
         found.pop("candidates", None)
     else:
-        found["candidates"] = [ITEMS[3]]
+        found["candidates"] = {"next_item": [], "content": [{**ITEMS[3], "story": None}]}.get(task, [ITEMS[3]])
         found["text"] = written if task == "conversation" or isinstance(written, str) else "because"
     if "text" in found and task not in WRITING_TASKS:
         del found["text"]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from m6rec import KINDS as model_kinds
 from m6rec import M6RecConfig, processing_m6rec
-from m6rec.formatting_m6rec import SCORING_TASKS, TASKS, WRITING_TASKS, LRUCache
+from m6rec.formatting_m6rec import OPTIONAL, SCORING_TASKS, TASKS, WRITING_TASKS, LRUCache
 from m6rec.layout_m6rec import layout
-from m6rec.tokenization import KINDS, M6RecProcessor
+from m6rec.tokenization import KINDS, M6RecProcessor, load_template
 from tests.fast import examples
 
 MARKERS = ("[BOS']", "[EOS']", "[BOS]", "[EOS]", "[SEG]")
@@ -140,6 +140,39 @@ def test_markers_stand_where_they_must(processor):
         ),
         ("item_text", {"candidates": []}, ["[BOS]", ("text", "the user is now recommended a product that is")]),
         ("conversation", {"candidates": []}, ["[BOS]", ("text", "SYSTEM:")]),
+        ("next_item", {"candidates": []}, ["[BOS]", ("text", "next the user clicks")]),
+        (
+            "next_item",
+            {"candidates": [], "text": "mat, price 3"},
+            ["[BOS]", ("text", "next the user clicks mat, price 3"), "[EOS]"],
+        ),
+        ("content", {"candidates": [{"title": None}]}, ["[BOS]", ("text", "the user would love a product called")]),
+        (
+            "content",
+            {"candidates": [{"category": "boots", "title": "Fell", "description": None, "size": None}], "text": "dry"},
+            [
+                "[BOS]",
+                ("item", "Fell, category boots"),
+                "[SEG]",
+                ("text", "the user would love a product described as dry"),
+                "[EOS]",
+            ],
+        ),
+        (
+            "content",
+            {"candidates": [{"title": "Fell", "heel_height": None}]},
+            ["[BOS]", ("item", "Fell"), "[SEG]", ("text", "the user would love a product whose heel height is")],
+        ),
+        (
+            "explanation",
+            {"mention": {"features": ["fit", "soft sole"]}},
+            [
+                "[BOS]",
+                ("item", "boots"),
+                "[SEG]",
+                ("text", "the user is recommended this product for its fit, soft sole, because"),
+            ],
+        ),
     ],
 )
 def test_targets_of_tasks(processor, task, extra, target):
@@ -180,8 +213,9 @@ def test_conversations(processor, turns, source, target):
 
 def test_writing_goes_on_from_its_prompt(processor):
     """The prompt of generation is the start of the training row."""
+    items = {"next_item": [], "content": [{"name": "boots", "colour": None}]}
     for task in WRITING_TASKS:
-        request = {"user": "a man", "candidates": ["boots"]}
+        request = {"user": "a man", "candidates": items.get(task, ["boots"])}
         text = "warm and dry" if task != "conversation" else [{"role": "assistant", "content": "warm and dry"}]
         prompt, whole = (processor.read(each, task).input_ids for each in (request, {**request, "text": text}))
         assert whole[: len(prompt)] == prompt and len(whole) > len(prompt)
@@ -189,6 +223,38 @@ def test_writing_goes_on_from_its_prompt(processor):
         start = len(whole) - 1 - whole[::-1].index(processor.tokenizer.convert_tokens_to_ids("[TEXT]"))
         assert labels == [-100] * (start + 1) + whole[start + 1 :]
         assert set(processor.labels(prompt)) == {-100}
+
+
+def test_an_explanation_mentions_events(processor):
+    history = ["socks", {"event": "search", "query": "tent"}, {"item": {"name": "mat", "price": 3}, "rating": 5}]
+    request = {"history": history, "candidates": ["boots"], "mention": {"events": [1, -1]}}
+    words = "the user is recommended this product, as they searched tent, clicked, 5 stars mat, because"
+    assert processor.read(request, "explanation").segments[-1] == ("text", words)
+
+
+def test_written_ids_are_those_of_the_row(processor):
+    """A trie of `written_ids` holds exactly what stands between a lead and [EOS]."""
+    texts = ["Alien", "Aliens 3", "雪地靴", "[EOS] boots"]
+    for text, ids in zip(texts, processor.written_ids(texts)):
+        for task in ("next_item", "item_text"):
+            prompt, whole = (processor.read({"text": each}, task).input_ids for each in (None, text))
+            assert whole == [*prompt, *ids, processor.tokenizer.eos_token_id]
+    with pytest.raises(ValueError, match=r"texts\[1\].*empty"):
+        processor.written_ids(["a", " "])
+
+
+def test_an_older_template_lacks_words(tokenizer):
+    """A checkpoint of version 0.1 answers its own tasks, and says what others need."""
+    template = load_template()
+    older = {name: words for name, words in template["tasks"].items() if name not in OPTIONAL}
+    processor = M6RecProcessor(tokenizer, template={**template, "tasks": older})
+    assert processor.read({"candidates": ["x"]}, "explanation").segments[-1][1].endswith("because")
+    item = {"name": "x", "size": None}
+    for task, request in (("next_item", {}), ("content", {"candidates": [item]})):
+        with pytest.raises(ValueError, match=rf"template\.tasks\.{task}: .*older version"):
+            processor.read(request, task)
+    with pytest.raises(ValueError, match=r"template\.tasks\.explanation_features"):
+        processor.read({"candidates": ["x"], "mention": {"features": ["a"]}}, "explanation")
 
 
 def test_labels_of_plausibility(processor):
@@ -238,7 +304,8 @@ def test_options_stand_before_the_events_of_scoring_rows(tokenizer):
         processor = M6RecProcessor(tokenizer, options=options)
         tokens = [f"[OPT_{index}]" for index in range(count)]
         for task in TASKS:
-            reading = processor.read(request, task)
+            own = {"next_item": [], "content": [{"name": "boots", "colour": None}]}.get(task, request["candidates"])
+            reading = processor.read({**request, "candidates": own}, task)
             row = tokenizer.convert_ids_to_tokens(reading.input_ids)
             if task in SCORING_TASKS:
                 start = row.index("[OPTION]")
@@ -345,6 +412,20 @@ def test_special_token_text_is_data(processor, text):
         ),
         ({"history": [{"item": "a", "timestamp": 5}], "now": {"timestamp": 4}}, "retrieval", r"now\.timestamp: 4 .* 5"),
         ({"candidates": ["x", "y"]}, "explanation", "exactly one, got 2"),
+        ({"candidates": ["x"]}, "next_item", "takes none, got 1"),
+        ({"candidates": ["x"]}, "content", "one field of one item, given as None"),
+        ({"candidates": [{"name": "x"}]}, "content", "one field of one item, given as None"),
+        ({"candidates": [{"name": None}, {"name": None}]}, "content", "one field of one item, given as None"),
+        ({"candidates": ["x"], "mention": {"features": ["a"]}}, "click", "mention: task 'click' does not read it"),
+        ({"mention": {"features": ["a"]}}, "query", "mention: task 'query' does not read it"),
+        ({"candidates": ["x"], "mention": {"colour": 1}}, "explanation", "mention: unknown key 'colour'"),
+        ({"candidates": ["x"], "mention": {}}, "explanation", "mention: give either features"),
+        (
+            {"candidates": ["x"], "history": ["a"], "mention": {"events": [0, 1]}},
+            "explanation",
+            r"mention\.events\[1\]: the history has 1 events, none at place 1",
+        ),
+        ({"candidates": ["x"], "mention": {"events": [True]}}, "explanation", r"mention\.events\[0\].*bool"),
         ({}, "explanation", "exactly one, got 0"),
         ({"candidates": ["x", "y"]}, "query", "at most one, got 2"),
         ({"text": ["a"]}, "query", "text: expected a text for task 'query', got list"),

@@ -30,12 +30,13 @@ def test_a_template_words_every_task(tokenizer, domain, language):
         "candidates": [
             {
                 "title": "boots",
+                "description": None,
                 "stats": {name: stat_of(pattern) for name, pattern in template["stats"]["names"].items()},
             }
         ],
     }
     for task in TASKS:
-        reading = processor.read(request, task)
+        reading = processor.read({**request, "candidates": []} if task == "next_item" else request, task)
         assert "{" not in reading.text and "None" not in reading.text
         for words in template["events"]["verbs"].values():
             assert ("event", words) in reading.segments
@@ -84,6 +85,9 @@ def test_unknown_template():
         (("item", "fields", 0, 1), "{value!r}", "{value!r}"),
         (("item", "fields", 0, 1), "{value", "expected '}'"),
         (("tasks", "plausibility"), "also clicks", r"\{item\}"),
+        (("tasks", "explanation_features"), "because", r"\{features\}"),
+        (("tasks", "content"), {"title": "called"}, r"content\.other"),
+        (("tasks", "content", "title"), 3, r"content\.title.*int"),
         (("stats", "names", "ctr"), "high", r"template\.stats\.names\.ctr.*'high'"),
         (("gaps",), [[60, "soon"], [30, "later"], [None, "late"]], r"\[60, 30, None\]"),
         (("gaps",), [[60, "soon"]], r"\[60\]"),
