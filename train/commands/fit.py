@@ -34,9 +34,9 @@ from ..evaluation.reports import (
     rank_catalogue,
     ranking_examples,
     ranking_rows,
-    ranking_scores_report,
 )
 from ..evaluation.untrained import Untrained, plain
+from ..evaluation.verdicts import NETWORK
 from ..rows.examples import RequestWriter
 from ..rows.held_out import before_and_in
 from ..runs.adapters import trainable_parameters
@@ -103,10 +103,9 @@ class Measured:
         scores |= Untrained(self.writer, self.texts, self.split, plain(arguments), seed).scores(examples, "test")
         if share:
             scores["evidence"] = alone
-        rows = ranking_rows(scores, examples, self.counts, arguments, seed)
         if run is not None and share != NETWORK_ONLY:
-            rows["network"] = ranking_scores_report(cosines, examples, self.counts, arguments)
-        return {"retrieval": rows}
+            scores[NETWORK] = cosines
+        return {"retrieval": ranking_rows(scores, examples, self.counts, arguments, seed)}
 
 
 @dataclasses.dataclass

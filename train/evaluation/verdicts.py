@@ -11,6 +11,8 @@ from ...model_cards.card import OWN, VERDICT
 from ..config.recipe import LESS_IS_BETTER, Recipe
 from ..metrics import interval_of, resampled_means
 
+NETWORK = "network"
+"""The row of a trained network without the evidence that it is combined with."""
 RULE = "neighbours_and_words"
 """The reference row of all comparisons: the same untrained rule, with the same settings, for every log."""
 
@@ -26,7 +28,7 @@ def compare(
 
     Args:
         metric: The compared metric: the mean of the values, or its root if the name ends in `rmse`.
-        values: Name, one of which is `OWN`, -> values of N examples.
+        values: Name, one of which is `OWN`, -> values of N examples. `NETWORK` is trained, and no baseline.
         groups: N ids of the users, which are drawn with all their examples; None: each example has another user.
         seed: Seed of the bootstrap.
         resampled: Name -> means of the values on resamples, if computed already.
@@ -45,7 +47,7 @@ def compare(
 
     figures = {who: float(own.mean()) for who, own in values.items()}
     figures = {who: math.sqrt(own) if root else own for who, own in figures.items()}
-    others = [who for who in figures if who != OWN]
+    others = [who for who in figures if who not in (OWN, NETWORK)]
     best = min(others, key=figures.__getitem__) if less else max(others, key=figures.__getitem__)
     if resampled is None:
         drawn = resampled_means(np.column_stack([values[OWN], values[best]]), groups, seed=seed).T
@@ -131,4 +133,4 @@ def verdicts(report: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
     return {task: verdict["sentence"] for task, verdict in found.items() if verdict}
 
 
-__all__ = ["OWN", "RULE", "VERDICT", "advised", "compare", "differences", "verdicts"]
+__all__ = ["NETWORK", "OWN", "RULE", "VERDICT", "advised", "compare", "differences", "verdicts"]

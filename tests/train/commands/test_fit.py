@@ -18,6 +18,7 @@ from m6rec.train.commands.fit import add_cosine, fit_recommender
 from m6rec.train.config.recipe import load_recipe, load_saved
 from m6rec.train.data.splits import order
 from m6rec.train.evaluation.evidence import Evidence
+from m6rec.train.evaluation.tables import tables as printed
 from m6rec.train.runs import with_evidence
 from m6rec.train.runs.with_evidence import NETWORK_ONLY
 from tests.train.world import figures, recipe_of, write_tables
@@ -297,6 +298,9 @@ def test_a_better_network_is_kept_with_evidence(trained):
         assert [row["item_id"] for row in answer] == table.query("user_id == @user")["item_id"].tolist()
     written = json.loads((folder / "metrics.json").read_text())["retrieval"]
     assert set(written) == {"m6rec", "popularity", "similar_text", "neighbours_and_words", "evidence", "network"}
+    assert written["m6rec"]["verdict"]["baseline"] != "network", "the network is trained"
+    lines = printed({"retrieval": written}).splitlines()
+    assert next(line for line in lines if line.startswith("network ")).endswith("]"), "with its interval"
     again = shop.evaluate()["retrieval"]["m6rec"]
     assert figures(again) == pytest.approx(figures(written["m6rec"]), abs=1e-4)
 
@@ -313,7 +317,8 @@ def test_another_network_is_not_kept(trained):
     catalogue = pipeline("recommendation", model=str(folders[False])).catalogue
     assert catalogue.evidence.learnt == 0
     assert catalogue.observe([{"user_id": "a", "item_id": "p1", "timestamp": "2024-07-01"}]) == 1
-    assert "network" in json.loads((folders[False] / "metrics.json").read_text())["retrieval"]
+    report = json.loads((folders[False] / "metrics.json").read_text())
+    assert "network" in report["retrieval"] and "\nnetwork " in printed(report)
     assert sum("Kept: " in line for line in said) == 2
 
 
