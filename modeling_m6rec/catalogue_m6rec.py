@@ -51,7 +51,7 @@ from .item_features_m6rec import (
 )
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
-from .values_m6rec import TIME_UNITS, normalize_id, short, time_seconds
+from .values_m6rec import SIMPLE, TIME_UNITS, KnownItem, normalize_id, short, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
 
@@ -120,12 +120,17 @@ def _field_texts(item: Mapping[str, Any]) -> Iterator[str]:
 
 def plain(value: Any) -> Any:
     """Convert tensors, arrays and tuples, at any depth, to numbers and lists."""
+    kind = type(value)
+    if kind in SIMPLE:
+        return value
+    if kind is dict:
+        return {name: own if type(own) in SIMPLE else plain(own) for name, own in value.items()}
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [own if type(own) in SIMPLE else plain(own) for own in value]
     return value
 
 
@@ -1212,10 +1217,23 @@ class State:
 
     def row(self, item_id: str) -> int | None:
         """Return the row of an item."""
+        flags = self.flags
         for row in reversed(self.rows.get(item_id, ())):
-            if row < len(self.live) and self.ids[row] == item_id:  # otherwise of a later state
-                return row if self.live[row] else None
+            if row < len(flags) and self.ids[row] == item_id:  # otherwise of a later state
+                return row if flags[row] else None
         return None
+
+    @cached_property
+    def flags(self) -> np.ndarray:
+        """`live` as an array, whose entries are read faster."""
+        return self.live.numpy()
+
+    def fixed(self, row: int) -> Item:
+        """Return the item of a row without a copy: nobody may change it."""
+        item = self.items[row]
+        if type(item) is dict:
+            item = self.items[row] = KnownItem(item)
+        return item
 
     def known(self, item_id: Any) -> int:
         """Return the row of an item that must exist."""
@@ -1307,6 +1325,11 @@ class CatalogueView:
         state = self._state
         item = state.items[state.known(item_id)]
         return item if isinstance(item, str) else dict(item)
+
+    def fixed(self, item_id: str) -> Item | None:
+        """Return an item like `item`, but without a copy: nobody may change it. None if there is none of this id."""
+        row = self._state.row(item_id)
+        return None if row is None else self._state.fixed(row)
 
     def fields(self, item_id: Any) -> dict[str, Any]:
         """Return an item's fields and its `item_id`; an item without fields has its text as field `item`."""

@@ -25,6 +25,7 @@ from .values_m6rec import (
     MAX_VALUES,
     SCORING_TASKS,
     SIMPLE,
+    KnownItem,
     check_characters,
     check_count,
     check_size,
@@ -389,6 +390,15 @@ class RequestFormatter:
 
     def item(self, item: Any, place: str) -> Segment:
         """Format an item by its own fields only, so that its segment is equal at every place of a request."""
+        if type(item) is KnownItem:
+            owner, segment = item.segment
+            if owner is not self:
+                segment = self._kept_item(item, place)
+                item.segment = self, segment
+            return segment
+        return self._kept_item(item, place)
+
+    def _kept_item(self, item: Any, place: str) -> Segment:
         key = _key(item, place)
         segment = None if key is None else self._items.find(key)
         if segment is None:

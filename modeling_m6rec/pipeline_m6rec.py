@@ -29,7 +29,7 @@ from .catalogue_m6rec import (
 )
 from .layers_m6rec import inference_mode
 from .ranking_m6rec import Ranker, Scorer, check_confidence
-from .segment_cache_m6rec import SegmentCache, UserStates
+from .segment_cache_m6rec import SegmentCache, UserStates, Watch
 from .values_m6rec import MAX_REQUEST_VALUES, check_lists, check_size, short
 
 logger = logging.get_logger(__name__)
@@ -103,7 +103,8 @@ class RecommendationPipeline(Pipeline):
         self.segment_cache = segment_cache
         self.user_states = (UserStates() if user_states else None) if isinstance(user_states, bool) else user_states
         self._catalogue = Catalogue.load(catalogue) if isinstance(catalogue, str | Path) else catalogue
-        self._checked: tuple | None = None
+        self._watch = Watch()
+        self._checked: str | None = None
         self._looked = self._noticed = False
         if catalogue is not None:
             self._fitting_catalogue()
@@ -282,11 +283,11 @@ class RecommendationPipeline(Pipeline):
                 "(Catalogue.from_dataset makes one)"
             )
         catalogue = changing.snapshot()
-        weights = tuple((weight.data_ptr(), weight._version) for weight in self.model.parameters())
-        state = (catalogue.fingerprint, weights)
-        if state != self._checked:
-            catalogue.check(self.model)
-            self._checked = state
+        with LOADING:
+            if self._watch.changed(self.model, [self.model]) or catalogue.fingerprint != self._checked:
+                self._checked = None
+                catalogue.check(self.model)
+                self._checked = catalogue.fingerprint
         return catalogue
 
     def _notice(self, text: str, place: str) -> None:

@@ -212,7 +212,8 @@ def _per_target(name: str, row: Mapping[str, Any], ids: Mapping[str, int]) -> li
 
 def _beside_tokens(name: str, rows: Sequence[Mapping[str, Any]], fill: int, padding_side: str) -> np.ndarray:
     width = max(len(row["input_ids"]) for row in rows)
-    dtype = _dtype(row[name] for row in rows if row.get(name) is not None)
+    arrays = [None if row.get(name) is None else np.asarray(row[name]) for row in rows]
+    dtype = _dtype(array for array in arrays if array is not None)
     table: np.ndarray = np.full((len(rows), width), fill, dtype=dtype)
     for number, row in enumerate(rows):
         value, length = row.get(name), len(row["input_ids"])
@@ -223,7 +224,7 @@ def _beside_tokens(name: str, rows: Sequence[Mapping[str, Any]], fill: int, padd
         if not isinstance(value, list) or len(value) != length:
             raise ValueError(f"{name!r} of row {number} is not aligned with its {length} tokens, and no known label")
         where = slice(0, length) if padding_side == "right" else slice(width - length, width)
-        table[number, where] = value
+        table[number, where] = arrays[number]
     return table
 
 
@@ -857,8 +858,9 @@ class M6RecProcessor(ProcessorMixin):
             self._texts.keep(text, ids)
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
-            new = [*dict.fromkeys(text for text in texts if text not in found)]
-            found.update(zip(new, self._encode(new) if new else []))
+            new = [*dict.fromkeys([text for text in texts if text not in found])]
+            if new:
+                found.update(zip(new, self._encode(new)))
             return [found[text] for text in texts]
 
         limits = (self.max_length, self.truncation_stride, self.max_segment)

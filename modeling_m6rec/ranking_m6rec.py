@@ -33,7 +33,7 @@ from .item_features_m6rec import Evidence
 from .layout_m6rec import Layout, Picked
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
-from .values_m6rec import normalize_id, short
+from .values_m6rec import KnownItem, normalize_id, short
 
 # ----------------------------------------------------------------------------------------------- scores of candidates
 
@@ -112,6 +112,7 @@ class Scorer:
     ) -> None:
         self.model, self.processor, self.segment_cache, self.exit_layer = model, processor, segment_cache, exit_layer
         self.config = model.config
+        self._opener, self._kinds = self.config.bos_token_id, frozenset(self.config.kind_token_ids.values())
         self.virtual = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
         self.plan = {"plan": "cached", "segment_cache": segment_cache, "user_states": user_states}
         self.plan = {} if self.virtual else self.plan
@@ -156,13 +157,13 @@ class Scorer:
         return [self._encoded(reading) for reading in self.processor.read_many(requests, task)]
 
     def _encoded(self, reading: Any) -> EncodedRequest:
-        ids = reading.input_ids
-        starts = [index for index, token in enumerate(ids) if token == self.config.bos_token_id]
+        ids, opener = reading.input_ids, self._opener  # reading an attribute of a configuration is slow
+        starts = [index for index, token in enumerate(ids) if token == opener]
         cuts = pairwise([0, *starts, len(ids)])
         source, *targets = [Tokens(ids[start:end], reading.item_embedding_ids[start:end]) for start, end in cuts]
-        kinds = set(self.config.kind_token_ids.values())
+        kinds = self._kinds
         events: list[list[str]] = []
-        for kind, text in reading.segments[: sum(token in kinds for token in source.ids)]:
+        for kind, text in reading.segments[: sum(map(kinds.__contains__, source.ids))]:
             if kind == "event":
                 events.append([text])
             elif events and kind in ("item", "text"):
@@ -223,7 +224,7 @@ class Scorer:
             values = values if values.dim() == 3 else values[..., None]
             exits = [None] * len(part) if out.exit_layers is None else out.exit_layers.tolist()
             for row, own, last in zip(part, values.float().cpu(), exits):
-                found[row] = own[: rows[row].ids.count(self.config.bos_token_id)], last
+                found[row] = own[: rows[row].ids.count(self._opener)], last
         return found
 
     def _user_vectors(self, rows: Sequence[Tokens], hidden: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
@@ -449,6 +450,10 @@ class Ranker:
         return found
 
     def _described_item(self, item: Any, place: str) -> Any:
+        if type(item) is dict and len(item) == 1 and type(item.get("item_id")) is str:
+            known = self._fixed(item["item_id"])
+            if known is not None:
+                return known
         if isinstance(item, str):
             self.notice(item, place)
         if not isinstance(item, Mapping) or set(item) - {"stats"} != {"item_id"} or item["item_id"] is None:
@@ -473,6 +478,14 @@ class Ranker:
             return NamedText(known, item_id)
         return {**known, **item}
 
+    def _fixed(self, item_id: str) -> KnownItem | None:
+        """Return an item of the catalogue without a copy, if it has fields and exactly this id."""
+        try:
+            known = self.catalogue().fixed(item_id)
+        except ValueError:  # there is no catalogue, or of another model: the slow way says which item needs it
+            return None
+        return known if isinstance(known, KnownItem) and known.get("item_id") == item_id else None
+
     # ---------------------------------------------------------------------------------------------- what can be chosen
 
     def _query(self, request: dict[str, Any], given: Any) -> Query:
@@ -485,7 +498,7 @@ class Ranker:
             return Query(request, [], seen=seen)
         names = [name for name in catalogue if name not in seen]
         kept = [name for name in names if self.predicate is None or self.predicate(catalogue.fields(name))]
-        return Query(request, [Candidate(catalogue.item(name), name) for name in kept])
+        return Query(request, [Candidate(_known(catalogue, name), name) for name in kept])
 
     def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
         """Leave out candidates that the filter refuses or, with `exclude_seen`, that are in the history."""
@@ -499,9 +512,9 @@ class Ranker:
 
     def _seen_in(self, catalogue: CatalogueView, request: Mapping[str, Any]) -> set[str]:
         """Return the ids of the catalogue's items in the history, matched by id, else by text."""
-        past = self.scorer.processor.history_items(request)
-        ids = {item_id for item in past if (item_id := item_identity(item)) is not None}
-        nameless = [item for item in past if item_identity(item) is None]
+        named = [(item_identity(item), item) for item in self.scorer.processor.history_items(request)]
+        ids = {item_id for item_id, _ in named if item_id is not None}
+        nameless = [item for item_id, item in named if item_id is None]
         names = self.scorer.processor.names
         for item in nameless:
             alike = catalogue.worded({*names.candidates(item)}, names)
@@ -562,7 +575,7 @@ class Ranker:
         found = catalogue.search(torch.stack(users), top_k, seen, self.predicate, histories)
         for query, pairs in zip(queries, found):
             names = [name for name, _ in pairs]
-            query.candidates = [Candidate(catalogue.item(name), name) for name in names]
+            query.candidates = [Candidate(_known(catalogue, name), name) for name in names]
             query.best = [(place, score) for place, (_, score) in enumerate(pairs)]
             query.vectors = catalogue.vectors(names)
 
@@ -686,6 +699,13 @@ class Ranker:
         return events
 
 
+def _known(catalogue: CatalogueView, name: str) -> Item:
+    """Return an item that the catalogue has, without a copy."""
+    item = catalogue.fixed(name)
+    assert item is not None, "the name comes from the same state of the catalogue"
+    return item
+
+
 def _sorted(reasons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(reasons, key=lambda reason: -reason["contribution"])
 
@@ -754,7 +774,7 @@ def _fields(item: Item) -> dict[str, Any]:
     """Return the fields of an item for a filter."""
     if isinstance(item, NamedText):
         return {"item_id": item.item_id, "item": str(item)}
-    return {"item": item} if isinstance(item, str) else item
+    return {"item": item} if isinstance(item, str) else dict(item)
 
 
 def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:

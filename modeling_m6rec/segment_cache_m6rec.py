@@ -36,8 +36,9 @@ from transformers.utils import logging
 
 from .atomic_m6rec import atomic_file
 from .configuration_m6rec import OF_LIBRARY, ROLES, M6RecConfig
-from .layers_m6rec import SharedKeys, inference_mode
+from .layers_m6rec import SharedKeys, all_modules, inference_mode
 from .layout_m6rec import KIND_NUMBER, Rows, SegmentKey
+from .values_m6rec import SIMPLE
 
 # --------------------------------------------------------------------------------------------- segment states on disk
 
@@ -238,9 +239,8 @@ class SegmentCache:
         self.num_bytes = self.hits = self.misses = self.disk_hits = 0
         self._store = None if directory is None else SegmentStore(directory, max_disk_bytes)
         self._states: OrderedDict[SegmentKey, torch.Tensor] = OrderedDict()
-        self._identity: tuple | None = None
+        self._watch = Watch()
         self._owner: Owner | None = None
-        self._storages: list[StorageWeakRef] = []
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -254,15 +254,11 @@ class SegmentCache:
     @torch.compiler.disable
     def serve(self, model: Network) -> Owner:
         """Register the model for the next calls; states in memory are dropped if the model or its weights changed."""
-        identity = live_identity(model, model.segment_modules())
         with self._lock:
-            if self._owner is None or identity != self._identity:
+            if self._watch.changed(model, model.segment_modules()) or self._owner is None:
                 self.clear()
                 digest = b"" if self._store is None else _digest(model)
                 self._owner = Owner(digest, model.config.hidden_size, model.embed_kind.weight.device)
-                self._identity = identity
-                # While these references exist, new weights cannot reuse the addresses of freed ones.
-                self._storages = storages(model.segment_modules())
             return self._owner
 
     @torch.compiler.disable
@@ -378,33 +374,42 @@ class SegmentCache:
         return states
 
 
-def live_identity(model: Network, modules: Iterable[nn.Module]) -> tuple:
-    """Return a key that changes whenever the output of these modules could change.
+class Watch:
+    """Notices that the output of some modules could have changed: weights, adapters, number types or settings.
 
-    It identifies weights by their addresses, which is valid only while the earlier result of `storages` is kept.
+    A look costs a microsecond for each weight. A write to a weight through `.data` or `.numpy()` is not noticed.
     """
-    parts = _parts(modules)  # one pass, since this precedes every call of the model
+
+    def __init__(self) -> None:
+        self._identity: tuple | None = None
+        self._storages: list[StorageWeakRef] = []
+
+    def changed(self, model: Any, modules: Sequence[nn.Module]) -> bool:
+        """Return whether these modules of a model could differ from those at the last call; True at the first call."""
+        identity = _identity(model, modules)
+        if self._identity is not None and identity == self._identity:
+            return False
+        # Weights are identified by their addresses: while these references exist, no other weight can get the same.
+        self._identity = identity
+        self._storages = [StorageWeakRef(weight.untyped_storage()) for weight in _weights(all_modules(modules))]
+        return True
+
+
+def _identity(model: Any, modules: Iterable[nn.Module]) -> tuple:
+    """Return a key that changes whenever the output of these modules could change."""
+    parts = all_modules(modules)
+    own = _weights(parts)
     weights = tuple(
-        (weight.untyped_storage()._cdata, weight.storage_offset(), _writes(weight), weight.dtype)
-        for weight in _weights(parts)
+        (weight.untyped_storage()._cdata, weight.storage_offset(), _writes(weight), weight.dtype) for weight in own
     )
-    tuned = _tuned(parts)
+    tuned, device = _tuned(parts), own[0].device.type if own else "cpu"
     merged = repr([getattr(part, "merged_adapters", None) for part in tuned])
-    return id(model), weights, _adapters(tuned), merged, _numbers(model), repr(vars(model.config))
+    return id(model), weights, _adapters(tuned), merged, _numbers(model.config, device), _settings(model.config)
 
 
-def storages(modules: Iterable[nn.Module]) -> list[StorageWeakRef]:
-    """Return weak references to the weights' storages; while they exist, no other weight can get the same address."""
-    return [StorageWeakRef(weight.untyped_storage()) for weight in _weights(_parts(modules))]
-
-
-def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """List modules and all their submodules; `Module.modules` takes twice as long."""
-    parts = list(modules)
-    for part in parts:
-        if part._modules:
-            parts += [inner for inner in part._modules.values() if inner is not None]
-    return parts
+def _settings(config: M6RecConfig) -> tuple:
+    """Return a key of all settings; `repr` of the simple ones, which are most, would take five times as long."""
+    return tuple((name, own if type(own) in SIMPLE else repr(own)) for name, own in vars(config).items())
 
 
 def _weights(parts: Iterable[nn.Module]) -> list[torch.Tensor]:
@@ -429,17 +434,17 @@ def _tuned(parts: Sequence[nn.Module]) -> list[Any]:
     return [part for part in parts if type(part) in kinds] if kinds else []
 
 
-def _numbers(model: Network) -> tuple:
+def _numbers(config: M6RecConfig, device: str) -> tuple:
     """Return the numeric settings: PyTorch options that change results by more than rounding."""
-    device = model.embed_kind.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return autocast, torch.get_float32_matmul_precision(), model.config._attn_implementation
+    return autocast, torch.get_float32_matmul_precision(), config._attn_implementation
 
 
 def _digest(model: Network) -> bytes:
     """Digest everything that decides segment states; the digest is equal in every process."""
+    device = model.embed_kind.weight.device.type
     fields = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_BY_SEGMENTS}
-    settings = fields, active_adapters(model.segment_modules()), _numbers(model)
+    settings = fields, active_adapters(model.segment_modules()), _numbers(model.config, device)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     digest_weights(digest, model.segment_modules())
     return digest.digest()
@@ -475,7 +480,7 @@ def _key(owner: Owner, segment: SegmentKey) -> str:
 
 def active_adapters(modules: Iterable[nn.Module]) -> tuple:
     """Return, for each module with PEFT adapters, whether they are disabled, the active ones and their scales."""
-    return _adapters(_tuned(_parts(modules)))
+    return _adapters(_tuned(all_modules(modules)))
 
 
 def _adapters(tuned: Iterable[Any]) -> tuple:
@@ -547,8 +552,8 @@ class UserStates:
         self.num_bytes = self.hits = self.misses = self.positions_reused = self.positions_run = 0
         self._kept: OrderedDict[int, CachedPrefix] = OrderedDict()
         self._index: dict[int, CachedPrefix] = {}
-        self._identity: tuple | None = None
-        self._storages: list[StorageWeakRef] = []
+        self._watch = Watch()
+        self._identity: object | None = None
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -583,12 +588,9 @@ class UserStates:
         if config.history_attention != "causal" or torch.is_grad_enabled() or model.training:
             return None
         with self._lock:
-            identity = live_identity(model, [cast(nn.Module, model)])
-            if self._identity is None or identity != self._identity:
+            if self._watch.changed(model, [cast(nn.Module, model)]) or self._identity is None:
                 self.clear()
-                self._identity = identity
-                # While these references exist, new weights cannot reuse the addresses of freed ones.
-                self._storages = storages([cast(nn.Module, model)])
+                self._identity = object()
             return PrefixMatches(self, model, rows, self._identity)
 
     def longest(self, data: bytes, numbers: Sequence[int], ends: Sequence[int]) -> tuple[CachedPrefix | None, int]:
@@ -610,7 +612,7 @@ class UserStates:
             found = self._index.get(number)
             return found is not None and found.data.startswith(data)
 
-    def put(self, identity: tuple, new: CachedPrefix, replaced: CachedPrefix | None) -> None:
+    def put(self, identity: object, new: CachedPrefix, replaced: CachedPrefix | None) -> None:
         """Keep a prefix, in place of the one that it extends."""
         with self._lock:
             if identity is not self._identity or new.num_bytes > self.max_bytes:
@@ -652,7 +654,7 @@ class PrefixMatches:
         reused: B x T bool, tokens that need not be computed again.
     """
 
-    def __init__(self, store: UserStates, model: Network, rows: Rows, identity: tuple) -> None:
+    def __init__(self, store: UserStates, model: Network, rows: Rows, identity: object) -> None:
         self._store, self._identity = store, identity
         lay, ids = rows.lay, rows.input_ids
         memory = torch.full_like(ids, -1) if rows.item_embedding_ids is None else rows.item_embedding_ids
@@ -744,9 +746,8 @@ __all__ = [
     "SegmentCache",
     "SegmentStore",
     "UserStates",
+    "Watch",
     "active_adapters",
     "digest_weight",
     "digest_weights",
-    "live_identity",
-    "storages",
 ]

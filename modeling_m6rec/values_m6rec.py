@@ -95,7 +95,7 @@ def normalize_id(value: Any, place: str) -> str:
     """
     if isinstance(value, str):
         text = value.strip()
-        if text and _is_unicode(text):
+        if text and (text.isascii() or _is_unicode(text)):
             return text
     elif isinstance(value, int | Integral) and not isinstance(value, bool):
         if abs(int(value)) < 10**1000:
@@ -358,6 +358,26 @@ MAX_CHARACTERS = 100_000
 MAX_EVENTS = 100_000
 """Most events of a history."""
 
+
+class KnownItem(dict):
+    """The fields of an item that are never changed, so that its formatted text can be kept with it.
+
+    A catalogue holds its items in this form. Copies and pickles are plain mappings.
+
+    Attributes:
+        segment: A formatter and the segment that it has made of the item, once there is one.
+    """
+
+    __slots__ = ("segment",)
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__(fields)
+        self.segment: tuple[Any, Any] = (None, None)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
 MAX_CANDIDATES = 100_000
 
 MAX_FACTS = 10_000
@@ -431,6 +451,11 @@ def check_count(count: int, place: str, most: int) -> None:
 
 def _inner(value: Any) -> Any:
     """Return the values inside a value."""
+    kind = type(value)
+    if kind is dict:
+        return value.values()
+    if kind is list:
+        return value
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, Mapping):
@@ -475,6 +500,7 @@ __all__ = [
     "TIME_EXPECTED",
     "TIME_UNITS",
     "WORDS",
+    "KnownItem",
     "ScoringTask",
     "check_characters",
     "check_count",

@@ -1,0 +1,148 @@
+"""What a request does not decide is computed once, and a change of it is noticed at the next request."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+
+from m6rec import Catalogue, RecommendationPipeline, formatting_m6rec, segment_cache_m6rec
+from m6rec.values_m6rec import KnownItem
+from tests.modeling_m6rec.shop import ITEMS, build, processor
+
+REQUESTS = [
+    {"user": "a man", "history": [{"event": "clicked", "item": {"item_id": own}} for own in ids]}
+    for ids in (["i1", "i3"], ["i3", "i3", "i0"], ["i5"])
+]
+
+
+def make(model, **more):
+    own = processor()
+    return RecommendationPipeline(
+        model=model, processor=own, device="cpu", catalogue=Catalogue.from_dataset(ITEMS, model, own), **more
+    )
+
+
+def spelled(request, catalogue):
+    """The slow twin of a request: it gives its items with all their fields."""
+    history = [{**event, "item": catalogue.item(event["item"]["item_id"])} for event in request["history"]]
+    return {**request, "history": history}
+
+
+@pytest.mark.parametrize("options", [{}, {"explain": True}, {"exclude_seen": False}, {"task": "click", "top_k": 3}])
+def test_items_by_id_are_answered_like_items_with_all_their_fields(options):
+    recommend = make(build())
+    [recommend(request, **options) for request in REQUESTS]  # states of texts are now kept: their rounding is fixed
+    expected = [recommend(spelled(request, recommend.catalogue), **options) for request in REQUESTS]
+    assert [recommend(request, **options) for request in REQUESTS] == expected
+    recommend.processor = processor()  # which knows no text
+    assert [recommend(request, **options) for request in REQUESTS] == expected
+
+
+def test_an_item_is_formatted_once(monkeypatch):
+    recommend, formatted = make(build()), []
+    for request in REQUESTS:
+        recommend(request)
+
+    def count(self, item, place):
+        formatted.append(item)
+        raise AssertionError("this item is known")
+
+    monkeypatch.setattr(formatting_m6rec.RequestFormatter, "_kept_item", count)
+    rows = [recommend(request) for request in REQUESTS]
+    assert not formatted and all(rows)
+
+
+def test_weights_are_looked_at_as_often_for_a_long_history_as_for_a_short_one(monkeypatch):
+    recommend, looks = make(build()), []
+    slow = segment_cache_m6rec._identity
+    monkeypatch.setattr(segment_cache_m6rec, "_identity", lambda *given: looks.append(1) or slow(*given))
+    counts = []
+    for length in (1, 20):
+        looks.clear()
+        recommend({"history": [{"event": "clicked", "item": {"item_id": "i1"}}] * length})
+        counts.append(len(looks))
+    assert counts[0] == counts[1] <= 2
+
+
+def step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.item_projection.weight.grad = torch.ones_like(model.item_projection.weight)
+    optimizer.step()
+
+
+def in_place(model):
+    with torch.no_grad():
+        model.item_projection.weight.mul_(1.5)
+
+
+def replaced(model):
+    model.item_projection.weight = torch.nn.Parameter(model.item_projection.weight.detach() + 0.5)
+
+
+CHANGES = {
+    "in place": in_place,
+    "a step of an optimizer": step,
+    "other weights": lambda model: model.load_state_dict(build(seed=1).state_dict()),
+    "other tensors": lambda model: model.load_state_dict(build(seed=1).state_dict(), assign=True),
+    "a new parameter": replaced,
+    "another number type": lambda model: model.to(torch.bfloat16),
+    "a setting": lambda model: setattr(model.config, "segment_pooling", "mean"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_model_is_noticed_at_the_next_request(name):
+    model = build()
+    recommend = make(model)
+    before = recommend(REQUESTS[0])
+    CHANGES[name](model)
+    with pytest.raises(ValueError, match="fingerprint"):
+        recommend(REQUESTS[0])
+    recommend.catalogue.encode(model, recommend.processor)
+    assert recommend(REQUESTS[0]) == make(model)(REQUESTS[0]) != before
+
+
+def test_a_switched_adapter_is_noticed():
+    settings = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(build()), settings)
+    model.add_adapter("other", settings)
+    recommend = make(model)
+    before = recommend(REQUESTS[0])
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="fingerprint"):
+        recommend(REQUESTS[0])
+    model.set_adapter("default")
+    assert recommend(REQUESTS[0]) == before
+    with model.disable_adapter(), pytest.raises(ValueError, match="fingerprint"):
+        recommend(REQUESTS[0])
+
+
+def test_a_replaced_item_has_its_new_text_at_the_next_request():
+    recommend = make(build())
+    asked = {"history": [{"event": "clicked", "item": {"item_id": "i1"}}]}
+    recommend(asked, explain=True)
+    recommend.catalogue.add(
+        [{"item_id": "i1", "title": "red tent"}], recommend.model, recommend.processor, replace=True
+    )
+    (event,) = recommend(asked, explain=True)[0]["because"]
+    assert "red tent" in event["event"] and event["item_id"] == "i1"
+    assert [row["item"] for row in recommend(asked, exclude_seen=False) if row["item_id"] == "i1"] == ["red tent"]
+
+
+def test_callers_cannot_change_a_known_item():
+    recommend = make(build())
+    expected = recommend(REQUESTS[0])
+    recommend.catalogue.item("i1")["title"] = "changed"
+    recommend.catalogue.fields("i1")["title"] = "changed"
+    given = {"history": REQUESTS[0]["history"], "candidates": [{"item_id": "i0"}]}
+    recommend(given, filter=lambda fields: fields.update(title="changed") or True)
+    assert recommend(REQUESTS[0]) == expected and recommend.catalogue.item("i0") == ITEMS[0]
+
+
+def test_a_known_item_is_copied_as_a_plain_mapping():
+    known = KnownItem({"title": "x"})
+    known.segment = object(), object()
+    for twin in (copy.copy(known), copy.deepcopy(known), pickle.loads(pickle.dumps(known))):
+        assert type(twin) is dict and twin == known
