@@ -5,6 +5,7 @@ checked template turns the parts of a request into segments. Items without ids a
 them, and by all fields that both have.
 """
 
+import json
 import math
 import re
 import string
@@ -45,7 +46,7 @@ OTHER_TASKS = ("retrieval", "plausibility", *WRITING_TASKS)
 TASKS = (*SCORING_TASKS, *OTHER_TASKS)
 """Tasks of a request."""
 
-REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text", "mention"})
+REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text", "messages", "mention"})
 
 EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"})
 
@@ -137,7 +138,7 @@ def check_read(parts: Mapping[str, Any], task: str) -> None:
     if parts.get("text") is not None and task not in WRITING_TASKS:
         raise ValueError(
             f"text: task {task!r} does not read it, only {', '.join(WRITING_TASKS)} do. Say who the user is in `user`, "
-            "and what the user looks for as an event: {'event': 'search', 'query': ...}"
+            "what the user looks for as an event ({'event': 'search', 'query': ...}), and a conversation in `messages`"
         )
 
 
@@ -203,63 +204,202 @@ PART_KEYS = frozenset({"type", "text"})
 
 ASSISTANT = "assistant"
 
+BETWEEN_MESSAGES = "\n"
+"""Joins consecutive messages of one speaker."""
 
-def read_turns(turns: Sequence[Any], speakers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Read turns as (role, content), where a role is "user" or "system", which is the recommender.
 
-    A turn is a text or a mapping like a chat message. Of texts, speakers alternate, beginning with the user. In
-    mappings the recommender has the role "assistant". "system" also means the recommender, unless it opens the
-    conversation or there are assistants: then it is an instruction to a chat model and is refused. Labels of speakers
-    within a content are put in quotation marks, so that a content cannot start another speaker's turn.
+class Turn(NamedTuple):
+    """What one speaker said until the other spoke: `role` is "user" or "system" (the recommender)."""
+
+    role: str
+    content: str
+    place: str
+    """Place of its first message in the request."""
+    slot: int | None = None
+    """Number of characters before the slot, if there is one."""
+
+
+class Talk(NamedTuple):
+    """A conversation: the instruction to the recommender, if any, and the turns, in which speakers alternate."""
+
+    instruction: Turn | None
+    turns: list[Turn]
+
+
+def read_talk(messages: Sequence[Any], labels: Iterable[str], name: str = "messages") -> Talk:
+    """Read a conversation.
+
+    A turn of `text` is a text or a mapping like a chat message. Of texts, speakers alternate, beginning with the user.
+    In `messages` all turns are mappings; the recommender has the role "assistant", and a first message of the role
+    "system" is the instruction. In `text`, "system" also means the recommender, unless it opens the conversation or
+    there are assistants: this form is older. Consecutive turns of one speaker are joined. The labels of speakers within
+    a content are put in quotation marks, so that a content cannot start another speaker's turn.
 
     Args:
-        turns: The turns, oldest first.
-        speakers: The template's labels of speakers, by role.
+        messages: The turns, oldest first.
+        labels: The template's labels of speakers and of the instruction.
+        name: The key of the request: "messages" or "text".
 
     Raises:
         ValueError: If a role or a content is invalid; the message names its place.
         TypeError: If one has the wrong type.
     """
-    chat = any(isinstance(turn, Mapping) and turn.get("role") == ASSISTANT for turn in turns)
-    labels = re.compile("|".join(rf"(?<!\w){re.escape(label)}" for label in speakers.values()))
-    found = []
-    for place, turn in enumerate(turns):
-        role, content = _turn(turn, place, chat)
-        found.append((role, labels.sub(lambda label: f'"{label[0]}"', content)))
-    return found
+    chat = any(isinstance(turn, Mapping) and turn.get("role") == ASSISTANT for turn in messages)
+    labels = [*labels]
+    instruction, turns = None, []
+    for number, message in enumerate(messages):
+        turn = _turn(message, number, chat, name)
+        for label in labels:
+            turn = _quoted(turn, label)
+        if turn.role == "instruction":
+            instruction = turn
+        elif turns and turns[-1].role == turn.role:
+            turns[-1] = _joined(turns[-1], turn)
+        else:
+            turns.append(turn)
+    return Talk(instruction, turns)
 
 
-def _turn(turn: Any, number: int, chat: bool) -> tuple[str, str]:
-    place = f"text[{number}]"
-    if isinstance(turn, str):
-        return ("user", "system")[number % 2], check_text(turn, place)
+def _turn(turn: Any, number: int, chat: bool, name: str) -> Turn:
+    place = f"{name}[{number}]"
+    if isinstance(turn, str) and name == "text":
+        return Turn(("user", "system")[number % 2], check_text(turn, place), place)
     fields = check_mapping(turn, place, TURN_KEYS)
-    role = fields.get("role")
+    role = _role(fields.get("role"), number, chat, name)
+    content, slot = _content(fields.get("content"), f"{place}.content")
+    if slot is not None and role != "system":
+        raise ValueError(f"{place}.content: only the assistant's turns hold a slot for an item")
+    return Turn(role, content, place, slot)
+
+
+def _role(role: Any, number: int, chat: bool, name: str) -> str:
+    place = f"{name}[{number}].role"
     if role not in ("user", "system", ASSISTANT):
-        raise ValueError(f"{place}.role: expected user or assistant, got {short(role)}")
+        raise ValueError(f"{place}: expected user or assistant, got {short(role)}")
+    if name == "messages" and role == "system":
+        if number:
+            raise ValueError(f"{place}: 'system' is an instruction, which only the first message may be")
+        return "instruction"
     if role == "system" and (chat or number == 0):
         raise ValueError(
-            f"{place}.role: 'system' is here an instruction to a chat model, which is not read: leave it out, and give "
-            "what is known of the user as `facts`; turns of the recommender have the role 'assistant'"
+            f"{place}: 'system' is an instruction to a chat model, which `text` does not hold: give the conversation "
+            "as `messages`; turns of the recommender have the role 'assistant'"
         )
-    return "user" if role == "user" else "system", _content(fields.get("content"), f"{place}.content")
+    return "user" if role == "user" else "system"
 
 
-def _content(content: Any, place: str) -> str:
-    """Read a text, or a list of parts, each a text or {"type": "text", "text": ...}."""
+def _quoted(turn: Turn, label: str) -> Turn:
+    """Put a speaker's label within a content in quotation marks."""
+    if label not in turn.content:
+        return turn
+    slot = turn.slot
+    before, after = turn.content[:slot], "" if slot is None else turn.content[slot:]
+    before, after = (text.replace(label, f'"{label}"') for text in (before, after))
+    return turn._replace(content=before + after, slot=None if slot is None else len(before))
+
+
+def _joined(turn: Turn, following: Turn) -> Turn:
+    if turn.slot is not None and following.slot is not None:
+        raise ValueError(f"{following.place}.content: the reply has a slot already, and one item fits into a reply")
+    shift = len(turn.content) + len(BETWEEN_MESSAGES)
+    slot = turn.slot if following.slot is None else following.slot + shift
+    return turn._replace(content=f"{turn.content}{BETWEEN_MESSAGES}{following.content}", slot=slot)
+
+
+def _content(content: Any, place: str) -> tuple[str, int | None]:
+    """Read a text, or a list of parts: texts, {"type": "text", "text": ...} or, once, {"type": "slot"}.
+
+    Returns:
+        The text, and the number of characters before the slot; the slot replaces the white space before it.
+    """
     if not isinstance(content, list | tuple) or not content:
-        return check_text(content, place)
+        return check_text(content, place), None
     check_size(content, place)
-    parts = [_part(part, f"{place}[{number}]") for number, part in enumerate(content)]
-    return check_text(" ".join(parts), place)
+    slots = [number for number, part in enumerate(content) if isinstance(part, Mapping) and part.get("type") == "slot"]
+    if len(slots) > 1:
+        raise ValueError(f"{place}: a reply has one slot at most, got {len(slots)}")
+    texts = [_part(part, f"{place}[{number}]") for number, part in enumerate(content) if number not in slots]
+    if not slots:
+        return check_text(" ".join(text.strip() for text in texts), place), None
+    before = " ".join(text.strip() for text in texts[: slots[0]])
+    after = " ".join(texts[slots[0] :]).rstrip()
+    return before + after, len(before)
 
 
 def _part(part: Any, place: str) -> str:
+    """Return the text of a part, with the white space around it."""
     if isinstance(part, Mapping):
         if part.get("type", "text") != "text":
             raise ValueError(f"{place}: a conversation holds texts only, got a part of type {short(part['type'])}")
         part = check_mapping(part, place, PART_KEYS).get("text")
-    return check_text(part, place)
+    check_text(part, place)
+    return str(part)
+
+
+CHAT_TEMPLATE = """{#- A conversation as M6RecProcessor writes it. -#}
+{%- set labels = LABELS -%}
+{%- set reserved = RESERVED -%}
+{%- set talk = namespace(instruction='', turns=[]) -%}
+{%- for message in messages -%}
+  {%- set role = message['role'] -%}
+  {%- if role not in labels or (role == 'system' and not loop.first) -%}
+    {{- raise_exception('message ' ~ loop.index0 ~ ': unexpected role ' ~ role) -}}
+  {%- endif -%}
+  {%- set own = namespace(text='') -%}
+  {%- if message['content'] is string -%}
+    {%- set own.text = message['content'] | trim -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- set words = part if part is string else part['text'] -%}
+      {%- set own.text = own.text ~ (' ' if own.text else '') ~ (words | trim) -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if not own.text -%}{{- raise_exception('message ' ~ loop.index0 ~ ' is empty') -}}{%- endif -%}
+  {%- for token in reserved -%}
+    {%- if token in own.text -%}
+      {{- raise_exception('message ' ~ loop.index0 ~ ' spells ' ~ token ~ ': use processor.apply_chat_template') -}}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- for label in labels.values() -%}
+    {%- set own.text = own.text | replace(label, '"' ~ label ~ '"') -%}
+  {%- endfor -%}
+  {%- if role == 'system' -%}
+    {%- set talk.instruction = own.text -%}
+  {%- elif talk.turns and talk.turns[-1][0] == role -%}
+    {%- set talk.turns = talk.turns[:-1] + [[role, talk.turns[-1][1] ~ '\n' ~ own.text]] -%}
+  {%- else -%}
+    {%- set talk.turns = talk.turns + [[role, own.text]] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set answered = talk.turns and talk.turns[-1][0] == 'assistant' -%}
+{{- "[BOS']" -}}
+{%- if talk.instruction -%}{{- '[TEXT]' ~ labels['system'] ~ JOIN ~ talk.instruction ~ '[SEG]' -}}{%- endif -%}
+{%- for turn in (talk.turns[:-1] if answered else talk.turns) -%}
+  {{- '[TEXT]' ~ labels[turn[0]] ~ JOIN ~ turn[1] ~ '[SEG]' -}}
+{%- endfor -%}
+{{- "[EOS'][BOS][TEXT]" ~ labels['assistant'] -}}
+{%- if answered -%}{{- JOIN ~ talk.turns[-1][1] ~ '[EOS]' -}}{%- endif -%}
+"""
+
+
+def chat_template(tasks: Mapping[str, Any], reserved: Iterable[str]) -> str:
+    """Return a Jinja template that writes a conversation as the processor does, for libraries that read these.
+
+    It raises an error where a message spells a special token, which the processor encodes as ordinary text.
+
+    Args:
+        tasks: The section `tasks` of a template.
+        reserved: The spellings of special tokens.
+    """
+    speakers = tasks["speakers"]
+    labels = {"user": speakers["user"], ASSISTANT: speakers["system"]}
+    if "instruction" in tasks:
+        labels["system"] = tasks["instruction"]
+    values = {"LABELS": labels, "RESERVED": [*reserved], "JOIN": tasks["join"]}
+    text = CHAT_TEMPLATE
+    for name, value in values.items():
+        text = re.sub(rf"\b{name}\b", lambda _, value=value: json.dumps(value, ensure_ascii=False), text)
+    return text
 
 
 # ---------------------------------------------------------------------------------------------- wording by a template
@@ -275,7 +415,8 @@ class Segment:
 
     `text` may be shortened: it consists of `parts` (the texts of the fields `names`), joined by `join` and put into
     `frame`. `lead` precedes it and is never shortened. `row` is the item's row of item embeddings. The model writes a
-    `written` segment: no [SEG] closes it.
+    `written` segment: no [SEG] closes it. A text with a `label` is cut between the label, with which it starts, and its
+    end. `slot` holds the texts before and after the slot.
     """
 
     kind: str
@@ -287,6 +428,13 @@ class Segment:
     lead: str = ""
     row: int = 0
     written: bool = False
+    label: str = ""
+    slot: tuple[str, str] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that are encoded, without the lead."""
+        return (self.text,) if self.slot is None else self.slot
 
     @property
     def is_item(self) -> bool:
@@ -474,6 +622,39 @@ class RequestFormatter:
             self._verbs.keep(key, segment)
         return segment
 
+    # Conversations
+
+    def talk(self, parts: Mapping[str, Any], task: str) -> Talk:
+        """Read the conversation of a request: its `messages` or, for the task conversation, its `text`."""
+        given = {name: parts[name] for name in ("messages", "text") if parts.get(name) is not None}
+        if task != "conversation":
+            given.pop("text", None)
+        elif len(given) == 2:
+            raise ValueError("messages and text are the same thing for the task conversation, give one of them")
+        if not given:
+            return Talk(None, [])
+        ((name, value),) = given.items()
+        messages = [value] if name == "text" and isinstance(value, str) else check_list(value, name)
+        tasks = self.template["tasks"]
+        labels = [*tasks["speakers"].values(), *([tasks["instruction"]] if "instruction" in tasks else [])]
+        found = read_talk(messages, labels, name)
+        if found.instruction is not None:
+            self._task_words("instruction")
+        return found
+
+    def with_turns(self, request: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+        """Return a request whose messages are the last events of its history, as all but conversations read them.
+
+        The instruction is left out, since it says nothing about the user.
+        """
+        if task == "conversation" or request.get("messages") is None:
+            return request
+        speakers = self.template["tasks"]["speakers"]
+        turns = self.talk(request, task).turns
+        history = check_list(request.get("history"), "history", MAX_EVENTS)
+        history += [{"event": speakers[turn.role], "text": turn.content} for turn in turns]
+        return {**{name: value for name, value in request.items() if name != "messages"}, "history": history}
+
     # Words before a written text
 
     def lead(self, task: str, parts: Mapping[str, Any]) -> str:
@@ -549,8 +730,8 @@ class RequestFormatter:
             if value is None and name not in ("item_id", "stats"):
                 return check_text(name, "candidates[0]: the name of a field")
         raise ValueError(
-            "candidates: task 'content' writes one field of one item, given as None: "
-            "[{'category': 'boots', 'title': None}]"
+            "candidates: task 'content' writes one field of one item, which is given as None: pass one mapping with such "
+            "a field, as in dict(category='boots', title=None)"
         )
 
     def gap(self, seconds: float, table: str = "gaps") -> str:
@@ -878,6 +1059,9 @@ __all__ = [
     "LRUCache",
     "RequestFormatter",
     "Segment",
+    "Talk",
+    "Turn",
+    "chat_template",
     "check_list",
     "check_mapping",
     "check_moment",
@@ -886,7 +1070,7 @@ __all__ = [
     "check_template",
     "check_text",
     "number_text",
-    "read_turns",
+    "read_talk",
     "value_text",
     "wrong_type",
 ]

@@ -28,15 +28,17 @@ from .formatting_m6rec import (
     LRUCache,
     RequestFormatter,
     Segment,
+    Talk,
+    Turn,
+    chat_template,
     check_list,
     check_mapping,
     check_moment,
     check_read,
     check_text,
-    read_turns,
     wrong_type,
 )
-from .tokenization_m6rec import KINDS, M6RecTokenizer
+from .tokenization_m6rec import KINDS, SLOT_TOKEN, M6RecTokenizer
 from .values_m6rec import (
     IGNORE_INDEX,
     MAX_CANDIDATES,
@@ -293,7 +295,8 @@ class EncodedRow:
 class EncodedSegment:
     """A segment, its place in the request and, once encoded, its ids: `head` + `body` + `tail`.
 
-    The body is the text that may be cut; `cut` marks that it was cut, `fixed` that it cannot be cut further.
+    The body is the text that may be cut; `cut` marks that it was cut, `fixed` that it cannot be cut further. A `kept`
+    segment is never dropped.
     """
 
     segment: Segment
@@ -303,6 +306,7 @@ class EncodedSegment:
     tail: Sequence[int] = ()
     cut: bool = False
     fixed: bool = False
+    kept: bool = False
 
     def __len__(self) -> int:
         return len(self.head) + len(self.body) + len(self.tail)
@@ -339,7 +343,8 @@ class Truncator:
     events; more turns and facts; whole fields of items in the source. Then, until everything fits, it drops whole
     fields of candidates and of items in the source, the longest first, and cuts the ends of the longest texts. The last
     turn, the first fact and the first field of an item may be cut but are never dropped; the same holds for the newest
-    event if there is room for one token of each text. The time is O(n log n) in the size of the request.
+    event if there is room for one token of each text. The last turn is cut at its beginning, behind the speaker's
+    label, so that the end of what was asked stays. The time is O(n log n) in the size of the request.
 
     Args:
         ids: The tokenizer's `structural_ids`.
@@ -399,7 +404,7 @@ class Truncator:
     def _fill(self, slot: EncodedSegment, dropped: Truncation) -> None:
         segment = slot.segment
         slot.head = self._heads[segment.kind]
-        slot.body = self.encode([segment.text])[0] if segment.text else ()
+        slot.body = self._body(segment)
         slot.tail = () if segment.written else self._segment_end
         if segment.lead:
             slot.head = (*slot.head, *self.encode([segment.lead])[0])
@@ -409,6 +414,12 @@ class Truncator:
             slot.body = ()
         if self.max_segment is not None:
             self._shorten(slot, self.max_segment - len(slot.head) - len(slot.tail), dropped)
+
+    def _body(self, segment: Segment) -> Sequence[int]:
+        rows = [self.encode([text])[0] if text else () for text in segment.texts]
+        if segment.slot is None:
+            return rows[0]
+        return (*rows[0], self.ids["slot_token_id"], *rows[1])
 
     # Lengths
 
@@ -446,7 +457,8 @@ class Truncator:
     @staticmethod
     def _drop_spare(draft: RequestParts, excess: int) -> None:
         """Drop the oldest turns, except the last turn, then the last facts, except the first fact."""
-        turns, facts = ([slot for slot in draft.start if slot.segment.kind == kind] for kind in ("text", "fact"))
+        spare = [slot for slot in draft.start if not slot.kept]
+        turns, facts = ([slot for slot in spare if slot.segment.kind == kind] for kind in ("text", "fact"))
         gone = set()
         for slot in [*turns[:-1], *reversed(facts[1:])]:
             if excess <= 0:
@@ -515,16 +527,30 @@ class Truncator:
         return True
 
     def _shorten(self, slot: EncodedSegment, count: int, dropped: Truncation) -> None:
-        """Cut a text to `count` tokens, or fewer if it would end inside a character."""
+        """Cut a text to `count` tokens, or fewer if it would end inside a character.
+
+        A text with a label loses the tokens after the label, so that the end of what was said stays.
+        """
         if count >= len(slot.body):
             return
-        kept = self._whole_characters(slot.body, count)
-        if kept == 0:
+        body = (
+            self._end_of(slot, count) if slot.segment.label else slot.body[: self._whole_characters(slot.body, count)]
+        )
+        if not body:
             slot.fixed = True
             return
         if not slot.cut:
             dropped.fields.append((slot.place, "text"))
-        slot.body, slot.cut = slot.body[:kept], True
+        slot.body, slot.cut = body, True
+
+    def _end_of(self, slot: EncodedSegment, count: int) -> Sequence[int]:
+        """Return the label and the last tokens, `count` in all or fewer; nothing if no whole character fits."""
+        label = self.encode([slot.segment.label])[0]
+        for start in range(len(slot.body) - count + len(label), len(slot.body)):
+            around = slot.body[max(0, start - NEAR) : start + NEAR]
+            if self.decode(around).endswith(self.decode(slot.body[start : start + NEAR])):
+                return (*label, *slot.body[start:])
+        return ()
 
     def _whole_characters(self, ids: Sequence[int], count: int) -> int:
         """Return the largest number of tokens up to `count` that does not end inside a character; 0 if none."""
@@ -608,7 +634,9 @@ class M6RecProcessor(ProcessorMixin):
     - `now`: a text or fields such as `date`, `place`, `weather`, `timestamp`;
     - `facts`: texts;
     - `candidates`: items, each with `stats` if it has any;
-    - `text`: what a writing task writes, or the turns of a conversation.
+    - `messages`: a conversation of chat messages, the last events of the history for all tasks but `conversation`;
+    - `text`: what a writing task writes, or the turns of a conversation;
+    - `mention`: `features` of the item, or `events` of the user, that the lead of an explanation names.
 
     An item is a text or fields; its `item_id` is not part of the text. A key with value None counts as absent. Writing
     tasks read `text`, other tasks refuse it. `retrieval` ignores candidates, and only scoring tasks read their `stats`:
@@ -656,6 +684,8 @@ class M6RecProcessor(ProcessorMixin):
         self._wording = RequestFormatter(self.template, self.item_rows)
         self._names = ItemNames(self._wording)
         self._texts = LRUCache(KEPT_TEXTS)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = chat_template(self.template["tasks"], tokenizer.get_added_vocab())
 
     @classmethod
     def from_template(
@@ -829,6 +859,44 @@ class M6RecProcessor(ProcessorMixin):
         row = infilling(text_ids, self._ids, self._kinds["text"], rng, self.max_length)
         return row, self.labels(row)
 
+    def with_turns(self, request: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+        """Return a request whose messages are the last events of its history, as all but conversations read them."""
+        return self._wording.with_turns(request, task)
+
+    def apply_chat_template(  # type: ignore[override]  # the library's method renders by Jinja
+        self,
+        conversation: Sequence[Any],
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        **parts: Any,
+    ) -> Any:
+        """Encode chat messages as the prompt of the recommender's next turn, padded on the left.
+
+        With `tokenize` and `return_dict` this equals
+        `processor({"messages": conversation}, "conversation", return_tensors, "left")`. If the
+        recommender's turn is the last message, the row contains it and is closed, as in training.
+
+        Args:
+            conversation: Messages `{"role": ..., "content": ...}` with the roles "system", "user" and "assistant", or
+                several conversations.
+            tokenize: Return ids; False = the text of the row, with the names of special tokens.
+            return_dict: Return all inputs of the model; False = only `input_ids`.
+            return_tensors: "pt" = padded tensors, None = lists.
+            **parts: Other keys of the request, such as `history`; `add_generation_prompt` is ignored, since the row
+                of a conversation always opens the recommender's turn.
+        """
+        parts.pop("add_generation_prompt", None)
+        several = bool(conversation) and isinstance(conversation[0], list | tuple)
+        talks = conversation if several else [conversation]
+        requests = [{**parts, "messages": [*talk]} for talk in talks]
+        if not tokenize:
+            rows = self(requests, "conversation")["input_ids"]
+            texts = self.tokenizer.batch_decode(rows)
+            return texts if several else texts[0]
+        batch = self(requests, "conversation", return_tensors, "left")
+        return batch if return_dict else batch["input_ids"]
+
     def pad(self, features: Sequence[Mapping[str, Any]], padding_side: str = "right") -> dict[str, Any]:
         """Pad rows to the longest; all padding happens here.
 
@@ -850,7 +918,7 @@ class M6RecProcessor(ProcessorMixin):
     def _read_drafts(self, drafts: Sequence[RequestParts]) -> list[EncodedRow]:
         """Encode all texts that are not cached in one call, then truncate and write each draft."""
         segments = [slot.segment for draft in drafts for slot in draft.slots()]
-        texts = {segment.text for segment in segments} | {segment.lead for segment in segments}
+        texts = {text for segment in segments for text in segment.texts} | {segment.lead for segment in segments}
         found = {text: self._texts.find(text) for text in texts}
         missing = [text for text, ids in found.items() if ids is None]
         for text, ids in zip(missing, self._encode(missing)):
@@ -864,7 +932,8 @@ class M6RecProcessor(ProcessorMixin):
             return [found[text] for text in texts]
 
         limits = (self.max_length, self.truncation_stride, self.max_segment)
-        fitter = Truncator(self._ids, self._kinds, encode, self._decode, *limits)
+        ids = {**self._ids, "slot_token_id": self.tokenizer.slot_token_id}
+        fitter = Truncator(ids, self._kinds, encode, self._decode, *limits)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -875,6 +944,7 @@ class M6RecProcessor(ProcessorMixin):
     def _draft(self, request: str | Mapping[str, Any], task: str) -> RequestParts:
         parts = check_mapping({"user": request} if isinstance(request, str) else request, "request", REQUEST_KEYS)
         check_read(parts, task)
+        parts = self._wording.with_turns(parts, task)
         history = check_list(parts.get("history"), "history", MAX_EVENTS)
         skipped = up_to_whole(max(0, len(history) - self.max_events), self.truncation_stride)
         events = [
@@ -882,7 +952,9 @@ class M6RecProcessor(ProcessorMixin):
         ]
         moment = self._moment(parts.get("now"))
         slots, since = self._events(events, moment, skipped)
-        targets, turns = self._targets(parts, task)
+        talk = self._wording.talk(parts, task)
+        targets = self._targets(parts, task, talk)
+        turns, silent = self._past_turns(talk, task)
         now = self._wording.now(parts.get("now"), since if self.time == "gap" else None)
         # Segments other than events and [NOW] come first: an event ends with the next event, [NOW] or [EOS'], and with
         # causal history earlier tokens must not move when an event is appended.
@@ -893,7 +965,7 @@ class M6RecProcessor(ProcessorMixin):
             targets=targets,
             gaps=self.time == "gap",
             closed=task not in WRITING_TASKS or bool(targets[0][-1].segment.text),
-            dropped=Truncation(events=skipped),
+            dropped=Truncation(events=skipped, fields=silent),
         )
 
     def _user(self, parts: Mapping[str, Any]) -> list[EncodedSegment]:
@@ -944,8 +1016,8 @@ class M6RecProcessor(ProcessorMixin):
         if before is not None and after < before:
             raise ValueError(f"{place}: {after:.0f} is earlier than {before:.0f} before it; give the oldest first")
 
-    def _targets(self, parts: Mapping[str, Any], task: str) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
-        """Make the targets, and the turns of a conversation for the source."""
+    def _targets(self, parts: Mapping[str, Any], task: str, talk: Talk) -> list[list[EncodedSegment]]:
+        """Make the targets."""
         given = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
         lead = self._wording.lead(task, parts) if task in WRITING_TASKS else ""
         candidates = [
@@ -953,22 +1025,21 @@ class M6RecProcessor(ProcessorMixin):
             for place, candidate in enumerate(given)
             if task != "content" or self._wording.has_text(candidate)
         ]
-        turns = self._turns(parts.get("text"), task)
         if task not in SCORING_TASKS and any(len(candidate) > 1 for candidate in candidates):
             logger.warning_once(f"task {task!r} does not read the statistics of candidates (`stats`)")
         if task == "retrieval":
             if candidates:
                 logger.warning_once("a row of task 'retrieval' holds the user alone: its candidates are not read")
-            return [], []
+            return []
         if task in WRITING_TASKS:
-            return self._writing(candidates, turns, task, lead)
+            return [self._writing(candidates, self._answer(parts, task, talk), task, lead)]
         if not candidates:
             raise ValueError(f"candidates: task {task!r} needs at least one")
         if task == "plausibility":
             frame = tuple(self.template["tasks"]["plausibility"].format(item="\0").split("\0"))
             worded = [replace(item.segment.framed(frame), kind="text", written=True) for item, *_ in candidates]
-            return [[EncodedSegment(segment, f"candidates[{place}]")] for place, segment in enumerate(worded)], []
-        return candidates, []
+            return [[EncodedSegment(segment, f"candidates[{place}]")] for place, segment in enumerate(worded)]
+        return candidates
 
     def _candidate(self, candidate: Any, place: str) -> list[EncodedSegment]:
         stats: Any = None
@@ -982,17 +1053,52 @@ class M6RecProcessor(ProcessorMixin):
         ]
 
     def _writing(
-        self, candidates: list[list[EncodedSegment]], turns: list[tuple[str, str]], task: str, lead: str
-    ) -> tuple[list[list[EncodedSegment]], list[EncodedSegment]]:
+        self, candidates: list[list[EncodedSegment]], answer: Turn | None, task: str, lead: str
+    ) -> list[EncodedSegment]:
         """Make the target of a writing task: the item, if given, then the lead, then the text, if known."""
         self._check_count(len(candidates), task)
-        speakers = self.template["tasks"]["speakers"]
-        known = bool(turns) and turns[-1][0] == "system"
-        answer = turns[-1][1] if known else ""
-        past = [f"{speakers[role]}{self._wording.written(content)}" for role, content in turns[: len(turns) - known]]
-        written = Segment("text", self._wording.written(answer) if answer else "", lead=lead, written=True)
-        target = [*(candidates[0][:1] if candidates else []), EncodedSegment(written, "text")]
-        return [target], [EncodedSegment(Segment("text", text), f"text[{place}]") for place, text in enumerate(past)]
+        written = Segment("text", "", lead=lead, written=True)
+        if answer is not None:
+            written = replace(written, text=self._wording.written(answer.content))
+        if answer is not None and answer.slot is not None:
+            if self.tokenizer.slot_token_id is None:
+                raise ValueError(f"{answer.place}: the tokenizer has no token {SLOT_TOKEN}: make one with slot=True")
+            before, after = answer.content[: answer.slot], answer.content[answer.slot :]
+            before = self._wording.written(before) if before else ""
+            written = replace(written, text=f"{before}{SLOT_TOKEN}{after}", slot=(before, after))
+        return [*(candidates[0][:1] if candidates else []), EncodedSegment(written, "text")]
+
+    def _answer(self, parts: Mapping[str, Any], task: str, talk: Talk) -> Turn | None:
+        """Return the text that a writing task writes, if known: of a conversation, the recommender's last turn."""
+        if task == "conversation":
+            return talk.turns[-1] if talk.turns and talk.turns[-1].role == "system" else None
+        text = parts.get("text")
+        if not isinstance(text, str | None):
+            raise wrong_type(text, "text", f"a text for task {task!r}")
+        return None if text is None else Turn("system", check_text(text, "text"), "text")
+
+    def _past_turns(self, talk: Talk, task: str) -> tuple[list[EncodedSegment], list[tuple[str, str]]]:
+        """Make the segments of a conversation before the answer: the instruction, and the last `max_events` turns.
+
+        Returns:
+            The segments, and (place, "text") of each turn left out.
+        """
+        if task != "conversation":
+            return [], []
+        speakers, found = self.template["tasks"]["speakers"], []
+        turns = talk.turns[:-1] if talk.turns and talk.turns[-1].role == "system" else talk.turns
+        for turn in turns:
+            if turn.slot is not None:
+                raise ValueError(f"{turn.place}.content: only the last turn may hold a slot; write the item's title")
+        if talk.instruction is not None:
+            words = f"{self.template['tasks']['instruction']}{self._wording.written(talk.instruction.content)}"
+            found = [EncodedSegment(Segment("text", words), talk.instruction.place, kept=True)]
+        for number, turn in enumerate(turns[-self.max_events :], 1):
+            label = speakers[turn.role]
+            segment = Segment("text", f"{label}{self._wording.written(turn.content)}")
+            last = number == min(len(turns), self.max_events)
+            found.append(EncodedSegment(replace(segment, label=label) if last else segment, turn.place))
+        return found, [(turn.place, "text") for turn in turns[: -self.max_events]]
 
     @staticmethod
     def _check_count(candidates: int, task: str) -> None:
@@ -1000,19 +1106,6 @@ class M6RecProcessor(ProcessorMixin):
         if candidates > 1 or (task == "explanation" and not candidates) or (task == "next_item" and candidates):
             expected = {"explanation": "exactly one", "next_item": "none"}.get(task, "at most one")
             raise ValueError(f"candidates: task {task!r} takes {expected}, got {candidates}")
-
-    def _turns(self, text: Any, task: str) -> list[tuple[str, str]]:
-        """Read `text` as (role, content) turns; for other writing tasks it is one system turn, the target text."""
-        if text is None:
-            return []
-        if task not in WRITING_TASKS:
-            return []
-        if task != "conversation":
-            if not isinstance(text, str):
-                raise wrong_type(text, "text", f"a text for task {task!r}")
-            return [("system", check_text(text, "text"))]
-        turns = [text] if isinstance(text, str) else check_list(text, "text")
-        return read_turns(turns, self.template["tasks"]["speakers"])
 
 
 def _rows_by_id(rows: Mapping[Any, int]) -> dict[str, int]:

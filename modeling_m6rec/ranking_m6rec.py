@@ -388,7 +388,8 @@ class Ranker:
 
     def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Answer requests."""
-        split = [{"user": request} if isinstance(request, str) else self._described(request) for request in requests]
+        turned = [self._with_turns(request) for request in requests]
+        split = [{"user": request} if isinstance(request, str) else self._described(request) for request in turned]
         given = [request.pop("candidates", None) for request in split]
         own: list[Any] = [request.pop("exit_confidence", None) for request in split]
         confidences = [self.exit_confidence if confidence is None else confidence for confidence in own]
@@ -408,6 +409,10 @@ class Ranker:
         else:
             self._score(queries)
         return [self._rows(query) for query in queries]
+
+    def _with_turns(self, request: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
+        """Return a request with its messages as events of the history."""
+        return request if isinstance(request, str) else self.scorer.processor.with_turns(request, self.task)
 
     def _say_unread(
         self, requests: Sequence[Mapping[str, Any]], given: Sequence[Any], encoded: Sequence[EncodedRequest]

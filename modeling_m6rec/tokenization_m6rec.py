@@ -24,6 +24,9 @@ MARKERS = {
 }
 """Names of the configuration's fields for token ids, and the spelling of these tokens."""
 
+SLOT_TOKEN = "[SLOT]"
+"""What a model writes in a reply in place of an item."""
+
 KIND_TOKENS = tuple(f"[{kind.upper()}]" for kind in KINDS)
 
 _SETTINGS = threading.Lock()
@@ -53,6 +56,7 @@ class M6RecTokenizer(TokenizersBackend):
         num_options: int = 16,
         min_frequency: int = 2,
         leading_tokens: Sequence[str] = (),
+        slot: bool = False,
     ) -> "M6RecTokenizer":
         """Train a byte-level BPE vocabulary; any text round-trips up to Unicode normal form C.
 
@@ -62,13 +66,14 @@ class M6RecTokenizer(TokenizersBackend):
             num_options: Number of option tokens.
             min_frequency: Minimum frequency of a pair to be merged.
             leading_tokens: Special tokens to put before all others, which shifts every id.
+            slot: Whether to add [SLOT], for models that recommend items within conversations.
 
         Raises:
             ValueError: If `vocab_size` is too small for the special tokens and the 256 bytes.
         """
         if isinstance(iterator, str):
             raise TypeError("train expects an iterable of texts, got one str: put it in a list")
-        special = [*leading_tokens, *MARKERS.values(), *KIND_TOKENS, *_option_tokens(num_options)]
+        special = [*leading_tokens, *MARKERS.values(), *KIND_TOKENS, *_option_tokens(num_options), *[SLOT_TOKEN] * slot]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(special) + len(alphabet):
             raise ValueError(
@@ -90,12 +95,15 @@ class M6RecTokenizer(TokenizersBackend):
         return cls._around(backend, [*leading_tokens])
 
     @classmethod
-    def from_backbone(cls, backbone: TokenizersBackend | str, num_options: int = 16) -> "M6RecTokenizer":
+    def from_backbone(
+        cls, backbone: TokenizersBackend | str, num_options: int = 16, slot: bool = False
+    ) -> "M6RecTokenizer":
         """Copy another checkpoint's tokenizer and append the special tokens that it lacks.
 
         Args:
             backbone: A fast tokenizer, or the name or path of a checkpoint that has one.
             num_options: Number of option tokens.
+            slot: Whether to add [SLOT], for models that recommend items within conversations.
 
         Raises:
             TypeError: If the tokenizer is not a fast one.
@@ -110,7 +118,7 @@ class M6RecTokenizer(TokenizersBackend):
         backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
-        ours = [*MARKERS.values(), *KIND_TOKENS, *_option_tokens(num_options)]
+        ours = [*MARKERS.values(), *KIND_TOKENS, *_option_tokens(num_options), *[SLOT_TOKEN] * slot]
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ours])
         return cls._around(backend, [token for token in base.all_special_tokens if token not in ours])
 
@@ -118,7 +126,8 @@ class M6RecTokenizer(TokenizersBackend):
     def _around(cls, backend: Tokenizer, others: list[str]) -> "M6RecTokenizer":
         """Wrap a backend with all special tokens; `others` are the backbone's special tokens."""
         named = ("[PAD]", "[UNK]", "[MASK]", "[BOS]", "[EOS]")
-        special = (*MARKERS.values(), *KIND_TOKENS, *_all_options(backend), *others)
+        slot = [SLOT_TOKEN] if backend.token_to_id(SLOT_TOKEN) is not None else []
+        special = (*MARKERS.values(), *KIND_TOKENS, *_all_options(backend), *slot, *others)
         tokenizer = cls(
             tokenizer_object=backend,
             pad_token="[PAD]",
@@ -165,6 +174,12 @@ class M6RecTokenizer(TokenizersBackend):
                 "the vocabulary taken over already owns some of them"
             )
         return ids[0]
+
+    @property
+    def slot_token_id(self) -> int | None:
+        """Id of [SLOT], which a reply contains in place of an item; None if the vocabulary lacks it."""
+        index = self.backend_tokenizer.token_to_id(SLOT_TOKEN)
+        return None if index is None else int(index)
 
     def encode_text(self, text: str) -> list[int]:
         """Encode one text as data; see `encode_texts`."""
@@ -218,4 +233,4 @@ def _all_options(backend: Tokenizer) -> Iterator[str]:
 
 M6RecTokenizer.register_for_auto_class("AutoTokenizer")
 
-__all__ = ["KINDS", "KIND_TOKENS", "MARKERS", "M6RecTokenizer"]
+__all__ = ["KINDS", "KIND_TOKENS", "MARKERS", "SLOT_TOKEN", "M6RecTokenizer"]

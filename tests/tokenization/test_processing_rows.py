@@ -181,6 +181,34 @@ def test_the_oldest_turns_go_and_the_last_request_stays_whole(tokenizer, turns):
     assert reading.dropped.fields == [(f"text[{place}]", "text") for place in range(turns - 1 - len(kept))]
 
 
+def test_the_last_turn_loses_its_beginning_and_never_its_end(tokenizer):
+    """What is asked stands at the end of a request; other texts are cut at their ends."""
+    wish = "nothing with horses in it"
+    for size in (100, 101, 102, 160):
+        processor = M6RecProcessor(tokenizer, max_length=size)
+        talk = [{"role": "assistant", "content": "well?"}, {"role": "user", "content": f"{LONG} please {wish}"}]
+        reading = processor.read({"messages": [{"role": "system", "content": LONG}, *talk]}, "conversation")
+        instruction, last, lead = (text for kind, text in reading.segments)
+        assert (
+            instruction.startswith("INSTRUCTION: 字")
+            and lead == "SYSTEM:"
+            and size - 8 <= len(reading.input_ids) <= size
+        )
+        assert last.startswith("USER:字") and last.endswith(f"字 please {wish}")
+        assert set(reading.dropped.fields) == {(f"messages[{place}]", "text") for place in (0, 1, 2)}
+
+
+def test_max_events_binds_the_turns_of_a_conversation(tokenizer):
+    said = [f"turn {place}" for place in range(9)]
+    reading = M6RecProcessor(tokenizer, max_events=3).read({"text": said}, "conversation")
+    assert [text for _, text in reading.segments] == ["USER: turn 6", "SYSTEM: turn 7", "USER: turn 8", "SYSTEM:"]
+    assert reading.dropped.fields == [(f"text[{place}]", "text") for place in range(6)]
+    talk = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+    reading = M6RecProcessor(tokenizer, max_events=3).read({"history": ["mat"], "messages": talk}, "retrieval")
+    assert [text for kind, text in reading.segments if kind == "text"] == ["turn 6", "turn 7", "turn 8"]
+    assert reading.dropped.events == 7
+
+
 def test_the_last_facts_go_whole(tokenizer):
     facts = [f"fact number {place}" for place in range(120)]
     candidate = {"name": "boots", "price": 3}
