@@ -730,8 +730,8 @@ class RequestFormatter:
             if value is None and name not in ("item_id", "stats"):
                 return check_text(name, "candidates[0]: the name of a field")
         raise ValueError(
-            "candidates: task 'content' writes one field of one item, which is given as None: pass one mapping with such "
-            "a field, as in dict(category='boots', title=None)"
+            "candidates: task 'content' writes one field of one item, which is given as None: pass one mapping with "
+            "such a field, as in dict(category='boots', title=None)"
         )
 
     def gap(self, seconds: float, table: str = "gaps") -> str:
