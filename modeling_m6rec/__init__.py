@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .item_features_m6rec import Evidence
     from .pipeline_m6rec import RecommendationPipeline
     from .processing_m6rec import M6RecProcessor
+    from .ranking_m6rec import Guard
     from .segment_cache_m6rec import UserStates
     from .tokenization_m6rec import M6RecTokenizer
     from .train import fit
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
     "Evidence": "m6rec.item_features_m6rec",
+    "Guard": "m6rec.ranking_m6rec",
     "M6RecDataCollator": "m6rec.train.rows.collator",
     "M6RecProcessor": "m6rec.processing_m6rec",
     "M6RecTokenizer": "m6rec.tokenization_m6rec",
@@ -91,6 +93,7 @@ __all__ = [
     "TASKS",
     "Catalogue",
     "Evidence",
+    "Guard",
     "M6RecConfig",
     "M6RecDataCollator",
     "M6RecForRecommendation",

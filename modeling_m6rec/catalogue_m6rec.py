@@ -1408,6 +1408,16 @@ class CatalogueView:
                 found[number] = own
         return [own for own in found if own is not None]
 
+    def event_counts(self) -> dict[str, int] | None:
+        """Return the number of counted events of each item of the catalogue; None = there is no evidence."""
+        state = self._state
+        if state.counted is None:
+            return None
+        met = np.zeros(len(state.live), dtype=np.int64)
+        here = np.flatnonzero(state.counted.rows >= 0)
+        met[state.counted.rows[here]] = state.counted.transitions.met[here]
+        return {state.ids[row]: int(met[row]) for row in state.live_rows()}
+
     def evidence_digest(self) -> str:
         """Return a digest of the settings and counts of evidence; it is empty without evidence."""
         counted = self._state.counted

@@ -28,7 +28,7 @@ from .catalogue_m6rec import (
     table_rows,
 )
 from .layers_m6rec import inference_mode
-from .ranking_m6rec import Ranker, Scorer, check_confidence
+from .ranking_m6rec import Guard, Ranker, Reranker, Scorer, check_confidence
 from .segment_cache_m6rec import SegmentCache, UserStates, Watch
 from .values_m6rec import MAX_REQUEST_VALUES, check_lists, check_size, short
 
@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 RANKING_TASKS = ("retrieval", "plausibility")
 """Ranking tasks other than the scoring tasks, the preferred ones first."""
-PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence")
+PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence", "guard", "rerank")
 FOLDER = "catalogue"
 """Folder of a checkpoint's catalogue."""
 LOADING = threading.Lock()
@@ -143,6 +143,9 @@ class RecommendationPipeline(Pipeline):
                   probability of each (of click or no click, of each interaction or its absence, of the likeliest
                   rating) is at least this number. With 1 or more all layers run. A request may contain its own
                   `exit_confidence`. Answers then contain their `exit_layer`.
+                - `guard`: a `Guard`; the items that it blocks are left out before ranking.
+                - `rerank`: `{"field": ..., "weight": ...}`, the arguments of a `Reranker`, which moves down what is
+                  shown often; rows then contain their `penalty`, and `score` stays the model's.
 
         Raises:
             ValueError: If a request or a parameter is invalid; the message names it.
@@ -170,6 +173,9 @@ class RecommendationPipeline(Pipeline):
                 raise TypeError(f"{name}={short(given[name])}: give True, False or None")
         if predicate is not None and not callable(predicate):
             raise TypeError(f"filter={short(predicate)}: give a function that says of an item's fields True or False")
+        if not isinstance(given.get("guard"), Guard | None):
+            raise TypeError(f"guard={short(given['guard'])}: give a Guard, or None")
+        given |= {"rerank": Reranker.of(given["rerank"])} if "rerank" in given else {}
         self._check_exits(given.get("exit_layer"), given.get("exit_confidence"))
         given |= {name: int(given[name]) for name in ("top_k", "exit_layer") if given.get(name) is not None}
         return {}, given, {}
@@ -199,6 +205,9 @@ class RecommendationPipeline(Pipeline):
         exit_layer = options.pop("exit_layer", None)
         catalogue = cache(self._fitting_catalogue)  # one state for the whole batch
 
+        def known() -> CatalogueView | None:
+            return None if self.catalogue is None else catalogue()
+
         def evident() -> CatalogueView | None:
             own = self.catalogue
             return None if own is None or own.evidence is None else catalogue()
@@ -207,7 +216,7 @@ class RecommendationPipeline(Pipeline):
         with inference_mode(self.model):
             for name in dict.fromkeys(tasks):
                 places = [place for place, own in enumerate(tasks) if own == name]
-                ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, **options)
+                ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, known=known, **options)
                 for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
                     answers[place] = _Whole(answer)
         return {"answers": answers if isinstance(given, list) else answers[0]}

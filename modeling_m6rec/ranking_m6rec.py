@@ -4,11 +4,16 @@ Shapes: B rows, T tokens, N targets of a request or items of an answer, E events
 or one per interaction), D = vector_width.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -323,6 +328,228 @@ def _batches(order: Sequence[int], rows: Sequence[Tokens]) -> Iterator[list[int]
         yield batch
 
 
+# ------------------------------------------------------------------------------------- what may be shown, and how often
+
+
+BLOCKED = "block list"
+"""Reason of a function of a Guard that gives none."""
+GUARD_KEYS = ("block_items", "block_texts", "reasons")
+"""Keys of a Guard's file."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    r"""Items that are never recommended, and texts that are never written, with reasons.
+
+    Blocked items are left out before ranking, so that the other items fill the answer. A written text is checked when
+    it is complete.
+
+    Args:
+        block_items: Ids of items, or a function of an item's fields (with its `item_id`; a text has the field `item`)
+            that returns whether the item is blocked, or the reason.
+        block_texts: Regular expressions, without regard to case if given as texts, or a function of a text that
+            returns whether it is blocked, or the reason. Expressions are also searched in the text's compatibility
+            form without invisible characters.
+        reasons: Id or expression -> the reason; by default it names the id or the expression.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An id or a regular expression is invalid.
+
+    >>> guard = Guard(block_items=["42"], block_texts=[r"\bcasino\b"], reasons={"42": "recalled"})
+    >>> guard.item_reason({"item_id": "42", "title": "lamp"}), guard.text_reason("Try our CASINO!")
+    ('recalled', 'block list: \\bcasino\\b')
+    """
+
+    block_items: Collection[Any] | Callable[[dict[str, Any]], bool | str | None] = ()
+    block_texts: Collection[str | re.Pattern] | Callable[[str], bool | str | None] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in GUARD_KEYS[:2]:
+            value = getattr(self, name)
+            if not callable(value) and (isinstance(value, str | bytes) or not isinstance(value, Collection)):
+                raise TypeError(f"{name}={short(value)}: give a list, or a function that says True, False or a reason")
+        if not callable(self.block_items):
+            ids = {normalize_id(item_id, "block_items") for item_id in self.block_items}
+            object.__setattr__(self, "block_items", tuple(sorted(ids)))
+        if not callable(self.block_texts):
+            object.__setattr__(self, "block_texts", tuple(map(_pattern, self.block_texts)))
+        if not isinstance(self.reasons, Mapping) or not all(
+            isinstance(own, str) for pair in self.reasons.items() for own in pair
+        ):
+            raise TypeError(f"reasons={short(self.reasons)}: give a mapping of ids and expressions to texts")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Guard":
+        """Read a guard from a JSON file with the keys `block_items`, `block_texts` and `reasons`, all optional.
+
+        Raises:
+            ValueError: The file is no such JSON object.
+        """
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # invalid JSON or UTF-8
+            raise ValueError(f"{path} is no valid JSON: {error}") from error
+        if not isinstance(given, dict) or (set(given) - set(GUARD_KEYS)):
+            raise ValueError(f"{path} holds {short(given)}: expected an object with some of {', '.join(GUARD_KEYS)}")
+        return cls(**given)
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        """The blocked ids; empty if a function decides."""
+        return frozenset() if callable(self.block_items) else frozenset(self.block_items)
+
+    def item_reason(self, fields: Mapping[str, Any]) -> str | None:
+        """Return why an item may not be recommended; None if it may.
+
+        Args:
+            fields: Its fields, with its `item_id` if known.
+        """
+        if callable(self.block_items):
+            return _said(self.block_items(dict(fields)))
+        item_id = fields.get("item_id")
+        return None if item_id is None else self.id_reason(normalize_id(item_id, "item_id"))
+
+    def id_reason(self, item_id: str) -> str | None:
+        """Return why the item with an id may not be recommended; None if the list of ids does not hold it."""
+        return self.reasons.get(item_id, f"{BLOCKED}: {item_id}") if item_id in self.ids else None
+
+    def allows(self, fields: Mapping[str, Any]) -> bool:
+        """Whether an item with these fields may be recommended; usable as a filter of a search."""
+        return self.item_reason(fields) is None
+
+    def text_reason(self, text: str) -> str | None:
+        """Return why a text may not be shown; None if it may."""
+        if callable(self.block_texts):
+            return _said(self.block_texts(text))
+        plain = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+        for pattern in self.block_texts:
+            assert isinstance(pattern, re.Pattern)
+            if pattern.search(text) or pattern.search(plain):
+                return self.reasons.get(pattern.pattern, f"{BLOCKED}: {pattern.pattern}")
+        return None
+
+
+def _pattern(given: Any) -> re.Pattern:
+    if isinstance(given, re.Pattern) and isinstance(given.pattern, str):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(f"block_texts holds {short(given)}: give regular expressions")
+    try:
+        return re.compile(given, re.IGNORECASE)
+    except re.error as error:
+        raise ValueError(f"block_texts holds {short(given)}, which is no regular expression: {error}") from error
+
+
+def _said(answer: Any) -> str | None:
+    """Return the reason that a function of a Guard gives."""
+    if isinstance(answer, str):
+        return answer or BLOCKED
+    return BLOCKED if answer else None
+
+
+POPULARITY = "popularity"
+"""Field of a Reranker that stands for the events of an item."""
+POOL = 200
+"""Default number of items that a Reranker reorders."""
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """Reorders the first items of a ranking, so that what is shown often moves down.
+
+    An item's place is decided by its score minus a penalty from 0 to `weight`: an item never passes one whose score is
+    higher by more than `weight`. With the field "popularity" the penalty
+    is weight * log(1 + events) / log(1 + most events of an item). With a field of the items it is `weight` times the
+    share of the value in the exposure of the rows above, each of which counts 1 / log2(rank + 1): the list is filled
+    from the top (maximal marginal relevance, Carbonell & Goldstein, 1998, with equal values as similarity).
+
+    Args:
+        field: "popularity", or a field of the items.
+        weight: The largest penalty, in the unit of the score.
+        pool: Number of items that are reordered: an item that is ranked below them does not enter.
+        counts: For "popularity": item id -> events; None = those that the catalogue's evidence has counted.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The weight or a count is negative or not finite, or the pool is below 1.
+    """
+
+    field: str
+    weight: float
+    pool: int = POOL
+    counts: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.field, str) or not self.field:
+            raise TypeError(
+                f"rerank field={short(self.field)}: give {POPULARITY!r} or the name of a field of the items"
+            )
+        if not _natural(self.weight):
+            raise ValueError(f"rerank weight={short(self.weight)}: give a finite number from 0 up")
+        if isinstance(self.pool, bool) or not isinstance(self.pool, Integral) or self.pool < 1:
+            raise ValueError(f"rerank pool={short(self.pool)}: give a whole number from 1 up")
+        if self.counts is not None:
+            if self.field != POPULARITY or not isinstance(self.counts, Mapping):
+                raise TypeError(f"rerank counts: give a mapping of ids to events, with the field {POPULARITY!r} only")
+            wrong = [item_id for item_id, own in self.counts.items() if not _natural(own)]
+            if wrong:
+                raise ValueError(f"rerank counts of {short(wrong[0])}: give a finite number from 0 up")
+
+    @classmethod
+    def of(cls, given: Any) -> "Reranker | None":
+        """Make the re-ranker of a parameter: a mapping of the arguments; None = none."""
+        if given is None or isinstance(given, cls):
+            return given
+        keys = set(cls.__dataclass_fields__)
+        if not isinstance(given, Mapping) or not {"field", "weight"} <= set(given) <= keys:
+            raise TypeError(
+                f"rerank={short(given)}: give {{'field': ..., 'weight': ...}}, with `pool` and `counts` or not"
+            )
+        return cls(**given)
+
+    def order(self, scores: Sequence[float], values: Sequence[Any], top_k: int | None) -> list[tuple[int, float]]:
+        """Return place and penalty of the first items of the new order.
+
+        Args:
+            scores: N scores, in descending order.
+            values: N values of the field; for "popularity" popularities from 0 to 1. None = no penalty.
+            top_k: Number of items; None = all.
+        """
+        count = len(scores) if top_k is None else min(top_k, len(scores))
+        pool = min(self.pool, len(scores))
+        if self.field == POPULARITY:
+            penalties = [self.weight * float(value or 0.0) for value in values]
+            first = sorted(range(pool), key=lambda place: penalties[place] - scores[place])
+        else:
+            first, penalties = self._spread(scores, values, min(count, pool))
+        chosen = [*first, *range(pool, len(scores))][:count]
+        return [(place, penalties[place] if place < pool else 0.0) for place in chosen]
+
+    def _spread(self, scores: Sequence[float], values: Sequence[Any], count: int) -> tuple[list[int], list[float]]:
+        """Fill a list from the top; returns the places, and the penalty of each item of the pool when it was chosen."""
+        left, chosen = list(range(min(self.pool, len(scores)))), []
+        exposure: dict[Any, float] = {}
+        penalties, total = [0.0] * len(left), 0.0
+        while len(chosen) < count:
+            for place in left:
+                penalties[place] = self.weight * exposure.get(values[place], 0.0) / max(total, 1.0)
+            best = max(left, key=lambda place: scores[place] - penalties[place])  # of equal ones the first
+            left.remove(best)
+            chosen.append(best)
+            shown = 1 / math.log2(len(chosen) + 1)
+            total += shown
+            if values[best] is not None:
+                exposure[values[best]] = exposure.get(values[best], 0.0) + shown
+        return chosen, penalties
+
+
+def _natural(value: Any) -> bool:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
 # ----------------------------------------------------------------------------------------------------- ranked answers
 
 
@@ -360,6 +587,8 @@ class Query:
     """If evidence is used, what it reads of the user, at most one text."""
     confidence: float | None = None
     """How sure all answers must be for the last joint layers to be left out."""
+    penalties: list[float] | None = None
+    """What a re-ranker has taken off the score of each returned candidate."""
 
     @property
     def encoded(self) -> EncodedRequest:
@@ -385,6 +614,10 @@ class Ranker:
     """Returns the catalogue if it has evidence, for given candidates; None otherwise."""
     notice: Callable[[str, str], None] = lambda text, place: None
     """Called with each item that is given as a plain text, and its place."""
+    known: Callable[[], CatalogueView | None] = lambda: None
+    """Returns the catalogue if there is one; None otherwise."""
+    guard: Guard | None = None
+    rerank: Reranker | None = None
 
     def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Answer requests."""
@@ -499,21 +732,48 @@ class Ranker:
         catalogue = self.catalogue()
         exclude_seen = catalogue.exclude_seen if self.exclude_seen is None else self.exclude_seen
         seen = self._seen_in(catalogue, request) if exclude_seen else set()
+        left_out = seen | self._blocked(catalogue)
         if self.task == "retrieval":
-            return Query(request, [], seen=seen)
-        names = [name for name in catalogue if name not in seen]
-        kept = [name for name in names if self.predicate is None or self.predicate(catalogue.fields(name))]
+            return Query(request, [], seen=left_out)
+        names, decides = [name for name in catalogue if name not in left_out], self._decides
+        kept = [name for name in names if decides is None or decides(catalogue.fields(name))]
         return Query(request, [Candidate(_known(catalogue, name), name) for name in kept])
 
+    def _blocked(self, catalogue: CatalogueView) -> set[str]:
+        """Return the ids of the catalogue that the guard's list blocks."""
+        return set() if self.guard is None else {item_id for item_id in self.guard.ids if item_id in catalogue}
+
+    @property
+    def _decides(self) -> Predicate | None:
+        """The filter and, if it is one, the guard's function; None = all items are allowed."""
+        guard, predicate = self.guard, self.predicate
+        if guard is None or not callable(guard.block_items):
+            return predicate
+        return guard.allows if predicate is None else lambda fields: guard.allows(fields) and predicate(fields)
+
+    def _unblocked(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Leave out candidates whose id the guard's list holds, or that have no id and the text of such an item."""
+        guard = self.guard
+        if guard is None or not guard.ids:
+            return candidates
+        found, catalogue = candidates, self.known()
+        if catalogue is not None and any(item_identity(item) is None for item, _ in candidates):
+            blocked = [catalogue.item(item_id) for item_id in sorted(self._blocked(catalogue))]
+            alike = _Seen(self.scorer.processor.names, blocked)
+            found = [candidate for candidate in candidates if not alike.holds(without_stats(candidate.item))]
+        return [own for own in found if guard.allows(_fields(own.item))]
+
     def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
-        """Leave out candidates that the filter refuses or, with `exclude_seen`, that are in the history."""
+        """Leave out candidates that guard or filter refuse or, with `exclude_seen`, that are in the history."""
+        candidates = self._unblocked(candidates)
         if self.exclude_seen:
             seen = _Seen(self.scorer.processor.names, self.scorer.processor.history_items(request))
             candidates = [candidate for candidate in candidates if not seen.holds(without_stats(candidate.item))]
-        if self.predicate is None:
+        decides = self._decides
+        if decides is None:
             return candidates
         fields = [_fields(item) for item, _ in candidates]
-        return [candidate for candidate, own in zip(candidates, fields) if self.predicate(own)]
+        return [candidate for candidate, own in zip(candidates, fields) if decides(own)]
 
     def _seen_in(self, catalogue: CatalogueView, request: Mapping[str, Any]) -> set[str]:
         """Return the ids of the catalogue's items in the history, matched by id, else by text."""
@@ -538,7 +798,7 @@ class Ranker:
             own.confidence = query.confidence
         for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
             query.reading = own
-            query.best = _best(values.mean(-1), self.top_k)
+            query.best = self._chosen(query, _best(values.mean(-1), self._reach(self.top_k)), self.top_k)
             query.details = [values[number].tolist() for number, _ in query.best]
 
     def _retrieve(self, queries: list[Query]) -> None:
@@ -564,7 +824,7 @@ class Ranker:
                 query.past, query.profile = self._past(query, catalogue.evidence), profile_of(query.request)
                 added = catalogue.evidence_scores(_entries_of(query), self._as_past(items))
                 scores = catalogue.evidence.learnt * scores.double() + torch.from_numpy(added.sum())
-            query.best = _best(scores, self.top_k)
+            query.best = self._chosen(query, _best(scores, self._reach(self.top_k)), self.top_k)
             query.vectors = None if vectors is None else vectors[[number for number, _ in query.best]]
 
     def _search(self, queries: list[Query]) -> None:
@@ -577,12 +837,43 @@ class Ranker:
         users = [torch.zeros(catalogue.dimension) if user is None else user for user in self._users(queries, catalogue)]
         seen = [query.seen for query in queries]
         top_k = self.top_k or FROM_CATALOGUE
-        found = catalogue.search(torch.stack(users), top_k, seen, self.predicate, histories)
+        found = catalogue.search(torch.stack(users), self._reach(top_k), seen, self._decides, histories)
         for query, pairs in zip(queries, found):
             names = [name for name, _ in pairs]
             query.candidates = [Candidate(_known(catalogue, name), name) for name in names]
-            query.best = [(place, score) for place, (_, score) in enumerate(pairs)]
-            query.vectors = catalogue.vectors(names)
+            query.best = self._chosen(query, [(place, score) for place, (_, score) in enumerate(pairs)], top_k)
+            query.vectors = catalogue.vectors([names[place] for place, _ in query.best])
+
+    def _reach(self, top_k: int | None) -> int | None:
+        """Return the number of items to rank, from which the re-ranker chooses."""
+        return top_k if self.rerank is None or top_k is None else max(top_k, self.rerank.pool)
+
+    def _chosen(self, query: Query, ranked: list[tuple[int, float]], top_k: int | None) -> list[tuple[int, float]]:
+        """Return the ranked candidates, number and score, in the order of the re-ranker."""
+        if self.rerank is None:
+            return ranked
+        items = [query.candidates[number] for number, _ in ranked]
+        found = self.rerank.order([score for _, score in ranked], self._exposed(self.rerank, items), top_k)
+        query.penalties = [penalty for _, penalty in found]
+        return [ranked[place] for place, _ in found]
+
+    def _exposed(self, rerank: Reranker, items: Sequence[Candidate]) -> list[Any]:
+        """Return the re-ranker's value of each item: its field, or its popularity from 0 to 1."""
+        if rerank.field != POPULARITY:
+            values = [_fields(item).get(rerank.field) for item, _ in items]
+            return [value if value is None or isinstance(value, str | Real) else str(value) for value in values]
+        catalogue = self.known()
+        counts = rerank.counts
+        if counts is None:
+            counts = None if catalogue is None else catalogue.event_counts()
+        if counts is None:
+            raise ValueError(
+                f"rerank by {POPULARITY!r}: the catalogue has counted no events: give `counts`, item id -> events, or "
+                "name a field of the items"
+            )
+        most = math.log1p(max(counts.values(), default=0)) or 1.0
+        ids = [item_identity(item) for item, _ in items]
+        return [0.0 if item_id is None else math.log1p(counts.get(item_id, 0)) / most for item_id in ids]
 
     def _users(self, queries: Sequence[Query], catalogue: CatalogueView | None) -> Sequence[torch.Tensor | None]:
         """Return the vector of each user; None if the cosine has weight 0, so that the model is not run."""
@@ -623,6 +914,8 @@ class Ranker:
             row = {"rank": rank, "item": str(item) if isinstance(item, str) else next(texts)}
             row |= {} if item_id is None else {"item_id": item_id}
             rows.append(row | {"score": score})
+        for row, penalty in zip(rows, query.penalties or ()):
+            row["penalty"] = penalty
         if query.confidence is not None:
             for row in rows:
                 row["exit_layer"] = query.encoded.exit_layer
@@ -792,7 +1085,9 @@ def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
 
 __all__ = [
     "EncodedRequest",
+    "Guard",
     "Ranker",
+    "Reranker",
     "Scorer",
     "check_confidence",
     "confidence",

@@ -156,6 +156,8 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     exits.add_argument(
         "--exit-confidence", type=float, metavar="P", help="read joint layers until all answers are as sure as this"
     )
+    command.add_argument("--guard", metavar="FILE", help="JSON: block_items, block_texts, reasons")
+    command.add_argument("--rerank", metavar="FIELD=WEIGHT", help="move down what is shown often: popularity=0.1")
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests that are read together")
     command.add_argument("--chunk-size", type=int, default=1024, metavar="N", help="requests that are saved together")
     command.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="when a request cannot be used")
@@ -297,6 +299,7 @@ def _recommend(options: argparse.Namespace) -> None:
     recommend = commands.load_recommender(options.model, options.overrides)
     given = {name: getattr(options, name) for name in ("task", "top_k", "exit_layer", "exit_confidence")}
     arguments = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
+    arguments |= _rules(options)
     if options.input:
         _recommend_offline(recommend, options, arguments)
         return
@@ -305,6 +308,22 @@ def _recommend(options: argparse.Namespace) -> None:
     else:
         request = commands.parse_request(options.request)
     print(json.dumps(recommend(request, **arguments), indent=2, ensure_ascii=False))
+
+
+def _rules(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the pipeline's parameters that decide what may be shown."""
+    from ..ranking_m6rec import Guard
+
+    found: dict[str, Any] = {}
+    if options.guard is not None:
+        found["guard"] = Guard.load(options.guard)
+    if options.rerank is not None:
+        name, sign, weight = options.rerank.rpartition("=")
+        try:
+            found["rerank"] = {"field": name, "weight": float(weight if sign else "")}
+        except ValueError as error:
+            raise ValueError(f"--rerank {options.rerank}: give FIELD=WEIGHT, such as popularity=0.1") from error
+    return found
 
 
 def _recommend_offline(recommend: Any, options: argparse.Namespace, arguments: dict[str, Any]) -> None:

@@ -48,6 +48,22 @@ def test_the_command_stops_early(folder, recommend, tmp_path, capsys, option, va
     assert {row["score"] for row in found}.isdisjoint(row["score"] for row in recommend(asked, task="click"))
 
 
+def test_the_command_leaves_blocked_items_out_and_reranks(folder, recommend, tmp_path, capsys):
+    source, output = write_lines(tmp_path / "in.jsonl", [*REQUESTS[:2], {"histroy": []}]), tmp_path / "out.parquet"
+    first = recommend(REQUESTS[0], task="retrieval", top_k=5)
+    guard = write_lines(tmp_path / "guard.json", [{"block_items": [row["item_id"] for row in first[:2]]}])
+    command = ["recommend", folder, "--input", source, "--output", output, "--chunk-size", 1, "--top-k", 3]
+    rules = [*command, "--guard", guard, "--rerank", "title=0"]
+    assert "2 finished chunks are kept" in said(capsys, *rules)[1]
+    assert 'guard was "Guard(block_items=(' in said(capsys, *command)[1]
+    assert said(capsys, *rules, "--on-error", "skip")[1].startswith("3 requests answered")
+    rows = pyarrow.parquet.read_table(output)["answer"][0].as_py()
+    assert [(row["item_id"], row["penalty"]) for row in rows] == [(row["item_id"], 0) for row in first[2:]]
+    assert "--rerank title: give FIELD=WEIGHT" in said(capsys, *command, "--rerank", "title")[1]
+    code, told = said(capsys, "recommend", folder, "--request", "nobody", "--top-k", 1, "--guard", guard)
+    assert (code, first[0]["item_id"] in told) == (0, False)
+
+
 def test_what_the_command_cannot_do_is_said(folder, tmp_path, capsys, monkeypatch):
     command = [
         "recommend",

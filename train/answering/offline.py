@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 from ...atomic_m6rec import atomic_file, recover, write_atomic
 from ...pipeline_m6rec import RecommendationPipeline
 from ...segment_cache_m6rec import digest_weight, digest_weights
-from ...values_m6rec import normalize_id
+from ...values_m6rec import normalize_id, short
 from ...version import __version__
 from ..evaluation.tables import why_unwritable
 from .loading import Failed, RequestReader
 
 logger = logging.getLogger(__name__)
 JOB_FILE = "job.json"
-FORMAT = 3
+FORMAT = 4
 """Version of the parts' format; increased when the format of answers changes."""
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
 REASON = {"event": pyarrow.string(), "item_id": pyarrow.string()}
@@ -42,6 +42,7 @@ ITEM = {
     "item": pyarrow.string(),
     "item_id": pyarrow.string(),
     "score": pyarrow.float64(),
+    "penalty": pyarrow.float64(),
     "interactions": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
     "parts": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
     "because": pyarrow.list_(pyarrow.struct(REASON)),
@@ -92,7 +93,8 @@ class Job:
     def decisive(self) -> dict[str, Any]:
         """All settings that affect the answers to given requests, by name."""
         own = {"batch_size": self.batch_size, "chunk_size": self.chunk_size, "texts": self.texts, "format": FORMAT}
-        return {"model": self.model, **self.options, **own}
+        options = json.loads(json.dumps(self.options, default=repr))
+        return {"model": self.model, **options, **own}
 
     def reader(self) -> RequestReader:
         """Open the requests."""
@@ -392,7 +394,7 @@ class Parts:
         if then is None or then == now:
             return
         other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-        differences = ", ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in other)
+        differences = ", ".join(f"{name} was {short(then.get(name))}, is {short(now.get(name))}" for name in other)
         raise ValueError(f"{self.folder} holds the finished work of an interrupted run: {differences}{ADVICE}")
 
     def _path(self, name: str, errors: int) -> Path:
