@@ -51,6 +51,7 @@ from .item_features_m6rec import (
 )
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
+from .trie_m6rec import ItemTrie
 from .values_m6rec import SIMPLE, TIME_UNITS, KnownItem, normalize_id, short, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
@@ -873,6 +874,55 @@ class Texts:
             return [row for text in texts for row in self._rows.get(text, ())]
 
 
+class Tries:
+    """A trie of the texts of rows' items, for one processor; the text of each row is tokenized once.
+
+    It holds all rows that ever were, and says of none whether it is live: a state does.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processor: Any = None
+        self._trie: ItemTrie | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
+
+    def kept(self, rows: Sequence[int]) -> "Tries":
+        """Return the existing texts for the remaining rows, which get new numbers."""
+        new = Tries()
+        with self._lock:
+            if self._trie is not None:
+                known = len(self._trie.live)
+                new._processor, new._trie = self._processor, self._trie.kept([row for row in rows if row < known])
+        return new
+
+    def trie(self, processor: Any, ids: Sequence[str], items: Sequence[Item], count: int) -> ItemTrie:
+        """Return the trie of the first `count` rows and possibly later ones; rows that cannot be written are not live.
+
+        A text that is longer than half of the processor's `max_length` is cut.
+        """
+        tokens = processor.tokenizer.structural_ids
+        with self._lock:
+            if self._trie is None or self._processor is not processor:
+                self._processor, self._trie = processor, ItemTrie.from_texts([], [], tokens["eos_token_id"])
+            trie, start = self._trie, len(self._trie.live)
+            if start < count:
+                texts = processor.written_ids(item_texts(processor, items[start:count]))
+                texts = [text[: processor.max_length // 2] for text in texts]
+                lost = [row for row, text in enumerate(texts, start) if tokens["unk_token_id"] in text]
+                if lost:
+                    logger.warning(
+                        f"{len(lost)} items cannot be written, such as {short(ids[lost[0]])}: their texts have "
+                        "characters that the tokenizer's vocabulary lacks"
+                    )
+                trie = trie.add(texts, ids[start:count])
+                writable = trie.live.copy()
+                writable[lost] = False
+                self._trie = trie = trie.where(writable)
+            return trie
+
+
 class Past(NamedTuple):
     """An item of a user's history, or a text about the user, as evidence uses it."""
 
@@ -1177,8 +1227,8 @@ def _sparse(entries: Sequence[tuple[int, int, float]], width: int) -> Sparse:
 class State:
     """The complete state of a catalogue at one moment.
 
-    A row keeps its number until all rows are copied into a new base matrix. Later states share `ids`, `items`, `rows`
-    and `texts`: they append to them and change no entry of the first N rows; all other fields are replaced.
+    A row keeps its number until all rows are copied into a new base matrix. Later states share `ids`, `items`, `rows`,
+    `texts` and `tries`: they append to them and change no entry of the first N rows; all other fields are replaced.
     """
 
     fingerprint: str
@@ -1200,6 +1250,7 @@ class State:
     wanted: dict[str, Any] | None = None
     """Kind and settings of the index, also without FAISS."""
     texts: Texts = field(default_factory=Texts)
+    tries: Tries = field(default_factory=Tries)
     next_number: int = 0
     """Id of the next item that is a text: larger than every whole number that was ever an id."""
     counted: Counted | None = None
@@ -1346,6 +1397,23 @@ class CatalogueView:
         state = self._state
         rows = state.texts.rows(texts, processor, state.items, len(state.live))
         return [state.ids[row] for row in rows if row < len(state.live) and state.live[row]]
+
+    def trie(self, processor: Any, exclude: Collection[Any] = (), filter: Predicate | None = None) -> ItemTrie:
+        """Return the trie of the items' texts, for writing that is constrained to them.
+
+        The texts are tokenized at the first call by a processor, later the texts of added items only. Removed items
+        cannot be written. Items with characters that the vocabulary lacks cannot be written: a warning is logged.
+
+        Args:
+            processor: Processor that formats and tokenizes the items: `M6RecProcessor.written_ids` of their texts.
+            exclude: Ids of items that may not be written; others than the catalogue's have no effect.
+            filter: Function of an item's fields that decides whether the item may be written.
+        """
+        state = self._state
+        trie = state.tries.trie(processor, state.ids, state.items, len(state.live))
+        allowed = _allowed(state, filter).numpy() & trie.live[: len(state.live)]
+        allowed[[row for name in exclude if (row := state.row(normalize_id(name, "exclude"))) is not None]] = False
+        return trie.where(allowed)
 
     def check(self, model: Model) -> None:
         """Verify that this model made the vectors, or that they are not used and no model made them.
@@ -1770,7 +1838,8 @@ class Catalogue(CatalogueView):
     def __setstate__(self, kept: dict[str, Any]) -> None:
         state: State = kept["_state"]
         # A copy has separate lists, and no folder.
-        own: dict[str, Any] = {"ids": [*state.ids], "items": [*state.items], "rows": {**state.rows}, "texts": Texts()}
+        own: dict[str, Any] = {"ids": [*state.ids], "items": [*state.items], "rows": {**state.rows}}
+        own |= {"texts": Texts(), "tries": Tries()}
         if state.counted is not None:
             own["counted"] = state.counted.copy()
         self._state, self._lock = replace(state, **own), threading.RLock()
@@ -2363,6 +2432,7 @@ def _replaced(
     """Return a state with one base matrix for the items of some rows, and an index of the same kind."""
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
     more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
+    more["tries"] = state.tries.kept(rows)
     counted = None if state.counted is None else state.counted.kept(rows)
     return State.of(items, vectors, fingerprint, **more, counted=counted, exclude_seen=state.exclude_seen)
 

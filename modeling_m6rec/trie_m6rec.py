@@ -177,7 +177,7 @@ class ItemTrie:
         while len(pieces) > 1 and len(pieces[-1].order) > MERGED_SHARE * len(pieces[-2].order):
             pieces[-2:] = [_merged(pieces[-2:])]
         live = np.concatenate((self.live, np.ones(len(texts), bool)))
-        return replace(self, pieces=tuple(pieces), ids=[*self.ids[:start], *item_ids], live=live)
+        return replace(self, pieces=tuple(pieces), ids=[*self.ids, *item_ids], live=live)
 
     def remove(self, item_ids: Iterable[str]) -> "ItemTrie":
         """Remove items.
@@ -252,7 +252,7 @@ class ItemTrie:
     @cached_property
     def _rows(self) -> dict[str, list[int]]:
         rows: dict[str, list[int]] = {}
-        for row, item_id in enumerate(self.ids[: len(self.live)]):
+        for row, item_id in enumerate(self.ids):
             rows.setdefault(item_id, []).append(row)
         return rows
 
@@ -309,7 +309,7 @@ class ItemTrie:
         arrays = {
             f"{number}.{name}": own for number, piece in enumerate(self.pieces) for name, own in zip(ARRAYS, piece)
         }
-        ids = np.frombuffer(json.dumps(list(self.ids[: len(self.live)])).encode(), np.uint8)
+        ids = np.frombuffer(json.dumps(list(self.ids)).encode(), np.uint8)
         settings = {"format": FORMAT, "eos_token_id": self.eos_token_id, "pieces": len(self.pieces)}
         with atomic_file(path) as partial:
             save_file(
@@ -399,7 +399,12 @@ class TrieProcessor(LogitsProcessor):
         written = np.ascontiguousarray(input_ids[:, self.prompt_length :].cpu().numpy(), np.int64)
         owners = np.arange(len(written)) * len(self.tries) // len(written)
         step = self._past = self._next(written, owners, scores)
-        rows, tokens = self.trie.children(step.nodes, self._sums, owners)
+        if written.shape[1]:
+            rows, tokens = self.trie.children(step.nodes, self._sums, owners)
+        else:  # all rows of a request are alike
+            each = len(written) // len(self.tries)
+            rows, tokens = self.trie.children(step.nodes[::each], self._sums, owners[::each])
+            rows, tokens = (rows[:, None] * each + np.arange(each)).ravel(), np.repeat(tokens, each)
         where = torch.from_numpy(rows).to(scores.device), torch.from_numpy(tokens.astype(np.int64)).to(scores.device)
         allowed = scores[where]
         if (allowed == -torch.inf).any():
