@@ -135,15 +135,24 @@ def plain(value: Any) -> Any:
     return value
 
 
+def is_frame(table: Any) -> bool:
+    """Return whether a table is a pandas data frame."""
+    return hasattr(table, "iloc") and hasattr(table, "columns")
+
+
+def _missing_as_none(frame: Any) -> Any:
+    """Replace NaN, NaT and NA of a data frame or a column, which mark missing fields, by None."""
+    return frame.astype(object).where(frame.notna(), None)
+
+
 def table_rows(table: Any) -> Iterable[Any]:
     """Return the rows of a pandas data frame, or of any iterable of rows, such as a list or a dataset.
 
     Raises:
         TypeError: If it is a single row or no table.
     """
-    if hasattr(table, "iloc") and hasattr(table, "columns"):
-        # None in place of NaN, NaT and NA marks a missing field.
-        return table.astype(object).where(table.notna(), None).to_dict("records")
+    if is_frame(table):
+        return _missing_as_none(table).to_dict("records")
     rows = hasattr(table, "__iter__") or hasattr(table, "__getitem__")
     single = getattr(table, "ndim", None) == 0  # a number as an array or a tensor, which cannot be iterated
     if isinstance(table, str | bytes | bytearray | memoryview | Mapping | type) or single or not rows:
@@ -2345,14 +2354,19 @@ class _Columns(NamedTuple):
 
 def _event_columns(events: Any, rule: Evidence) -> _Columns:
     """Read events, and check each of them before any is counted."""
-    rows = list(table_rows(events))
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise TypeError(
-                f"events[{number}]: expected a mapping with user_id, item_id, timestamp, got {type(row).__name__}"
-            )
-    users, items = (_ids([row.get(name) for row in rows], name) for name in ("user_id", "item_id"))
-    given = [row.get("timestamp") for row in rows]
+    names = ("user_id", "item_id", "timestamp")
+    if is_frame(events):
+        columns = [[*_missing_as_none(events[name])] if name in events else [None] * len(events) for name in names]
+    else:
+        rows = list(table_rows(events))
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise TypeError(
+                    f"events[{number}]: expected a mapping with {', '.join(names)}, got {type(row).__name__}"
+                )
+        columns = [[row.get(name) for row in rows] for name in names]
+    users, items = (_ids(column, name) for column, name in zip(columns[:2], names))
+    given = columns[2]
     missing = [number for number, time in enumerate(given) if time is None or time != time]  # NaN != NaN
     if missing and (len(missing) < len(given) or rule.half_life is not None):
         why = "others have one" if len(missing) < len(given) else "half_life lets events decay by their age"
