@@ -15,12 +15,16 @@ OTHER_TASKS = ("retrieval", "plausibility", "writing")
 TASKS = (*SCORING_TASKS, *OTHER_TASKS)
 """Tasks of a model. All but plausibility have trained heads."""
 
-FORMAT_VERSION = 1
-"""Format version of the configuration and its weights, written as `format_version`; absent = 1.
+FORMAT_VERSION = 2
+"""Newest format version of the configuration and its weights; `format_version` of config.json, absent = 1.
 
 A change that older code would misread raises it. A new field whose default keeps the earlier behaviour does not: older
-code ignores unknown fields, keeps them and writes them again.
+code ignores unknown fields, keeps them and writes them again. A configuration is written in the oldest version that
+reads it correctly.
 """
+
+FORMAT_1: dict[str, Any] = {"written_attention": "segment"}
+"""Fields that code of format 1 does not know, and the values with which it computes the same."""
 
 ROLES: dict[str, tuple[str, ...]] = {
     # Fields that decide segment states: part of the name of each state that a SegmentCache keeps on disk.
@@ -60,7 +64,15 @@ ROLES: dict[str, tuple[str, ...]] = {
     # Fields that decide the outputs of the joint layers and the writing head, which no cache keeps on disk.
     "joint": (
         *("num_joint_layers", "history_attention", "joint_positions", "segment_summary", "skipped_kinds", "max_events"),
-        *("final_norm", "entry_norm", "exit_layers", "lm_head_transform", "lm_head_bias", "tie_word_embeddings"),
+        *(
+            "written_attention",
+            "final_norm",
+            "entry_norm",
+            "exit_layers",
+            "lm_head_transform",
+            "lm_head_bias",
+            "tie_word_embeddings",
+        ),
         "use_cache",
     ),
     # Sizes that a model card lists, in this order.
@@ -91,6 +103,9 @@ enter the fingerprint, so catalogues of version 0.1 stay valid."""
 
 ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
 """Types of rotary embeddings that depend on `max_position_embeddings`."""
+
+ROPE_BY_ROW = ("dynamic", "longrope")
+"""Types of rotary embeddings whose rotation by a position depends on the longest row of the batch."""
 
 OF_LIBRARY = frozenset(
     """
@@ -240,6 +255,11 @@ class M6RecConfig(PreTrainedConfig):
     """Attention within documents (plain rows): causal as in GPT, or bidirectional as in BERT. If bidirectional,
     `labels` stand at the [MASK] positions."""
     joint_positions: Literal["request", "segment"] = "request"
+    written_attention: Literal["segment", "source"] = "segment"
+    """What written text attends to in the segment layers: its own segment, or, as in the joint layers, everything
+    before it in source and target. With "source" it attends to all of these tokens in every layer: `segment_summary`
+    and `skipped_kinds` then hold for given text only. States of given text are equal with either value (our
+    addition)."""
     segment_pooling: Literal["last", "mean"] = "last"
     """State at the [SEG] of a given segment when the joint layers begin: its own state, or the mean of the segment's
     states, as in sentence embeddings (MiniLM)."""
@@ -368,6 +388,11 @@ class M6RecConfig(PreTrainedConfig):
         return self.num_hidden_layers - self.num_joint_layers
 
     @property
+    def writes_from_source(self) -> bool:
+        """Whether there are segment layers in which written text attends to its source."""
+        return self.written_attention == "source" and self.num_segment_layers > 0
+
+    @property
     def vector_settings(self) -> dict[str, Any]:
         """Settings that change item vectors without changing a weight, by their names in version 0.1.
 
@@ -450,7 +475,8 @@ class M6RecConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; the names of score outputs are left out, since other fields determine them."""
-        fields = {**super().to_dict(), "format_version": FORMAT_VERSION}
+        older = all(getattr(self, name) == value for name, value in FORMAT_1.items())
+        fields = {**super().to_dict(), "format_version": 1 if older else FORMAT_VERSION}
         fields.pop("id2label", None)
         fields.pop("label2id", None)
         return fields
@@ -512,6 +538,12 @@ class M6RecConfig(PreTrainedConfig):
                 self.position_embedding_type == "learned" and has_segment_layers and self.joint_positions == "request",
                 "learned positions are added at the embedding, where segment layers need the place in the segment: "
                 "set joint_positions='segment'",
+            ),
+            (
+                self.written_attention == "source" and (self.rope_parameters or {}).get("rope_type") in ROPE_BY_ROW,
+                f"written_attention='source' takes given text at its positions in the request, but positions of "
+                f"rope_type={(self.rope_parameters or {}).get('rope_type')!r} depend on the length of the row: set "
+                "written_attention='segment'",
             ),
             (
                 joint is not None and any(not 0 < layer <= joint for layer in exits),

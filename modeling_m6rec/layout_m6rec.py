@@ -57,6 +57,11 @@ class Layout(NamedTuple):
         return self.written & (self.target == 0)
 
     @property
+    def text(self) -> torch.Tensor:
+        """B x T bool: written tokens of targets; plain rows have none."""
+        return self.written & (self.target > 0)
+
+    @property
     def mode(self) -> torch.Tensor:
         """B x T: attention mode of a token's segment in the segment layers: 0 = given, 1 = written, 2 = document."""
         return self.written.long() + self.plain
@@ -178,7 +183,7 @@ def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config:
 
 
 def standalone_layout(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
-    """Make the layout of rows that hold one segment each, with the fields that `segment_mask` needs.
+    """Make the layout of rows that hold one segment each, with the fields that `own_segment_mask` needs.
 
     Args:
         valid: B x T bool.
@@ -191,7 +196,7 @@ def standalone_layout(valid: torch.Tensor, mode: torch.Tensor) -> Layout:
 
 
 def item_layout(ids: torch.Tensor, valid: torch.Tensor) -> Layout:
-    """Make the layout of standalone items, with the fields that `segment_mask` and `item_words` need.
+    """Make the layout of standalone items, with the fields that `own_segment_mask` and `item_words` need.
 
     Args:
         ids: M x L ids of [ITEM] ... [SEG], padded right.
@@ -202,29 +207,67 @@ def item_layout(ids: torch.Tensor, valid: torch.Tensor) -> Layout:
     return lay._replace(kind=KIND_NUMBER["item"] * valid.long(), segment_position=index * valid)
 
 
-def segment_mask(lay: Layout, queries: int, config: M6RecConfig) -> torch.Tensor:
-    """Make the attention mask of the segment layers: a token attends to its own segment.
+def own_segment_mask(lay: Layout, queries: int, config: M6RecConfig) -> torch.Tensor:
+    """Make the mask of attention within each segment, also of rows that hold one segment each; B x Q x T bool.
 
-    It attends to later tokens in given segments if `segment_attention` is bidirectional, and in plain rows if
-    `document_attention` is. Returns B x Q x T bool.
+    A token attends to later tokens in given segments if `segment_attention` is bidirectional, and in plain rows if
+    `document_attention` is.
     """
     query = lay.last(queries)
     forward = ~query.written & (config.segment_attention == "bidirectional") | _sees_whole_document(query, config)
     return _equal(query.segment, lay.segment) & lay.valid[:, None] & (forward[:, :, None] | _not_later(lay, queries))
 
 
-def joint_mask(lay: Layout, queries: int, config: M6RecConfig, keys: torch.Tensor) -> torch.Tensor:
+def segment_mask(lay: Layout, queries: int, config: M6RecConfig, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    """Make the attention mask of the segment layers in rows: a token attends to its own segment.
+
+    With `written_attention="source"` a written token of a target attends to everything before it in its source and
+    target, except `hidden` (B x T bool) tokens. Returns B x Q x T bool.
+    """
+    own = own_segment_mask(lay, queries, config)
+    if not config.writes_from_source:
+        return own
+    query = lay.last(queries)
+    seen = lay.valid if hidden is None else lay.valid & ~hidden
+    past = _not_later(lay, queries) & (lay.source[:, None] | _equal(query.target, lay.target))
+    past = past & _equal(query.request, lay.request) & seen[:, None]
+    return torch.where(query.text[:, :, None], past, own)
+
+
+def joint_mask(
+    lay: Layout, queries: int, config: M6RecConfig, keys: torch.Tensor, text_keys: torch.Tensor | None = None
+) -> torch.Tensor:
     """Make the attention mask of the joint layers: a token attends to earlier tokens of its source and its own target.
 
     With bidirectional history, source tokens attend to the whole source. `keys` (B x T bool) are the tokens that may
-    be attended to at all. Returns B x Q x T bool.
+    be attended to at all, and `text_keys` those for written tokens of targets, if they differ. Returns B x Q x T bool.
     """
     query = lay.last(queries)
     to_source = lay.source[:, None]
     whole = (query.source & (config.history_attention == "bidirectional"))[:, :, None] & to_source
     past = _not_later(lay, queries) & (to_source | _equal(query.target, lay.target))
     seen = past | whole | _sees_whole_document(query, config)[:, :, None]
-    return _equal(query.request, lay.request) & keys[:, None] & seen
+    may = keys[:, None] if text_keys is None else torch.where(query.text[:, :, None], text_keys[:, None], keys[:, None])
+    return _equal(query.request, lay.request) & may & seen
+
+
+def read_by_text(lay: Layout) -> torch.Tensor:
+    """Mark the tokens that written tokens of targets attend to with `written_attention="source"`; B x T bool.
+
+    These are the sources of requests with such a target, and those targets.
+    """
+    slots = largest(lay.request) + 1
+    row = row_starts(lay.request, slots)
+    of_request = _any_of(lay.text, lay.request + row, len(lay.request) * slots)
+    slots = largest(lay.target) + 1
+    of_target = _any_of(lay.text, lay.target + row_starts(lay.target, slots), len(lay.target) * slots)
+    return lay.valid & (lay.source & of_request | (lay.target > 0) & of_target)
+
+
+def _any_of(where: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    """Say for each of B x T tokens whether any token of its group (a number below `groups`) is marked."""
+    count = group.new_zeros(groups).index_add(0, group.flatten(), where.flatten().long())
+    return count[group] > 0
 
 
 def skipped(lay: Layout, config: M6RecConfig) -> torch.Tensor:
@@ -265,19 +308,24 @@ def mean_at_close(states: torch.Tensor, lay: Layout, closing: torch.Tensor) -> t
 
 
 def attention_bias(
-    mask: torch.Tensor, queries: int, keys: int, dtype: torch.dtype, virtual: int = 0, see_virtual: bool = True
+    mask: torch.Tensor,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    virtual: int = 0,
+    see_virtual: bool | torch.Tensor = True,
 ) -> torch.Tensor:
     """Turn B x Q x T bool into B x 1 x queries x keys, to be added to attention scores.
 
-    Every token attends to itself (padding too, to avoid NaN) and, if `see_virtual`, to all P `virtual` tokens, which
-    precede the keys. Virtual tokens that are queries of the same call (prompt tuning: queries > Q) attend to earlier
-    virtual tokens. Keys beyond P + T are the empty part of a static cache.
+    Every token attends to itself (padding too, to avoid NaN) and, if `see_virtual` (one bool, or B x Q), to all P
+    `virtual` tokens, which precede the keys. Virtual tokens that are queries of the same call (prompt tuning:
+    queries > Q) attend to earlier virtual tokens. Keys beyond P + T are the empty part of a static cache.
     """
     rows, tokens = mask.shape[1:]
     index = torch.arange(tokens, device=mask.device)
     mask = mask | (index[None] == index[tokens - rows :, None])
     mask = torch.nn.functional.pad(mask, (virtual, keys - virtual - tokens))
-    mask[..., :virtual] = see_virtual
+    mask[..., :virtual] = see_virtual[..., None] if isinstance(see_virtual, torch.Tensor) else see_virtual
     if queries > rows:
         among_virtual = torch.ones(queries - rows, keys, dtype=torch.bool, device=mask.device).tril()
         mask = torch.cat((among_virtual.expand(mask.shape[0], -1, -1), mask), 1)
@@ -377,9 +425,12 @@ class Rows(NamedTuple):
     item_embedding_ids: torch.Tensor | None
     """B x T rows of item embeddings."""
     keys: torch.Tensor
-    """B x T bool: tokens that `summary_keys` keeps; the joint layers skip all others."""
+    """B x T bool: tokens that stay: those of `summary_keys`, and with `written_attention="source"` those that written
+    text attends to. The joint layers skip all others."""
     hidden: torch.Tensor
     """B x T bool: tokens that stay, but that no other token attends to."""
+    text_only: torch.Tensor | None
+    """B x T bool: tokens that stay, but that only written text attends to; None = there are none."""
     exits: Sequence[int]
     """Joint layers after which states are needed, ascending."""
     standalone: Sequence[SegmentKey] = ()
@@ -388,6 +439,16 @@ class Rows(NamedTuple):
     """B x T bool: tokens whose states after the last exit are needed; None = all."""
     payloads: Payloads = ()
     """Payloads of each of the B rows; empty = no segment has content besides ids."""
+
+    def of(self, chosen: torch.Tensor) -> "Rows":
+        """Return the rows that a B bool marks, with all standalone segments."""
+        names = ("input_ids", "item_embedding_ids", "keys", "hidden", "text_only", "output_mask")
+        fields = {name: getattr(self, name) for name in names}
+        return self._replace(
+            **{name: None if field is None else field[chosen] for name, field in fields.items()},
+            lay=Layout(*(field[chosen] for field in self.lay)),
+            payloads=[own for own, kept in zip(self.payloads, chosen.tolist()) if kept],
+        )
 
 
 # ----------------------------------------------------------------------------------------------- where the heads read
@@ -531,7 +592,9 @@ __all__ = [
     "mean_at_close",
     "mean_log_likelihood",
     "nan_where_absent",
+    "own_segment_mask",
     "pick",
+    "read_by_text",
     "row_starts",
     "segment_mask",
     "skipped",

@@ -24,7 +24,7 @@ and data-dependent sizes differ between batches and would cause recompilation. F
 disabled for the compiler without their callees (`recursive=False`), all others including their callees.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
@@ -55,7 +55,9 @@ from .layout_m6rec import (
     joint_mask,
     layout,
     mean_at_close,
+    own_segment_mask,
     pick,
+    read_by_text,
     segment_mask,
     standalone_layout,
     summary_keys,
@@ -193,17 +195,29 @@ def segment_states(
         The bank, W x H segment states; B x T, the index of each token's state in the bank; and the last state of each
         standalone segment, without item features.
     """
-    input_ids, lay = rows.input_ids, rows.lay
-    if distinct and model.config.num_segment_layers:
+    if not distinct or not model.config.num_segment_layers:
+        return *_whole_rows(model, rows), last_states(model, rows.standalone, cache)
+    writes = rows.lay.text.any(1)
+    if not model.config.writes_from_source or not writes.any():
         return _distinct_segments(model, rows, cache)
-    positions = model.embedding_positions(lay)
+    if writes.all():
+        return *_whole_rows(model, rows), last_states(model, rows.standalone, cache)
+    bank, others, alone = _distinct_segments(model, rows.of(~writes), cache)
+    own_bank, own = _whole_rows(model, rows.of(writes))
+    place = torch.zeros_like(rows.input_ids)
+    place[~writes], place[writes] = others, own + len(bank)
+    return torch.cat((bank, own_bank)), place, alone
+
+
+def _whole_rows(model: "M6RecModel", rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the segment layers over whole rows: the bank, W x H, and B x T, the index of each token's state in it."""
+    input_ids, lay = rows.input_ids, rows.lay
     embeds = model.embed_ids(input_ids, lay, rows.payloads)
     size = input_ids.shape[1]
-    bias = attention_bias(segment_mask(lay, size, model.config), size, size, embeds.dtype)
-    bank = model.segment_stage(embeds, positions, bias, input_ids, lay)
+    bias = attention_bias(segment_mask(lay, size, model.config, rows.hidden), size, size, embeds.dtype)
+    bank = model.segment_stage(embeds, model.embedding_positions(lay), bias, input_ids, lay)
     bank = model.add_to_rows(bank, input_ids, lay).flatten(0, 1)
-    place = torch.arange(len(bank), device=bank.device).view(input_ids.shape)
-    return bank, place, last_states(model, rows.standalone, cache)
+    return bank, torch.arange(len(bank), device=bank.device).view(input_ids.shape)
 
 
 class JointInputs(NamedTuple):
@@ -217,18 +231,21 @@ class JointInputs(NamedTuple):
     """B x T bool: tokens that others may attend to."""
     output_mask: torch.Tensor
     """B x T bool: tokens whose states after the last exit are needed."""
+    text_keys: torch.Tensor | None = None
+    """B x T bool: tokens that written text may attend to; None = `keys`."""
 
     def of(self, rows: list[int]) -> "JointInputs":
         """Return some rows."""
         lay = Layout(*(field[rows] for field in self.lay))
-        return JointInputs(self.states[rows], lay, self.keys[rows], self.output_mask[rows])
+        text_keys = None if self.text_keys is None else self.text_keys[rows]
+        return JointInputs(self.states[rows], lay, self.keys[rows], self.output_mask[rows], text_keys)
 
 
 def joint_rows(model: "M6RecModel", entered: JointInputs, exits: Sequence[int]) -> list[torch.Tensor]:
     """Run the joint layers over whole rows (B x T x H); returns one result per exit."""
-    states, lay, keys, output_mask = entered
+    states, lay, keys, output_mask, text_keys = entered
     size = lay.valid.shape[1]
-    bias = attention_bias(joint_mask(lay, size, model.config, keys), size, size, states.dtype)
+    bias = attention_bias(joint_mask(lay, size, model.config, keys, text_keys), size, size, states.dtype)
     read = model.joint_stage(states, model.joint_positions(lay), bias, exits, output_mask=output_mask)
     return [model.norm(state) for state in read]
 
@@ -243,7 +260,8 @@ def joint_shared(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Run the joint layers over each source once, then over its targets, which attend to it.
 
-    Rows of different shapes run separately: padding would cost more.
+    Rows of different shapes run separately: padding would cost more. Rows in which written text attends to tokens that
+    given text does not attend to run as in `joint_rows`, since their targets do not share one set of keys.
 
     Args:
         model: The network.
@@ -260,26 +278,30 @@ def joint_shared(
         raise ValueError(
             "the plans 'shared_prefix' and 'cached' take one request a row: unpack the rows, or use 'compact'"
         )
-    groups = _alike(lay)
-    if len(groups) == 1:
+    apart = [] if entered.text_keys is None else lay.text.any(1).nonzero()[:, 0].tolist()
+    groups = _alike(lay, set(apart))
+    if len(groups) == 1 and not apart:
         return _JointRun(model, entered, sorted(groups[0])).through(exits, past, stop)
     results = [torch.zeros_like(entered.states) for _ in exits]
-    left = torch.zeros_like(lay.request[:, 0])
+    left = torch.full_like(lay.request[:, 0], exits[-1])
     for rows in groups:
         read, left[rows] = _JointRun(model, entered.of(rows), rows).through(exits, past, stop)
         for result, state in zip(results, read):
             result[rows] = state
+    if apart:
+        for result, state in zip(results, joint_rows(model, entered.of(apart), exits)):
+            result[apart] = state
     return results, left
 
 
 @torch.compiler.disable
-def _alike(lay: Layout) -> list[list[int]]:
-    """Group rows so that padding sources and targets to the longest of a group is cheap."""
+def _alike(lay: Layout, apart: Container[int] = ()) -> list[list[int]]:
+    """Group rows, except those `apart`, so that padding sources and targets to the longest of a group is cheap."""
     target = (lay.target > 0).sum(1)
     sizes = torch.stack((target, lay.valid.sum(1) - target), 1).tolist()
     groups: list[list[int]] = []
     tokens, widest = 0, (0, 0)
-    for row in sorted(range(len(sizes)), key=sizes.__getitem__):
+    for row in sorted((row for row in range(len(sizes)) if row not in apart), key=sizes.__getitem__):
         tokens += sum(sizes[row])
         widest = (max(widest[0], sizes[row][0]), max(widest[1], sizes[row][1]))
         if not groups or (len(groups[-1]) + 1) * sum(widest) > PADDED * tokens + SPARE_TOKENS:
@@ -559,7 +581,7 @@ def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout, payload
     width = ids.shape[1]
     index = torch.arange(width, device=ids.device).expand_as(ids)
     embeds = model.embed_ids(ids, lay, payloads)
-    bias = attention_bias(segment_mask(lay, width, model.config), width, width, embeds.dtype)
+    bias = attention_bias(own_segment_mask(lay, width, model.config), width, width, embeds.dtype)
     return model.segment_stage(embeds, index, bias, ids, lay)
 
 
@@ -606,7 +628,9 @@ def _entered(
     )
     output_mask = torch.ones_like(rows.keys) if rows.output_mask is None else rows.output_mask
     seen, output_mask = (kept.of(field) & kept.present for field in (rows.keys & ~rows.hidden, output_mask))
-    return JointInputs(entered, here, seen, output_mask), states, kept
+    if rows.text_only is None:
+        return JointInputs(entered, here, seen, output_mask), states, kept
+    return JointInputs(entered, here, seen & ~kept.of(rows.text_only), output_mask, seen), states, kept
 
 
 @torch.compiler.disable
@@ -876,8 +900,13 @@ class M6RecModel(M6RecPreTrainedModel):
         return lay.request_position if self.config.joint_positions == "request" else lay.segment_position
 
     def embedding_positions(self, lay: Layout) -> torch.Tensor:
-        """Return B x Q positions at the embedding and in the segment layers."""
-        return lay.segment_position if self.config.num_segment_layers else self.joint_positions(lay)
+        """Return B x Q positions at the embedding and in the segment layers.
+
+        Where written text attends to its source there, they are those of the joint layers. Given text is then rotated
+        by another position, but attends to its own segment only, where distances decide: its states stay equal.
+        """
+        apart = self.config.num_segment_layers and not self.config.writes_from_source
+        return lay.segment_position if apart else self.joint_positions(lay)
 
     def joint_stage(
         self,
@@ -980,7 +1009,11 @@ class M6RecModel(M6RecPreTrainedModel):
         output_mask = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
         if output_mask is not None and extra_output_mask is not None:
             output_mask = output_mask | _widen(extra_output_mask, total)
-        rows = Rows(layout_ids, lay, item_embedding_ids, keys, hidden, exits, standalone, output_mask, payloads)
+        text_only = self._text_only(lay, keys)
+        stay = keys if text_only is None else keys | text_only
+        rows = Rows(
+            layout_ids, lay, item_embedding_ids, stay, hidden, text_only, exits, standalone, output_mask, payloads
+        )
         whole = not (use_cache or cache is not None or inputs_embeds is not None)
         plan = self._choose(plan, whole, kwargs)
         if (
@@ -1007,6 +1040,13 @@ class M6RecModel(M6RecPreTrainedModel):
             kept=kept if compact_output else None,
             exit_layers=left,
         )
+
+    def _text_only(self, lay: Layout, keys: torch.Tensor) -> torch.Tensor | None:
+        """Mark the tokens that written text attends to, but given text does not; None if there can be none."""
+        config = self.config
+        if config.written_attention != "source" or config.segment_summary is None and not config.skipped_kinds:
+            return None
+        return read_by_text(lay) & ~keys
 
     def _usable(self, cache: Cache | None) -> Cache | None:
         """With gradient checkpointing, drop an empty cache, which would be filled twice, and refuse a filled one."""
@@ -1062,8 +1102,10 @@ class M6RecModel(M6RecPreTrainedModel):
 
         order = torch.arange(ahead, device=embeds.device).expand(embeds.shape[0], -1)
         positions = torch.cat((order, self.embedding_positions(here)), 1)
-        # Only joint layers attend to virtual tokens: a segment state depends on its segment only.
-        bias = attention_bias(segment_mask(lay, new, self.config), queries, width, embeds.dtype, virtual, False)
+        # Given text attends to virtual tokens in the joint layers only: its segment state depends on its segment only.
+        sees = here.text if self.config.writes_from_source else False
+        mask = segment_mask(lay, new, self.config, rows.hidden)
+        bias = attention_bias(mask, queries, width, embeds.dtype, virtual, sees)
         ids = rows.input_ids[:, total - new :]
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
         segment_states = self.add_to_rows(segment_states, ids, here)
@@ -1073,8 +1115,9 @@ class M6RecModel(M6RecPreTrainedModel):
         states = self.enter(
             segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_embedding_ids
         )
-        mask = joint_mask(lay, new, self.config, rows.keys & ~rows.hidden)
-        bias = attention_bias(mask, queries, width, states.dtype, virtual)
+        seen = rows.keys & ~rows.hidden
+        keys, text_keys = (seen, None) if rows.text_only is None else (seen & ~rows.text_only, seen)
+        bias = attention_bias(joint_mask(lay, new, self.config, keys, text_keys), queries, width, states.dtype, virtual)
         positions = torch.cat((order, self.joint_positions(here)), 1)
         read = [self.norm(state) for state in self.joint_stage(states, positions, bias, rows.exits, **kwargs)]
         return M6RecModelOutput(

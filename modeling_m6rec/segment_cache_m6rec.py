@@ -662,7 +662,10 @@ class PrefixMatches:
         read = (lay.event > 0) | (lay.kind == KIND_NUMBER["user"]) | (ids == model.config.source_token_id)
         fields = torch.stack((ids, memory, lay.segment, ends.long(), read.long(), rows.keys.long())).cpu().numpy()
         source, depth = lay.source.cpu().numpy(), rows.exits[-1]
-        strange = (rows.hidden | (lay.valid & (lay.target == 0) & ~lay.source)).any(1).tolist()
+        strange = rows.hidden | (lay.valid & (lay.target == 0) & ~lay.source)
+        if model.config.writes_from_source or rows.text_only is not None:
+            strange = strange | lay.text  # it attends to more of the source than is kept
+        strange = strange.any(1).tolist()
         reused = np.zeros(source.shape, bool)
         self._rows: list[PrefixMatch | None] = []
         for row, tokens in enumerate(map(np.flatnonzero, source)):

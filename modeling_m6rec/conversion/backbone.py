@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, TokenizersBackend
 
-from ..configuration_m6rec import M6RecConfig
+from ..configuration_m6rec import ROPE_BY_ROW, M6RecConfig
 from ..item_features_m6rec import Reader, feature_weights
 from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization_m6rec import M6RecTokenizer
@@ -204,14 +204,19 @@ def _fields(
     # Learned positions are those of a text: they continue across segments only if a causal model reads one whole text.
     counts_on = shape["position_embedding_type"] == "rotary" or causal and whole
     writes = causal and source.get_output_embeddings() is not None and shape["num_hidden_layers"] == layers
+    by_row = shape.get("rope_parameters", {}).get("rope_type") in ROPE_BY_ROW
+    written = given.get("written_attention") or ("source" if writes and not by_row else "segment")
+    # Segment layers that read nothing of the source have never written so: that has to be trained.
+    untrained = [] if whole or written == "source" else ["writing"]
     return {
         **shape,
+        "written_attention": written,
         "num_joint_layers": num_joint_layers,
         "segment_attention": attention,
         "document_attention": attention,
         "history_attention": "causal",
         "joint_positions": "request" if counts_on else "segment",
-        "trained_tasks": ["plausibility", "writing"] if writes else [],
+        "trained_tasks": [task for task in ("plausibility", "writing") if writes and task not in untrained],
         **given,
     }
 

@@ -14,10 +14,12 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from ..configuration_m6rec import FORMAT_VERSION, check_format
+from ..configuration_m6rec import check_format
 from ..layers_m6rec import M6RecMLP
 from .peft_types import ADAPTER_TYPE, add_peft_type
 
+FORMAT_VERSION = 1
+"""Newest format version of an adapter's configuration and weights."""
 NO_ADAPTERS = DUMMY_TARGET_MODULES
 """As `target_modules`: no feed-forward block gets an adapter, only tokens are trained."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m6rec.configuration_m6rec import KINDS
-from m6rec.layout_m6rec import joint_mask, layout, mean_at_close, pick, segment_mask, summary_keys
+from m6rec.layout_m6rec import joint_mask, layout, mean_at_close, pick, read_by_text, segment_mask, summary_keys
 from tests.modeling_m6rec.tiny import (
     BOS,
     EOS,
@@ -171,6 +171,35 @@ def test_masks_equal_the_rules_token_by_token(history, forward, document, summar
             else:
                 see = not source[q] and rule["target"][q] == rule["target"][k] and (k <= q or plain)
             assert together[row][q][k] == (see and is_key[k] and rule["request"][q] == rule["request"][k])
+
+
+@pytest.mark.parametrize("history", ("causal", "bidirectional"))
+def test_written_text_sees_the_past_of_its_source_and_target_token_by_token(history):
+    settings = {"num_joint_layers": 2, "segment_summary": 1, "skipped_kinds": ["event"], "history_attention": history}
+    plain, config = config_of_ids(**settings), config_of_ids(**settings, written_attention="source")
+    ids, mask = random_rows(8)
+    lay = layout(ids, mask, config)
+    hidden, keys = (lay.event == 1), summary_keys(lay, ids == SEG, config)
+    text_keys, read = lay.valid & ~hidden, read_by_text(lay)
+    masks = segment_mask(lay, 40, config, hidden), joint_mask(lay, 40, config, keys & ~hidden, text_keys)
+    before = segment_mask(lay, 40, plain, hidden), joint_mask(lay, 40, plain, keys & ~hidden)
+    texts = 0
+    for row in range(len(ids)):
+        rule = slow_layout(ids[row].tolist(), mask[row].tolist())
+        seen = [False] * 40
+        for q, k in itertools.product(range(40), range(40)):
+            text = rule["written"][q] and rule["target"][q] > 0
+            reach = rule["source"][k] or rule["target"][q] == rule["target"][k]
+            see = bool(mask[row, k]) and rule["request"][q] == rule["request"][k] and reach
+            seen[k] |= bool(text) and see
+            if not mask[row, q]:
+                continue
+            texts += bool(text)
+            for found, old in zip(masks, before):
+                wanted = see and k <= q and not hidden[row, k] if text else old[row, q, k]
+                assert found[row, q, k] == wanted, (row, q, k)
+        assert read[row].tolist() == seen
+    assert texts > 1000
 
 
 def test_picked_tokens_go_back_where_they_came_from():

@@ -50,7 +50,7 @@ def test_plans_agree(settings):
     model, writer = build(settings), Writer(1)
     rows = [
         writer.source(n) + [token for _ in range(k) for token in writer.candidate()] + writer.text() * (k % 2)
-        for n, k in ((3, 3), (0, 1), (2, 5))
+        for n, k in ((3, 3), (0, 1), (2, 4))
     ]
     for side in ("right", "left"):
         batch, cache = pad(rows, side), SegmentCache()
@@ -58,7 +58,7 @@ def test_plans_agree(settings):
         batch["hidden_events"] = layout(**pad(rows, side), config=model.config).event == 2
         with torch.no_grad():
             flat = model(**batch, plan="flat", return_plausibility=True)
-            assert flat.scores.isfinite().all(-1).sum() == 9 + 3
+            assert flat.scores.isfinite().all(-1).sum() == 8 + 2
             for plan in (*PLANS[1:], "cached"):  # the cached plan cold, then warm
                 out = model(**batch, plan=plan, segment_cache=cache, return_plausibility=True)
                 for field in ("scores", "plausibility", "user_vectors", "item_vectors"):
@@ -72,6 +72,7 @@ MODELS = st.fixed_dictionaries(
         "num_joint_layers": st.integers(1, 4),
         "segment_summary": st.sampled_from([None, 1, 2, 3]),
         "segment_pooling": st.sampled_from(["last", "mean"]),
+        "written_attention": st.sampled_from(["segment", "source"]),
         "skipped_kinds": st.sampled_from([None, ["event"], ["age", "user", "text"]]),
         "history_attention": st.sampled_from(["causal", "bidirectional"]),
         "segment_attention": st.sampled_from(["causal", "bidirectional"]),
@@ -331,10 +332,13 @@ def test_texts_in_one_row_equal_rows(settings):
 @everywhere
 def test_compact_form_equals_masked_form_for_kept_tokens(settings):
     model, writer = build(settings), Writer(19)
-    row = torch.tensor([writer.source(3) + writer.candidate() + writer.text()])
+    source, text = writer.source(3), writer.text()
+    row = torch.tensor([source + writer.candidate() + text])
     masked, compact = (states(model, row, plan=plan)[0] for plan in ("flat", "compact"))
     kept = compact.abs().sum(-1) > 0
     assert kept.all() == (model.config.segment_summary is None)
+    if model.config.written_attention == "source":
+        assert kept[: len(source)].all() and kept[-len(text) :].all()
     close(compact[kept], masked[kept])
 
 

@@ -59,6 +59,7 @@ OTHER = {
     "document_attention": "bidirectional",
     "joint_positions": "segment",
     "segment_pooling": "mean",
+    "written_attention": "source",
     "segment_summary": 1,
     "skipped_kinds": ["event"],
     "max_events": 100,

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 
 from m6rec import Catalogue, M6RecConfig, M6RecForRecommendation, M6RecProcessor
 from m6rec.catalogue_m6rec import FORMAT
-from m6rec.configuration_m6rec import FORMAT_VERSION
+from m6rec.configuration_m6rec import FORMAT_1, FORMAT_VERSION
 from m6rec.processing_m6rec import FORMAT_VERSION as PROCESSOR_FORMAT
 from m6rec.tuning import M6RecAdapterConfig
 from tests.fixtures.make import REQUESTS, answers, numbers
@@ -78,11 +78,11 @@ def test_an_older_adapter_gives_the_same_scores(older):
     assert same(numbers(tuned, AutoProcessor.from_pretrained(folder))["click"], expected["adapter"])
 
 
-def test_an_older_checkpoint_that_is_saved_again_is_of_todays_format(older, tmp_path):
+def test_an_older_checkpoint_that_is_saved_again_is_of_the_oldest_format_that_holds_it(older, tmp_path):
     folder, expected = older
     recommend = pipeline("recommendation", model=str(folder), device="cpu")
     recommend.save_pretrained(tmp_path / "again")
-    for name, known in (("config.json", FORMAT_VERSION), ("processor_config.json", PROCESSOR_FORMAT)):
+    for name, known in (("config.json", 1), ("processor_config.json", PROCESSOR_FORMAT)):
         assert json.loads((tmp_path / "again" / name).read_text())["format_version"] == known
     again = pipeline("recommendation", model=str(tmp_path / "again"), device="cpu")
     assert same(answers(again), expected["answers"])
@@ -193,7 +193,10 @@ def test_a_newer_checkpoint_answers_by_its_own_code(newer, tmp_path):
 from transformers import AutoModel, pipeline
 
 recommend = pipeline("recommendation", model={str(newer)!r}, device="cpu", trust_remote_code=True)
-result = [ask(recommend), recommend.model.config.to_dict()["format_version"], type(recommend.model).__module__]
+import sys
+
+own = sys.modules[type(recommend.model.config).__module__]
+result = [ask(recommend), own.FORMAT_VERSION, type(recommend.model).__module__]
 """,
         tmp_path / "home",
         tmp_path,
@@ -205,6 +208,14 @@ result = [ask(recommend), recommend.model.config.to_dict()["format_version"], ty
     given = json.loads((tmp_path / "given.json").read_text())
     expected = [recommend(given[0], explain=True), recommend(given[1], top_k=3), recommend("a man", task="click")]
     assert result[0] == expected and result[1] == FORMAT_VERSION + 1 and result[2].startswith("transformers_modules.")
+
+
+def test_only_what_older_code_would_misread_is_of_a_newer_format():
+    assert build().config.to_dict()["format_version"] == 1
+    for name, value in {"written_attention": "source"}.items():
+        assert FORMAT_1[name] != value
+        assert build(**{name: value}).config.to_dict()["format_version"] == FORMAT_VERSION == 2
+    assert set(FORMAT_1) == {"written_attention"}
 
 
 def test_fields_of_a_newer_version_with_the_same_format_are_kept_and_written_again(checkpoint, tmp_path):

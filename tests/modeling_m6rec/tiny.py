@@ -87,12 +87,22 @@ BLOCKS = [
         "norm_type": "layer",
         "bow_embeddings": True,
     },
+    {"num_joint_layers": 1, "written_attention": "source", "segment_summary": 1, "bow_embeddings": True},
+    {
+        "num_joint_layers": 2,
+        "written_attention": "source",
+        "history_attention": "bidirectional",
+        "segment_pooling": "mean",
+        "skipped_kinds": ["event"],
+    },
+    {**BERT, "num_joint_layers": 2, "written_attention": "source", "segment_attention": "causal"},
 ]
 SMALL = [
     GRID[0],
     {**GRID[0], "segment_summary": 1, "segment_attention": "bidirectional", "bow_embeddings": True, "entry_norm": True},
     {**GRID[0], "num_joint_layers": 2, "history_attention": "bidirectional", "segment_summary": 2},
     {"num_joint_layers": 4},
+    {"num_joint_layers": 1, "written_attention": "source", "segment_summary": 2, "qk_norm": True},
 ]
 ALL = GRID + BLOCKS
 

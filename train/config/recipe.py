@@ -20,6 +20,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ...atomic_m6rec import write_atomic
+from ...configuration_m6rec import ROPE_BY_ROW
 from ...values_m6rec import RENAMED_KEYS, check_size, rename_keys, short
 from ..data.log import DataArguments
 from .arguments import (
@@ -101,11 +102,17 @@ class Recipe:
     def for_pretraining(self) -> "Recipe":
         """Return the recipe of the pretraining: with its own settings of the Trainer, in its own folder if it has one.
 
-        A recipe's settings of tuning, and of evaluation during training, are for fine-tuning only.
+        A recipe's settings of tuning, and of evaluation during training, are for fine-tuning only. In a new model that
+        learns to write, written text attends to its source in every layer.
         """
         own = {"eval_strategy": "no", "load_best_model_at_end": False, **self.pretraining.training}
         own |= {"output_dir": self.pretraining.output_dir} if self.pretraining.output_dir else {}
-        return dataclasses.replace(self, training={**self.training, **own}, tuning=TuningArguments())
+        rope = {**self.model.shape, **self.model.config}.get("rope_parameters") or {}
+        writes = any(weight and name != "likes" for name, weight in self.pretraining.objectives.items())
+        model = self.model
+        if writes and rope.get("rope_type") not in ROPE_BY_ROW:
+            model = dataclasses.replace(model, shape={"written_attention": "source", **model.shape})
+        return dataclasses.replace(self, model=model, training={**self.training, **own}, tuning=TuningArguments())
 
     def for_finetuning(self) -> "Recipe":
         """Return the recipe of the fine-tuning, which starts from the pretraining's folder if the recipe names one.

@@ -156,7 +156,7 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         model = load_model(arguments.checkpoint, **fields)
     elif arguments.backbone:
         model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
-        if "writing" in recipe.task.learn and "writing" not in (model.config.trained_tasks or []):
+        if "writing" in recipe.task.learn and "plausibility" not in (model.config.trained_tasks or []):
             logger.warning(
                 "%s has no head that writes: it begins untrained, tied to the embeddings", arguments.backbone
             )

@@ -130,6 +130,17 @@ def test_how_text_is_read_suits_the_family(family, joint, expected):
     found = (config.segment_attention, config.document_attention, config.history_attention, config.joint_positions)
     assert found == expected
     assert config.trained_tasks == ([] if family == "bert" else ["plausibility", "writing"])
+    assert config.written_attention == ("segment" if family == "bert" else "source")
+
+
+def test_a_backbone_whose_segment_layers_read_no_source_has_not_learnt_to_write():
+    given = {"tokenizer": own_tokenizer("llama"), "written_attention": "segment"}
+    source = tiny("llama")
+    split, whole = (M6RecForRecommendation.from_backbone(source, joint, **given).config for joint in (1, None))
+    assert split.trained_tasks == ["plausibility"] and whole.trained_tasks == ["plausibility", "writing"]
+    dynamic = tiny("llama", rope_parameters={"rope_type": "dynamic", **ROPE})
+    config = M6RecForRecommendation.from_backbone(dynamic, 1, own_tokenizer("llama")).config
+    assert config.written_attention == "segment" and config.trained_tasks == ["plausibility"]
 
 
 @pytest.mark.parametrize(

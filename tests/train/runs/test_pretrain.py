@@ -379,6 +379,7 @@ def test_command_leaves_a_model_that_finetuning_goes_on_from(tables, tmp_path, c
     assert load_recipe(folder).seed == 9
     model = AutoModel.from_pretrained(folder)
     assert model.config.trained_tasks == ["plausibility", "writing"]
+    assert model.config.written_attention == "source"
 
     arguments = [
         f"model.checkpoint={folder}",
