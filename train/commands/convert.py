@@ -4,15 +4,56 @@ m6rec convert HuggingFaceTB/SmolLM2-135M smollm2-rec --num-joint-layers 8 segmen
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ...atomic_m6rec import atomic_folder
 from ...conversion import load_backbone, load_tokenizer
+from ...layers_m6rec import inference_mode
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor
 from ..config.recipe import RECIPE_FILE, Recipe, load_recipe
 from ..runs.build import backbone_tokenizer, check_length, seed_everything
+
+LITTLE = 1.1
+"""Ratio of perplexities up to which a model writes about as well as its backbone."""
+
+WHOLE: dict[str, Any] = {
+    "num_joint_layers": None,
+    "joint_positions": "request",
+    "history_attention": "causal",
+    "segment_pooling": "last",
+    "segment_summary": None,
+    "skipped_kinds": None,
+}
+"""Settings with which a converted causal model reads a row as its backbone would; None layers = all of them."""
+
+PARAGRAPHS: dict[str, dict[str, Any]] = {
+    "en": {
+        "facts": [
+            "The rain jacket has a hood, two pockets and taped seams.",
+            "It weighs 300 grams and folds into its own pocket.",
+            "Many reviewers wear it for hiking in heavy rain.",
+        ],
+        "candidates": ["hooded rain jacket"],
+        "text": "it keeps you dry in heavy rain, weighs only 300 grams and folds into its own pocket. Reviewers who go "
+        "hiking like its hood and its taped seams.",
+    },
+    "zh": {
+        "facts": [
+            "这件雨衣有帽子、两个口袋和压胶接缝。",
+            "它重300克，可以折叠放进自己的口袋。",
+            "许多用户在大雨中徒步时穿它。",
+        ],
+        "candidates": ["连帽雨衣"],
+        "text": "它在大雨中也能保持干爽，只有300克重，还能折叠放进自己的口袋。喜欢徒步的用户称赞它的帽子和压胶接缝。",
+    },
+}
+"""Language -> a request and the text to be written."""
 
 
 def convert(
@@ -47,7 +88,7 @@ def convert(
         f"{model.config.num_hidden_layers} layers, the last {model.config.num_joint_layers} joint",
         f"{len(own):,} tokens of its own and {len(tokenizer) - len(own)} new ones",
         _head(model, source.get_output_embeddings() is not None),
-        *_warnings(model),
+        *_warnings(model, processor, text.language),
         f"written to {folder}",
     ]
     return "\n".join(lines)
@@ -62,16 +103,54 @@ def _recipe(backbone: str, output: Path, num_joint_layers: int | None, overrides
     return load_recipe({"model": {"backbone": backbone}, "training": {"output_dir": str(output)}}, entries)
 
 
-def _warnings(model: M6RecForRecommendation) -> list[str]:
-    """Return warnings of what the model cannot do before training."""
-    apart = model.config.num_segment_layers
-    if not apart:
+def _warnings(model: M6RecForRecommendation, processor: M6RecProcessor, language: str) -> list[str]:
+    """Return what the model cannot do before training, and what late interaction costs its writing."""
+    config = model.config
+    if not config.num_segment_layers:
         return []
-    return [
-        f"its first {apart} layers read each text of a request by itself, which they have not learnt: what it writes "
-        "about requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts are "
-        "continued as before"
+    found = [
+        f"its first {config.num_segment_layers} layers read each given text of a request by itself, which they have "
+        "not learnt: train it before it ranks (m6rec finetune); plain texts are continued as before"
     ]
+    if "plausibility" in (config.trained_tasks or []):
+        before, after = writing_perplexity(model, processor, language)
+        found.append(
+            f"it writes a paragraph about a request at perplexity {after:.1f}, the backbone at {before:.1f}: "
+            + _advice(after / before, config.written_attention)
+        )
+    return found
+
+
+def _advice(cost: float, written_attention: str) -> str:
+    if cost <= LITTLE:
+        return "late interaction costs its writing little"
+    other = "" if written_attention == "source" else "set written_attention=source, "
+    return f"{other}fine-tune writing (task.learn=[writing]), or leave all layers joint"
+
+
+def writing_perplexity(
+    model: M6RecForRecommendation, processor: M6RecProcessor, language: str = "en"
+) -> tuple[float, float]:
+    """Measure the perplexity of a paragraph that explains a recommendation, given facts about the item.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        language: Language of the paragraph: "zh" is Chinese, all others English.
+
+    Returns:
+        The perplexity with all layers joint, which is the backbone's for this row, and with the model's own settings.
+    """
+    row = processor.read(PARAGRAPHS.get(language, PARAGRAPHS["en"]), "explanation")
+    ids, labels = (torch.tensor([numbers], device=model.device) for numbers in (row.input_ids, processor.labels(row)))
+    own = {name: getattr(model.config, name) for name in WHOLE}
+    found = []
+    with inference_mode(model):
+        for settings in ({**WHOLE, "num_joint_layers": model.config.num_hidden_layers}, own):
+            for name, value in settings.items():
+                setattr(model.config, name, value)
+            found.append(math.exp(model(ids, labels=labels, only_losses=True).losses["text"]))
+    return found[0], found[1]
 
 
 def _head(model: M6RecForRecommendation, trained: bool) -> str:

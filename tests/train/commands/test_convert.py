@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import math
+import re
 import shutil
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 from m6rec import M6RecForRecommendation
 from m6rec.tokenization import M6RecProcessor, M6RecTokenizer
 from m6rec.train.cli import main
-from m6rec.train.commands.convert import convert
+from m6rec.train.commands.convert import PARAGRAPHS, _advice, convert
 from m6rec.train.runs.build import prepare
 from tests.modeling_m6rec.conversion.backbones import HEADS, batch, own_tokenizer, publish, tiny
 from tests.train.world import recipe_of
@@ -51,9 +53,8 @@ def test_the_command_leaves_a_model_that_recommends(published, tmp_path):
         "3 layers, the last 2 joint",
         f"{own} tokens of its own and {new} new ones",
         "writing head tied to the embeddings",
-        "its first 1 layers read each text of a request by itself, which they have not learnt: what it writes about "
-        "requests is no good until it is trained (m6rec pretrain, or task.learn=[writing]); plain texts are "
-        "continued as before",
+        "its first 1 layers read each given text of a request by itself, which they have not learnt: train it before "
+        "it ranks (m6rec finetune); plain texts are continued as before",
         f"written to {folder}",
     ]
     assert type(model) is M6RecForRecommendation and type(processor) is M6RecProcessor
@@ -85,11 +86,48 @@ def test_the_chat_template_of_the_backbone_is_kept(published, tmp_path, template
     own.save_pretrained(source)
     convert(source, tmp_path / "ours")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert type(tokenizer) is M6RecTokenizer and tokenizer.chat_template == template
-    assert AutoProcessor.from_pretrained(tmp_path / "ours").tokenizer.chat_template == template
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert type(tokenizer) is M6RecTokenizer and tokenizer.chat_template == processor.tokenizer.chat_template
     if template:
+        assert tokenizer.chat_template == template
         turns = [{"role": "user", "content": "hi"}]
         assert tokenizer.apply_chat_template(turns, tokenize=False) == "<user>hi"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_command_says_what_late_interaction_costs_writing(published, family, tmp_path):
+    """Both figures are those of models that were converted so, measured by whole passes of their own."""
+    given = {"text.max_length=512", "text.language=zh" if family == "llama" else "text.language=en"}
+    figures = {}
+    for setting in ("source", "segment"):
+        out = convert(published[family], tmp_path / setting, 1, {*given, f"written_attention={setting}"})
+        (line,) = [line for line in out.splitlines() if "perplexity" in line]
+        figures[setting] = list(map(float, re.findall(r"\d+\.\d", line)))
+        writes = AutoModel.from_pretrained(tmp_path / setting).config.trained_tasks
+        assert writes == ["plausibility", "writing"] if setting == "source" else ["plausibility"]
+        assert line.endswith(_advice(figures[setting][0] / figures[setting][1], setting))
+    assert convert(published[family], tmp_path / "whole", None, given).count("perplexity") == 0
+
+    def perplexity(folder):
+        model, own = AutoModel.from_pretrained(tmp_path / folder), AutoProcessor.from_pretrained(tmp_path / folder)
+        row = own.read(PARAGRAPHS["zh" if family == "llama" else "en"], "explanation")
+        labels = own.labels(row)
+        with torch.no_grad():
+            logp = model(torch.tensor([row.input_ids]), plan="flat").logits[0].log_softmax(-1)
+        told = [logp[place - 1, label] for place, label in enumerate(labels) if label != -100]
+        assert len(told) > 20
+        return math.exp(-sum(told) / len(told))
+
+    for setting, (own, whole) in figures.items():
+        assert own == pytest.approx(perplexity(setting), abs=0.06)
+        assert whole == pytest.approx(perplexity("whole"), abs=0.06)
+    assert figures["source"][0] != figures["segment"][0] != figures["segment"][1]
+
+
+def test_advice_says_what_to_do():
+    assert _advice(1.09, "source") == "late interaction costs its writing little"
+    assert _advice(1.2, "source") == "fine-tune writing (task.learn=[writing]), or leave all layers joint"
+    assert _advice(1.2, "segment").startswith("set written_attention=source, ")
 
 
 def test_a_model_that_never_wrote_says_so(tmp_path):
