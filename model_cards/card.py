@@ -37,7 +37,9 @@ INTERVALS = "intervals"
 """Key in a report of the bootstrap intervals of its metrics: metric -> [low, high]."""
 VERDICT = "verdict"
 """Key in the model's row of a report of its comparison with the best baseline."""
-NOT_METRICS = (INTERVALS, VERDICT, "difference", "differences", "settings")
+FAIRNESS = "fairness"
+"""Key in a report of the exposure of items and the figures of groups of users."""
+NOT_METRICS = (INTERVALS, VERDICT, FAIRNESS, "difference", "differences", "settings")
 """Keys in a report that are not metrics."""
 BIAS_METRICS = ("coverage", "popularity_bias")
 """Metrics of a model's treatment of items, not of its accuracy."""

@@ -315,6 +315,11 @@ class EvaluationArguments:
     text_features: list[str] = field(default_factory=list)
     """Words or phrases, such as fabric or battery life, whose use by generated texts is reported (FCR, FMR, DIV)."""
 
+    fairness: list[str] = field(default_factory=list)
+    """Fields of users, whose groups are compared (recall and NDCG, groups of 30 users or more), and of items, whose
+    values share the exposure. Reports of retrieval then contain Gini, coverage and the exposure of popularity fifths
+    too."""
+
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):
             raise ValueError(f"evaluation.split is {self.split!r}; expected one of {', '.join(get_args(SplitName))}")

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...item_features_m6rec import Transitions
+from ...model_cards.card import FAIRNESS
 from ...modeling_m6rec import M6RecForRecommendation
 from ...segment_cache_m6rec import SegmentCache
 from ...tokenization import M6RecProcessor
@@ -33,6 +34,7 @@ from ..rows.collator import CatalogueRows, M6RecDataCollator
 from ..rows.examples import Candidates, Negatives, RequestWriter, read_requests, target_labels
 from ..rows.held_out import all_events, before_and_in, drawn_users, eval_queries, learnt_before, rankings
 from ..rows.item_likes import like_rates
+from .fairness import Fields, fairness_report, fields_of
 from .measures import MEASURES
 from .verdicts import OWN, RULE, VERDICT, compare, differences
 
@@ -66,6 +68,7 @@ class RankingExamples:
         transition: U bool: in learnt sequences the target is one or two steps from the history's last item.
         times: Time of the last event of each history, in seconds since 1970; NaN without times.
         conditions: Conditions of the metrics: the `protocol`, and whether the validation part is `observed`.
+        fields: The fields of `evaluation.fairness`; None if it names none.
     """
 
     users: list[str]
@@ -77,6 +80,7 @@ class RankingExamples:
     transition: np.ndarray | None = None
     times: np.ndarray | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
+    fields: Fields | None = None
 
     @cached_property
     def repeated(self) -> np.ndarray:
@@ -173,8 +177,9 @@ def ranking_examples(
     last = rows[[each.history[-1] for each in found]]
     targets = rows[[each.held_out[0] for each in found]]
     times = everything["timestamp"].to_numpy()
+    users = [each.user_id for each in found]
     return RankingExamples(
-        [each.user_id for each in found],
+        users,
         read,
         [rows[each.history] for each in found],
         targets,
@@ -183,6 +188,7 @@ def ranking_examples(
         Transitions.fit(sequences, len(writer.item_ids)).holds(last, targets),
         times[[each.history[-1] for each in found]],
         {"protocol": protocol_name(arguments, split), "observed": arguments.observe_validation and part == "test"},
+        fields_of(arguments.fairness, writer, users) if arguments.fairness else None,
     )
 
 
@@ -390,18 +396,23 @@ def ranking_rows(
         ranks, top = _ranked(own, examples, arguments.exclude_seen, max(arguments.ks))
         rows[who] = _ranking_row(ranks, top, examples, counts, arguments)
         gains[who] = _gains(ranks, arguments)
+        if examples.fields is not None:
+            compared = {name: gains[who][name] for name in (f"recall@{k}", f"ndcg@{k}")}
+            first = [items[:k] for items in top]
+            found = fairness_report(first, compared, examples.users, examples.fields, counts, seed)
+            rows[who][FAIRNESS] = {"top": k, **found}
         if isinstance(own, Scores) and own.settings:
             rows[who]["settings"] = own.settings
     groups = examples.users if len(set(examples.users)) < len(examples.users) else None
     resampled = _resampled(gains, groups, seed)
-    compared = (f"recall@{k}", f"ndcg@{k}")
-    known = {who: {name: own[name] for name in compared} for who, own in resampled.items()}
+    shown = (f"recall@{k}", f"ndcg@{k}")
+    known = {who: {name: own[name] for name in shown} for who, own in resampled.items()}
     others = differences(rows, known)
     for who, row in rows.items():
         row["intervals"] = {name: interval_of(means) for name, means in resampled[who].items()}
         row["differences"] = others[who]
         if RULE in rows:
-            none = {name: {"value": 0.0, "interval": [0.0, 0.0]} for name in compared}
+            none = {name: {"value": 0.0, "interval": [0.0, 0.0]} for name in shown}
             row["difference"] = {"to": RULE, **others[who].get(RULE, none)}
     if OWN in rows and len(rows) > 1:
         ndcg = f"ndcg@{k}"

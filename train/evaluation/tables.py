@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...model_cards.card import FAIRNESS
 from .verdicts import verdicts
 
+SHOWN_VALUES = 8
+"""Number of values of an item's field in a table."""
 TEXT_METRICS = (
     "bleu_1",
     "bleu_4",
@@ -56,7 +59,7 @@ def tables(report: dict[str, dict[str, dict[str, Any]]]) -> str:
             if not names or names[0] in values:
                 cells = [f"{values[name]:.4f}".rjust(size) for name, size in zip(names, sizes)]
                 lines.append(" ".join([who.ljust(width), *cells, *_difference(values, shown)]))
-        lines += _text_lines(rows)
+        lines += [*_text_lines(rows), *_fairness_lines(rows)]
         if task in said:
             lines.append(said[task])
         parts.append("\n".join(lines))
@@ -75,6 +78,38 @@ def _text_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for who, values in shown.items():
             cells = [f"{values[name]:.4f}" if name in values else "-" for name in names]
             lines.append(" ".join([who.ljust(width), *(cell.rjust(10) for cell in cells)]))
+    return lines
+
+
+def _fairness_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Format the exposure of items, and the figures of groups of users."""
+    found = {who: values[FAIRNESS] for who, values in rows.items() if FAIRNESS in values}
+    if not found:
+        return []
+    width, first = max(map(len, found)), next(iter(found.values()))
+    fifths = list(first["exposure"]["popularity"])
+    lines = [f"first {first['top']} items: Gini, coverage, and the exposure of popularity fifths"]
+    lines.append(" ".join([" " * width, "   gini", "coverage", *(name.rjust(7) for name in fifths)]))
+    for who, own in found.items():
+        shares = [f"{own['exposure']['popularity'][name]['share']:.3f}".rjust(7) for name in fifths]
+        lines.append(" ".join([who.ljust(width), f"{own['gini']:7.3f}", f"{own['coverage']:8.3f}", *shares]))
+    for field, shares in first["exposure"].items():
+        if field != "popularity":
+            lines += [f"exposure by {field}: share of the model, of the events, of the catalogue"]
+            lines += [
+                f"  {value}: {own['share']:.3f}, {own['events']:.3f}, {own['items']:.3f}"
+                for value, own in sorted(shares.items(), key=lambda pair: -pair[1]["share"])[:SHOWN_VALUES]
+            ]
+    for field, groups in first["groups"].items():
+        hidden = first["not_shown"].get(field)
+        lines.append(
+            f"by {field}" + (f" ({hidden} users in groups that are too small are not shown)" if hidden else "")
+        )
+        for group, own in groups.items():
+            cells = [
+                f"{name} {own[name]:.3f} [{low:.3f}, {high:.3f}]" for name, (low, high) in own["intervals"].items()
+            ]
+            lines.append(f"  {group} ({own['users']} users): {', '.join(cells)}")
     return lines
 
 

@@ -23,6 +23,8 @@ from .classification import (
 )
 from .ranking import (
     coverage,
+    gini,
+    list_exposure,
     mrr,
     ndcg_at_k,
     ndcg_gains,
@@ -55,8 +57,10 @@ __all__ = [
     "distinct",
     "expected_calibration_error",
     "feature_report",
+    "gini",
     "grouped_auc",
     "interval_of",
+    "list_exposure",
     "log_loss",
     "log_losses",
     "mae",

@@ -250,6 +250,48 @@ def popularity_bias(recommended: Sequence[ArrayLike] | NDArray, popularity: Arra
     return float(np.mean(sums[listed] / lengths[listed]) / np.mean(events) - 1)
 
 
+def list_exposure(recommended: Sequence[ArrayLike] | NDArray, num_items: int) -> NDArray[np.float64]:
+    """Return the exposure of each item (M): the sum over all lists of 1 / log2(rank + 1).
+
+    Args:
+        recommended: Each user's list of columns, the first item first; the lists may differ in length.
+        num_items: M.
+
+    Raises:
+        ValueError: There are no users, or a column is not in the catalogue.
+
+    >>> list_exposure([[0, 1], [0, 2]], num_items=4).round(2).tolist()
+    [2.0, 0.63, 0.63, 0.0]
+    """
+    _some_users(recommended)
+    users, items = flat_rows("recommended", recommended, positive("num_items", num_items))
+    starts = np.searchsorted(users, users)
+    weights = 1 / np.log2(np.arange(len(users)) - starts + 2)
+    return np.bincount(items, weights, minlength=num_items)
+
+
+def gini(values: ArrayLike) -> float:
+    """Return the Gini coefficient of M amounts: 0 if all are equal, (M - 1) / M if one item has everything.
+
+    G = sum_i (2 i - M - 1) x_i / (M sum x), x in ascending order. Amounts of 0 count.
+
+    Args:
+        values: M amounts, not negative, at least one above 0.
+
+    Raises:
+        ValueError: An amount is negative or not finite, or all are 0.
+
+    >>> gini([0, 0, 0, 1]), gini([2, 2])
+    (0.75, 0.0)
+    """
+    amounts = vector("values", values, finite=True)
+    refuse("values", amounts, amounts < 0, "an amount, not negative")
+    if not amounts.any():
+        raise ValueError("values are all 0; expected an amount above 0")
+    ranks = 2 * np.arange(1, len(amounts) + 1) - len(amounts) - 1
+    return float((ranks * np.sort(amounts)).sum() / (len(amounts) * amounts.sum()))
+
+
 def _score_table(scores: ArrayLike) -> NDArray:
     table = np.asarray(scores)
     if table.ndim != 2 or table.dtype.kind not in "fiu":
@@ -282,6 +324,8 @@ def _some_users(recommended: Sequence[ArrayLike] | NDArray) -> None:
 
 __all__ = [
     "coverage",
+    "gini",
+    "list_exposure",
     "mrr",
     "ndcg_at_k",
     "ndcg_gains",
