@@ -33,6 +33,10 @@ FORMAT = 1
 MERGED_SHARE = 0.1
 """A piece that has more than this share of the texts of the piece before it is merged into that one."""
 
+UNLIKELY = -1e9
+"""Score of padding where a text can go on. Where fewer texts are left than beams, beam search takes it, not a token
+that is impossible, which might begin another segment."""
+
 ARRAYS = ("token", "first", "low", "high", "order", "levels")
 
 
@@ -377,6 +381,8 @@ class TrieProcessor(LogitsProcessor):
     def __init__(self, tries: Sequence[ItemTrie], prompt_length: int, pad_token_id: int) -> None:
         self.tries, self.trie = list(tries), tries[0]
         self.prompt_length, self.pad_token_id = prompt_length, pad_token_id
+        self.finished = False
+        """Whether no row could be continued at the last step."""
         for number, trie in enumerate(self.tries):
             if trie.pieces is not self.trie.pieces:
                 raise ValueError("tries of one batch must be made of one trie, by `where`")
@@ -387,7 +393,7 @@ class TrieProcessor(LogitsProcessor):
         self._ended: dict[tuple[int, bytes], float] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Set the scores of all tokens that lead to no live item to minus infinity.
+        """Set the scores of all tokens but padding that lead to no live item to minus infinity.
 
         Args:
             input_ids: B x T ids so far; each request has the same number of consecutive rows.
@@ -419,7 +425,8 @@ class TrieProcessor(LogitsProcessor):
             self._ended[step.keys[row]] = total / (written.shape[1] + 1)
         done = torch.ones(len(written), dtype=torch.bool, device=scores.device)
         done[where[0]] = False
-        constrained[done, self.pad_token_id] = 0.0
+        constrained[:, self.pad_token_id] = torch.where(done, 0.0, UNLIKELY).to(scores.dtype)
+        self.finished = bool(done.all())
         return constrained
 
     def found(self, sequences: torch.Tensor) -> list[list[tuple[list[int], float]]]:

@@ -47,7 +47,7 @@ FLOORS = (
     ("layers", "losses", "item_features"),
     ("segment_cache", "trie"),
     ("network", "catalogue"),
-    ("ranking",),
+    ("ranking", "writing"),
     ("pipeline",),
     ("modeling",),
 )

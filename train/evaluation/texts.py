@@ -1,6 +1,5 @@
 """Metrics of generated texts: perplexity, and a comparison with the texts of the log."""
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor
 from ...values_m6rec import IGNORE_INDEX
+from ...writing_m6rec import Writer
 from ..config.arguments import EvaluationArguments
 from ..metrics import writing_intervals, writing_report
 from ..rows.collator import M6RecDataCollator
@@ -19,7 +19,6 @@ from .trivial_texts import trivial_texts
 from .verdicts import OWN
 
 INTERVALS = "intervals"
-WRITTEN_AT_ONCE = 16
 NEW_TOKENS = 64
 """Maximum number of tokens of a text generated for the report."""
 
@@ -91,23 +90,11 @@ def measure_texts(
     return report
 
 
-@torch.no_grad()
 def write(model: M6RecForRecommendation, examples: Sequence[WritingExample], processor: M6RecProcessor) -> list[str]:
     """Generate the texts of examples of one writing task, greedily."""
-    model.eval()
-    reader = copy.copy(processor)
-    reader.max_length = max(processor.max_length - NEW_TOKENS, processor.max_length // 2)  # room for the answer
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].request.get("history", ())))
-    texts = [""] * len(examples)
-    for start in range(0, len(order), WRITTEN_AT_ONCE):
-        places = order[start : start + WRITTEN_AT_ONCE]
-        requests = [examples[place].request for place in places]
-        batch = reader(requests, examples[0].name, return_tensors="pt", padding_side="left")
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "layout_ids"}
-        written = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        for place, ids in zip(places, written[:, inputs["input_ids"].shape[1] :]):
-            texts[place] = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return texts
+    requests = [example.request for example in examples]
+    written = Writer(model, processor).write(requests, examples[0].name, max_new_tokens=NEW_TOKENS)
+    return [texts[0].text for texts in written]
 
 
 @torch.no_grad()
@@ -134,7 +121,6 @@ def perplexity(
 
 __all__ = [
     "NEW_TOKENS",
-    "WRITTEN_AT_ONCE",
     "measure_texts",
     "measure_writing",
     "perplexity",

@@ -9,6 +9,7 @@ import pandas
 import pytest
 import torch
 
+from m6rec import writing_m6rec
 from m6rec.train.config.arguments import EvaluationArguments, TaskArguments
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.evaluation import texts
@@ -217,7 +218,7 @@ def test_texts_are_written_in_batches_as_one_by_one(make_run, monkeypatch):
     monkeypatch.setattr(texts, "NEW_TOKENS", 8)
     found = by_name(examples_of(run))
     for name in ("explanation", "conversation"):
-        monkeypatch.setattr(texts, "WRITTEN_AT_ONCE", 3)
+        monkeypatch.setattr(writing_m6rec, "ROWS_AT_ONCE", 3)
         together = write(run.model, found[name][:7], run.processor)
         alone = [write(run.model, [example], run.processor)[0] for example in found[name][:7]]
         assert together == alone

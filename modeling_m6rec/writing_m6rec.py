@@ -1,0 +1,364 @@
+"""The class that writes: explanations, queries, replies and texts of items, freely or constrained to a catalogue.
+
+A text does not depend on the other requests of its batch: prompts are padded on the left, and each sampled text draws
+from a generator of its own. Ours, except for constrained beams as plausibility ranking (`trie_m6rec`).
+
+Shapes: B rows, T new tokens, V = vocab_size.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from .catalogue_m6rec import Model
+from .layers_m6rec import inference_mode
+from .trie_m6rec import ItemTrie, TrieProcessor
+from .values_m6rec import short
+
+ROWS_AT_ONCE = 16
+"""Rows that are written together, without beams."""
+BEAMS_AT_ONCE = 64
+"""Rows that are written together, with beams."""
+KEPT_LOGITS = 1 << 27
+"""Logits that are kept until a batch is written, since likelihoods are read off them; this bounds memory."""
+
+NOTHING_DRAWN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+"""Arguments of `generate`: draws are made by a logits processor, so that each text has its own."""
+NO_SETTINGS = {
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "begin_suppress_tokens": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "renormalize_logits": False,
+}
+"""Arguments of `generate` in place of a checkpoint's settings, which would forbid texts of items or change scores."""
+
+
+@dataclass
+class Mention:
+    """A title of an item within a text, text[start:end], and the score by which the item was chosen."""
+
+    item_id: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass
+class Check:
+    """What a text says of its request.
+
+    Attributes:
+        events: The contribution of each event to the item's score.
+        names: Places of the events that the text names.
+        agrees: Whether the event named best has contributed; None = the text names none.
+        unsupported: Words of the text that no part of the request supports.
+    """
+
+    events: list[dict]
+    names: list[int]
+    agrees: bool | None
+    unsupported: list[str]
+
+
+@dataclass
+class Written:
+    """A written text.
+
+    Attributes:
+        text: The text, without white space around it.
+        logprob: The mean log-likelihood of a written token, including [EOS] if the text has ended.
+        finish: "end" = the model ended the text; "length" = `max_new_tokens` did; "blocked" = a guard refused it.
+        items: The items that it mentions.
+        checked: What it says of the request, if that was checked.
+        reason: Why it was blocked.
+    """
+
+    text: str
+    logprob: float
+    finish: Literal["end", "length", "blocked"]
+    items: list[Mention] = field(default_factory=list)
+    checked: Check | None = None
+    reason: str | None = None
+
+
+@dataclass
+class WrittenItem:
+    """An item whose text was written, and the mean log-likelihood of a token of its text and [EOS]."""
+
+    item_id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """How texts are written: greedily, by beams (`num_beams`), or drawn (`temperature` or `top_p`).
+
+    Args:
+        max_new_tokens: Most tokens of a text, and half of a row at most.
+        num_beams: Number of beams.
+        num_texts: Number of texts for each request: the best beams with different texts (possibly fewer), or draws.
+        temperature: Divides the logits before drawing; 1 if only `top_p` is given.
+        top_p: Draw from the likeliest tokens that together have this probability; 1 if only `temperature` is given.
+        seed: Seed of the draws. Equal requests then have equal texts, in any batch. None = torch's own state decides.
+
+    Raises:
+        ValueError: If a value is not allowed, or two contradict each other.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    num_texts: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "num_texts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={short(value)}: give a whole number from 1 up")
+        for name, most in (("temperature", float("inf")), ("top_p", 1)):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= most and value != float("inf")):
+                raise ValueError(f"{name}={short(value)}: give a number above 0{', up to 1' * (most == 1)}, or None")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, Integral)):
+            raise ValueError(f"seed={short(self.seed)}: give a whole number, or None")
+        if self.draws and self.num_beams > 1:
+            raise ValueError(
+                f"num_beams={self.num_beams} and temperature or top_p: beams are searched, not drawn; give one of both"
+            )
+        if not self.draws and self.seed is not None:
+            raise ValueError(f"seed={self.seed}, but nothing is drawn: give temperature or top_p as well")
+        if not self.draws and self.num_texts > self.num_beams:
+            raise ValueError(
+                f"num_texts={self.num_texts}: without drawing, texts differ by beams only: give num_beams="
+                f"{self.num_texts} or more, or temperature or top_p"
+            )
+
+    @property
+    def draws(self) -> bool:
+        """Whether texts are drawn."""
+        return self.temperature is not None or self.top_p is not None
+
+
+class Prompt(NamedTuple):
+    """An encoded request that is to be continued."""
+
+    ids: list[int]
+    memory: list[int]
+    """For each id the row of item embeddings."""
+
+
+class Writer:
+    """Writes texts for requests.
+
+    Args:
+        model: The model, possibly inside a PeftModel.
+        processor: Processor that makes the prompts.
+    """
+
+    def __init__(self, model: Model, processor: Any) -> None:
+        self.model, self.processor, self.config = model, processor, model.config
+
+    def write(self, requests: Sequence[str | Mapping[str, Any]], task: str, **options: Any) -> list[list[Written]]:
+        """Write texts.
+
+        Args:
+            requests: The requests, without the text.
+            task: A writing task.
+            **options: Arguments of `WritingOptions`.
+
+        Returns:
+            For each request its texts: the likeliest first, drawn ones in the order of the draws.
+
+        Raises:
+            ValueError: If a request or an option is invalid; the message names it.
+        """
+        how = WritingOptions(**options)
+        prompts, room = self._prompts(requests, task, how.max_new_tokens)
+        written: list[list[Written]] = [[] for _ in requests]
+        each = how.num_texts if how.draws else how.num_beams
+        most = min(BEAMS_AT_ONCE if each > 1 else ROWS_AT_ONCE, KEPT_LOGITS // (self.config.vocab_size * room))
+        seed = int(torch.randint(1 << 62, (1,))) if how.draws and how.seed is None else how.seed
+        with inference_mode(self.model):
+            for part in _parts(prompts, max(1, most // each)):
+                own = [prompts[place] for place in part]
+                rows = self._search(own, room, how) if how.num_beams > 1 else self._continue(own, room, how, seed)
+                for place, texts in zip(part, rows):
+                    written[place] = texts
+        return written
+
+    def items(
+        self,
+        requests: Sequence[str | Mapping[str, Any]],
+        task: str,
+        trie: ItemTrie | Sequence[ItemTrie],
+        num_beams: int = 4,
+        top_k: int = 4,
+    ) -> list[list[WrittenItem]]:
+        """Write items of a catalogue: texts that are constrained to a trie, by beam search.
+
+        With as many beams as the catalogue has texts, this is plausibility ranking of the catalogue.
+
+        Args:
+            requests: The requests.
+            task: A writing task.
+            trie: A trie of the items' texts (`Catalogue.trie`), or one for each request, made by `where` of one trie.
+            num_beams: Number of beams; `top_k` are searched if that is more, and two at least.
+            top_k: Most items for each request.
+
+        Returns:
+            For each request its items, the best first; items with the same text in the order of the catalogue.
+
+        Raises:
+            ValueError: If a request is invalid, or a trie has no live item; the message names it.
+        """
+        tries = [trie] * len(requests) if isinstance(trie, ItemTrie) else list(trie)
+        beams, depth = max(2, num_beams, top_k), max((own.depth for own in tries), default=1)
+        prompts, _ = self._prompts(requests, task, depth)
+        found: list[list[WrittenItem]] = [[] for _ in requests]
+        search = {"num_beams": beams, "num_return_sequences": beams, "early_stopping": "never", "length_penalty": 1.0}
+        with inference_mode(self.model):
+            for part in _parts(prompts, max(1, BEAMS_AT_ONCE // beams)):
+                batch = self._batch([prompts[place] for place in part])
+                constraint = TrieProcessor(
+                    [tries[place] for place in part], batch["input_ids"].shape[1], self.config.pad_token_id
+                )
+                out = self._generate(
+                    batch,
+                    depth,
+                    **search,
+                    **NO_SETTINGS,
+                    logits_processor=LogitsProcessorList([constraint]),
+                    stopping_criteria=StoppingCriteriaList([_NothingLeft(constraint)]),
+                )
+                for place, texts in zip(part, constraint.found(out.sequences)):
+                    own, end = tries[place], self.config.eos_token_id
+                    named = [(own.ids[row], score) for ids, score in texts for row in own.items([*ids, end])]
+                    found[place] = [WrittenItem(*pair) for pair in named[:top_k]]
+        return found
+
+    def _prompts(self, requests: Sequence[str | Mapping[str, Any]], task: str, new: int) -> tuple[list[Prompt], int]:
+        """Encode requests with room for new tokens; also return for how many, if half of a row is too few."""
+        reader, whole = copy.copy(self.processor), self.processor.max_length
+        reader.max_length = max(whole - new, whole - whole // 2)
+        prompts = []
+        for number, reading in enumerate(reader.read_many(requests, task)):
+            if reading.input_ids[-1] == self.config.eos_token_id:
+                raise ValueError(f"request {number}: its text is complete: leave out what task {task!r} is to write")
+            prompts.append(Prompt(reading.input_ids, reading.item_embedding_ids))
+        return prompts, min(new, whole // 2)
+
+    def _batch(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Pad prompts on the left."""
+        features: list[dict[str, list[int]]] = [{"input_ids": prompt.ids} for prompt in prompts]
+        if self.processor.item_rows is not None:
+            features = [{**own, "item_embedding_ids": prompt.memory} for own, prompt in zip(features, prompts)]
+        batch = self.processor.pad(features, padding_side="left")
+        return {name: value.to(self.model.device) for name, value in batch.items() if name != "layout_ids"}
+
+    def _continue(
+        self, prompts: Sequence[Prompt], room: int, how: WritingOptions, seed: int | None
+    ) -> list[list[Written]]:
+        """Continue each prompt token by token, greedily or `num_texts` times by draws."""
+        rows = [prompt for prompt in prompts for _ in range(how.num_texts)]
+        processors = LogitsProcessorList()
+        if how.draws:
+            seeds = [_seed_of(seed, number, prompt) for prompt in prompts for number in range(how.num_texts)]
+            processors.append(_Draws(seeds, how.temperature or 1.0, how.top_p or 1.0))
+        batch = self._batch(rows)
+        out = self._generate(batch, room, logits_processor=processors, output_logits=True)
+        ids = out.sequences[:, batch["input_ids"].shape[1] :]
+        likelihood = torch.stack(
+            [own.float().log_softmax(-1).gather(1, ids[:, [step]])[:, 0] for step, own in enumerate(out.logits)], 1
+        )
+        texts = []
+        for written, own in zip(ids.tolist(), likelihood.cpu()):
+            text, ended = self._cut(written)
+            texts.append(self._written(text, ended, float(own[: len(text) + ended].mean())))
+        return [texts[start : start + how.num_texts] for start in range(0, len(texts), how.num_texts)]
+
+    def _search(self, prompts: Sequence[Prompt], room: int, how: WritingOptions) -> list[list[Written]]:
+        """Continue each prompt by beams; of beams with the same text the best stays."""
+        batch = self._batch(prompts)
+        beams = {"num_beams": how.num_beams, "num_return_sequences": how.num_beams, "length_penalty": 1.0}
+        out = self._generate(batch, room, output_scores=True, **beams)
+        ids, found = out.sequences[:, batch["input_ids"].shape[1] :].tolist(), []
+        for start in range(0, len(ids), how.num_beams):
+            texts: dict[str, Written] = {}
+            for written, score in zip(ids[start : start + how.num_beams], out.sequences_scores[start:].tolist()):
+                own = self._written(*self._cut(written), score)
+                texts.setdefault(own.text, own)
+            found.append(list(texts.values())[: how.num_texts])
+        return found
+
+    def _generate(self, batch: dict[str, torch.Tensor], room: int, **more: Any) -> Any:
+        more |= {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
+        return self.model.generate(**batch, **NOTHING_DRAWN, max_new_tokens=room, return_dict_in_generate=True, **more)
+
+    def _cut(self, written: list[int]) -> tuple[list[int], bool]:
+        """Return the ids of a text before [EOS], and whether there is one; what follows is padding."""
+        end = self.config.eos_token_id
+        return (written[: written.index(end)], True) if end in written else (written, False)
+
+    def _written(self, ids: list[int], ended: bool, logprob: float) -> Written:
+        text = self.processor.tokenizer.decode_text(ids).strip()
+        return Written(text, logprob, "end" if ended else "length")
+
+
+def _parts(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
+    """Split prompts into batches of similar length: places of the prompts."""
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids))
+    for start in range(0, len(order), most):
+        yield order[start : start + most]
+
+
+def _seed_of(seed: int | None, number: int, prompt: Prompt) -> int:
+    """Return the seed of a text: it depends on the prompt, not on its place in a batch."""
+    return int.from_bytes(hashlib.sha256(repr((seed, number, prompt.ids)).encode()).digest()[:8])
+
+
+class _Draws(LogitsProcessor):
+    """Leaves one token of each row, drawn by the row's own generator, so that greedy decoding takes it."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Draw: B x V logits -> B x V, minus infinity for all but one token."""
+        share, order = (scores.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before = share.cumsum(-1) - share
+        share = share.masked_fill(before >= self.top_p, 0.0)
+        sums = share.cumsum(-1)
+        drawn = torch.stack([torch.rand(1, generator=own, dtype=torch.float64) for own in self.generators])
+        place = torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:], right=True)
+        chosen = order.gather(1, place.clamp(max=scores.shape[1] - 1))
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class _NothingLeft(StoppingCriteria):
+    """Stops a beam search once no row can be continued to an item."""
+
+    def __init__(self, constraint: TrieProcessor) -> None:
+        self.constraint = constraint
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Say for each row whether to stop."""
+        return torch.full((len(input_ids),), self.constraint.finished, device=input_ids.device)
+
+
+__all__ = ["Check", "Mention", "Writer", "WritingOptions", "Written", "WrittenItem"]
