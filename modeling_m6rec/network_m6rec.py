@@ -1138,7 +1138,7 @@ class M6RecModel(M6RecPreTrainedModel):
             return
         lay, old, new = rows.lay, slice(start - 1, start), slice(start, start + 1)
         same_segment = lay.segment[:, old] == lay.segment[:, new]
-        cut = same_segment & ~lay.written[:, new]
+        cut = same_segment & ~lay.written[:, new] & lay.valid[:, new]  # rows that have ended are padded
         same_source = lay.source[:, old] & lay.source[:, new] & (lay.request[:, old] == lay.request[:, new])
         cut = cut | same_source & (self.config.history_attention == "bidirectional")
         cut = cut | lay.plain[:, new] & lay.plain[:, old] & (self.config.document_attention == "bidirectional")

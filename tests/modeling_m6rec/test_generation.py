@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from tests.modeling_m6rec.tiny import (
+    BOS,
     EOS,
     PAD,
     SMALL,
+    SOURCE_END,
+    TEXT,
     WORDS,
     Writer,
     build,
@@ -91,6 +94,32 @@ def test_left_padding_changes_no_text(settings):
         ids = batch["input_ids"][row : row + 1, batch["attention_mask"][row].argmax() :]
         alone = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
         assert together[row, batch["input_ids"].shape[1] :][: len(alone)].tolist() == alone.tolist()
+
+
+@small
+def test_a_row_may_end_long_before_others_also_without_padding(settings):
+    """The library gives no mask of rows of one length; then only pad ids are padding."""
+    model, writer = build(settings), Writer(3)
+    rows = [[*writer.head(1), SOURCE_END, BOS, TEXT] for _ in range(40)]
+    rows = [row for row in rows if len(row) == len(rows[0])][:2]
+    ids = torch.tensor(rows)
+    start = ids.shape[1]
+
+    def ends(written, scores):
+        scores = scores.clone()
+        scores[1, EOS] = -torch.inf
+        scores[0, EOS] = 1e9 if written.shape[1] == start + 1 else -torch.inf
+        return scores
+
+    text = model.generate(ids, max_new_tokens=6, do_sample=False, logits_processor=[ends])
+    assert text[0, start + 1 :].tolist() == [EOS, PAD, PAD, PAD, PAD]
+    alone = model.generate(
+        ids[1:],
+        max_new_tokens=6,
+        do_sample=False,
+        logits_processor=[lambda written, scores: ends(written, scores.expand(2, -1))[1:]],
+    )
+    assert torch.equal(text[1:], alone)
 
 
 @small
