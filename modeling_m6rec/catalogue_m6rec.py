@@ -52,7 +52,7 @@ from .item_features_m6rec import (
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
 from .trie_m6rec import ItemTrie
-from .values_m6rec import SIMPLE, TIME_UNITS, KnownItem, normalize_id, short, time_seconds
+from .values_m6rec import SIMPLE, TIME_UNITS, KnownItem, check_size, normalize_id, short, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
 
@@ -835,6 +835,103 @@ def _import_faiss() -> Any:
 Predicate = Callable[[dict[str, Any]], bool]
 """Decides by an item's fields whether the item may be recommended."""
 
+
+class Conditions:
+    """A filter that is data: conditions on fields, all of which an item must meet.
+
+    A condition is a value (the field has it, or contains it if it is a list), a list of values (any of them), or a
+    mapping with any of `min` and `max` (numbers, both included), `not` (a value or a list of values that the field must
+    not have) and `contains` (a text within the field's text, without regard to case). An item without the field meets
+    only `not`. Texts are compared exactly; a number equals its text: 7 and "7" are one value.
+
+    Args:
+        given: Field -> condition.
+        place: Name of the parameter, for errors.
+
+    Raises:
+        TypeError: A part has the wrong type.
+        ValueError: A condition is empty or unknown.
+
+    >>> dear = Conditions({"brand": ["North", "Trail"], "price": {"max": 50}})
+    >>> dear({"brand": "North", "price": 45}), dear({"brand": "North"}), dear({"brand": "Peak", "price": 5})
+    (True, False, False)
+    """
+
+    def __init__(self, given: Any, place: str = "filter") -> None:
+        if not isinstance(given, Mapping) or not given:
+            raise TypeError(f"{place}={short(given)}: give a mapping of fields to conditions, such as {{'brand': 'x'}}")
+        check_size(given, place)
+        self._parts = {name: _condition(own, f"{place}.{short(name)}") for name, own in given.items()}
+        self.key = json.dumps(given, sort_keys=True, default=str)
+        """Text that is equal for equal conditions."""
+
+    def __call__(self, fields: Mapping[str, Any]) -> bool:
+        """Whether an item with these fields meets all conditions."""
+        return all(meets(_several(fields.get(name))) for name, meets in self._parts.items())
+
+
+def _condition(given: Any, place: str) -> Callable[[list[Any]], bool]:
+    """Return a function that decides by the values of a field."""
+    if not isinstance(given, Mapping):
+        wanted = _wanted(given, place)
+        return lambda values: any(value in wanted for value in values)
+    if not given or not set(given) <= {"min", "max", "not", "contains"}:
+        raise ValueError(f"{place}={short(given)}: give a value, a list, or any of min, max, not, contains")
+    low, high = (_bound(given.get(name), f"{place}.{name}") for name in ("min", "max"))
+    part = given.get("contains")
+    if part is not None and not isinstance(part, str):
+        raise TypeError(f"{place}.contains={short(part)}: give a text")
+    unwanted = _wanted(given["not"], f"{place}.not") if "not" in given else frozenset()
+
+    def meets(values: list[Any]) -> bool:
+        if any(value in unwanted for value in values):
+            return False
+        if low is not None or high is not None:
+            numbers = [number for value in values if (number := _number(value)) is not None]
+            if not any((low is None or low <= own) and (high is None or own <= high) for own in numbers):
+                return False
+        return part is None or any(part.casefold() in str(value).casefold() for value in values)
+
+    return meets
+
+
+def _wanted(given: Any, place: str) -> frozenset[Any]:
+    values = given if isinstance(given, list | tuple | set | frozenset) else [given]
+    if not values or not all(isinstance(value, str | Real) for value in values):
+        raise TypeError(f"{place}={short(given)}: give a text, a number, a truth value, or a list of these")
+    return frozenset(map(_canonical, values))
+
+
+def _several(value: Any) -> list[Any]:
+    """Return the values of a field; none if it is absent."""
+    values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return list(map(_canonical, values))
+
+
+def _canonical(value: Any) -> Any:
+    """Return a number as its text, since a table may hold either: 7, 7.0 and "7" are one value, True is only True."""
+    number = None if isinstance(value, str | bool) else _number(value)
+    if number is None:
+        return value if isinstance(value, bool) else str(value)
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _bound(value: Any, place: str) -> float | None:
+    if value is not None and (isinstance(value, str) or _number(value) is None):
+        raise TypeError(f"{place}={short(value)}: give a finite number")
+    return _number(value)
+
+
 Ranking = list[tuple[str, float]]
 """Ids and scores, the best first."""
 
@@ -1232,6 +1329,10 @@ def _sparse(entries: Sequence[tuple[int, int, float]], width: int) -> Sparse:
     return Sparse.of(np.array(users, np.int64), np.array(items, np.int64), np.array(weights, float), max(width, 1))
 
 
+MASKS = 256
+"""Number of conditions whose result a state of a catalogue keeps."""
+
+
 @dataclass(frozen=True)
 class State:
     """The complete state of a catalogue at one moment.
@@ -1287,6 +1388,22 @@ class State:
     def flags(self) -> np.ndarray:
         """`live` as an array, whose entries are read faster."""
         return self.live.numpy()
+
+    @cached_property
+    def _masks(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def allowed(self, predicate: "Predicate | None") -> torch.Tensor:
+        """Mark which of the N rows may be found; the result for `Conditions` is kept, since requests repeat them."""
+        if predicate is None:
+            return self.live
+        kept = self._masks.get(predicate.key) if isinstance(predicate, Conditions) else None
+        if kept is None:
+            kept = torch.zeros_like(self.live)
+            kept[[row for row in self.live_rows() if predicate(self.fields(row))]] = True
+            if isinstance(predicate, Conditions) and len(self._masks) < MASKS:
+                self._masks[predicate.key] = kept
+        return kept
 
     def fixed(self, row: int) -> Item:
         """Return the item of a row without a copy: nobody may change it."""
@@ -1420,7 +1537,7 @@ class CatalogueView:
         """
         state = self._state
         trie = state.tries.trie(processor, state.ids, state.items, len(state.live))
-        allowed = _allowed(state, filter).numpy() & trie.live[: len(state.live)]
+        allowed = state.allowed(filter).numpy() & trie.live[: len(state.live)]
         allowed[[row for name in exclude if (row := state.row(normalize_id(name, "exclude"))) is not None]] = False
         return trie.where(allowed)
 
@@ -1484,6 +1601,26 @@ class CatalogueView:
             for number, own in zip(missing, exact):
                 found[number] = own
         return [own for own in found if own is not None]
+
+    def scores(
+        self, user_vector: torch.Tensor, item_ids: Sequence[Any], history: Sequence[Any] | None = None
+    ) -> list[float]:
+        """Return the scores of some items for one user, bitwise as `search` finds them.
+
+        Args:
+            user_vector: D.
+            item_ids: Ids of items of the catalogue.
+            history: As in `search`.
+        """
+        state, user = self._state, torch.as_tensor(user_vector).detach().float().cpu()
+        (evidence,) = self._of_users(None if history is None else [history], 1)
+        rows = torch.tensor([state.known(each) for each in item_ids], dtype=torch.long)
+        return _exact(state, _Asked(user, [], evidence), rows).tolist()
+
+    def meeting(self, conditions: Conditions) -> list[str]:
+        """Return the ids of the items that meet conditions, in the order of insertion."""
+        state = self._state
+        return [state.ids[row] for row in state.allowed(conditions).nonzero()[:, 0].tolist()]
 
     def event_counts(self) -> dict[str, int] | None:
         """Return the number of counted events of each item of the catalogue; None = there is no evidence."""
@@ -1624,7 +1761,7 @@ class _Asked(NamedTuple):
 
 def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Predicate | None) -> list[Ranking]:
     """Search all N rows."""
-    allowed = _allowed(state, predicate)
+    allowed = state.allowed(predicate)
     if state.share:
         users = torch.stack([each.user for each in asked])
         scores = torch.cat((users @ state.base.T, users @ state.side.T), 1)
@@ -1670,15 +1807,6 @@ def _finalists(state: State, asked: _Asked, scores: torch.Tensor, count: int) ->
         if not rest or len(rows) <= few:
             break
     return rows
-
-
-def _allowed(state: State, predicate: Predicate | None) -> torch.Tensor:
-    """Mark which of the N rows may be found."""
-    if predicate is None:
-        return state.live
-    allowed = torch.zeros_like(state.live)
-    allowed[[row for row in state.live_rows() if predicate(state.fields(row))]] = True
-    return allowed
 
 
 class _Allowed:
@@ -1794,14 +1922,15 @@ def _ranked(state: State, asked: _Asked, rows: torch.Tensor, count: int) -> Rank
     The finalists' scores are therefore computed again, so that equal items tie, and a score does not depend on batch
     size, other items or the index.
     """
-    if state.share:
-        exact = cosines(asked.user[None], state.gather(rows))[0]
-    else:
-        exact = torch.zeros(len(rows))
-    if state.counted is not None:
-        exact = state.share * exact.double() + asked.added(state, rows)
+    exact = _exact(state, asked, rows)
     order = exact.argsort(descending=True, stable=True)[:count]
     return [(state.ids[row], score) for row, score in zip(rows[order].tolist(), exact[order].tolist())]
+
+
+def _exact(state: State, asked: _Asked, rows: torch.Tensor) -> torch.Tensor:
+    """Return the scores of rows."""
+    exact = cosines(asked.user[None], state.gather(rows))[0] if state.share else torch.zeros(len(rows))
+    return exact if state.counted is None else state.share * exact.double() + asked.added(state, rows)
 
 
 # ------------------------------------------------------------------------------------------------------ the catalogue
@@ -2533,6 +2662,7 @@ __all__ = [
     "VECTORS",
     "Catalogue",
     "CatalogueView",
+    "Conditions",
     "Evidence",
     "EvidenceScores",
     "Found",

@@ -2,14 +2,13 @@
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 from transformers.pipelines.base import Pipeline
 from transformers.utils import logging
@@ -28,7 +27,7 @@ from .catalogue_m6rec import (
     table_rows,
 )
 from .layers_m6rec import inference_mode
-from .ranking_m6rec import Guard, Ranker, Reranker, Scorer, check_confidence
+from .ranking_m6rec import WISHES, Guard, Ranker, Reranker, Scorer, Wishes
 from .segment_cache_m6rec import SegmentCache, UserStates, Watch
 from .values_m6rec import MAX_REQUEST_VALUES, check_lists, check_size, short
 
@@ -36,11 +35,31 @@ logger = logging.get_logger(__name__)
 
 RANKING_TASKS = ("retrieval", "plausibility")
 """Ranking tasks other than the scoring tasks, the preferred ones first."""
-PARAMETERS = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_layer", "exit_confidence", "guard", "rerank")
+PARAMETERS = (*WISHES, "exit_layer", "guard", "rerank", "on_error")
 FOLDER = "catalogue"
 """Folder of a checkpoint's catalogue."""
 LOADING = threading.Lock()
 """Lock for finding and loading a pipeline's catalogue, which several threads may request first."""
+
+
+def _wishes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the wishes among parameters or keys of a request; None counts as absent."""
+    return {name: given[name] for name in WISHES if given.get(name) is not None}
+
+
+def _each(rank: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
+    """Answer requests together; if that fails, in halves, so that an error takes the place of one answer only."""
+    try:
+        return rank(requests)
+    except OSError:  # from the disk or the network, not from a request
+        raise
+    except Exception as error:
+        if len(requests) == 1:
+            logger.debug("a request cannot be answered", exc_info=error)
+            known = type(error) in (TypeError, ValueError)
+            return [{"error": str(error) if known else f"{type(error).__name__}: {error}"}]
+    half = len(requests) // 2
+    return _each(rank, requests[:half]) + _each(rank, requests[half:])
 
 
 @dataclass(frozen=True)
@@ -135,17 +154,24 @@ class RecommendationPipeline(Pipeline):
                 - `top_k`: number of items; by default all candidates, or 10 of a catalogue.
                 - `exclude_seen`: leave out items of the history, by id, else by text; by default of a catalogue only,
                   unless its `exclude_seen` is False.
-                - `filter`: function of an item's fields that decides whether the item may be recommended; a text has
-                  the field `item` only.
+                - `filter`: conditions on an item's fields (`Conditions`), or a function of them, that decide whether
+                  the item may be recommended; a text has the field `item` only.
                 - `explain`: return the contribution of each event: the score minus the score with the event hidden.
+                - `pin`, `block`, `boost`, `diversity`: as in `Wishes`. Rows of pinned items have `pinned`, those of
+                  boosted ones their `boost`; `score` stays the model's.
                 - `exit_layer`: number of joint layers to run.
                 - `exit_confidence`: run a request's joint layers until all its answers are decided, that is until the
                   probability of each (of click or no click, of each interaction or its absence, of the likeliest
-                  rating) is at least this number. With 1 or more all layers run. A request may contain its own
-                  `exit_confidence`. Answers then contain their `exit_layer`.
+                  rating) is at least this number. With 1 or more all layers run. Answers then contain their
+                  `exit_layer`.
+                - `on_error`: "raise", or "return": the answer to a request that cannot be answered is
+                  `{"error": message}`, and the other requests are answered.
                 - `guard`: a `Guard`; the items that it blocks are left out before ranking.
                 - `rerank`: `{"field": ..., "weight": ...}`, the arguments of a `Reranker`, which moves down what is
                   shown often; rows then contain their `penalty`, and `score` stays the model's.
+
+                A request may contain its own `task`, `top_k`, `exclude_seen`, `filter` (conditions), `explain`, `pin`,
+                `block`, `boost`, `diversity` and `exit_confidence`, which go before those of the call.
 
         Raises:
             ValueError: If a request or a parameter is invalid; the message names it.
@@ -163,63 +189,78 @@ class RecommendationPipeline(Pipeline):
         unknown = [name for name in given if name not in PARAMETERS]
         if unknown:
             raise TypeError(f"unknown parameter {short(unknown[0])}: a call takes {', '.join(PARAMETERS)}")
-        task, top_k, predicate = given.get("task"), given.get("top_k"), given.get("filter")
-        if task is not None and task not in self._ranking_tasks:
-            raise ValueError(f"task={short(task)} ranks nothing: choose one of {self._ranking_tasks}")
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
-            raise ValueError(f"top_k={short(top_k)}: give a whole number from 1 up, or None")
-        for name in ("exclude_seen", "explain"):
-            if not isinstance(given.get(name), bool | np.bool_ | None):
-                raise TypeError(f"{name}={short(given[name])}: give True, False or None")
-        if predicate is not None and not callable(predicate):
-            raise TypeError(f"filter={short(predicate)}: give a function that says of an item's fields True or False")
+        Wishes.of(_wishes(given), self._ranking_tasks)
         if not isinstance(given.get("guard"), Guard | None):
             raise TypeError(f"guard={short(given['guard'])}: give a Guard, or None")
         given |= {"rerank": Reranker.of(given["rerank"])} if "rerank" in given else {}
-        self._check_exits(given.get("exit_layer"), given.get("exit_confidence"))
-        given |= {name: int(given[name]) for name in ("top_k", "exit_layer") if given.get(name) is not None}
-        return {}, given, {}
+        if given.get("on_error", "raise") not in ("raise", "return"):
+            raise ValueError(f"on_error={short(given['on_error'])}: give 'raise' or 'return'")
+        self._check_exit_layer(given.get("exit_layer"))
+        given |= {"exit_layer": int(given["exit_layer"])} if given.get("exit_layer") is not None else {}
+        return {"on_error": given.get("on_error", "raise")}, given, {}
 
-    def _check_exits(self, exit_layer: Any, exit_confidence: Any) -> None:
+    def _check_exit_layer(self, exit_layer: Any) -> None:
         joint = self.model.config.num_joint_layers
         whole = isinstance(exit_layer, Integral) and not isinstance(exit_layer, bool)
         if exit_layer is not None and not (whole and 0 < exit_layer <= joint):
             raise ValueError(f"exit_layer={short(exit_layer)}: give a number from 1 to {joint} (joint layers), or None")
-        check_confidence(exit_confidence)
 
-    def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
+    def preprocess(self, input_: Any, on_error: str = "raise", **parameters: Any) -> dict[str, Any]:
         """Check the type of a request; the rest is done per batch, which computes shared parts once."""
-        if not isinstance(input_, str | Mapping):
-            raise TypeError(f"expected a request, a text or a mapping, got {type(input_).__name__} ({short(input_)})")
-        if isinstance(input_, Mapping):
-            check_lists(input_)
-        check_size(input_, "request", MAX_REQUEST_VALUES)
+        try:
+            if not isinstance(input_, str | Mapping):
+                raise TypeError(
+                    f"expected a request, a text or a mapping, got {type(input_).__name__} ({short(input_)})"
+                )
+            if isinstance(input_, Mapping):
+                check_lists(input_)
+            check_size(input_, "request", MAX_REQUEST_VALUES)
+        except (TypeError, ValueError) as error:
+            if on_error == "raise":
+                raise
+            return {"request": _Whole(error)}
         return {"request": _Whole(plain(input_))}
 
-    def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
-        given, task = input_tensors["request"], options.pop("task", None)
-        options["predicate"] = options.pop("filter", None)
+    def _forward(self, input_tensors: dict[str, Any], on_error: str = "raise", **options: Any) -> Any:
+        given = input_tensors["request"]
         requests = [each.value for each in (given if isinstance(given, list) else [given])]
-        tasks = [self._task(request, task) for request in requests]
-        answers: list[Any] = [None] * len(requests)
-        exit_layer = options.pop("exit_layer", None)
+        call = {name: value for name, value in options.items() if name not in WISHES}
+        rank = partial(self._rank, wishes=_wishes(options), **call)
+        with inference_mode(self.model):
+            answers = rank(requests) if on_error == "raise" else _each(rank, requests)
+        whole = [_Whole(answer) for answer in answers]
+        return {"answers": whole if isinstance(given, list) else whole[0]}
+
+    def _rank(
+        self, requests: Sequence[Any], wishes: Mapping[str, Any], exit_layer: int | None = None, **rules: Any
+    ) -> list[Any]:
+        """Answer requests, each by its own wishes and, for what it leaves open, those of the call."""
+        own, bare = [], []
+        for request in requests:
+            if isinstance(request, Exception):
+                raise request
+            asked = isinstance(request, Mapping) and not request.keys().isdisjoint(WISHES)
+            own.append(Wishes.of({**wishes, **(_wishes(request) if asked else {})}, self._ranking_tasks))
+            bare.append({name: each for name, each in request.items() if name not in WISHES} if asked else request)
+        tasks = [self._task(request, each.task) for request, each in zip(bare, own)]
         catalogue = cache(self._fitting_catalogue)  # one state for the whole batch
 
         def known() -> CatalogueView | None:
             return None if self.catalogue is None else catalogue()
 
         def evident() -> CatalogueView | None:
-            own = self.catalogue
-            return None if own is None or own.evidence is None else catalogue()
+            whole = self.catalogue
+            return None if whole is None or whole.evidence is None else catalogue()
 
         scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
-        with inference_mode(self.model):
-            for name in dict.fromkeys(tasks):
-                places = [place for place, own in enumerate(tasks) if own == name]
-                ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, known=known, **options)
-                for place, answer in zip(places, ranker.answer([requests[place] for place in places])):
-                    answers[place] = _Whole(answer)
-        return {"answers": answers if isinstance(given, list) else answers[0]}
+        answers: list[Any] = [None] * len(requests)
+        for name in dict.fromkeys(tasks):
+            places = [place for place, task in enumerate(tasks) if task == name]
+            ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, known=known, **rules)
+            found = ranker.answer([bare[place] for place in places], [own[place] for place in places])
+            for place, answer in zip(places, found):
+                answers[place] = answer
+        return answers
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:
         """Return the answer to one request."""

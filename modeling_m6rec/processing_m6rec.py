@@ -819,6 +819,12 @@ class M6RecProcessor(ProcessorMixin):
                 items.append(item)
         return items
 
+    def forget_texts(self) -> None:
+        """Drop the cached ids and formatted parts of earlier requests, such as after a user's data were deleted."""
+        self._texts = LRUCache(KEPT_TEXTS)
+        self._wording = RequestFormatter(self.template, self.item_rows)
+        self._names = ItemNames(self._wording)
+
     @property
     def names(self) -> ItemNames:
         """Compares items by their text, for items without ids."""

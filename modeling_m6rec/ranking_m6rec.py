@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .catalogue_m6rec import (
     CatalogueView,
+    Conditions,
     Item,
     Model,
     NamedText,
@@ -553,6 +554,129 @@ def _natural(value: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------- ranked answers
 
 
+WISHES = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_confidence", "pin", "block", "boost", "diversity")
+"""Keys of a request, and parameters of a call, that say how a request is answered."""
+DIVERSE = 5
+"""Diversity chooses among this many times `top_k` items, and at least POOL."""
+
+
+@dataclass(frozen=True)
+class Boost:
+    """A number that is added to the scores of some items when their order is decided."""
+
+    items: Conditions
+    by: float
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How a request is answered.
+
+    Attributes:
+        task: A ranking task; None = by the request.
+        top_k: Number of items; None = all candidates, or 10 of a catalogue.
+        exclude_seen: Leave out items of the history; None = as the catalogue says.
+        filter: Decides by an item's fields whether it may be recommended; None = all may.
+        explain: Return the contribution of each event.
+        exit_confidence: As in `Scorer.check`.
+        pin: Ids of items that come first, in this order, if they may be recommended at all.
+        block: Items that are left out.
+        boost: What is added to the scores of some items when the order is decided; `score` stays the model's.
+        diversity: From 0 (order by score) to 1: weight of the similarity to the items above against the score, which is
+            scaled to 0 to 1 (maximal marginal relevance, Carbonell & Goldstein, 1998).
+    """
+
+    task: str | None = None
+    top_k: int | None = None
+    exclude_seen: bool | None = None
+    filter: Predicate | None = None
+    explain: bool = False
+    exit_confidence: float | None = None
+    pin: tuple[str, ...] = ()
+    block: Conditions | None = None
+    boost: tuple[Boost, ...] = ()
+    diversity: float = 0.0
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], tasks: Sequence[str]) -> "Wishes":
+        """Check wishes.
+
+        Args:
+            given: Any of WISHES; None counts as absent.
+            tasks: The model's ranking tasks.
+
+        Raises:
+            ValueError: A value is invalid; the message names it.
+            TypeError: One has the wrong type.
+        """
+        own = {name: value for name, value in given.items() if value is not None}
+        if "task" in own and own["task"] not in tasks:
+            raise ValueError(f"task={short(own['task'])} ranks nothing: choose one of {list(tasks)}")
+        top_k = own.get("top_k", 1)
+        if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1:
+            raise ValueError(f"top_k={short(top_k)}: give a whole number from 1 up, or None")
+        for name in ("exclude_seen", "explain"):
+            if not isinstance(own.get(name, False), bool | np.bool_):
+                raise TypeError(f"{name}={short(own[name])}: give True, False or None")
+        check_confidence(own.get("exit_confidence"))
+        diversity = own.get("diversity", 0)
+        if not _natural(diversity) or diversity > 1:
+            raise ValueError(f"diversity={short(diversity)}: give a number from 0 to 1")
+        own |= {"top_k": int(top_k)} if "top_k" in own else {}
+        own |= {"filter": _filter(own["filter"])} if "filter" in own else {}
+        own |= {"pin": _ids(own["pin"], "pin")} if "pin" in own else {}
+        own |= {"block": _items(own["block"], "block")} if "block" in own else {}
+        own |= {"boost": _boosts(own["boost"])} if "boost" in own else {}
+        return cls(**own)
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether the order is not that of the scores."""
+        return bool(self.pin or self.boost or self.diversity)
+
+
+def _filter(given: Any) -> Predicate:
+    if callable(given):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"filter={short(given)}: give conditions on fields, such as {{'brand': 'North'}}, or a function that says "
+            "of an item's fields True or False"
+        )
+    return Conditions(given)
+
+
+def _ids(given: Any, place: str) -> tuple[str, ...]:
+    values = given if isinstance(given, list | tuple | set | frozenset) else [given]
+    return tuple(dict.fromkeys(normalize_id(value, place) for value in values))
+
+
+def _items(given: Any, place: str) -> Conditions | None:
+    """Return items that are given by their ids or by conditions; None for no ids."""
+    if isinstance(given, Mapping):
+        return Conditions(given, place)
+    ids = _ids(given, place)
+    return Conditions({"item_id": list(ids)}, place) if ids else None
+
+
+def _boosts(given: Any) -> tuple[Boost, ...]:
+    if isinstance(given, Mapping):
+        entries = [({"item_id": name}, by) for name, by in given.items()]
+    elif isinstance(given, list | tuple) and all(
+        isinstance(own, Mapping) and set(own) == {"where", "by"} for own in given
+    ):
+        entries = [(own["where"], own["by"]) for own in given]
+    else:
+        raise TypeError(
+            f"boost={short(given)}: give {{id: number}}, or a list of {{'where': conditions, 'by': number}}, where "
+            "conditions are as in `filter`"
+        )
+    for _, by in entries:
+        if isinstance(by, bool) or not isinstance(by, Real) or not math.isfinite(by):
+            raise ValueError(f"boost: {short(by)} is added to a score: give a finite number")
+    return tuple(Boost(Conditions(items, f"boost[{place}]"), float(by)) for place, (items, by) in enumerate(entries))
+
+
 FROM_CATALOGUE = 10
 """Default number of items found in a catalogue."""
 
@@ -585,10 +709,20 @@ class Query:
     """If evidence is used, what it reads of each encoded event, the last one last; None = an event of a verb only."""
     profile: list[Past] = field(default_factory=list)
     """If evidence is used, what it reads of the user, at most one text."""
-    confidence: float | None = None
-    """How sure all answers must be for the last joint layers to be left out."""
-    penalties: list[float] | None = None
-    """What a re-ranker has taken off the score of each returned candidate."""
+    penalties: dict[int, float] = field(default_factory=dict)
+    """What a re-ranker has taken off the scores of candidates, by number."""
+    wishes: Wishes = field(default_factory=Wishes)
+    """How it is answered."""
+
+    boosts: dict[int, float] = field(default_factory=dict)
+    """What is added to the scores of candidates, by number, when the order is decided."""
+    pinned: dict[int, int] = field(default_factory=dict)
+    """Places of the pinned candidates, by number."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Number of items of the answer; None = all."""
+        return FROM_CATALOGUE if self.wishes.top_k is None and self.seen is not None else self.wishes.top_k
 
     @property
     def encoded(self) -> EncodedRequest:
@@ -605,11 +739,6 @@ class Ranker:
     task: str
     catalogue: Callable[[], CatalogueView]
     """Returns the catalogue, or raises an error that names what is missing."""
-    top_k: int | None = None
-    exclude_seen: bool | None = None
-    predicate: Predicate | None = None
-    explain: bool = False
-    exit_confidence: float | None = None
     evidence: Callable[[], CatalogueView | None] = lambda: None
     """Returns the catalogue if it has evidence, for given candidates; None otherwise."""
     notice: Callable[[str, str], None] = lambda text, place: None
@@ -619,22 +748,22 @@ class Ranker:
     guard: Guard | None = None
     rerank: Reranker | None = None
 
-    def answer(self, requests: Sequence[str | Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Answer requests."""
+    def answer(
+        self, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]
+    ) -> list[list[dict[str, Any]]]:
+        """Answer requests, each by its wishes."""
         turned = [self._with_turns(request) for request in requests]
         split = [{"user": request} if isinstance(request, str) else self._described(request) for request in turned]
         given = [request.pop("candidates", None) for request in split]
-        own: list[Any] = [request.pop("exit_confidence", None) for request in split]
-        confidences = [self.exit_confidence if confidence is None else confidence for confidence in own]
-        for confidence in confidences:
-            self.scorer.check(self.task, confidence)
+        for own in wishes:
+            self.scorer.check(self.task, own.exit_confidence)
+            if own.diversity and self.rerank is not None:
+                raise ValueError(f"diversity={own.diversity} and rerank both decide the order: give one of them")
         # Retrieval encodes requests first, which checks them; other tasks encode them with the items to rank.
         encoded = self.scorer.encode(split, "retrieval") if self.task == "retrieval" else []
         if encoded:
             self._say_unread(split, given, encoded)
-        queries = [self._query(request, own) for request, own in zip(split, given)]
-        for query, confidence in zip(queries, confidences):
-            query.confidence = confidence
+        queries = [self._query(*parts) for parts in zip(split, given, wishes)]
         if self.task == "retrieval":
             for query, reading in zip(queries, encoded):
                 query.reading = reading
@@ -726,27 +855,28 @@ class Ranker:
 
     # ---------------------------------------------------------------------------------------------- what can be chosen
 
-    def _query(self, request: dict[str, Any], given: Any) -> Query:
+    def _query(self, request: dict[str, Any], given: Any, wishes: Wishes) -> Query:
         if given is not None:
-            return Query(request, self._allowed(_checked(given), request))
+            return Query(request, self._allowed(_checked(given), request, wishes), wishes=wishes)
         catalogue = self.catalogue()
-        exclude_seen = catalogue.exclude_seen if self.exclude_seen is None else self.exclude_seen
+        exclude_seen = catalogue.exclude_seen if wishes.exclude_seen is None else wishes.exclude_seen
         seen = self._seen_in(catalogue, request) if exclude_seen else set()
         left_out = seen | self._blocked(catalogue)
+        if wishes.block is not None:
+            left_out |= {*catalogue.meeting(wishes.block)}
         if self.task == "retrieval":
-            return Query(request, [], seen=left_out)
-        names, decides = [name for name in catalogue if name not in left_out], self._decides
+            return Query(request, [], seen=left_out, wishes=wishes)
+        names, decides = [name for name in catalogue if name not in left_out], self._decides(wishes.filter)
         kept = [name for name in names if decides is None or decides(catalogue.fields(name))]
-        return Query(request, [Candidate(_known(catalogue, name), name) for name in kept])
+        return Query(request, [Candidate(_known(catalogue, name), name) for name in kept], wishes=wishes)
 
     def _blocked(self, catalogue: CatalogueView) -> set[str]:
         """Return the ids of the catalogue that the guard's list blocks."""
         return set() if self.guard is None else {item_id for item_id in self.guard.ids if item_id in catalogue}
 
-    @property
-    def _decides(self) -> Predicate | None:
-        """The filter and, if it is one, the guard's function; None = all items are allowed."""
-        guard, predicate = self.guard, self.predicate
+    def _decides(self, predicate: Predicate | None) -> Predicate | None:
+        """Return a filter together with the guard's function, if it has one; None = all items are allowed."""
+        guard = self.guard
         if guard is None or not callable(guard.block_items):
             return predicate
         return guard.allows if predicate is None else lambda fields: guard.allows(fields) and predicate(fields)
@@ -763,13 +893,15 @@ class Ranker:
             found = [candidate for candidate in candidates if not alike.holds(without_stats(candidate.item))]
         return [own for own in found if guard.allows(_fields(own.item))]
 
-    def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any]) -> list[Candidate]:
+    def _allowed(self, candidates: list[Candidate], request: Mapping[str, Any], wishes: Wishes) -> list[Candidate]:
         """Leave out candidates that guard or filter refuse or, with `exclude_seen`, that are in the history."""
         candidates = self._unblocked(candidates)
-        if self.exclude_seen:
+        if wishes.block is not None:
+            candidates = [candidate for candidate in candidates if not wishes.block(_fields(candidate.item))]
+        if wishes.exclude_seen:
             seen = _Seen(self.scorer.processor.names, self.scorer.processor.history_items(request))
             candidates = [candidate for candidate in candidates if not seen.holds(without_stats(candidate.item))]
-        decides = self._decides
+        decides = self._decides(wishes.filter)
         if decides is None:
             return candidates
         fields = [_fields(item) for item, _ in candidates]
@@ -795,10 +927,10 @@ class Ranker:
         requests = [{**query.request, "candidates": [item for item, _ in query.candidates]} for query in queries]
         encoded = self.scorer.encode(requests, self.task)
         for query, own in zip(queries, encoded):
-            own.confidence = query.confidence
+            own.confidence = query.wishes.exit_confidence
         for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
             query.reading = own
-            query.best = self._chosen(query, _best(values.mean(-1), self._reach(self.top_k)), self.top_k)
+            query.best = self._chosen(query, _best(values.mean(-1), self._reach(query)))
             query.details = [values[number].tolist() for number, _ in query.best]
 
     def _retrieve(self, queries: list[Query]) -> None:
@@ -824,7 +956,7 @@ class Ranker:
                 query.past, query.profile = self._past(query, catalogue.evidence), profile_of(query.request)
                 added = catalogue.evidence_scores(_entries_of(query), self._as_past(items))
                 scores = catalogue.evidence.learnt * scores.double() + torch.from_numpy(added.sum())
-            query.best = self._chosen(query, _best(scores, self._reach(self.top_k)), self.top_k)
+            query.best = self._chosen(query, _best(scores, self._reach(query)))
             query.vectors = None if vectors is None else vectors[[number for number, _ in query.best]]
 
     def _search(self, queries: list[Query]) -> None:
@@ -835,27 +967,110 @@ class Ranker:
                 query.past, query.profile = self._past(query, catalogue.evidence), profile_of(query.request)
             histories = [_entries_of(query) for query in queries]
         users = [torch.zeros(catalogue.dimension) if user is None else user for user in self._users(queries, catalogue)]
-        seen = [query.seen for query in queries]
-        top_k = self.top_k or FROM_CATALOGUE
-        found = catalogue.search(torch.stack(users), self._reach(top_k), seen, self._decides, histories)
-        for query, pairs in zip(queries, found):
-            names = [name for name, _ in pairs]
-            query.candidates = [Candidate(_known(catalogue, name), name) for name in names]
-            query.best = self._chosen(query, [(place, score) for place, (_, score) in enumerate(pairs)], top_k)
-            query.vectors = catalogue.vectors([names[place] for place, _ in query.best])
+        places: dict[tuple[Any, int], list[int]] = {}  # requests with one filter and one length are searched together
+        for place, query in enumerate(queries):
+            own = query.wishes.filter
+            key = own.key if isinstance(own, Conditions) else id(own)
+            places.setdefault((key, self._reach(query) or 0), []).append(place)
+        for (_, reach), group in places.items():
+            decides = self._decides(queries[group[0]].wishes.filter)
+            chosen = None if histories is None else [histories[place] for place in group]
+            seen = [queries[place].seen for place in group]
+            found = catalogue.search(torch.stack([users[place] for place in group]), reach, seen, decides, chosen)
+            for place, pairs in zip(group, found):
+                history = None if histories is None else histories[place]
+                pairs = self._with_boosted(catalogue, queries[place], pairs, users[place], history)
+                self._choose_found(catalogue, queries[place], pairs)
 
-    def _reach(self, top_k: int | None) -> int | None:
-        """Return the number of items to rank, from which the re-ranker chooses."""
-        return top_k if self.rerank is None or top_k is None else max(top_k, self.rerank.pool)
+    def _with_boosted(
+        self,
+        catalogue: CatalogueView,
+        query: Query,
+        found: list[tuple[str, float]],
+        user: torch.Tensor,
+        history: Sequence[Past] | None,
+    ) -> list[tuple[str, float]]:
+        """Add pinned and boosted items that the search did not reach, if they may be recommended; the best first."""
+        wishes, seen = query.wishes, query.seen or set()
+        wanted = dict.fromkeys([name for name in wishes.pin if name in catalogue])
+        for boost in wishes.boost:
+            wanted |= dict.fromkeys(catalogue.meeting(boost.items))
+        decides, known = self._decides(wishes.filter), {name for name, _ in found}
+        names = [name for name in wanted if name not in known and name not in seen]
+        names = [name for name in names if decides is None or decides(catalogue.fields(name))]
+        if not names:
+            return found
+        more = zip(names, catalogue.scores(user, names, history))
+        return sorted([*found, *more], key=lambda pair: -pair[1])
 
-    def _chosen(self, query: Query, ranked: list[tuple[int, float]], top_k: int | None) -> list[tuple[int, float]]:
-        """Return the ranked candidates, number and score, in the order of the re-ranker."""
-        if self.rerank is None:
+    def _choose_found(self, catalogue: CatalogueView, query: Query, pairs: list[tuple[str, float]]) -> None:
+        query.candidates = [Candidate(_known(catalogue, name), name) for name, _ in pairs]
+        query.best = self._chosen(query, [(place, score) for place, (_, score) in enumerate(pairs)])
+        query.vectors = catalogue.vectors([pairs[place][0] for place, _ in query.best])
+
+    def _reach(self, query: Query) -> int | None:
+        """Return the number of items to rank, from which those of the answer are chosen; None = all."""
+        top_k, wishes = query.top_k, query.wishes
+        if top_k is None or query.seen is None and wishes.rearranges:
+            return None
+        reach = top_k if self.rerank is None else max(top_k, self.rerank.pool)
+        if wishes.diversity:
+            reach = max(reach, DIVERSE * top_k, POOL)
+        if wishes.boost:  # as many as boosts can move down
+            reach += len({name for own in wishes.boost if own.by < 0 for name in self.catalogue().meeting(own.items)})
+        return reach
+
+    def _chosen(self, query: Query, ranked: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        """Return the candidates of the answer, number and score, in its order.
+
+        Args:
+            query: The request.
+            ranked: Number and score of candidates, the best first.
+        """
+        top_k, wishes = query.top_k, query.wishes
+        items = {number: query.candidates[number] for number, _ in ranked}
+        if wishes.boost:
+            fields = {number: _fields(item) for number, (item, _) in items.items()}
+            query.boosts = {n: sum(own.by for own in wishes.boost if own.items(each)) for n, each in fields.items()}
+            ranked = sorted(ranked, key=lambda pair: -(pair[1] + query.boosts[pair[0]]))
+        if self.rerank is not None:
+            order = [score + query.boosts.get(number, 0.0) for number, score in ranked]
+            exposed = self._exposed(self.rerank, [items[number] for number, _ in ranked])
+            found = self.rerank.order(order, exposed, None if wishes.pin else top_k)
+            query.penalties = {ranked[place][0]: penalty for place, penalty in found}
+            ranked = [ranked[place] for place, _ in found]
+        if wishes.diversity:
+            ranked = self._diverse(query, ranked, top_k)
+        if wishes.pin:
+            places = {name: place for place, name in enumerate(wishes.pin)}
+            query.pinned = {
+                number: places[name] for number, each in items.items() if (name := _identity(each)) in places
+            }
+            ranked = sorted(ranked, key=lambda pair: query.pinned.get(pair[0], len(places)))
+        return ranked[:top_k]
+
+    def _diverse(self, query: Query, ranked: list[tuple[int, float]], top_k: int | None) -> list[tuple[int, float]]:
+        """Order the first items so that each is good and unlike those above; the others follow."""
+        pool = ranked if top_k is None else ranked[: max(DIVERSE * top_k, POOL)]
+        items = [without_stats(query.candidates[number].item) for number, _ in pool]
+        if len(items) < 2:
             return ranked
-        items = [query.candidates[number] for number, _ in ranked]
-        found = self.rerank.order([score for _, score in ranked], self._exposed(self.rerank, items), top_k)
-        query.penalties = [penalty for _, penalty in found]
-        return [ranked[place] for place, _ in found]
+        scorer = self.scorer
+        vectors = embed(items, scorer.model, scorer.processor, segment_cache=scorer.segment_cache)
+        scores = torch.tensor([score + query.boosts.get(number, 0.0) for number, score in pool]).double()
+        scores = (scores - scores.min()) / (scores.max() - scores.min()).clamp_min(1e-12)
+        likeness, share = torch.zeros(len(items)).double(), query.wishes.diversity
+        left = torch.ones(len(items), dtype=torch.bool)
+        chosen: list[int] = []
+        for _ in range(len(items) if top_k is None else min(top_k, len(items))):
+            worth = ((1 - share) * scores - share * likeness).masked_fill(~left, -torch.inf)
+            best = int(worth.argmax())
+            left[best] = False
+            chosen.append(best)
+            alike = cosines(vectors[best][None], vectors)[0].double()
+            likeness = alike if len(chosen) == 1 else torch.maximum(likeness, alike)
+        others = left.nonzero()[:, 0].tolist()
+        return [*(pool[place] for place in [*chosen, *others]), *ranked[len(pool) :]]
 
     def _exposed(self, rerank: Reranker, items: Sequence[Candidate]) -> list[Any]:
         """Return the re-ranker's value of each item: its field, or its popularity from 0 to 1."""
@@ -914,16 +1129,18 @@ class Ranker:
             row = {"rank": rank, "item": str(item) if isinstance(item, str) else next(texts)}
             row |= {} if item_id is None else {"item_id": item_id}
             rows.append(row | {"score": score})
-        for row, penalty in zip(rows, query.penalties or ()):
-            row["penalty"] = penalty
-        if query.confidence is not None:
+        for row, (number, _) in zip(rows, query.best):
+            row |= {"penalty": query.penalties[number]} if number in query.penalties else {}
+            row |= {"boost": query.boosts[number]} if query.boosts.get(number) else {}
+            row |= {"pinned": True} if number in query.pinned else {}
+        if query.wishes.exit_confidence is not None:
             for row in rows:
                 row["exit_layer"] = query.encoded.exit_layer
         scored = self.scorer.config.scored.get(self.task)
         if scored is not None and scored.details:
             for row, values in zip(rows, query.details):
                 row[scored.details] = dict(zip(scored.outputs(self.scorer.config), values))
-        if self.explain and rows:
+        if query.wishes.explain and rows:
             for row, reasons in zip(rows, self._reasons(query)):
                 row |= reasons
         return rows
@@ -1002,6 +1219,10 @@ def _known(catalogue: CatalogueView, name: str) -> Item:
     item = catalogue.fixed(name)
     assert item is not None, "the name comes from the same state of the catalogue"
     return item
+
+
+def _identity(candidate: Candidate) -> str | None:
+    return None if candidate.item_id is None else normalize_id(candidate.item_id, "item_id")
 
 
 def _sorted(reasons: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1084,11 +1305,13 @@ def _best(scores: torch.Tensor, top_k: int | None) -> list[tuple[int, float]]:
 
 
 __all__ = [
+    "WISHES",
     "EncodedRequest",
     "Guard",
     "Ranker",
     "Reranker",
     "Scorer",
+    "Wishes",
     "check_confidence",
     "confidence",
     "profile_of",

@@ -169,16 +169,26 @@ def parse_request(text: str) -> Any:
 
 
 def _from_json(text: str | bytes) -> Any:
+    request = parse_json(text)
+    if not isinstance(request, str | dict):
+        raise ValueError(f"is {short(request)}: expected a request, an object or a text")
+    return request
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of limited size and depth.
+
+    Raises:
+        ValueError: It is invalid, or too large.
+    """
     try:
-        request = json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"holds lists and objects more than {DEEPEST} deep, which is the limit") from error
     except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"is no valid JSON: {error}") from error
-    if not isinstance(request, str | dict):
-        raise ValueError(f"is {short(request)}: expected a request, an object or a text")
-    check_size(request, "holds too much", MAX_REQUEST_VALUES, DEEPEST)
-    return request
+    check_size(value, "holds too much", MAX_REQUEST_VALUES, DEEPEST)
+    return value
 
 
 def user_request(model: str, user_id: str, overrides: list[str]) -> dict[str, Any]:
@@ -202,6 +212,7 @@ __all__ = [
     "build_catalogue",
     "load_pipeline",
     "load_recommender",
+    "parse_json",
     "parse_request",
     "user_request",
 ]

@@ -32,7 +32,7 @@ from .loading import Failed, RequestReader
 
 logger = logging.getLogger(__name__)
 JOB_FILE = "job.json"
-FORMAT = 4
+FORMAT = 5
 """Version of the parts' format; increased when the format of answers changes."""
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
 REASON = {"event": pyarrow.string(), "item_id": pyarrow.string()}
@@ -43,6 +43,8 @@ ITEM = {
     "item_id": pyarrow.string(),
     "score": pyarrow.float64(),
     "penalty": pyarrow.float64(),
+    "boost": pyarrow.float64(),
+    "pinned": pyarrow.bool_(),
     "interactions": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
     "parts": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
     "because": pyarrow.list_(pyarrow.struct(REASON)),
@@ -221,25 +223,14 @@ def _named(request: Any) -> tuple[str | None, Any]:
 
 
 def _answers(recommend: RecommendationPipeline, requests: Sequence[Any], options: dict[str, Any]) -> list[Any]:
-    """Answer requests together; if one of them fails, one by one."""
-    single = len(requests) == 1
-    if single and isinstance(requests[0], Failed):
-        return [requests[0]]
-    if not any(isinstance(request, Failed) for request in requests):
-        try:
-            return recommend(list(requests), batch_size=len(requests), **options)
-        except OSError:  # from the disk or the network, not from a request
-            raise
-        except Exception as error:  # noqa: BLE001  any error of the model's code concerns only this request
-            if single:
-                return [_failed(error)]
-    return [answer for request in requests for answer in _answers(recommend, [request], options)]
+    """Answer requests together; a request without an answer gets its error."""
+    known = [request for request in requests if not isinstance(request, Failed)]
+    answers = iter(recommend(known, batch_size=len(known), on_error="return", **options) if known else ())
+    return [request if isinstance(request, Failed) else _answer(next(answers)) for request in requests]
 
 
-def _failed(error: Exception) -> Failed:
-    """Format the error of a request; an unexpected one with the name of its type."""
-    logger.debug("a request cannot be answered", exc_info=error)
-    return Failed(str(error) if type(error) in (TypeError, ValueError) else f"{type(error).__name__}: {error}")
+def _answer(answer: Any) -> Any:
+    return Failed(answer["error"]) if isinstance(answer, dict) else answer
 
 
 def _row(answer: Any, texts: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from m6rec import Evidence
+from m6rec.pipeline_m6rec import _each
 from m6rec.segment_cache_m6rec import SegmentCache
 from m6rec.train.answering import offline
 from m6rec.train.answering.loading import load_pipeline
@@ -31,8 +32,11 @@ class Stub:
     def __init__(self):
         self.segment_cache, self.asked = SegmentCache(), []
 
-    def __call__(self, requests, batch_size, **options):
+    def __call__(self, requests, batch_size, on_error, **options):
         self.asked += requests
+        return _each(self.answer, requests)
+
+    def answer(self, requests):
         for request in requests:
             if str(request).startswith("bad"):
                 raise ValueError(f"request: {request!r} means nothing")
@@ -100,7 +104,7 @@ def test_a_table_holds_what_the_lines_hold(recommend, tmp_path):
             item_id = str(expected["item_id"]) if "item_id" in expected else None
             without = dict.fromkeys(("item_id", "learnt", "words", "transitions"))  # this catalogue has no evidence
             reasons = [{**without, **reason} for reason in expected["because"]]
-            absent = {"interactions": None, "exit_layer": None, "parts": None}
+            absent = dict.fromkeys(("interactions", "exit_layer", "parts", "penalty", "boost", "pinned"))
             assert found == {**expected, **absent, "item_id": item_id, "because": reasons}
 
 
@@ -151,10 +155,10 @@ def test_answers_never_take_the_place_of_the_requests(tmp_path, other):
 )
 def test_any_error_of_the_model_concerns_one_request(tmp_path, error):
     class Raising(Stub):
-        def __call__(self, requests, batch_size, **options):
+        def answer(self, requests):
             if "bad" in requests:
                 raise error
-            return super().__call__(requests, batch_size, **options)
+            return super().answer(requests)
 
     (tmp_path / "in.jsonl").write_text('"a"\n\n"bad"\n"c"\n')
     job = partial(Job, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "m", {}, 2, 2)
