@@ -1,5 +1,6 @@
 """Metrics of generated texts: perplexity, and a comparison with the texts of the log."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,13 @@ from ...writing_m6rec import Writer
 from ..config.arguments import EvaluationArguments
 from ..metrics import writing_intervals, writing_report
 from ..rows.collator import M6RecDataCollator
-from ..rows.writing import WritingExample, WritingExamples
+from ..rows.writing import WritingExample, WritingExamples, encoded
 from .trivial_texts import trivial_texts
 from .verdicts import OWN
 
 INTERVALS = "intervals"
+SOURCE = ("user", "facts", "history", "now", "text", "messages")
+"""Keys of a request that are its source."""
 NEW_TOKENS = 64
 """Maximum number of tokens of a text generated for the report."""
 
@@ -54,7 +57,7 @@ def measure_texts(
     model: M6RecForRecommendation,
     examples: WritingExamples,
     known: tuple[WritingExamples, WritingExamples],
-    processor: M6RecProcessor,
+    collator: M6RecDataCollator,
     evaluation: EvaluationArguments,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
@@ -64,12 +67,13 @@ def measure_texts(
         model: Generates greedily, at most `NEW_TOKENS` tokens.
         examples: The texts to generate.
         known: Training and validation texts, for the rows that need no model.
-        processor: Encodes requests and decodes answers.
+        collator: Its processor encodes requests and decodes answers.
         evaluation: `max_texts` texts of each writing task are drawn; `text_features` are the features they may name.
         seed: Seed of the draw.
 
     Returns:
-        Name of the row -> metrics (`explanation/rouge_l`, ...), with their `intervals` by bootstrap over users.
+        Name of the row -> metrics (`explanation/rouge_l`, ...), with their `intervals` by bootstrap over users; for the
+        model also `explanation/source_gain` (`source_gain`).
     """
     report: dict[str, dict[str, Any]] = {}
     features = evaluation.text_features or None
@@ -79,7 +83,7 @@ def measure_texts(
         if not own:
             continue
         training, validation = ([part.examples[place] for place in part.of(name)] for part in known)
-        rows = {OWN: write(model, own, processor), **trivial_texts(training, validation, own, seed)}
+        rows = {OWN: write(model, own, collator.processor), **trivial_texts(training, validation, own, seed)}
         references, users = [example.text for example in own], [example.group for example in own]
         for who, written in rows.items():
             row = report.setdefault(who, {INTERVALS: {}})
@@ -87,7 +91,50 @@ def measure_texts(
             row |= {f"{name}/{metric}": value for metric, value in found.items()}
             drawn = writing_intervals(written, references, features, users, seed=seed)
             row[INTERVALS] |= {f"{name}/{metric}": interval for metric, interval in drawn.items()}
+        gain = source_gain(model, own, collator)
+        report[OWN] |= {} if gain is None else {f"{name}/source_gain": gain}
     return report
+
+
+def source_gain(
+    model: M6RecForRecommendation, examples: Sequence[WritingExample], collator: M6RecDataCollator, bf16: bool = False
+) -> float | None:
+    """Return by how much a wrong source raises the perplexity of texts: 0 = the model ignores what it is given.
+
+    The source is everything but the item to write about: user, facts, history, earlier turns. A wrong one is that of
+    another example, with another user and another item (ours). None = no example has such another.
+
+    Args:
+        model: The model.
+        examples: Examples of one writing task.
+        collator: Pads rows; its processor encodes them.
+        bf16: Whether to compute in bfloat16.
+    """
+    pairs = [(own, other) for own in range(len(examples)) if (other := _stranger(examples, own)) is not None]
+    if not pairs:
+        return None
+    right = [examples[own] for own, _ in pairs]
+    wrong = [dataclasses.replace(examples[own], request=_with_source(examples, own, other)) for own, other in pairs]
+    rows = (list(encoded(part, collator.processor)) for part in (wrong, right))
+    wrong_one, right_one = (perplexity(model, part, collator, bf16) for part in rows)
+    return wrong_one / right_one - 1
+
+
+def _stranger(examples: Sequence[WritingExample], own: int) -> int | None:
+    """Return the next example, in a circle, of another user and about another item."""
+    for step in range(1, len(examples)):
+        other = (own + step) % len(examples)
+        one, two = examples[own], examples[other]
+        items = one.request.get("candidates"), two.request.get("candidates")
+        if (one.group != two.group or not one.group) and (items[0] is None or items[0] != items[1]):
+            return other
+    return None
+
+
+def _with_source(examples: Sequence[WritingExample], own: int, other: int) -> dict[str, Any]:
+    """Return the request of one example with the source of another."""
+    kept = {name: value for name, value in examples[own].request.items() if name not in SOURCE}
+    return kept | {name: value for name, value in examples[other].request.items() if name in SOURCE}
 
 
 def write(model: M6RecForRecommendation, examples: Sequence[WritingExample], processor: M6RecProcessor) -> list[str]:
@@ -124,6 +171,7 @@ __all__ = [
     "measure_texts",
     "measure_writing",
     "perplexity",
+    "source_gain",
     "unigram_perplexity",
     "write",
 ]

@@ -192,12 +192,13 @@ def writing_examples(
         places = [place for place, example in enumerate(found) if example.name == name]
         for start in range(0, len(places), READ_AT_ONCE):
             own = places[start : start + READ_AT_ONCE]
-            for place, row in zip(own, _rows([found[place] for place in own], processor)):
+            for place, row in zip(own, encoded([found[place] for place in own], processor)):
                 rows[place] = row
     return WritingExamples(found, rows)
 
 
-def _rows(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iterator[dict[str, Any]]:
+def encoded(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iterator[dict[str, Any]]:
+    """Yield the labelled row of each example of one writing task."""
     readings = processor.read_many([example.answered for example in examples], examples[0].name)
     for reading in readings:
         labels = processor.labels(reading)
@@ -212,6 +213,7 @@ __all__ = [
     "WritingExample",
     "WritingExamples",
     "dialogue_examples",
+    "encoded",
     "read_dialogues",
     "writing_examples",
 ]

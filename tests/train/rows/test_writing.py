@@ -20,6 +20,7 @@ from m6rec.train.rows.writing import (
     WritingExample,
     WritingExamples,
     dialogue_examples,
+    encoded,
     read_dialogues,
     writing_examples,
 )
@@ -227,10 +228,11 @@ def test_texts_are_written_in_batches_as_one_by_one(make_run, monkeypatch):
 
 def test_what_is_written_is_compared_with_what_people_wrote(make_run, monkeypatch):
     run = make_run()
+    monkeypatch.setattr(texts, "source_gain", lambda *_: None)
     examples = WritingExamples([WritingExample("query", {}, f"red {n}") for n in range(5)], [{}] * 5)
     monkeypatch.setattr(texts, "write", lambda _, own, __: [f"red {example.text[-1]} shoe" for example in own])
     evaluation = EvaluationArguments(max_texts=3, text_features=["Red", "blue"])
-    report = measure_texts(run.model, examples, (examples, examples), run.processor, evaluation, 0)
+    report = measure_texts(run.model, examples, (examples, examples), run.collator, evaluation, 0)
     assert list(report) == ["m6rec", "one_sentence", "nearest_text", "previous_text"]
     own = report["m6rec"]
     assert own["query/texts"] == 3
@@ -241,17 +243,38 @@ def test_what_is_written_is_compared_with_what_people_wrote(make_run, monkeypatc
     assert report["previous_text"]["query/rouge_l"] == 0
 
 
+def test_source_gain_is_the_perplexity_of_a_wrong_source_over_the_right_one(make_run):
+    run = make_run()
+    items = [{"title": f"film {row}"} for row in range(3)]
+    sources = [{"facts": ["a quiet sea"]}, {"user": "Ann"}, {"facts": ["too long"], "history": ["x"]}]
+    own = [
+        WritingExample("explanation", {**source, "candidates": [item]}, f"red {row}", f"u{row % 2}")
+        for row, (source, item) in enumerate(zip(sources, items))
+    ]
+    # The next in the circle with another user and another item: 0 -> 1, 1 -> 2, 2 -> 1 (0 has the same user).
+    wrong = [
+        WritingExample("explanation", {**sources[other], "candidates": [items[row]]}, f"red {row}")
+        for row, other in [(0, 1), (1, 2), (2, 1)]
+    ]
+    ratio = [texts.perplexity(run.model, list(encoded(part, run.processor)), run.collator) for part in (wrong, own)]
+    assert texts.source_gain(run.model, own, run.collator) == pytest.approx(ratio[0] / ratio[1] - 1, rel=1e-5)
+    assert texts.source_gain(run.model, own[::2], run.collator) is None
+    same = [own[0], WritingExample("explanation", own[0].request, "red", "u1")]
+    assert texts.source_gain(run.model, same, run.collator) is None
+
+
 def test_writing_is_finetuned_beside_other_tasks_and_reported(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "NEW_TOKENS", 8)
     task = {"learn": ["writing", "retrieval"], "weights": {"writing": 0.5}}
     training = {"eval_strategy": "steps", "eval_steps": 2}
-    sections = {"task": task_of(tables, **task), "evaluation": {**BY_TIME, "max_texts": 1}, "training": training}
+    sections = {"task": task_of(tables, **task), "evaluation": {**BY_TIME, "max_texts": 3}, "training": training}
     recipe = load_recipe(recipe_of(tables["data"], tmp_path / "run", **sections))
     report = finetune(recipe)
     assert list(report) == ["writing", "retrieval"]
     assert {"perplexity", "query/perplexity", "conversation/rouge_l", "item_text/bleu_4"} <= set(
         report["writing"]["m6rec"]
     )
+    assert "query/source_gain" in report["writing"]["m6rec"]
     assert report["writing"]["previous_text"]["item_text/rouge_l"] == 0
     assert report["writing"]["unigram"]["examples"] == report["writing"]["m6rec"]["examples"]
     config = json.loads((recipe.output_dir / "config.json").read_text())
