@@ -127,6 +127,9 @@ def train_with_evidence(
     arguments = dataclasses.replace(recipe.evaluation, max_users=recipe.evaluation.max_users or VALIDATION_USERS)
     examples = evaluation.ranking_examples(run.writer, run.processor, run.split, "valid", arguments, recipe.seed)
     own = evidence_scores(run, examples, settings, "valid")
+    # Measured before the training, since after it there is no time left.
+    others = Untrained(run.writer, run.texts, run.split, plain(recipe.evaluation), recipe.seed)
+    untrained = gains_of({"evidence": own, **others.scores(examples, "valid")}, run, examples)
     run.collator.evidence = evidence_of_loss(run, settings).scores
     figures, budget = ValidationMetrics(run, examples, own), TimeBudget(deadline, say)
     more: list[TrainerCallback] = [budget]
@@ -139,10 +142,7 @@ def train_with_evidence(
         shutil.rmtree(checkpoint)
     gains = figures.gains()
     share = best_share(gains)
-    others = Untrained(run.writer, run.texts, run.split, plain(recipe.evaluation), recipe.seed)
-    untrained = {"evidence": own, **others.scores(examples, "valid")}
-    own_gains = {OWN: chosen_elsewhere(gains, recipe.seed), **gains_of(untrained, run, examples)}
-    found = compare("ndcg@10", own_gains, seed=recipe.seed)
+    found = compare("ndcg@10", {OWN: chosen_elsewhere(gains, recipe.seed), **untrained}, seed=recipe.seed)
     state = trainer.state
     best = state.best_global_step if recipe.training.get("load_best_model_at_end") else state.global_step
     facts = {
