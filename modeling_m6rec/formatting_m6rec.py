@@ -675,7 +675,7 @@ class RequestFormatter:
         words = self._task_words(task)
         if task != "content":
             return str(words)
-        name = self._blank_field(parts)
+        name = self.blank_field(parts)
         return (
             words[name] if name in words and name != "other" else words["other"].format(name=_spoken(name, "content"))
         )
@@ -722,7 +722,7 @@ class RequestFormatter:
         return str(self.template["tasks"]["join"].join(said))
 
     @staticmethod
-    def _blank_field(parts: Mapping[str, Any]) -> str:
+    def blank_field(parts: Mapping[str, Any]) -> str:
         """Return the first field of the candidate that is given as None."""
         candidates = check_list(parts.get("candidates"), "candidates", MAX_CANDIDATES)
         fields = candidates[0] if len(candidates) == 1 and isinstance(candidates[0], Mapping) else {}

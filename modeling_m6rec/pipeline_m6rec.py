@@ -1,4 +1,4 @@
-"""The pipeline "recommendation": ranks items for requests, optionally with reasons."""
+"""The pipeline "recommendation": ranks items for requests, optionally with reasons, and writes texts."""
 
 import os
 import threading
@@ -30,21 +30,22 @@ from .layers_m6rec import inference_mode
 from .ranking_m6rec import WISHES, Guard, Ranker, Reranker, Scorer, Wishes
 from .segment_cache_m6rec import SegmentCache, UserStates, Watch
 from .values_m6rec import MAX_REQUEST_VALUES, check_lists, check_size, short
+from .writing_m6rec import OPTIONS, WRITING_TASKS, Writer, WritingAnswers, WritingOptions
 
 logger = logging.get_logger(__name__)
 
 RANKING_TASKS = ("retrieval", "plausibility")
 """Ranking tasks other than the scoring tasks, the preferred ones first."""
-PARAMETERS = (*WISHES, "exit_layer", "guard", "rerank", "on_error")
+PARAMETERS = (*WISHES, *OPTIONS, "exit_layer", "guard", "rerank", "on_error")
 FOLDER = "catalogue"
 """Folder of a checkpoint's catalogue."""
 LOADING = threading.Lock()
 """Lock for finding and loading a pipeline's catalogue, which several threads may request first."""
 
 
-def _wishes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the wishes among parameters or keys of a request; None counts as absent."""
-    return {name: given[name] for name in WISHES if given.get(name) is not None}
+def _some(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the names that parameters or keys of a request give; None counts as absent."""
+    return {name: given[name] for name in names if given.get(name) is not None}
 
 
 def _each(rank: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
@@ -70,7 +71,7 @@ class _Whole:
 
 
 class RecommendationPipeline(Pipeline):
-    """Ranks the candidates of a request, or finds items for it in a catalogue.
+    """Ranks the candidates of a request, finds items for it in a catalogue, or writes a text.
 
     ```python
     recommend = pipeline("recommendation", model="path or name")
@@ -82,6 +83,11 @@ class RecommendationPipeline(Pipeline):
     the item's text, `item_id` is present if known, `because` if `explain` is set. A score is a probability for "click"
     and "interaction" (the mean of several probabilities, which `interactions` lists), the expected rating for "rating",
     a cosine for "retrieval", and the mean log-likelihood of a token for "plausibility".
+
+    The answer of a writing task is also a list: "explanation" adds `text` to the rows of a ranking and their `because`;
+    "query", "content" and "item_text" give `{"text", "logprob"}` ("content" also `fields`); "conversation" gives
+    `{"role", "content", "items"}`; "next_item" gives rows as retrieval does, with the mean log-likelihood of an item's
+    text as the score. `finish` says whether a text has ended, or was cut at `max_new_tokens`.
 
     If the catalogue has evidence (`Catalogue.set_evidence`), the score of "retrieval" also uses the items of a
     request's history: the items that followed them in other histories, and their words. For an item without an
@@ -150,13 +156,18 @@ class RecommendationPipeline(Pipeline):
             **kwargs: `batch_size` and `num_workers` as in every pipeline, and
 
                 - `task`: "click", "rating", "interaction", "retrieval" or "plausibility"; by default the first of these
-                  that the model was trained for, but retrieval without candidates.
-                - `top_k`: number of items; by default all candidates, or 10 of a catalogue.
+                  that the model was trained for, but retrieval without candidates. Or a writing task: "explanation",
+                  "query", "conversation", "content", "next_item", "item_text".
+                - `top_k`: number of items; by default all candidates, or 10 of a catalogue. Of texts: 1 by default.
                 - `exclude_seen`: leave out items of the history, by id, else by text; by default of a catalogue only,
                   unless its `exclude_seen` is False.
                 - `filter`: conditions on an item's fields (`Conditions`), or a function of them, that decide whether
                   the item may be recommended; a text has the field `item` only.
                 - `explain`: return the contribution of each event: the score minus the score with the event hidden.
+                  "text" = and an explanation that the model writes.
+                - `pmi`: with task "plausibility", subtract the likelihood of an item's text for no user.
+                - `max_new_tokens`, `num_beams`, `num_texts`, `temperature`, `top_p`, `seed`: how texts are written, see
+                  `WritingOptions`.
                 - `pin`, `block`, `boost`, `diversity`: as in `Wishes`. Rows of pinned items have `pinned`, those of
                   boosted ones their `boost`; `score` stays the model's.
                 - `exit_layer`: number of joint layers to run.
@@ -189,7 +200,9 @@ class RecommendationPipeline(Pipeline):
         unknown = [name for name in given if name not in PARAMETERS]
         if unknown:
             raise TypeError(f"unknown parameter {short(unknown[0])}: a call takes {', '.join(PARAMETERS)}")
-        Wishes.of(_wishes(given), self._ranking_tasks)
+        Wishes.of(_some(WISHES, given), self._tasks)
+        WritingOptions(**_some(OPTIONS, given))
+        self._check_read(given)
         if not isinstance(given.get("guard"), Guard | None):
             raise TypeError(f"guard={short(given['guard'])}: give a Guard, or None")
         given |= {"rerank": Reranker.of(given["rerank"])} if "rerank" in given else {}
@@ -198,6 +211,19 @@ class RecommendationPipeline(Pipeline):
         self._check_exit_layer(given.get("exit_layer"))
         given |= {"exit_layer": int(given["exit_layer"])} if given.get("exit_layer") is not None else {}
         return {"on_error": given.get("on_error", "raise")}, given, {}
+
+    def _check_read(self, given: Mapping[str, Any]) -> None:
+        """Refuse options of writing in a call that writes nothing; defaults of the pipeline are read where they can."""
+        defaults = getattr(self, "_forward_params", None)
+        unread = _some(OPTIONS, given)
+        if defaults is None or not unread:
+            return
+        task, explain = (given.get(name, defaults.get(name)) for name in ("task", "explain"))
+        if task not in (None, *WRITING_TASKS) and explain != "text":
+            raise ValueError(
+                f"{next(iter(unread))}: task {task!r} writes nothing: choose one of {', '.join(WRITING_TASKS)}, or "
+                "explain='text'"
+            )
 
     def _check_exit_layer(self, exit_layer: Any) -> None:
         joint = self.model.config.num_joint_layers
@@ -224,15 +250,20 @@ class RecommendationPipeline(Pipeline):
     def _forward(self, input_tensors: dict[str, Any], on_error: str = "raise", **options: Any) -> Any:
         given = input_tensors["request"]
         requests = [each.value for each in (given if isinstance(given, list) else [given])]
-        call = {name: value for name, value in options.items() if name not in WISHES}
-        rank = partial(self._rank, wishes=_wishes(options), **call)
+        call = {name: value for name, value in options.items() if name not in (*WISHES, *OPTIONS)}
+        rank = partial(self._rank, wishes=_some(WISHES, options), writing=_some(OPTIONS, options), **call)
         with inference_mode(self.model):
             answers = rank(requests) if on_error == "raise" else _each(rank, requests)
         whole = [_Whole(answer) for answer in answers]
         return {"answers": whole if isinstance(given, list) else whole[0]}
 
     def _rank(
-        self, requests: Sequence[Any], wishes: Mapping[str, Any], exit_layer: int | None = None, **rules: Any
+        self,
+        requests: Sequence[Any],
+        wishes: Mapping[str, Any],
+        writing: Mapping[str, Any],
+        exit_layer: int | None = None,
+        **rules: Any,
     ) -> list[Any]:
         """Answer requests, each by its own wishes and, for what it leaves open, those of the call."""
         own, bare = [], []
@@ -240,7 +271,7 @@ class RecommendationPipeline(Pipeline):
             if isinstance(request, Exception):
                 raise request
             asked = isinstance(request, Mapping) and not request.keys().isdisjoint(WISHES)
-            own.append(Wishes.of({**wishes, **(_wishes(request) if asked else {})}, self._ranking_tasks))
+            own.append(Wishes.of({**wishes, **(_some(WISHES, request) if asked else {})}, self._tasks))
             bare.append({name: each for name, each in request.items() if name not in WISHES} if asked else request)
         tasks = [self._task(request, each.task) for request, each in zip(bare, own)]
         catalogue = cache(self._fitting_catalogue)  # one state for the whole batch
@@ -253,13 +284,20 @@ class RecommendationPipeline(Pipeline):
             return None if whole is None or whole.evidence is None else catalogue()
 
         scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
+
+        def ranker(task: str) -> Ranker:
+            return Ranker(scorer, task, catalogue, evidence=evident, notice=self._notice, known=known, **rules)
+
+        writer = Writer(self.model, self.processor)
+        answering = WritingAnswers(writer, ranker, partial(self._task, task=None), writing)
         answers: list[Any] = [None] * len(requests)
         for name in dict.fromkeys(tasks):
             places = [place for place, task in enumerate(tasks) if task == name]
-            ranker = Ranker(scorer, name, catalogue, evidence=evident, notice=self._notice, known=known, **rules)
-            found = ranker.answer([bare[place] for place in places], [own[place] for place in places])
-            for place, answer in zip(places, found):
-                answers[place] = answer
+            answer = answering.answer if name in WRITING_TASKS else answering.ranked
+            for place, found in zip(
+                places, answer(name, [bare[place] for place in places], [own[place] for place in places])
+            ):
+                answers[place] = found
         return answers
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list[dict[str, Any]]:
@@ -271,6 +309,11 @@ class RecommendationPipeline(Pipeline):
         """Ranking tasks, the preferred ones first."""
         return [*self.model.config.scored, *RANKING_TASKS]
 
+    @property
+    def _tasks(self) -> list[str]:
+        """All tasks."""
+        return [*self._ranking_tasks, *WRITING_TASKS]
+
     def _task(self, request: str | Mapping[str, Any], task: str | None) -> str:
         """Choose the task of a request."""
         trained = self.model.config.trained_tasks
@@ -279,7 +322,7 @@ class RecommendationPipeline(Pipeline):
         elif task is None:
             preferred = [name for name in self._ranking_tasks if trained is None or name in trained]
             task = preferred[0] if preferred else "plausibility"
-        enough = {task, "writing"} if task == "plausibility" else {task}
+        enough = {task, "writing"} if task in ("plausibility", *WRITING_TASKS) else {task}
         if trained is not None and enough.isdisjoint(trained):
             logger.warning_once(f"task {task!r} is not among those that this model was trained for: {trained}")
         return task

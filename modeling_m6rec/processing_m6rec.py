@@ -846,6 +846,14 @@ class M6RecProcessor(ProcessorMixin):
         """
         return self._encode([self._wording.written(check_text(text, f"texts[{i}]")) for i, text in enumerate(texts)])
 
+    def blank_field(self, request: Mapping[str, Any]) -> str:
+        """Return the field of the candidate that task "content" writes: the first that is given as None.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        return self._wording.blank_field(request)
+
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """Make a plain row of a text, with [EOS] at the end, and its labels; a text longer than `max_length` is cut."""
         row = [

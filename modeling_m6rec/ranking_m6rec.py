@@ -554,7 +554,10 @@ def _natural(value: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------- ranked answers
 
 
-WISHES = ("task", "top_k", "exclude_seen", "filter", "explain", "exit_confidence", "pin", "block", "boost", "diversity")
+WISHES = (
+    *("task", "top_k", "exclude_seen", "filter", "explain", "exit_confidence", "pin", "block", "boost", "diversity"),
+    "pmi",
+)
 """Keys of a request, and parameters of a call, that say how a request is answered."""
 DIVERSE = 5
 """Diversity chooses among this many times `top_k` items, and at least POOL."""
@@ -573,29 +576,32 @@ class Wishes:
     """How a request is answered.
 
     Attributes:
-        task: A ranking task; None = by the request.
+        task: A ranking or writing task; None = a ranking task, by the request.
         top_k: Number of items; None = all candidates, or 10 of a catalogue.
         exclude_seen: Leave out items of the history; None = as the catalogue says.
         filter: Decides by an item's fields whether it may be recommended; None = all may.
-        explain: Return the contribution of each event.
+        explain: Return the contribution of each event; "text" = and an explanation that the model writes.
         exit_confidence: As in `Scorer.check`.
         pin: Ids of items that come first, in this order, if they may be recommended at all.
         block: Items that are left out.
         boost: What is added to the scores of some items when the order is decided; `score` stays the model's.
         diversity: From 0 (order by score) to 1: weight of the similarity to the items above against the score, which is
             scaled to 0 to 1 (maximal marginal relevance, Carbonell & Goldstein, 1998).
+        pmi: For plausibility: subtract the likelihood of an item's text for no user, so that well-known texts do not
+            come first for everybody (pointwise mutual information).
     """
 
     task: str | None = None
     top_k: int | None = None
     exclude_seen: bool | None = None
     filter: Predicate | None = None
-    explain: bool = False
+    explain: bool | str = False
     exit_confidence: float | None = None
     pin: tuple[str, ...] = ()
     block: Conditions | None = None
     boost: tuple[Boost, ...] = ()
     diversity: float = 0.0
+    pmi: bool = False
 
     @classmethod
     def of(cls, given: Mapping[str, Any], tasks: Sequence[str]) -> "Wishes":
@@ -603,7 +609,7 @@ class Wishes:
 
         Args:
             given: Any of WISHES; None counts as absent.
-            tasks: The model's ranking tasks.
+            tasks: The tasks that there are.
 
         Raises:
             ValueError: A value is invalid; the message names it.
@@ -611,13 +617,14 @@ class Wishes:
         """
         own = {name: value for name, value in given.items() if value is not None}
         if "task" in own and own["task"] not in tasks:
-            raise ValueError(f"task={short(own['task'])} ranks nothing: choose one of {list(tasks)}")
+            raise ValueError(f"task={short(own['task'])} is unknown: choose one of {', '.join(tasks)}")
         top_k = own.get("top_k", 1)
         if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1:
             raise ValueError(f"top_k={short(top_k)}: give a whole number from 1 up, or None")
-        for name in ("exclude_seen", "explain"):
-            if not isinstance(own.get(name, False), bool | np.bool_):
-                raise TypeError(f"{name}={short(own[name])}: give True, False or None")
+        for name in ("exclude_seen", "explain", "pmi"):
+            if not isinstance(own.get(name, False), bool | np.bool_) and (name, own[name]) != ("explain", "text"):
+                more = "'text'" if name == "explain" else "None"
+                raise TypeError(f"{name}={short(own[name])}: give True, False or {more}")
         check_confidence(own.get("exit_confidence"))
         diversity = own.get("diversity", 0)
         if not _natural(diversity) or diversity > 1:
@@ -718,6 +725,8 @@ class Query:
     """What is added to the scores of candidates, by number, when the order is decided."""
     pinned: dict[int, int] = field(default_factory=dict)
     """Places of the pinned candidates, by number."""
+    bare: torch.Tensor | None = None
+    """With `pmi`, what is subtracted from the score of each candidate."""
 
     @property
     def top_k(self) -> int | None:
@@ -752,11 +761,17 @@ class Ranker:
         self, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]
     ) -> list[list[dict[str, Any]]]:
         """Answer requests, each by its wishes."""
+        return [self.rows(query) for query in self.queries(requests, wishes)]
+
+    def queries(self, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Query]:
+        """Rank for requests, each by its wishes."""
         turned = [self._with_turns(request) for request in requests]
-        split = [{"user": request} if isinstance(request, str) else self._described(request) for request in turned]
+        split = [self.described(request) for request in turned]
         given = [request.pop("candidates", None) for request in split]
         for own in wishes:
             self.scorer.check(self.task, own.exit_confidence)
+            if own.pmi and self.task != "plausibility":
+                raise ValueError(f"pmi: task {self.task!r} has no likelihood of a text, only 'plausibility' has")
             if own.diversity and self.rerank is not None:
                 raise ValueError(f"diversity={own.diversity} and rerank both decide the order: give one of them")
         # Retrieval encodes requests first, which checks them; other tasks encode them with the items to rank.
@@ -770,7 +785,7 @@ class Ranker:
             self._retrieve(queries)
         else:
             self._score(queries)
-        return [self._rows(query) for query in queries]
+        return queries
 
     def _with_turns(self, request: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
         """Return a request with its messages as events of the history."""
@@ -801,9 +816,9 @@ class Ranker:
                 "then read before the facts. Say it in `user`"
             )
 
-    def _described(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def described(self, request: str | Mapping[str, Any]) -> dict[str, Any]:
         """Copy a request, and complete items that are given by id only with the catalogue's fields."""
-        found = dict(request)
+        found = {"user": request} if isinstance(request, str) else dict(request)
         if isinstance(found.get("candidates"), list):
             items = enumerate(found["candidates"])
             found["candidates"] = [self._described_item(item, f"candidates[{place}]") for place, item in items]
@@ -858,23 +873,26 @@ class Ranker:
     def _query(self, request: dict[str, Any], given: Any, wishes: Wishes) -> Query:
         if given is not None:
             return Query(request, self._allowed(_checked(given), request, wishes), wishes=wishes)
+        catalogue, left_out = self.catalogue(), self.left_out(request, wishes)
+        if self.task == "retrieval":
+            return Query(request, [], seen=left_out, wishes=wishes)
+        names, decides = [name for name in catalogue if name not in left_out], self.decides(wishes.filter)
+        kept = [name for name in names if decides is None or decides(catalogue.fields(name))]
+        return Query(request, [Candidate(_known(catalogue, name), name) for name in kept], wishes=wishes)
+
+    def left_out(self, request: Mapping[str, Any], wishes: Wishes) -> set[str]:
+        """Return ids of the catalogue that may not be recommended: seen, or blocked by request or guard."""
         catalogue = self.catalogue()
         exclude_seen = catalogue.exclude_seen if wishes.exclude_seen is None else wishes.exclude_seen
         seen = self._seen_in(catalogue, request) if exclude_seen else set()
-        left_out = seen | self._blocked(catalogue)
-        if wishes.block is not None:
-            left_out |= {*catalogue.meeting(wishes.block)}
-        if self.task == "retrieval":
-            return Query(request, [], seen=left_out, wishes=wishes)
-        names, decides = [name for name in catalogue if name not in left_out], self._decides(wishes.filter)
-        kept = [name for name in names if decides is None or decides(catalogue.fields(name))]
-        return Query(request, [Candidate(_known(catalogue, name), name) for name in kept], wishes=wishes)
+        found = seen | self._blocked(catalogue)
+        return found if wishes.block is None else found | {*catalogue.meeting(wishes.block)}
 
     def _blocked(self, catalogue: CatalogueView) -> set[str]:
         """Return the ids of the catalogue that the guard's list blocks."""
         return set() if self.guard is None else {item_id for item_id in self.guard.ids if item_id in catalogue}
 
-    def _decides(self, predicate: Predicate | None) -> Predicate | None:
+    def decides(self, predicate: Predicate | None) -> Predicate | None:
         """Return a filter together with the guard's function, if it has one; None = all items are allowed."""
         guard = self.guard
         if guard is None or not callable(guard.block_items):
@@ -901,7 +919,7 @@ class Ranker:
         if wishes.exclude_seen:
             seen = _Seen(self.scorer.processor.names, self.scorer.processor.history_items(request))
             candidates = [candidate for candidate in candidates if not seen.holds(without_stats(candidate.item))]
-        decides = self._decides(wishes.filter)
+        decides = self.decides(wishes.filter)
         if decides is None:
             return candidates
         fields = [_fields(item) for item, _ in candidates]
@@ -928,10 +946,21 @@ class Ranker:
         encoded = self.scorer.encode(requests, self.task)
         for query, own in zip(queries, encoded):
             own.confidence = query.wishes.exit_confidence
+        bare = iter(
+            self._bare([request["candidates"] for query, request in zip(queries, requests) if query.wishes.pmi])
+        )
         for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
             query.reading = own
+            if query.wishes.pmi:
+                query.bare = next(bare)
+                values = values - query.bare
             query.best = self._chosen(query, _best(values.mean(-1), self._reach(query)))
             query.details = [values[number].tolist() for number, _ in query.best]
+
+    def _bare(self, candidates: Sequence[list[Item]]) -> list[torch.Tensor]:
+        """Return the scores of candidates for no user, N x 1 for each request."""
+        encoded = self.scorer.encode([{"candidates": items} for items in candidates], self.task)
+        return self.scorer.scores(encoded, self.task)
 
     def _retrieve(self, queries: list[Query]) -> None:
         scored = [query for query in queries if query.seen is None]
@@ -973,7 +1002,7 @@ class Ranker:
             key = own.key if isinstance(own, Conditions) else id(own)
             places.setdefault((key, self._reach(query) or 0), []).append(place)
         for (_, reach), group in places.items():
-            decides = self._decides(queries[group[0]].wishes.filter)
+            decides = self.decides(queries[group[0]].wishes.filter)
             chosen = None if histories is None else [histories[place] for place in group]
             seen = [queries[place].seen for place in group]
             found = catalogue.search(torch.stack([users[place] for place in group]), reach, seen, decides, chosen)
@@ -995,7 +1024,7 @@ class Ranker:
         wanted = dict.fromkeys([name for name in wishes.pin if name in catalogue])
         for boost in wishes.boost:
             wanted |= dict.fromkeys(catalogue.meeting(boost.items))
-        decides, known = self._decides(wishes.filter), {name for name, _ in found}
+        decides, known = self.decides(wishes.filter), {name for name, _ in found}
         names = [name for name in wanted if name not in known and name not in seen]
         names = [name for name in names if decides is None or decides(catalogue.fields(name))]
         if not names:
@@ -1121,7 +1150,8 @@ class Ranker:
 
     # -------------------------------------------------------------------------------------------------------- answering
 
-    def _rows(self, query: Query) -> list[dict[str, Any]]:
+    def rows(self, query: Query) -> list[dict[str, Any]]:
+        """Return the answer to a ranked request."""
         chosen = [query.candidates[number] for number, _ in query.best]
         texts = iter(item_texts(self.scorer.processor, [item for item, _ in chosen if not isinstance(item, str)]))
         rows = []
@@ -1197,7 +1227,10 @@ class Ranker:
         if query.vectors is not None:
             without = cosines(self.scorer.users_without(encoded), query.vectors)
         else:
-            without = self.scorer.scores_without(encoded, [number for number, _ in query.best], self.task).mean(-1)
+            numbers = [number for number, _ in query.best]
+            without = self.scorer.scores_without(encoded, numbers, self.task).mean(-1)
+            if query.bare is not None:
+                without = without - query.bare[numbers, 0]
         return [[score - share * other for other in others] for score, others in zip(scores, without.T.tolist())]
 
     def _events(self, query: Query) -> list[dict[str, Any]]:

@@ -8,16 +8,17 @@ Shapes: B rows, T new tokens, V = vocab_size.
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .catalogue_m6rec import Model
+from .catalogue_m6rec import Model, item_texts, without_stats
 from .layers_m6rec import inference_mode
+from .ranking_m6rec import FROM_CATALOGUE, Query, Ranker, Wishes
 from .trie_m6rec import ItemTrie, TrieProcessor
 from .values_m6rec import short
 
@@ -361,4 +362,157 @@ class _NothingLeft(StoppingCriteria):
         return torch.full((len(input_ids),), self.constraint.finished, device=input_ids.device)
 
 
-__all__ = ["Check", "Mention", "Writer", "WritingOptions", "Written", "WrittenItem"]
+# ------------------------------------------------------------------------------------------- answers by writing tasks
+
+
+WRITING_TASKS = ("explanation", "query", "conversation", "content", "next_item", "item_text")
+"""Tasks whose answers are written."""
+OPTIONS = tuple(each.name for each in fields(WritingOptions))
+"""Parameters of a call that say how texts are written."""
+
+Answer = list[dict[str, Any]]
+
+
+@dataclass
+class WritingAnswers:
+    """Answers requests by writing tasks, and adds written explanations to ranked answers.
+
+    Attributes:
+        writer: Writes the texts.
+        ranker: Returns the Ranker of a ranking task.
+        ranking_task: Chooses the ranking task of a request.
+        options: Arguments of `WritingOptions` that the call gives.
+    """
+
+    writer: Writer
+    ranker: Callable[[str], Ranker]
+    ranking_task: Callable[[Mapping[str, Any]], str]
+    options: Mapping[str, Any]
+
+    def answer(self, task: str, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
+        """Answer requests by one writing task.
+
+        Raises:
+            ValueError: If a request, a wish or an option is invalid; the message names it.
+        """
+        if any(own.pmi for own in wishes):
+            raise ValueError(f"pmi: task {task!r} has no likelihood of a text, only 'plausibility' has")
+        if task == "explanation":
+            return self._explanations(requests, wishes)
+        described = [self.ranker("retrieval").described(request) for request in requests]
+        if task == "next_item":
+            return self._next_items(described, wishes)
+        if any(own.explain for own in wishes):
+            raise ValueError(f"explain: task {task!r} ranks nothing that could be explained")
+        return self._texts(task, described, wishes)
+
+    def ranked(self, task: str, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
+        """Answer requests by one ranking task, and explain items in words where `explain` is "text"."""
+        ranker = self.ranker(task)
+        queries = ranker.queries(requests, wishes)
+        answers = [ranker.rows(query) for query in queries]
+        told = [place for place, own in enumerate(wishes) if own.explain == "text"]
+        self._explain([queries[place] for place in told], [answers[place] for place in told], [{} for _ in told])
+        return answers
+
+    def _explanations(self, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
+        """Rank each request by its ranking task, and explain the items of its answer."""
+        bare: list[Mapping[str, Any]] = [
+            {"user": request} if isinstance(request, str) else {**request} for request in requests
+        ]
+        mentions = [{"mention": own["mention"]} if own.get("mention") is not None else {} for own in bare]
+        bare = [{name: value for name, value in own.items() if name != "mention"} for own in bare]
+        tasks = [self.ranking_task(own) for own in bare]
+        answers: list[Answer] = [[] for _ in bare]
+        for task in dict.fromkeys(tasks):
+            places, ranker = [place for place, own in enumerate(tasks) if own == task], self.ranker(task)
+            own = [replace(wishes[place], task=None, explain=True) for place in places]
+            queries = ranker.queries([bare[place] for place in places], own)
+            rows = [ranker.rows(query) for query in queries]
+            self._explain(queries, rows, [mentions[place] for place in places])
+            for place, answer in zip(places, rows):
+                answers[place] = answer
+        return answers
+
+    def _explain(self, queries: Sequence[Query], answers: Sequence[Answer], more: Sequence[Mapping[str, Any]]) -> None:
+        """Add a written explanation to each row; `more` are further keys of each request."""
+        if self.options.get("num_texts", 1) != 1:
+            raise ValueError(f"num_texts={self.options['num_texts']}: an item gets one explanation: leave it out")
+        asked = [
+            {**query.request, **own, "candidates": [without_stats(query.candidates[number].item)]}
+            for query, own in zip(queries, more)
+            for number, _ in query.best
+        ]
+        written = self.writer.write(asked, "explanation", **self.options)
+        for row, (text, *_) in zip((row for answer in answers for row in answer), written):
+            row |= {"text": text.text, **_outcome(text)}
+
+    def _texts(self, task: str, requests: Sequence[Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
+        """Write `top_k` texts for each request, or as many as the options say."""
+        blanks = [self.writer.processor.blank_field(request) if task == "content" else "" for request in requests]
+        counts = [own.top_k or self.options.get("num_texts", 1) for own in wishes]
+        answers: list[Answer] = [[] for _ in requests]
+        for count in dict.fromkeys(counts):
+            places = [place for place, own in enumerate(counts) if own == count]
+            options = {**self.options, "num_texts": count}
+            if not WritingOptions(**{**self.options, "num_texts": 1}).draws:
+                options["num_beams"] = max(count, options.get("num_beams", 1))
+            written = self.writer.write([requests[place] for place in places], task, **options)
+            for place, texts in zip(places, written):
+                answers[place] = [_row(task, blanks[place], text) for text in texts]
+        return answers
+
+    def _next_items(self, requests: Sequence[Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
+        """Write items of the catalogue."""
+        ranker, processor = self.ranker("retrieval"), self.writer.processor
+        catalogue, tries = ranker.catalogue(), []
+        for request, own in zip(requests, wishes):
+            if own.rearranges or own.explain or ranker.rerank is not None:
+                raise ValueError(
+                    "task 'next_item' orders items by the likelihood of their texts alone: leave out pin, boost, "
+                    "diversity, rerank and explain, or choose task 'retrieval'"
+                )
+            tries.append(catalogue.trie(processor, ranker.left_out(request, own), ranker.decides(own.filter)))
+        answers = []
+        counts = [own.top_k or FROM_CATALOGUE for own in wishes]
+        beams = self.options.get("num_beams", 1)
+        found = self.writer.items(requests, "next_item", tries, beams, max(counts))
+        for count, items in zip(counts, found):
+            texts = item_texts(processor, [catalogue.item(own.item_id) for own in items[:count]])
+            answers.append(
+                [
+                    {"rank": rank, "item": text, "item_id": own.item_id, "score": own.score}
+                    for rank, (own, text) in enumerate(zip(items, texts), 1)
+                ]
+            )
+        return answers
+
+
+def _row(task: str, blank: str, text: Written) -> dict[str, Any]:
+    """Return a text in the form of an answer."""
+    if task == "conversation":
+        row = {"role": "assistant", "content": text.text, "items": [asdict(own) for own in text.items]}
+        return {**row, **_outcome(text)}
+    row = {"fields": {blank: text.text}} if task == "content" else {}
+    return {**row, "text": text.text, "logprob": text.logprob, **_outcome(text)}
+
+
+def _outcome(text: Written) -> dict[str, Any]:
+    """Return how a text ended, and what is known of it."""
+    found: dict[str, Any] = {"finish": text.finish}
+    if text.checked is not None:
+        found["checked"] = asdict(text.checked)
+    return found if text.reason is None else {**found, "reason": text.reason}
+
+
+__all__ = [
+    "OPTIONS",
+    "WRITING_TASKS",
+    "Check",
+    "Mention",
+    "Writer",
+    "WritingAnswers",
+    "WritingOptions",
+    "Written",
+    "WrittenItem",
+]

@@ -1,6 +1,7 @@
 """A saved checkpoint loads with the package, without it by its own code, and from the Hub's cache, and is the same."""
 
 import ast
+import inspect
 import json
 import os
 import shutil
@@ -53,13 +54,16 @@ def answers():
     recommend = RecommendationPipeline(
         model=model, processor=own, catalogue=Catalogue.from_dataset(ITEMS, model, own), device="cpu"
     )
-    return [recommend(REQUEST, explain=True), recommend(SOURCE, top_k=3), recommend("a man", task="click")]
+    return ask(recommend)
 
 
-ASK = """
 def ask(recommend):
-    return [recommend(REQUEST, explain=True), recommend(SOURCE, top_k=3), recommend("a man", task="click")]
-"""
+    """What is asked of each pipeline."""
+    written = [recommend(SOURCE, task=task, top_k=2, max_new_tokens=4) for task in ("query", "next_item")]
+    return [recommend(REQUEST, explain=True), recommend(SOURCE, top_k=3), recommend("a man", task="click"), written]
+
+
+ASK = "\n" + inspect.getsource(ask)
 
 
 @pytest.fixture
@@ -105,14 +109,14 @@ def test_pipeline_with_the_package(checkpoint, answers, how):
     assert json.loads((checkpoint / "config.json").read_text())["custom_pipelines"]
     recommend = pipeline("recommendation", model=str(checkpoint), device="cpu", **how)
     assert type(recommend) is RecommendationPipeline
-    assert [recommend(REQUEST, explain=True), recommend(SOURCE, top_k=3), recommend("a man", task="click")] == answers
+    assert ask(recommend) == answers
 
 
 def test_a_pipeline_saves_all_that_makes_it_again(checkpoint, answers, tmp_path):
     first = pipeline("recommendation", model=str(checkpoint), device="cpu", local_files_only=True)
     first.save_pretrained(tmp_path / "again")
     recommend = pipeline("recommendation", model=str(tmp_path / "again"), device="cpu")
-    assert [recommend(REQUEST, explain=True), recommend(SOURCE, top_k=3), recommend("a man", task="click")] == answers
+    assert ask(recommend) == answers
 
 
 def test_a_checkpoint_without_catalogue_says_what_to_give(tmp_path):

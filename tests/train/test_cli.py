@@ -214,7 +214,7 @@ def test_what_is_missing_is_named(chain, capsys, tmp_path):
 
 def test_requests_that_cannot_be_answered_are_said(chain, capsys, tmp_path):
     tuned = chain[2]
-    assert "task='fly' ranks nothing" in refused(capsys, "recommend", tuned, "--request", "a", "--task", "fly")
+    assert "task='fly' is unknown" in refused(capsys, "recommend", tuned, "--request", "a", "--task", "fly")
     assert "top_k=0" in refused(capsys, "recommend", tuned, "--request", "a", "--top-k", "0")
     assert "unknown key 'histroy'" in refused(capsys, "recommend", tuned, "--request", '{"histroy": []}')
     assert "no valid JSON" in refused(capsys, "recommend", tuned, "--request", '{"history": [')
