@@ -127,7 +127,7 @@ class Recommender:
             return Measured(self.recipe, self.log, split).report(kept.settings, run, kept.share)
         assert run is not None
         run.split = split
-        run.catalogue = catalogue_rows(run.writer, run.split, run.processor)
+        run.catalogue = catalogue_rows(run.writer, run.split, run.processor, run.recipe)
         return full_report(run)
 
     def _before_and_after(self, events: pandas.DataFrame) -> Split:

@@ -113,6 +113,8 @@ def test_every_recipe_is_run_through_the_command_line():
         "quickstart": "commands/test_quickstart",
         "own-data": "test_own_data",
         "pretrain-text": "runs/test_pretrain",
+        "explain": "rows/test_dialogues",
+        "converse": "rows/test_dialogues",
     }
     here = {"video", "ecommerce", "social", "beauty"}
     assert {path.stem for path in (Path(m6rec.train.__file__).parent / "recipes").glob("*.yaml")} == here | {*elsewhere}

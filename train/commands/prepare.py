@@ -26,8 +26,9 @@ from ..data.tasks import SCORED, further_columns
 from ..data.times import ORDER
 from ..evaluation.reports import count_repeats
 from ..rows.corpus import AnySource, StreamedSource, vocabulary_texts
+from ..rows.dialogues import dialogue_examples, read_dialogues
 from ..rows.examples import Candidates, Negatives, RequestWriter, refuse_equal_labels, windows
-from ..rows.writing import TextSource, dialogue_examples
+from ..rows.writing import TextSource
 from ..runs.build import item_texts, make_processor, make_split, make_writer
 from ..runs.pretrain import raw_sources
 
@@ -351,7 +352,8 @@ class _Sampler:
         """
         recipe, most = self.recipe, self.processor.max_events
         if name == "conversation":
-            turns = dialogue_examples(recipe.task, "train", recipe.evaluation, most, recipe.seed)
+            dialogues = read_dialogues(recipe.task, self.writer.log, recipe.evaluation, recipe.seed)["train"]
+            turns = dialogue_examples(dialogues, self.writer, self.processor)
             return [example.answered for example in islice(turns, READ)]
         source = TextSource(self.writer, self.processor, recipe.task)
         users, requests = self.train["user_id"].to_numpy(), []

@@ -11,7 +11,7 @@ from ..data.splits import Protocol, Ties, Validate
 from ..data.tasks import SCORED
 
 OBJECTIVES = ("text", "infilling", "masked", "item", "behaviour", "likes")
-WRITTEN = ("explanation", "query", "conversation", "item_text")
+WRITTEN = ("explanation", "query", "conversation", "item_text", "content", "next_item")
 STATISTICS = ("item_likes",)
 BASELINES = (
     *("popularity", "recent_popularity", "similar_text", "words", "transitions"),
@@ -143,9 +143,11 @@ class TaskArguments:
     never met and that are added as candidates with label 0. They are drawn uniformly; all metrics depend on that."""
     writing: dict[str, list[str]] = field(default_factory=dict)
     """For writing: kind of text -> events whose text it is (`explanation`, `query`) or whose item it describes
-    (`item_text`), an empty list for all events; `conversation: []` is learnt from `dialogues`."""
+    (`item_text`, `next_item`, `content`: one field of it), an empty list for all events; `conversation: []` is learnt
+    from dialogues."""
     dialogues: str | None = None
-    """Table of dialogues: columns dialogue_id, speaker and text, one turn per row, in order."""
+    """Table of dialogues: columns dialogue_id, speaker and text, one turn per row, in order; optionally item_id: the
+    item that the turn recommends. None: those of `data.source`, if it has any."""
     dialogue_columns: dict[str, str] = field(default_factory=dict)
     """Role -> column of that table, for each role whose column has another name."""
     system_speakers: list[str] = field(default_factory=lambda: ["system", "assistant", "recommender"])
@@ -183,6 +185,11 @@ class TaskArguments:
             raise ValueError(f"task.replay_share={self.replay_share} is not between 0 and 1")
 
     @property
+    def learns_dialogues(self) -> bool:
+        """Whether retrieval learns the items that are recommended in dialogues."""
+        return "retrieval" in self.learn and "conversation" in self.writing
+
+    @property
     def scored(self) -> list[str]:
         """The scoring tasks in `learn`."""
         return [task for task in self.learn if task in SCORED]
@@ -207,8 +214,8 @@ class TaskArguments:
         if ("writing" in self.learn) != bool(self.writing):
             raise ValueError("task.writing names what task.learn 'writing' learns: give both or none")
         refuse_unknown(self.writing, set(WRITTEN), "task.writing")
-        refuse_unknown(self.dialogue_columns, {"dialogue_id", "speaker", "text"}, "task.dialogue_columns")
-        if ("conversation" in self.writing) != bool(self.dialogues):
+        refuse_unknown(self.dialogue_columns, {"dialogue_id", "speaker", "text", "item_id"}, "task.dialogue_columns")
+        if self.dialogues and "conversation" not in self.writing:
             raise ValueError("task.dialogues is the table that task.writing 'conversation' learns: give both or none")
 
     @property

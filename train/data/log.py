@@ -14,8 +14,10 @@ from datasets import Dataset
 
 from ...values_m6rec import near_id, normalize_id
 from .beauty import beauty_tables
+from .dialogues import iard_dialogues, iard_tables, inspired_dialogues, inspired_tables
 from .lastfm import lastfm_tables
 from .movielens import find_movielens, movielens_tables
+from .reviews import clothing_tables, gift_card_tables
 from .splits import PARTS, tie_keys
 from .tables import Table, find_folder, load_table
 from .tallrec import tallrec_tables
@@ -37,6 +39,8 @@ class Source:
     """Reads interactions, items and users, given its folder and `data.seed`."""
     find: Callable[[], Path]
     """Finds its folder if the recipe names none."""
+    dialogues: Callable[[Path, int], pandas.DataFrame] | None = None
+    """Reads its dialogues, if it has any: columns dialogue_id, speaker (user or assistant), text, item_id, part."""
 
 
 SOURCES = {
@@ -49,6 +53,22 @@ SOURCES = {
     "tallrec": Source(
         lambda folder, seed: tallrec_tables(folder),
         partial(find_folder, "tallrec-movie", "the folder data/movie of TALLRec's repository"),
+    ),
+    "clothing-reviews": Source(
+        clothing_tables, partial(find_folder, "clothing-reviews", "Women's E-Commerce Clothing Reviews, as Parquet")
+    ),
+    "gift-cards": Source(
+        gift_card_tables, partial(find_folder, "gift-cards", "Amazon's Gift Cards of 2018, 5-core, with metadata")
+    ),
+    "movie-dialogues": Source(
+        iard_tables,
+        partial(find_folder, "movie-dialogues", "IARD's annotated dialogues and the films of MovieLens-25M"),
+        iard_dialogues,
+    ),
+    "inspired": Source(
+        inspired_tables,
+        partial(find_folder, "inspired", "INSPIRED (dev.tsv, test.tsv), and movie-dialogues next to it"),
+        inspired_dialogues,
     ),
 }
 
@@ -123,6 +143,9 @@ class Log:
     """Text columns by user_id; missing cells are empty."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> number of rows left out for it."""
+    dialogues: pandas.DataFrame | None = None
+    """Utterances of a data set with dialogues: dialogue_id, speaker (user or assistant), text, item_id (of the item
+    that it recommends, else empty), part."""
 
     def item_fields(self, item_id: str) -> dict[str, str]:
         """The texts of an item by column, in order, without the empty ones."""
@@ -159,9 +182,12 @@ def _filled(columns: dict[str, numpy.ndarray], row: int) -> dict[str, str]:
 
 def read_log(arguments: DataArguments) -> Log:
     """Reads the log that the `data:` section of a recipe names."""
+    dialogues = None
     if arguments.source in SOURCES:
         source = SOURCES[arguments.source]
-        frames = source.read(Path(arguments.directory) if arguments.directory else source.find(), arguments.seed)
+        folder = Path(arguments.directory) if arguments.directory else source.find()
+        frames = source.read(folder, arguments.seed)
+        dialogues = None if source.dialogues is None else source.dialogues(folder, arguments.seed)
         if "part" in frames[0]:
             arguments = dataclasses.replace(arguments, source="tables", directory=None, columns={"part": "part"})
         interactions, items, users = (
@@ -176,7 +202,7 @@ def read_log(arguments: DataArguments) -> Log:
             f"{arguments.interactions!r} and {arguments.items!r}. Where there are items and no events yet, there is "
             "nothing to train on or to measure: m6rec fit --items ITEMS OUT makes a recommender of the items alone"
         )
-    return build_log(interactions, items, users, arguments)
+    return dataclasses.replace(build_log(interactions, items, users, arguments), dialogues=dialogues)
 
 
 def items_log(arguments: DataArguments) -> Log:

@@ -21,6 +21,9 @@ READ_AT_ONCE = 256
 """Number of requests that the processor encodes together."""
 
 
+FACTS = "facts"
+
+
 class RequestWriter:
     """Converts a log's events to the processor's input: verb, item, time, rating.
 
@@ -82,10 +85,13 @@ class RequestWriter:
     def request(
         self, user_id: str, history: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]] = ()
     ) -> dict[str, Any]:
-        """Make a request: user, history, candidates."""
+        """Make a request: user, history, candidates. The lines of a user's field `facts` are the request's facts."""
         request: dict[str, Any] = {"history": list(history)}
-        if self.user(user_id):
-            request["user"] = self.user(user_id)
+        user = {name: value for name, value in self.user(user_id).items() if name != FACTS}
+        if user:
+            request["user"] = user
+        if FACTS in self.user(user_id):
+            request["facts"] = self.user(user_id)[FACTS].splitlines()
         return {**request, "candidates": list(candidates)} if candidates else request
 
 

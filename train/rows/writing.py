@@ -1,8 +1,8 @@
 """Writing tasks: explanations, queries, items' texts and a conversation's answers as rows.
 
 `task.writing` selects them from a log: the text of an event is an explanation (a review, a reason) or a query, by the
-event's verb; an item's text is its formatted description; answers come from a table of dialogues. The source of each
-is the events (or turns) before it, at most `max_events`.
+event's verb; the text of `item_text` and `next_item` is the formatted item, that of `content` one of its fields;
+answers come from dialogues. The source of each is the events (or turns) before it, at most `max_events`.
 
 If a row exceeds `max_length`, the processor drops the oldest events, then fields of the item, then the ends of the
 longest texts. A truncated text is learnt without an end token.
@@ -20,33 +20,12 @@ from ...tokenization import M6RecProcessor
 from ...values_m6rec import IGNORE_INDEX
 from ..config.arguments import EvaluationArguments, TaskArguments
 from ..data.splits import Split, histories
-from ..data.tables import Table, load_table
+from .dialogues import WritingExample, dialogue_examples, read_dialogues
 from .examples import READ_AT_ONCE, RequestWriter, windows
 from .held_out import all_events, eval_queries
 
-
-@dataclass(frozen=True)
-class WritingExample:
-    """A text to generate.
-
-    Attributes:
-        name: The writing task.
-        request: The request, without the text.
-        text: The text; in a conversation the last turn, which `request` then does not hold.
-        group: The user or the dialogue: texts of one group are drawn together by the bootstrap.
-    """
-
-    name: str
-    request: dict[str, Any]
-    text: str
-    group: str = ""
-
-    @property
-    def answered(self) -> dict[str, Any]:
-        """The request with the text."""
-        if self.name != "conversation":
-            return {**self.request, "text": self.text}
-        return {**self.request, "text": [*self.request["text"], {"role": "assistant", "content": self.text}]}
+OF_ITEMS = ("item_text", "next_item", "content")
+"""Writing tasks whose texts are those of items."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +57,7 @@ class TextSource:
     def __init__(self, writer: RequestWriter, processor: M6RecProcessor, task: TaskArguments) -> None:
         self.writer, self.processor, self.task = writer, processor, task
         self.names = [name for name in task.writing if name != "conversation"]
-        self._items = item_texts(processor, writer.items) if "item_text" in self.names else []
+        self._items = item_texts(processor, writer.items) if {"item_text", "next_item"} & {*self.names} else []
 
     def labelled(self, frame: pandas.DataFrame, name: str) -> np.ndarray:
         """Return the mask of events with a text for the task.
@@ -87,18 +66,25 @@ class TextSource:
             ValueError: If the log lacks a column for it.
         """
         verbs = self.task.writing[name]
-        needed = ["text"] * (name != "item_text") + ["event"] * bool(verbs)
+        needed = ["text"] * (name not in OF_ITEMS) + ["event"] * bool(verbs)
         for column in needed:
             if column not in frame:
                 raise ValueError(f"task.writing {name!r} is learnt from column {column!r}, which the interactions lack")
         found = frame["event"].isin(verbs).to_numpy() if verbs else np.ones(len(frame), dtype=bool)
-        return found if name == "item_text" else found & (frame["text"] != "").to_numpy()
+        return found if name in OF_ITEMS else found & (frame["text"] != "").to_numpy()
 
     def example(self, name: str, user_id: str, history: list[dict[str, Any]], event: dict[str, Any]) -> WritingExample:
         """Make the example of one event of `RequestWriter.events`."""
-        request = self.writer.request(user_id, history, [event["item"]] if name == "explanation" else [])
-        text = self._items[self.writer.rows[event["item"]["item_id"]]] if name == "item_text" else event["text"]
-        return WritingExample(name, request, text, user_id)
+        candidates, text = [], event.get("text", "")
+        if name == "explanation":
+            candidates = [event["item"]]
+        elif name == "content":  # each event of a user asks for another field
+            fields = [field for field in event["item"] if field != "item_id"]
+            field = fields[len(history) % len(fields)]
+            candidates, text = [{**event["item"], field: None}], event["item"][field]
+        elif name in OF_ITEMS:
+            text = self._items[self.writer.rows[event["item"]["item_id"]]]
+        return WritingExample(name, self.writer.request(user_id, history, candidates), text, user_id)
 
     def training(self, frame: pandas.DataFrame) -> Iterator[WritingExample]:
         """Yield the examples of the training events."""
@@ -127,49 +113,6 @@ class TextSource:
                     yield self.example(name, question.user_id, history, event)
 
 
-def dialogue_examples(
-    task: TaskArguments, part: str, evaluation: EvaluationArguments, max_turns: int, seed: int
-) -> Iterator[WritingExample]:
-    """Yield the system's turns in a part of the dialogues, each with the turns before it.
-
-    Validation and test consist of whole dialogues, drawn by the evaluation's fractions and the seed.
-    """
-    dialogues = read_dialogues(task)
-    order = np.random.default_rng(seed).permutation(len(dialogues))
-    cuts = np.cumsum([round(len(order) * share) for share in (evaluation.test_fraction, evaluation.valid_fraction)])
-    chosen = dict(zip(("test", "valid", "train"), np.split(order, cuts)))[part]
-    for number in sorted(chosen):
-        turns = dialogues[number]
-        for place, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                request = {"text": turns[max(0, place - max_turns) : place]}
-                yield WritingExample("conversation", request, turn["content"], str(number))
-
-
-def read_dialogues(task: TaskArguments) -> list[list[dict[str, str]]]:
-    """Read the table of dialogues: the turns of each in the processor's format, without empty turns.
-
-    Raises:
-        ValueError: If no turn is the system's, so that nothing can be learnt.
-    """
-    assert task.dialogues is not None
-    table = Table("dialogues", load_table(task.dialogues), task.dialogue_columns)
-    ids = table.ids("dialogue_id")
-    speakers, texts = (table.text(table.column(role)).str.strip() for role in ("speaker", "text"))
-    system = speakers.str.lower().isin([name.lower() for name in task.system_speakers])
-    if not system.any():
-        found = ", ".join(sorted(speakers.unique())[:5])
-        raise ValueError(
-            f"dialogues: no speaker is one of task.system_speakers ({', '.join(task.system_speakers)}); "
-            f"the table has {found}"
-        )
-    dialogues: dict[str, list[dict[str, str]]] = {}
-    for dialogue, own, text in zip(ids, system, texts):
-        if text:
-            dialogues.setdefault(dialogue, []).append({"role": "assistant" if own else "user", "content": text})
-    return list(dialogues.values())
-
-
 def writing_examples(
     writer: RequestWriter,
     processor: M6RecProcessor,
@@ -186,7 +129,8 @@ def writing_examples(
     else:
         found = list(source.held_out(split, part, evaluation, seed))
     if "conversation" in task.writing:
-        found += dialogue_examples(task, part, evaluation, processor.max_events, seed)
+        dialogues = read_dialogues(task, writer.log, evaluation, seed)[part]
+        found += dialogue_examples(dialogues, writer, processor)
     rows: list[dict[str, Any]] = [{}] * len(found)
     for name in task.writing:
         places = [place for place, example in enumerate(found) if example.name == name]
@@ -200,8 +144,9 @@ def writing_examples(
 def encoded(examples: Sequence[WritingExample], processor: M6RecProcessor) -> Iterator[dict[str, Any]]:
     """Yield the labelled row of each example of one writing task."""
     readings = processor.read_many([example.answered for example in examples], examples[0].name)
-    for reading in readings:
-        labels = processor.labels(reading)
+    slot = processor.tokenizer.slot_token_id
+    for example, reading in zip(examples, readings):
+        labels = example.labels(processor.labels(reading), reading.input_ids, slot)
         if ("text", "text") in reading.dropped.fields:
             labels[-1] = IGNORE_INDEX  # the row's [EOS]: the text was truncated
         row: dict[str, Any] = {"input_ids": reading.input_ids, "labels": labels}
@@ -212,8 +157,6 @@ __all__ = [
     "TextSource",
     "WritingExample",
     "WritingExamples",
-    "dialogue_examples",
     "encoded",
-    "read_dialogues",
     "writing_examples",
 ]

@@ -14,6 +14,7 @@ from ...atomic_m6rec import atomic_files
 from ...configuration_m6rec import ROLES, M6RecConfig
 from ...conversion import load_tokenizer
 from ...conversion.reader import is_reader, weigh_tokens
+from ...formatting_m6rec import OPTIONAL
 from ...item_features_m6rec import ITEM_FEATURES, Reader
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor, M6RecTokenizer
@@ -24,6 +25,7 @@ from ..data.log import Log, read_log
 from ..data.splits import Split, by_time, given, has_times, hold_items_out, hold_out
 from ..data.tasks import SCORED
 from ..rows.collator import CatalogueRows, M6RecDataCollator
+from ..rows.dialogues import Wanted, read_dialogues
 from ..rows.examples import RequestWriter, item_likes
 from .adapters import save_model
 from .checkpoints import WEIGHTS
@@ -97,7 +99,7 @@ def make_processor(
     The texts are those of users and, unless others are given, of items; events are not used, so that no held-out event
     can leak.
     """
-    text = recipe.text
+    text, slot = recipe.text, "conversation" in recipe.task.writing
     if recipe.model.checkpoint:
         processor = AutoProcessor.from_pretrained(recipe.model.checkpoint)
         tokenizer, rows = processor.tokenizer, processor.item_rows
@@ -110,9 +112,10 @@ def make_processor(
         both_ways = given.get("history_attention") == "bidirectional"
         settings = {"template": template, "time": "ago" if both_ways else "gap"}
         if recipe.model.backbone:
-            tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone))
+            tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone), slot)
         else:
-            tokenizer = M6RecTokenizer.train(_training_texts(log, template, texts), vocab_size=text.vocab_size)
+            found = _training_texts(log, _spoken(template, bool(recipe.task.writing)), texts)
+            tokenizer = M6RecTokenizer.train(found, vocab_size=text.vocab_size, slot=slot)
     if recipe.model.item_embeddings:
         rows = dict(rows or {})
         new = [item_id for item_id in writer.item_ids if item_id not in rows]
@@ -120,10 +123,10 @@ def make_processor(
     return M6RecProcessor(tokenizer, max_length=text.max_length, max_events=text.max_events, item_rows=rows, **settings)
 
 
-def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend) -> M6RecTokenizer:
+def backbone_tokenizer(arguments: ModelArguments, own: TokenizersBackend, slot: bool = False) -> M6RecTokenizer:
     """Make the tokenizer of a model that is initialised from a backbone, from the backbone's tokenizer."""
     chosen = {name: value for name, value in arguments.config.items() if name == "num_options"}
-    tokenizer = M6RecTokenizer.from_backbone(own, **chosen)
+    tokenizer = M6RecTokenizer.from_backbone(own, **chosen, slot=slot)
     tokenizer.chat_template = own.chat_template
     return tokenizer
 
@@ -132,6 +135,12 @@ def _training_texts(log: Log, template: dict[str, Any], texts: Iterable[str] | N
     """Texts to train a new tokenizer on: items (or the given texts), users, and all words of the template."""
     users = [] if log.users is None else [" ".join(texts) for texts in log.users.itertuples(index=False, name=None)]
     return chain(item_texts(log) if texts is None else texts, users, _words(template))
+
+
+def _spoken(template: dict[str, Any], writes: bool) -> dict[str, Any]:
+    """Return a template without the words of writing tasks that a run does not learn."""
+    tasks = {name: words for name, words in template["tasks"].items() if writes or name not in OPTIONAL}
+    return {**template, "tasks": tasks}
 
 
 def _words(template: Any) -> list[str]:
@@ -254,7 +263,7 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     processor = make_processor(recipe, log, writer, texts)
     model = make_model(recipe, processor)
     processor.max_segment = segment_limit(model.config, processor.max_length)
-    catalogue = catalogue_rows(writer, split, processor)
+    catalogue = catalogue_rows(writer, split, processor, recipe)
     collator = M6RecDataCollator(processor, model.config, catalogue, recipe.task, recipe.seed)
     collator.all_labels = False
     sizes = (model.num_parameters(), len(writer.items), len(split.train))
@@ -267,10 +276,23 @@ def prepare(recipe: Recipe, log: Log | None = None, texts: Iterable[str] | None 
     return run
 
 
-def catalogue_rows(writer: RequestWriter, split: Split, processor: M6RecProcessor) -> CatalogueRows:
-    """Encode all items, and count their training events."""
+def catalogue_rows(writer: RequestWriter, split: Split, processor: M6RecProcessor, recipe: Recipe) -> CatalogueRows:
+    """Encode all items, and count their training events and their recommendations in learnt dialogues."""
     rows = [writer.rows[item_id] for item_id in split.train["item_id"]]
+    if recipe.task.learns_dialogues:
+        rows += wanted_of(recipe, writer, processor, "train").targets
     return CatalogueRows.read(writer.items, np.bincount(rows, minlength=len(writer.item_ids)), processor)
+
+
+def wanted_of(recipe: Recipe, writer: RequestWriter, processor: M6RecProcessor, part: str) -> Wanted:
+    """Collect the items that are recommended in the dialogues of a part."""
+    dialogues = read_dialogues(recipe.task, writer.log, recipe.evaluation, recipe.seed)[part]
+    return Wanted.of(dialogues, writer, processor.max_events)
+
+
+def wanted_in(run: Run, part: str) -> Wanted:
+    """Collect the items that are recommended in the dialogues of a part of a run."""
+    return wanted_of(run.recipe, run.writer, run.processor, part)
 
 
 def plain_forward(model: torch.nn.Module) -> None:
@@ -302,4 +324,6 @@ __all__ = [
     "seed_everything",
     "segment_limit",
     "use_bf16",
+    "wanted_in",
+    "wanted_of",
 ]

@@ -16,12 +16,14 @@ from ..answering.loading import build_catalogue
 from ..config.recipe import Recipe, write_json
 from ..evaluation import reports as evaluation
 from ..evaluation import texts
+from ..evaluation.dialogues import dialogue_ranking, rules
 from ..evaluation.untrained import Learnt, Untrained
 from ..evaluation.verdicts import OWN, VERDICT, advised
+from ..rows.dialogues import Wanted
 from ..rows.writing import writing_examples
 from .adapters import attach, callbacks, keeps_states, reads_through_cache, trainable_parameters
 from .best import check_best_metric
-from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16
+from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16, wanted_in
 from .facts import keep_facts
 from .trainer import M6RecTrainer
 from .training_set import earlier_runs, training_set
@@ -140,7 +142,19 @@ def _own_report(run: Run, part: str, bf16: bool) -> dict[str, dict[str, dict[str
         if VERDICT in rows[OWN]:
             rows[OWN][VERDICT] = advised(rows[OWN][VERDICT], task, run.recipe, run.base_model.config)
         report[task] = rows
+    if run.recipe.task.learns_dialogues:
+        wanted = wanted_in(run, part)
+        if wanted.targets:
+            report["dialogues"] = _dialogue_rows(run, wanted, bf16)
     return report
+
+
+def _dialogue_rows(run: Run, wanted: Wanted, bf16: bool) -> dict[str, dict[str, Any]]:
+    """Measure how well the items that dialogues recommend are found: name -> metrics."""
+    counts = run.catalogue.counts
+    examples = dialogue_ranking(wanted, run.processor, counts)
+    scores: dict[str, Any] = {OWN: _ranked(run, examples, bf16)} | rules(wanted, run.texts, counts)
+    return evaluation.ranking_rows(scores, examples, counts, run.recipe.evaluation, run.recipe.seed)
 
 
 def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str, dict[str, Any]]:

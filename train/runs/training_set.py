@@ -19,7 +19,7 @@ from ..data.log import read_log
 from ..rows.collator import M6RecDataCollator
 from ..rows.examples import RetrievalRows, ScoringRows, retrieval_rows
 from ..rows.writing import writing_examples
-from .build import Run, catalogue_rows, make_split, make_writer
+from .build import Run, catalogue_rows, make_split, make_writer, wanted_in
 
 logger = logging.getLogger(__name__)
 Part = Sequence[dict[str, Any]] | ScoringRows | RetrievalRows
@@ -84,6 +84,8 @@ def training_parts(run: Run, retrieval: bool = True) -> list[Part]:
             parts.append(RetrievalRows(*source, bidirectional, recipe.seed))
         else:
             parts.append(retrieval_rows(*source, bidirectional))
+        if recipe.task.learns_dialogues:
+            parts.append(wanted_in(run, "train").rows(run.processor))
     if recipe.task.scored:
         rows = ScoringRows(*source, recipe.task, recipe.seed)
         # Negatives are drawn in each epoch; rows that do not change are encoded once.
@@ -132,7 +134,7 @@ def _earlier_run(run: Run, folder: str) -> Run:
                 f"task.replay: {folder} has an item {taken[0]!r} that is not this run's, and both would have one row "
                 "of the item memory: give the ids of one log a prefix, or leave model.item_embeddings out of both runs"
             )
-    catalogue = catalogue_rows(writer, split, processor)
+    catalogue = catalogue_rows(writer, split, processor, recipe)
     collator = M6RecDataCollator(processor, run.model.config, catalogue, recipe.task, recipe.seed)
     return Run(recipe, log, split, writer, processor, run.model, catalogue, collator)
 

@@ -27,7 +27,6 @@ def recipe(**sections) -> Recipe:
         ({"task": {"learn": ["writing"]}}, "task.writing names what task.learn 'writing' learns"),
         ({"task": {"writing": {"query": ["search"]}}}, "task.writing names what task.learn 'writing' learns"),
         ({"task": {"learn": ["writing"], "writing": {"poem": []}}}, "task.writing has unknown keys poem"),
-        ({"task": {"learn": ["writing"], "writing": {"conversation": []}}}, "task.dialogues is the table"),
         ({"task": {"dialogues": "talk.csv"}}, "task.dialogues is the table"),
         ({"task": {"dialogue_columns": {"who": "x"}}}, "task.dialogue_columns has unknown keys who"),
         ({"task": {"replay": ["a"], "replay_share": 1.0}}, "task.replay_share=1.0 is not between 0 and 1"),

@@ -15,15 +15,8 @@ from m6rec.train.config.recipe import load_recipe
 from m6rec.train.evaluation import texts
 from m6rec.train.evaluation.texts import measure_texts, measure_writing, unigram_perplexity, write
 from m6rec.train.metrics import rouge_l
-from m6rec.train.rows.writing import (
-    TextSource,
-    WritingExample,
-    WritingExamples,
-    dialogue_examples,
-    encoded,
-    read_dialogues,
-    writing_examples,
-)
+from m6rec.train.rows.dialogues import WritingExample, dialogue_examples, read_dialogues
+from m6rec.train.rows.writing import TextSource, WritingExamples, encoded, writing_examples
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import finetune, fit, full_report, measure
 from tests.conftest import real_data
@@ -144,28 +137,28 @@ def test_a_text_that_was_cut_is_not_ended(make_run):
         assert sum(label != -100 for label in row["labels"]) > 3
 
 
-def test_each_turn_of_the_system_is_learnt_with_the_turns_before(tables):
-    task = TaskArguments(**task_of(tables))
-    dialogues = read_dialogues(task)
-    assert dialogues[2] == [
+def test_each_turn_of_the_system_is_learnt_with_the_turns_before(make_run, tables):
+    run, evaluation = make_run(), EvaluationArguments(valid_fraction=1 / 3, test_fraction=1 / 6)
+    dialogues = read_dialogues(TaskArguments(**task_of(tables)), run.log, evaluation, 0)
+    (third,) = [each for own in dialogues.values() for each in own if each.name == "d2"]
+    assert third.turns == [
         {"role": "assistant", "content": "hello"},
         {"role": "user", "content": "a film 2?"},
         {"role": "assistant", "content": "take 2"},
     ]
-    evaluation = EvaluationArguments(valid_fraction=1 / 3, test_fraction=1 / 6)
-    parts = {part: list(dialogue_examples(task, part, evaluation, 9, 0)) for part in ("train", "valid", "test")}
+    parts = {part: list(dialogue_examples(own, run.writer, run.processor)) for part, own in dialogues.items()}
     assert {part: len(found) for part, found in parts.items()} == {"train": 6, "valid": 4, "test": 2}
     answers = [example.text for found in parts.values() for example in found if example.text != "hello"]
     assert sorted(answers) == [f"take {dialogue}" for dialogue in range(6)]
+    turns = {f"take {each.name[1:]}": each.turns for own in dialogues.values() for each in own}
     for found in parts.values():
         for first, second in zip(found[::2], found[1::2], strict=True):
-            assert (first.text, first.request) == ("hello", {"text": []})
-            assert second.request["text"] == dialogues[int(second.text[-1])][:2]
-            assert second.answered["text"] == dialogues[int(second.text[-1])]
-    assert [example.request["text"] for example in dialogue_examples(task, "test", evaluation, 1, 0)] == [
-        parts["test"][0].request["text"],
-        parts["test"][1].request["text"][-1:],
-    ]
+            assert (first.text, first.request) == ("hello", {"messages": []})
+            assert second.request["messages"] == turns[second.text][:2]
+            assert second.answered["messages"] == turns[second.text]
+    run.processor.max_events = 1
+    short = list(dialogue_examples(dialogues["test"], run.writer, run.processor))
+    assert [each.request["messages"] for each in short] == [[], parts["test"][1].request["messages"][-1:]]
 
 
 def test_what_cannot_be_learnt_is_refused(make_run, tables):
@@ -182,7 +175,9 @@ def test_what_cannot_be_learnt_is_refused(make_run, tables):
     with pytest.raises(
         ValueError, match=r"no speaker is one of task.system_speakers \(robot\); the table has BOT, bot, me"
     ):
-        read_dialogues(TaskArguments(**task_of(tables, system_speakers=["robot"])))
+        read_dialogues(TaskArguments(**task_of(tables, system_speakers=["robot"])), run.log, EvaluationArguments(), 0)
+    with pytest.raises(ValueError, match=r"name their table as task.dialogues, or a data set that has them"):
+        read_dialogues(TaskArguments(**task_of(tables, dialogues=None)), run.log, EvaluationArguments(), 0)
 
 
 def test_perplexity_is_the_exponent_of_the_mean_cost_of_a_written_token(make_run):
@@ -309,3 +304,25 @@ def test_thirty_steps_on_real_reviews_lower_the_perplexity_below_half(tmp_path):
     before = measure(run, examples, "writing")["perplexity"]
     fit(run)
     assert measure(run, examples, "writing")["perplexity"] < before / 2
+
+
+def test_items_are_learnt_as_the_next_one_and_field_by_field(make_run):
+    run = make_run(task={"writing": {"next_item": ["rate"], "content": ["rate"]}, "dialogues": None})
+    examples = examples_of(run)
+    train = run.split.train
+    rated = train[train["event"] == "rate"]
+    names = ("next_item", "content")
+    following, content = ([examples.examples[place] for place in examples.of(name)] for name in names)
+    assert [each.text for each in following] == [item_of(run, item) for item in rated["item_id"]]
+    assert not any("candidates" in each.request for each in following)
+    fields = set()
+    for each, item in zip(content, rated["item_id"], strict=True):
+        (candidate,) = each.request["candidates"]
+        (blank,) = [name for name, value in candidate.items() if value is None]
+        assert each.text == run.writer.item(item)[blank]
+        fields.add(blank)
+    assert fields == {"title", "year"}
+
+
+def item_of(run, item_id):
+    return run.processor.item_texts([run.writer.item(item_id)])[0]
