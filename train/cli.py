@@ -141,6 +141,16 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs, as in a recipe")
 
 
+WRITING_OPTIONS = (
+    ("max_new_tokens", int, "most tokens of a text"),
+    ("num_beams", int, "number of beams"),
+    ("temperature", float, "divides the logits before drawing"),
+    ("top_p", float, "draw from the likeliest tokens of this probability"),
+    ("seed", int, "seed of the draws"),
+)
+"""Options of `m6rec recommend` that are parameters of the pipeline's writing tasks."""
+
+
 def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="the folder or the Hub id of a trained model")
     source = command.add_mutually_exclusive_group(required=True)
@@ -148,9 +158,13 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     source.add_argument("--request", metavar="JSON", help="a request as JSON, or who the user is in words")
     source.add_argument("--input", metavar="FILE", help="requests, one a line (.jsonl) or a row (.parquet)")
     command.add_argument("--output", metavar="FILE", help="with --input: the answers (.jsonl or .parquet)")
-    command.add_argument("--task", help="click, rating, interaction, retrieval or plausibility")
-    command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed")
-    command.add_argument("--explain", action="store_true", help="say which events spoke for an item")
+    command.add_argument("--task", help="click, rating, interaction, retrieval, plausibility, or a writing task")
+    command.add_argument("--top-k", type=int, metavar="K", help="how many items are listed, or texts are written")
+    command.add_argument(
+        "--explain", nargs="?", const=True, choices=["text"], help="say which events spoke for an item; text: in words"
+    )
+    for name, kind, what in WRITING_OPTIONS:
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"writing: {what}")
     exits = command.add_mutually_exclusive_group()
     exits.add_argument("--exit-layer", type=int, metavar="N", help="read only so many of the joint layers")
     exits.add_argument(
@@ -297,8 +311,8 @@ def _recommend(options: argparse.Namespace) -> None:
     if options.overrides and options.user is None:
         raise ValueError(f"{options.overrides[0]!r}: overrides say where the log is, which only --user reads")
     recommend = commands.load_recommender(options.model, options.overrides)
-    given = {name: getattr(options, name) for name in ("task", "top_k", "exit_layer", "exit_confidence")}
-    arguments = {"explain": options.explain, **{name: value for name, value in given.items() if value is not None}}
+    names = ["task", "top_k", "explain", "exit_layer", "exit_confidence", *(name for name, *_ in WRITING_OPTIONS)]
+    arguments = {name: value for name in names if (value := getattr(options, name)) is not None}
     arguments |= _rules(options)
     if options.input:
         _recommend_offline(recommend, options, arguments)

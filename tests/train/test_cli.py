@@ -107,6 +107,11 @@ def test_evaluate_measures_the_saved_model_again(chain):
 def test_recommend_to_a_user_of_the_log(chain):
     _, _, tuned, *_ = chain
     answer = json.loads(said("recommend", tuned, "--user", "u3", "--top-k", "4", "--explain"))
+    drawn = ("--task", "query", "--max-new-tokens", "3", "--temperature", "1.5", "--seed", "1")
+    texts = [json.loads(said("recommend", tuned, "--user", "u3", *drawn)) for _ in range(2)]
+    assert texts[0] == texts[1] and set(texts[0][0]) == {"text", "logprob", "finish"}
+    explained = json.loads(said("recommend", tuned, "--user", "u3", "--explain", "text", "--top-k", "1"))
+    assert {"because", "text"} <= set(explained[0])
     log = pandas.read_csv(load_recipe(tuned).data.interactions)
     seen = set(log[log["user_id"] == "u3"]["item_id"])
     assert [row["rank"] for row in answer] == [1, 2, 3, 4]

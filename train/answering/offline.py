@@ -37,6 +37,7 @@ FORMAT = 5
 ADVICE = ". Go on with the same as then, choose another --output, or throw that work away with --restart"
 REASON = {"event": pyarrow.string(), "item_id": pyarrow.string()}
 REASON |= {name: pyarrow.float64() for name in ("contribution", "learnt", "words", "transitions")}
+MENTION = {"item_id": pyarrow.string(), "start": pyarrow.int32(), "end": pyarrow.int32(), "score": pyarrow.float64()}
 ITEM = {
     "rank": pyarrow.int32(),
     "item": pyarrow.string(),
@@ -49,6 +50,14 @@ ITEM = {
     "parts": pyarrow.map_(pyarrow.string(), pyarrow.float64()),
     "because": pyarrow.list_(pyarrow.struct(REASON)),
     "exit_layer": pyarrow.int32(),
+    "text": pyarrow.string(),
+    "logprob": pyarrow.float64(),
+    "fields": pyarrow.map_(pyarrow.string(), pyarrow.string()),
+    "role": pyarrow.string(),
+    "content": pyarrow.string(),
+    "items": pyarrow.list_(pyarrow.struct(MENTION)),
+    "finish": pyarrow.string(),
+    "reason": pyarrow.string(),
 }
 SCHEMA = pyarrow.schema(
     {
@@ -275,7 +284,7 @@ def _encodable(value: Any) -> Any:
 def _cell(item: dict[str, Any]) -> dict[str, Any]:
     """Convert an item to SCHEMA: ids as texts, interactions and parts as pairs."""
     cell = _with_text_id(item)
-    cell |= {name: list(item[name].items()) for name in ("interactions", "parts") if name in item}
+    cell |= {name: list(item[name].items()) for name in ("interactions", "parts", "fields") if name in item}
     if "because" in item:
         cell["because"] = list(map(_with_text_id, item["because"]))
     return cell

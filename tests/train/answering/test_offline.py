@@ -85,6 +85,29 @@ def test_answers_stand_in_the_order_of_the_requests(recommend, tmp_path, batch_s
     assert [path.name for path in job.output.parent.iterdir()] == ["answers.jsonl"]
 
 
+def test_texts_are_written_into_files_as_by_calls(recommend, tmp_path):
+    requests = [
+        {"user": "a student", "task": "query", "top_k": 2},
+        {"messages": [{"role": "user", "content": "a film, please"}], "task": "conversation"},
+        {"user": "a student", "candidates": [{"genres": "Drama", "title": None}], "task": "content"},
+        {"user": "a student", "top_k": 1, "explain": "text"},
+        {"user": "a student", "task": "query", "text": "known"},
+    ]
+    source, options = write_lines(tmp_path / "requests.jsonl", requests), {"max_new_tokens": 4}
+    for name in ("answers.jsonl", "answers.parquet"):
+        answered(recommend, Job(source, tmp_path / name, "model", options, 5, 3, skip_errors=True))
+    lines = read_lines(tmp_path / "answers.jsonl")
+    table = pyarrow.parquet.read_table(tmp_path / "answers.parquet").to_pylist()
+    for request, line, row in zip(requests[:4], lines, table):
+        expected = recommend(request, **options)
+        assert [list(own) for own in line] == [list(own) for own in expected]
+        for written, cell, own in zip(line, row["answer"], expected, strict=True):
+            for name in own.keys() - {"score", "logprob", "because"}:
+                assert written[name] == own[name]
+                assert (dict(cell[name]) if name == "fields" else cell[name]) == own[name]
+    assert "its text is complete" in lines[4]["error"] and table[4]["error"] == lines[4]["error"]
+
+
 def test_a_table_holds_what_the_lines_hold(recommend, tmp_path):
     named = [
         {"request_id": number * 10, **each} if isinstance(each, dict) else each for number, each in enumerate(REQUESTS)
@@ -104,7 +127,7 @@ def test_a_table_holds_what_the_lines_hold(recommend, tmp_path):
             item_id = str(expected["item_id"]) if "item_id" in expected else None
             without = dict.fromkeys(("item_id", "learnt", "words", "transitions"))  # this catalogue has no evidence
             reasons = [{**without, **reason} for reason in expected["because"]]
-            absent = dict.fromkeys(("interactions", "exit_layer", "parts", "penalty", "boost", "pinned"))
+            absent = dict.fromkeys(name for name in offline.ITEM if name not in ("rank", "item", "score"))
             assert found == {**expected, **absent, "item_id": item_id, "because": reasons}
 
 
