@@ -76,6 +76,8 @@ class Picked(NamedTuple):
     def of(self, values: torch.Tensor, fill: int | None = None) -> torch.Tensor:
         """Gather the picked tokens: B x T (x H) -> B x n (x H); absent ones get `fill`, or repeat token 0."""
         found = gather_tokens(values, self.columns)
+        if fill == 0:  # ONNX Runtime has no Where of truth values
+            return found * self.present
         return found if fill is None else found.masked_fill(~self.present, fill)
 
     def chosen(self, rows: list[int] | torch.Tensor) -> "Picked":
@@ -101,7 +103,7 @@ class Picked(NamedTuple):
 
 def gather_tokens(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Pick B x n tokens out of B x T (x H) values; this copies whole vectors, `gather` single numbers."""
-    first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
+    first = torch.arange(values.shape[0], device=values.device)[:, None] * values.shape[1]
     found = values.flatten(0, 1).index_select(0, (index + first).flatten())
     return found.view(*index.shape, *values.shape[2:])
 

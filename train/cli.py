@@ -1,4 +1,4 @@
-"""The command `m6rec`: fit, prepare, pretrain, finetune, run, convert, evaluate, recommend, quickstart, push.
+"""The command `m6rec`: fit, prepare, pretrain, finetune, run, convert, evaluate, recommend, export, quickstart, push.
 
 A recipe is a YAML file or the name of one of the package's recipes; the arguments after it override its values, e.g.
 `m6rec finetune quickstart training.learning_rate=1e-3`, with or without leading dashes.
@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", metavar="FILE", default="", help="with --untrained: a JSON file for the report")
     recommend = add("recommend", _recommend, "recommend items to a user")
     _add_recommend(recommend)
+    _add_export(add("export", _export, "write a model as ONNX files, or as a page that needs no server"))
     quick = add("quickstart", _quickstart, "train on MovieLens-100K, evaluate, recommend")
     quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
     quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
@@ -179,6 +180,16 @@ def _add_recommend(command: argparse.ArgumentParser) -> None:
     command.add_argument("--restart", action="store_true", help="throw away what an interrupted run has finished")
     command.add_argument("--ray", action="store_true", help="answer by workers of Ray Data (extra `ray`)")
     command.add_argument("--workers", type=int, metavar="N", help="with --ray: how many; default: one a CPU")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="the folder or the Hub id of a trained model")
+    command.add_argument("output", help="the folder that is written")
+    command.add_argument("--to", choices=["onnx", "web"], default="onnx", help="ONNX files, or a page for a browser")
+    command.add_argument("--weights", choices=["float32", "int8"], default="float32", help="number type of the weights")
+    command.add_argument("--exit-layer", type=int, metavar="N", help="write only so many of the joint layers")
+    command.add_argument("--runtime", metavar="DIR", help="with --to web: dist/ of onnxruntime-web; default: from npm")
+    command.set_defaults(overrides=[])
 
 
 def _add_push(command: argparse.ArgumentParser) -> None:
@@ -361,6 +372,16 @@ def _recommend_offline(recommend: Any, options: argparse.Namespace, arguments: d
     kept = f", {report.kept} of them by an earlier run" if report.kept else ""
     wrong = f"; {report.errors} have an error instead of an answer" if report.errors else ""
     print(f"{report.requests} requests answered in {options.output}{kept}{wrong}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .commands.export import export
+
+    if options.overrides:
+        raise ValueError(f"export takes no {options.overrides[0]!r}: it has no recipe to override")
+    if options.runtime and options.to != "web":
+        raise ValueError(f"--runtime {options.runtime} goes with --to web")
+    export(options.model, options.output, options.to, options.weights, options.exit_layer, options.runtime)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
