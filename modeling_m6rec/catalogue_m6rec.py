@@ -1393,6 +1393,11 @@ class State:
     def _masks(self) -> dict[str, torch.Tensor]:
         return {}
 
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """What `CatalogueView.derived` keeps."""
+        return {}
+
     def allowed(self, predicate: "Predicate | None") -> torch.Tensor:
         """Mark which of the N rows may be found; the result for `Conditions` is kept, since requests repeat them."""
         if predicate is None:
@@ -1621,6 +1626,13 @@ class CatalogueView:
         """Return the ids of the items that meet conditions, in the order of insertion."""
         state = self._state
         return [state.ids[row] for row in state.allowed(conditions).nonzero()[:, 0].tolist()]
+
+    def derived(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned at the first call with this key for this state of the catalogue."""
+        kept = self._state.derived
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
     def event_counts(self) -> dict[str, int] | None:
         """Return the number of counted events of each item of the catalogue; None = there is no evidence."""

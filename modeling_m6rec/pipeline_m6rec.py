@@ -177,7 +177,8 @@ class RecommendationPipeline(Pipeline):
                   `exit_layer`.
                 - `on_error`: "raise", or "return": the answer to a request that cannot be answered is
                   `{"error": message}`, and the other requests are answered.
-                - `guard`: a `Guard`; the items that it blocks are left out before ranking.
+                - `guard`: a `Guard`; the items that it blocks are left out before ranking, and blocked texts are drawn
+                  anew, or empty with their `reason`.
                 - `rerank`: `{"field": ..., "weight": ...}`, the arguments of a `Reranker`, which moves down what is
                   shown often; rows then contain their `penalty`, and `score` stays the model's.
 
@@ -288,7 +289,7 @@ class RecommendationPipeline(Pipeline):
         def ranker(task: str) -> Ranker:
             return Ranker(scorer, task, catalogue, evidence=evident, notice=self._notice, known=known, **rules)
 
-        writer = Writer(self.model, self.processor)
+        writer = Writer(self.model, self.processor, rules.get("guard"))
         answering = WritingAnswers(writer, ranker, partial(self._task, task=None), writing)
         answers: list[Any] = [None] * len(requests)
         for name in dict.fromkeys(tasks):

@@ -8,7 +8,9 @@ Shapes: B rows, T new tokens, V = vocab_size.
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -16,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .catalogue_m6rec import Model, item_texts, without_stats
+from .catalogue_m6rec import CatalogueView, Item, Model, item_texts, without_stats
 from .layers_m6rec import inference_mode
-from .ranking_m6rec import FROM_CATALOGUE, Query, Ranker, Wishes
+from .ranking_m6rec import FROM_CATALOGUE, Guard, Query, Ranker, Wishes
 from .trie_m6rec import ItemTrie, TrieProcessor
-from .values_m6rec import short
+from .values_m6rec import WORD, short
 
 ROWS_AT_ONCE = 16
 """Rows that are written together, without beams."""
@@ -44,6 +46,18 @@ NO_SETTINGS = {
     "renormalize_logits": False,
 }
 """Arguments of `generate` in place of a checkpoint's settings, which would forbid texts of items or change scores."""
+REWRITES = 2
+"""Number of times that a blocked text is written anew."""
+REWRITTEN_TOP_P = 0.9
+"""`top_p` of the draws that replace a blocked text which was not drawn."""
+
+RARE = 0.01
+"""A word is rare if this share of the catalogue's items holds it, or fewer; a word of one item is always rare."""
+COMMON = 0.5
+"""A word that more of the catalogue's items hold says nothing of an item; often it is the template's."""
+FEATURE_WORDS = 3
+"""A field's value of more words is a sentence, whose words are not features."""
+VALUES = re.compile(r"[,;|/]")
 
 
 @dataclass
@@ -61,10 +75,12 @@ class Check:
     """What a text says of its request.
 
     Attributes:
-        events: The contribution of each event to the item's score.
-        names: Places of the events that the text names.
-        agrees: Whether the event named best has contributed; None = the text names none.
-        unsupported: Words of the text that no part of the request supports.
+        events: The contribution of each event to the item's score, the largest first.
+        names: Places in `events` of those that the text names: by their title, or by two of their rare words that the
+            item itself does not have.
+        agrees: Whether the event named best has a contribution that is positive and at least half of the largest; None
+            = the text names none.
+        unsupported: Features in the text that neither the item nor the request mentions.
     """
 
     events: list[dict]
@@ -92,6 +108,146 @@ class Written:
     items: list[Mention] = field(default_factory=list)
     checked: Check | None = None
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a catalogue's items.
+
+    Attributes:
+        counts: Word -> number of items with it.
+        size: Number of items.
+        features: Words of short values of the items' fields, such as genres, colours and years.
+    """
+
+    counts: Mapping[str, int]
+    size: int
+    features: frozenset[str]
+
+    @classmethod
+    def of(cls, items: Iterable[Item], processor: Any, features: Iterable[str] = ()) -> "Vocabulary":
+        """Count the words of items.
+
+        Args:
+            items: The items.
+            processor: Processor that formats them.
+            features: More words that are features.
+        """
+        counts: Counter[str] = Counter()
+        short_values: Counter[str] = Counter()
+        every = list(items)
+        for item, text in zip(every, item_texts(processor, every)):
+            counts.update(set(_words(text)))
+            name = processor.names.candidates(item)[0]
+            values = VALUES.split(text[len(name) :] if text.startswith(name) else text)
+            own = [_words(value) for value in values]
+            short_values.update({word for words in own if len(words) <= FEATURE_WORDS for word in words})
+        found = {word for word, count in short_values.items() if count <= COMMON * len(every)}
+        return cls(counts, len(every), frozenset({*found, *(word for own in features for word in _words(own))}))
+
+    @classmethod
+    def of_catalogue(cls, catalogue: CatalogueView, processor: Any) -> "Vocabulary":
+        """Count the words of a catalogue's items, once for each of its states."""
+        return catalogue.derived(
+            "vocabulary", lambda: cls.of((catalogue.item(item_id) for item_id in catalogue), processor)
+        )
+
+    def rare(self, word: str) -> bool:
+        """Whether few items have a word; a word that no item has is rare."""
+        return self.counts.get(word, 0) <= max(1, RARE * self.size)
+
+
+def check(
+    text: str,
+    request: str | Mapping[str, Any],
+    item: Item,
+    because: Sequence[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+    processor: Any,
+) -> Check:
+    """Check an explanation against the contributions of the events.
+
+    Args:
+        text: The explanation of why an item is recommended.
+        request: The request.
+        item: The item.
+        because: The contributions of the events, as `explain=True` of a ranking gives them.
+        vocabulary: Decides which words are rare, and which are features.
+        processor: Processor that formats the items.
+    """
+    own_name, own_text = processor.names.candidates(item)[0], item_texts(processor, [item])[0]
+    past = _past(request, processor)
+    named, own_words = _without(text, own_name), set(_words(own_text))
+    strengths = {}
+    for place, event in enumerate(because):
+        name, said = max(
+            (own for own in past if own[0] in str(event["event"])), key=lambda own: len(own[0]), default=("", "")
+        )
+        rare = {word for word in _words(said) if vocabulary.rare(word)} - own_words
+        shared = len(rare & set(_words(named)))
+        if _holds_name(named, name):
+            strengths[place] = (1, len(_words(name)))
+        elif shared > 1:
+            strengths[place] = (0, shared)
+    agrees = None
+    if strengths:
+        best = max(strengths, key=lambda place: strengths[place])
+        largest = max(float(event["contribution"]) for event in because)
+        contribution = float(because[best]["contribution"])
+        agrees = contribution > 0 and contribution >= largest / 2
+    given = [*_texts(request), *(said for _, said in past)]
+    supported = own_words | {word for said in given for word in _words(said)}
+    features = [word for word in dict.fromkeys(_words(text)) if word in vocabulary.features]
+    return Check(
+        [dict(event) for event in because], sorted(strengths), agrees, [w for w in features if w not in supported]
+    )
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers of a request, without ids."""
+    if isinstance(value, Mapping):
+        for name, own in value.items():
+            if name not in ("item_id", "user_id"):
+                yield from _texts(own)
+    elif isinstance(value, list | tuple):
+        for own in value:
+            yield from _texts(own)
+    elif value is not None:
+        yield str(value)
+
+
+def _pattern(name: str) -> re.Pattern:
+    """Make the pattern of a title as whole words; a title of one word is found in its own case only."""
+    words = WORD.findall(name)
+    edge = r"(?<!\w){}(?!\w)" if name.isascii() else "{}"
+    return re.compile(edge.format(r"[\W_]+".join(map(re.escape, words))), re.IGNORECASE if len(words) > 1 else 0)
+
+
+def _holds_name(text: str, name: str) -> bool:
+    return bool(WORD.search(name)) and _pattern(name).search(text) is not None
+
+
+def _without(text: str, name: str) -> str:
+    """Remove the title of the explained item, which may hold that of an event (Alien 3, Alien)."""
+    return _pattern(name).sub(" ", text) if WORD.search(name) else text
+
+
+def _past(request: str | Mapping[str, Any], processor: Any) -> list[tuple[str, str]]:
+    """Return of each event of a history the name of its item, or what the user wrote, and its text without the verb."""
+    found = []
+    for event in [] if isinstance(request, str) else request.get("history") or []:
+        item = event if isinstance(event, str) else event.get("item")
+        own = {} if isinstance(event, str) else event
+        said = [str(own[key]) for key in ("query", "text") if own.get(key) is not None]
+        if item is not None:
+            found.append((processor.names.candidates(item)[0], " ".join([*item_texts(processor, [item]), *said])))
+        elif said:
+            found.append((said[0], said[0]))
+    return found
 
 
 @dataclass
@@ -169,10 +325,11 @@ class Writer:
     Args:
         model: The model, possibly inside a PeftModel.
         processor: Processor that makes the prompts.
+        guard: Blocks texts; a blocked text is drawn anew up to REWRITES times.
     """
 
-    def __init__(self, model: Model, processor: Any) -> None:
-        self.model, self.processor, self.config = model, processor, model.config
+    def __init__(self, model: Model, processor: Any, guard: Guard | None = None) -> None:
+        self.model, self.processor, self.config, self.guard = model, processor, model.config, guard
 
     def write(self, requests: Sequence[str | Mapping[str, Any]], task: str, **options: Any) -> list[list[Written]]:
         """Write texts.
@@ -183,12 +340,51 @@ class Writer:
             **options: Arguments of `WritingOptions`.
 
         Returns:
-            For each request its texts: the likeliest first, drawn ones in the order of the draws.
+            For each request its texts: the likeliest first, drawn ones in the order of the draws. Where the guard
+            blocks a text and all that were written in its place, its text is empty, with the reason.
 
         Raises:
             ValueError: If a request or an option is invalid; the message names it.
         """
         how = WritingOptions(**options)
+        written = self._write(requests, task, how)
+        if self.guard is None:
+            return written
+        reasons = {
+            (place, number): reason
+            for place, texts in enumerate(written)
+            for number, text in enumerate(texts)
+            if (reason := self.guard.text_reason(text.text)) is not None
+        }
+        for attempt in range(REWRITES):
+            self._rewrite(written, reasons, requests, task, _redrawn(how, attempt))
+        for (place, number), reason in reasons.items():
+            written[place][number] = replace(written[place][number], text="", finish="blocked", items=[], reason=reason)
+        return written
+
+    def _rewrite(
+        self,
+        written: list[list[Written]],
+        reasons: dict[tuple[int, int], str],
+        requests: Sequence[str | Mapping[str, Any]],
+        task: str,
+        how: "WritingOptions",
+    ) -> None:
+        """Draw texts in the place of blocked ones; those that the guard allows replace them."""
+        assert self.guard is not None
+        blocked = list(dict.fromkeys(place for place, _ in reasons))
+        if not blocked:
+            return
+        for place, texts in zip(blocked, self._write([requests[place] for place in blocked], task, how)):
+            free = [text for text in texts if self.guard.text_reason(text.text) is None]
+            for number in [number for own, number in list(reasons) if own == place]:
+                if free:
+                    written[place][number] = free.pop(0)
+                    del reasons[place, number]
+
+    def _write(
+        self, requests: Sequence[str | Mapping[str, Any]], task: str, how: "WritingOptions"
+    ) -> list[list[Written]]:
         prompts, room = self._prompts(requests, task, how.max_new_tokens)
         written: list[list[Written]] = [[] for _ in requests]
         each = how.num_texts if how.draws else how.num_beams
@@ -320,6 +516,13 @@ class Writer:
         return Written(text, logprob, "end" if ended else "length")
 
 
+def _redrawn(how: WritingOptions, attempt: int) -> WritingOptions:
+    """Return the options of the draws in the place of blocked texts."""
+    drawn = {"temperature": how.temperature, "top_p": how.top_p if how.draws else REWRITTEN_TOP_P}
+    seed = None if how.draws and how.seed is None else (how.seed or 0) + attempt + 1
+    return WritingOptions(how.max_new_tokens, num_texts=how.num_texts, seed=seed, **drawn)
+
+
 def _parts(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
     """Split prompts into batches of similar length: places of the prompts."""
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids))
@@ -444,8 +647,20 @@ class WritingAnswers:
             for number, _ in query.best
         ]
         written = self.writer.write(asked, "explanation", **self.options)
-        for row, (text, *_) in zip((row for answer in answers for row in answer), written):
+        rows = [row for answer in answers for row in answer]
+        vocabulary = self._vocabulary(asked) if rows else None
+        for row, request, (text, *_) in zip(rows, asked, written):
+            if vocabulary is not None and "because" in row and text.finish != "blocked":
+                item, processor = request["candidates"][0], self.writer.processor
+                text.checked = check(text.text, request, item, row["because"], vocabulary, processor)
             row |= {"text": text.text, **_outcome(text)}
+
+    def _vocabulary(self, asked: Sequence[Mapping[str, Any]]) -> Vocabulary:
+        """Return the words of the catalogue's items, or without a catalogue of the items that are explained."""
+        catalogue, processor = self.ranker("retrieval").known(), self.writer.processor
+        if catalogue is not None:
+            return Vocabulary.of_catalogue(catalogue, processor)
+        return Vocabulary.of([item for request in asked for item in request["candidates"]], processor)
 
     def _texts(self, task: str, requests: Sequence[Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
         """Write `top_k` texts for each request, or as many as the options say."""
@@ -498,10 +713,10 @@ def _row(task: str, blank: str, text: Written) -> dict[str, Any]:
 
 
 def _outcome(text: Written) -> dict[str, Any]:
-    """Return how a text ended, and what is known of it."""
+    """Return how a text ended, and what is known of it; the events of a check are the row's `because`."""
     found: dict[str, Any] = {"finish": text.finish}
     if text.checked is not None:
-        found["checked"] = asdict(text.checked)
+        found["checked"] = {name: own for name, own in asdict(text.checked).items() if name != "events"}
     return found if text.reason is None else {**found, "reason": text.reason}
 
 
@@ -510,9 +725,11 @@ __all__ = [
     "WRITING_TASKS",
     "Check",
     "Mention",
+    "Vocabulary",
     "Writer",
     "WritingAnswers",
     "WritingOptions",
     "Written",
     "WrittenItem",
+    "check",
 ]

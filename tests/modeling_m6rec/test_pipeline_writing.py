@@ -7,7 +7,7 @@ from transformers import pipeline
 
 from m6rec import Catalogue
 from m6rec.ranking_m6rec import Guard
-from m6rec.writing_m6rec import Writer
+from m6rec.writing_m6rec import Vocabulary, Writer, check
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, build, processor
 
 BLANK = {"user": "a man", "candidates": [{"category": "sport", "title": None}]}
@@ -34,9 +34,8 @@ def texts(recommend, requests, task, **options):
 def test_an_explanation_is_written_for_each_item_of_a_ranking(recommend):
     plain = recommend(REQUEST, task="click", explain=True)
     rows = recommend(REQUEST, task="explanation")
-    assert _rounded([{**row, "text": 0, "finish": 0} for row in plain]) == _rounded(
-        [{**row, "text": 0, "finish": 0} for row in rows]
-    )
+    without = {"text": 0, "finish": 0, "checked": 0}
+    assert _rounded([{**row, **without} for row in plain]) == _rounded([{**row, **without} for row in rows])
     assert _rounded(rows) == _rounded(recommend(REQUEST, task="click", explain="text"))
     items = {row["item"]: item for item in REQUEST["candidates"] for row in rows if row["item"].startswith(_name(item))}
     expected = texts(recommend, [{**SOURCE, "candidates": [items[row["item"]]]} for row in rows], "explanation")
@@ -45,9 +44,27 @@ def test_an_explanation_is_written_for_each_item_of_a_ranking(recommend):
     assert [row["item_id"] for row in found] == [row["item_id"] for row in recommend(SOURCE, task="retrieval", top_k=2)]
     assert all({"because", "text", "finish"} <= set(row) for row in found)
     mentioned = recommend({**REQUEST, "mention": {"features": ["price"]}}, task="explanation", top_k=1)[0]
-    assert (
-        _rounded({**mentioned, "text": 0}) == _rounded({**rows[0], "text": 0}) and mentioned["text"] != rows[0]["text"]
-    )
+    assert _rounded({**mentioned, **without}) == _rounded({**rows[0], **without})
+    assert mentioned["text"] != rows[0]["text"]
+
+
+def test_explanations_are_checked(recommend):
+    words = Vocabulary.of_catalogue(recommend.catalogue.snapshot(), recommend.processor)
+    request = {**SOURCE, "candidates": ITEMS}
+    for row in recommend(request, task="explanation"):
+        item = recommend.catalogue.item(row["item_id"])
+        found = check(row["text"], request, item, row["because"], words, recommend.processor)
+        assert row["checked"] == {"names": found.names, "agrees": found.agrees, "unsupported": found.unsupported}
+    (row,) = recommend({"user": "a man", "candidates": ["a tent"]}, task="explanation")
+    assert row["checked"] == {"names": [], "agrees": None, "unsupported": []}
+
+
+def test_blocked_texts_are_empty_with_their_reason(recommend):
+    guard = Guard(block_items=["i2"], block_texts=["^"], reasons={"^": "no letters"})
+    for task, key in (("query", "text"), ("conversation", "content"), ("explanation", "text")):
+        for row in recommend(CHAT if task == "conversation" else SOURCE, task=task, guard=guard, top_k=1):
+            assert (row[key], row["finish"], row["reason"]) == ("", "blocked", "no letters")
+            assert "checked" not in row and row.get("item_id") != "i2"
 
 
 def _name(item):
