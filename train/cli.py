@@ -1,7 +1,8 @@
-"""The command `m6rec`: fit, prepare, pretrain, finetune, run, convert, evaluate, recommend, export, quickstart, push.
+"""The command `m6rec`: fit, pretrain, finetune, run, convert, evaluate, recommend, serve, export, quickstart, push.
 
-A recipe is a YAML file or the name of one of the package's recipes; the arguments after it override its values, e.g.
-`m6rec finetune quickstart training.learning_rate=1e-3`, with or without leading dashes.
+`m6rec prepare` checks tables, `m6rec log` moves the events of a service. A recipe is a YAML file or the name of one of
+the package's recipes; the arguments after it override its values, e.g. `m6rec finetune quickstart
+training.learning_rate=1e-3`, with or without leading dashes.
 """
 
 import argparse
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     quick = add("quickstart", _quickstart, "train on MovieLens-100K, evaluate, recommend")
     quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
     quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
+    _add_serve(add("serve", _serve, "answer over HTTP (extra `serve`)"))
+    _add_log(add("log", _log, "move the events of a service into tables, or tables into it (extra `serve`)"))
     _add_push(add("push", _push, "publish a model on the Hub, with its card"))
     for command in (*of_recipes, convert, evaluate, recommend, quick):
         command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
@@ -200,6 +203,37 @@ def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", metavar="BRANCH", help="the branch that gets the model; default: main")
     command.add_argument("--base", metavar="ORG/NAME", help="of an adapter: its base on the Hub")
     command.add_argument("--token", help="a token of the Hub; default: HF_TOKEN, or that of `hf auth login`")
+    command.set_defaults(overrides=[])
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="the folder or the Hub id of a model with a catalogue")
+    command.add_argument(
+        "--store", default="m6rec-service.sqlite", metavar="FILE", help="where events are kept; or a PostgreSQL URL"
+    )
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes; they share the store")
+    command.add_argument("--threads", type=int, metavar="N", help="threads of a worker; default: the CPUs are shared")
+    command.add_argument("--token", help="token of requests that write; default: M6REC_TOKEN")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="most requests answered together")
+    command.add_argument("--wait-ms", type=float, default=2.0, metavar="MS", help="a request waits so long for others")
+    command.add_argument("--max-waiting", type=int, default=512, metavar="N", help="more waiting requests get a 429")
+    command.add_argument("--timeout", type=float, default=10.0, metavar="S", help="a request is answered within")
+    command.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request")
+    command.add_argument("--max-events", type=int, default=1000, metavar="N", help="most events that a request gives")
+    command.add_argument("--max-candidates", type=int, default=1000, metavar="N", help="most candidates of a request")
+    command.add_argument("--no-user-states", action="store_true", help="compute every history from its start")
+    command.add_argument("--retention-days", type=float, metavar="D", help="events are deleted after; default: never")
+    command.add_argument("--digest", action="store_true", help="print the model's digest for /reload, and end")
+    command.set_defaults(overrides=[])
+
+
+def _add_log(command: argparse.ArgumentParser) -> None:
+    command.add_argument("direction", choices=["import", "export"], help="import: table to store; export: back")
+    command.add_argument("store", help="the store of a service: a file, or a PostgreSQL URL")
+    command.add_argument("table", help="the table of events (.csv, .tsv, .parquet or .jsonl)")
+    command.add_argument("--items", metavar="FILE", help="with export: a table of the items that were added")
     command.set_defaults(overrides=[])
 
 
@@ -390,11 +424,48 @@ def _quickstart(options: argparse.Namespace) -> None:
     quickstart(Path(options.output), options.data, options.overrides, print)
 
 
+def _serve(options: argparse.Namespace) -> None:
+    from .serving.command import TOKEN, print_digest, serve
+    from .serving.service import Settings
+
+    _refuse_overrides(options)
+    names = ("batch_size", "wait_ms", "max_waiting", "timeout", "max_body", "max_events", "max_candidates")
+    settings = Settings(
+        model=options.model,
+        store=options.store,
+        token=options.token or os.environ.get(TOKEN, ""),
+        user_states=not options.no_user_states,
+        retention_days=options.retention_days,
+        threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers)),
+        **{name: getattr(options, name) for name in names},
+    )
+    if options.digest:
+        print_digest(settings, print)
+        return
+    serve(settings, options.host, options.port, options.workers, partial(print, flush=True))
+
+
+def _log(options: argparse.Namespace) -> None:
+    from .serving.command import log_export, log_import
+
+    _refuse_overrides(options)
+    if options.direction == "export":
+        log_export(options.store, options.table, options.items, print)
+        return
+    if options.items is not None:
+        raise ValueError(f"--items {options.items} goes with export: items are added to a service by POST /items")
+    log_import(options.store, options.table, print)
+
+
+def _refuse_overrides(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise ValueError(f"{options.command} takes no {options.overrides[0]!r}: it has no recipe to override")
+
+
 def _push(options: argparse.Namespace) -> None:
     from .publishing.push import push
 
-    if options.overrides:
-        raise ValueError(f"push takes no {options.overrides[0]!r}: it has no recipe to override")
+    _refuse_overrides(options)
     names = ("private", "revision", "dry_run", "token", "base")
     push(options.model, options.name, print, **{name: getattr(options, name) for name in names})
 

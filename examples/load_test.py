@@ -1,0 +1,162 @@
+"""Puts load on a service: closed loop, one event then one answer for each client, over keep-alive connections.
+
+    python examples/load_test.py http://127.0.0.1:8000 --clients 64 --seconds 30 --token secret
+
+With a token, each client writes an event and then asks whether its item would still be recommended, which it must not:
+an answer that names it is stale. Without a token, clients ask only. Prints requests a second, latencies and statuses
+as JSON. Only the standard library is used.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import time
+import urllib.parse
+from collections import Counter
+
+
+class Connection:
+    """One keep-alive connection."""
+
+    def __init__(self, address: str, token: str) -> None:
+        parts = urllib.parse.urlsplit(address)
+        self._place = parts.hostname or "127.0.0.1", parts.port or 80
+        self._head = f"Host: {self._place[0]}\r\nContent-Type: application/json\r\n"
+        self._token = f"Authorization: Bearer {token}\r\n" if token else ""
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, path: str, body: dict) -> tuple[int, dict]:
+        """Send a request; returns status and JSON."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(*self._place)
+        reader, writer = self._streams
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\n{self._head}{self._token}Content-Length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        await writer.drain()
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        answer = await reader.readexactly(int(headers["content-length"]))
+        if headers.get("connection") == "close":
+            self.close()
+        return int(lines[0].split()[1]), json.loads(answer)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+
+class Load:
+    """What the clients have seen."""
+
+    def __init__(self, address: str, token: str, seed: int) -> None:
+        self.address, self.token, self.seed = address, token, seed
+        self.seconds: list[float] = []
+        self.statuses: Counter[int] = Counter()
+        self.stale = 0
+        self.items: list[str] = []
+
+    async def find_items(self) -> None:
+        """Ask for items of the catalogue."""
+        connection = Connection(self.address, "")
+        status, answer = await connection.post("/recommend", {"user": "somebody", "top_k": 1000})
+        connection.close()
+        if status != 200:
+            raise SystemExit(f"{self.address} does not answer: {answer}")
+        self.items = [row["item_id"] for row in answer["items"]]
+
+    async def client(self, number: int, events: int, until: float, rate: float) -> None:
+        """Ask until the time is over.
+
+        Args:
+            number: Number of the client.
+            events: Events of its history at the start.
+            until: Time of `time.monotonic` of the end.
+            rate: Requests a second of this client; 0 = as many as are answered.
+        """
+        rng, connection = random.Random(f"{self.seed} {number}"), Connection(self.address, self.token)
+        user = f"load-{self.seed}-{number}"
+        history = [{"item": {"item_id": item}} for item in rng.choices(self.items, k=events)]
+        if self.token:
+            await connection.post("/events", [{"user_id": user, **event} for event in history]) if history else None
+        due = time.monotonic() + (rng.random() / rate if rate else 0)
+        while time.monotonic() < until:
+            if rate:
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                due += 1 / rate
+            item = rng.choice(self.items)
+            if self.token:
+                if await self._timed(connection, "/events", {"user_id": user, "item": {"item_id": item}}) is None:
+                    continue
+                # Only this item may be recommended, and the user has just seen it.
+                wishes = {"filter": {"item_id": item}, "exclude_seen": True}
+                answer = await self._timed(connection, "/recommend", {"user_id": user, **wishes})
+                self.stale += answer is not None and bool(answer["items"])
+            else:
+                history = [*history[-events:], {"item": {"item_id": item}}]
+                await self._timed(connection, "/recommend", {"history": history, "top_k": 10})
+        connection.close()
+
+    async def _timed(self, connection: Connection, path: str, body: dict) -> dict | None:
+        """Send a request; returns the JSON of a success."""
+        begin = time.perf_counter()
+        try:
+            status, answer = await connection.post(path, body)
+        except (OSError, asyncio.IncompleteReadError):
+            self.statuses[0] += 1
+            connection.close()
+            return None
+        self.seconds.append(time.perf_counter() - begin)
+        self.statuses[status] += 1
+        if status == 429:
+            await asyncio.sleep(0.05)
+        return answer if status == 200 else None
+
+    def report(self, seconds: float) -> dict:
+        """Summarise; latencies in milliseconds."""
+        ordered = sorted(self.seconds)
+
+        def quantile(share: float) -> float | None:
+            return round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2) if ordered else None
+
+        return {
+            "requests": len(ordered),
+            "requests_per_second": round(self.statuses[200] / seconds, 1),
+            "p50_ms": quantile(0.5),
+            "p99_ms": quantile(0.99),
+            "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
+            "stale": self.stale,
+        }
+
+
+async def run(address: str, clients: int, seconds: float, token: str, **more: float) -> dict:
+    """Put load on a service; returns the report."""
+    load = Load(address, token, int(more.get("seed", 0)))
+    await load.find_items()
+    begin = time.monotonic()
+    rate = more.get("rate", 0.0) / clients
+    events = int(more.get("events", 20))
+    await asyncio.gather(*[load.client(number, events, begin + seconds, rate) for number in range(clients)])
+    return load.report(time.monotonic() - begin)
+
+
+def main() -> None:
+    """Read the arguments and print the report."""
+    parser = argparse.ArgumentParser(description="Put load on a service of m6rec.")
+    parser.add_argument("address", help="such as http://127.0.0.1:8000")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--token", default="", help="write events, too, and count stale answers")
+    parser.add_argument("--events", type=int, default=20, help="events of a history at the start")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second of all clients; 0: closed loop")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    more = {"events": given.events, "rate": given.rate, "seed": given.seed}
+    print(json.dumps(asyncio.run(run(given.address, given.clients, given.seconds, given.token, **more)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
