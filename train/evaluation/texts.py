@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import torch
 from ...modeling_m6rec import M6RecForRecommendation
 from ...tokenization import M6RecProcessor
 from ...values_m6rec import IGNORE_INDEX
-from ...writing_m6rec import Writer
+from ...writing_m6rec import Vocabulary, Writer
 from ..config.arguments import EvaluationArguments
 from ..metrics import writing_intervals, writing_report
 from ..rows.collator import M6RecDataCollator
 from ..rows.writing import WritingExample, WritingExamples, encoded
+from .checked_texts import CHECKED, checks_report, contributions
 from .trivial_texts import trivial_texts
 from .verdicts import OWN
 
@@ -60,6 +61,7 @@ def measure_texts(
     collator: M6RecDataCollator,
     evaluation: EvaluationArguments,
     seed: int,
+    items: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, dict[str, Any]]:
     """Generate texts and compare them with the log's, as do rows that need no model (`trivial_texts`).
 
@@ -70,10 +72,11 @@ def measure_texts(
         collator: Its processor encodes requests and decodes answers.
         evaluation: `max_texts` texts of each writing task are drawn; `text_features` are the features they may name.
         seed: Seed of the draw.
+        items: The catalogue's items, whose words explanations are checked by.
 
     Returns:
-        Name of the row -> metrics (`explanation/rouge_l`, ...), with their `intervals` by bootstrap over users; for the
-        model also `explanation/source_gain` (`source_gain`).
+        Name of the row -> metrics (`explanation/rouge_l`, ...), with their `intervals` by bootstrap over users;
+        explanations also have those of `checks_report`, and the model `explanation/source_gain` (`source_gain`).
     """
     report: dict[str, dict[str, Any]] = {}
     features = evaluation.text_features or None
@@ -91,9 +94,35 @@ def measure_texts(
             row |= {f"{name}/{metric}": value for metric, value in found.items()}
             drawn = writing_intervals(written, references, features, users, seed=seed)
             row[INTERVALS] |= {f"{name}/{metric}": interval for metric, interval in drawn.items()}
+        if name == "explanation":
+            for who, checked in _checks(model, own, rows, collator.processor, items).items():
+                report[who] |= {f"{name}/{metric}": value for metric, value in checked.items()}
         gain = source_gain(model, own, collator)
         report[OWN] |= {} if gain is None else {f"{name}/source_gain": gain}
     return report
+
+
+def _checks(
+    model: M6RecForRecommendation,
+    examples: Sequence[WritingExample],
+    rows: Mapping[str, Sequence[str]],
+    processor: M6RecProcessor,
+    items: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, float]]:
+    """Check the explanations of each row against the contributions of the events to the model's score."""
+    places = [
+        place for place, own in enumerate(examples) if own.request.get("history") and own.request.get("candidates")
+    ]
+    places = places[:CHECKED]
+    if not places:
+        return {}
+    requests = [examples[place].request for place in places]
+    because = contributions(model, processor, requests)
+    vocabulary = Vocabulary.of([*items, *(request["candidates"][0] for request in requests if not items)], processor)
+    return {
+        who: checks_report([texts[place] for place in places], requests, because, vocabulary, processor)
+        for who, texts in rows.items()
+    }
 
 
 def source_gain(

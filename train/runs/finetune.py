@@ -168,7 +168,8 @@ def _rows(run: Run, examples: Any, part: str, task: str, bf16: bool) -> dict[str
     if task == "writing":
         own = measure(run, examples, task, bf16)
         known = examples_of(run, "train", task), examples_of(run, "valid", task)
-        rows = texts.measure_texts(run.model, examples, known, run.collator, recipe.evaluation, recipe.seed)
+        arguments = (run.collator, recipe.evaluation, recipe.seed, run.writer.items)
+        rows = texts.measure_texts(run.model, examples, known, *arguments)
         rows = {OWN: own | rows.pop(OWN, {}), **rows}
         return {**rows, "unigram": texts.unigram_perplexity(known[0], examples, len(run.processor.tokenizer))}
     predicted = {OWN: _predicted(run, examples, task, bf16)}

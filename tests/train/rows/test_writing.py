@@ -270,6 +270,8 @@ def test_writing_is_finetuned_beside_other_tasks_and_reported(tables, tmp_path, 
         report["writing"]["m6rec"]
     )
     assert "query/source_gain" in report["writing"]["m6rec"]
+    for who in ("m6rec", "one_sentence", "nearest_text", "previous_text"):
+        assert {"explanation/naming_rate", "explanation/unsupported"} <= set(report["writing"][who])
     assert report["writing"]["previous_text"]["item_text/rouge_l"] == 0
     assert report["writing"]["unigram"]["examples"] == report["writing"]["m6rec"]["examples"]
     config = json.loads((recipe.output_dir / "config.json").read_text())
