@@ -525,7 +525,11 @@ def marked_places(marked: torch.Tensor) -> torch.Tensor:
 
 
 def mean_log_likelihood(
-    states: torch.Tensor, ids: torch.Tensor, lay: Layout, write_logits: Callable[[torch.Tensor], torch.Tensor]
+    states: torch.Tensor,
+    ids: torch.Tensor,
+    lay: Layout,
+    write_logits: Callable[[torch.Tensor], torch.Tensor],
+    lead: int = 0,
 ) -> torch.Tensor:
     """Average the log-likelihood of the tokens after each target's first [TEXT], up to and including [EOS].
 
@@ -536,12 +540,15 @@ def mean_log_likelihood(
         ids: B x T.
         lay: Their layout.
         write_logits: The writing head: n x H states -> n x V logits.
+        lead: Number of tokens after [TEXT] that are left out of the average.
 
     Returns:
         B x N; NaN for targets without written text.
     """
     written = lay.written & (lay.target > 0)
     wanted = written & functional.pad(written, (1, -1))  # all but the [TEXT] that opens it
+    if lead:
+        wanted = wanted & ((lay.kind != KIND_NUMBER["text"]) | (lay.segment_position > lead))
     targets = functional.pad(torch.where(wanted, ids, IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX)
     known, slots = targets != IGNORE_INDEX, largest(lay.target)
     logits = write_logits(states[known]).float()

@@ -432,6 +432,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
         return_plausibility: bool = False,
+        plausibility_lead: int = 0,
         return_vectors: bool = True,
         exit_layer: int | None = None,
         plan: str | None = None,
@@ -467,6 +468,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             logits_to_keep: Number of last tokens that get logits (0 = all), or their indices.
             return_logits: Compute `logits`; None = unless only labels of other heads were given.
             return_plausibility: Compute `plausibility`.
+            plausibility_lead: Number of tokens at the start of each written text that it leaves out.
             return_vectors: Compute `user_vectors` and `item_vectors`.
             exit_layer: Number of joint layers to run; None = all.
             plan: How to run; see `network_m6rec`.
@@ -530,13 +532,16 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             return M6RecOutput(loss=self._total(found), losses=found)
         given = Given(ids, attention_mask, item_embedding_ids, hidden_events)
         vectors = row_vectors(self, out, given, kept) if return_vectors else (None, None)
+        plausibility = None
+        if return_plausibility:
+            plausibility = mean_log_likelihood(states, chosen, lay, self.write_logits, plausibility_lead)
         return M6RecOutput(
             loss=self._total(found),
             logits=self._logits(out, ids.shape[1], logits_to_keep) if return_logits else None,
             scores=exit_scores[-1],
             user_vectors=vectors[0],
             item_vectors=vectors[1],
-            plausibility=mean_log_likelihood(states, chosen, lay, self.write_logits) if return_plausibility else None,
+            plausibility=plausibility,
             losses=found or None,
             cache=out.cache,
             layout=lay,

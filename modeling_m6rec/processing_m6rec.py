@@ -854,6 +854,11 @@ class M6RecProcessor(ProcessorMixin):
         """
         return self._wording.blank_field(request)
 
+    def plausibility_lead(self) -> list[int]:
+        """Encode the words that precede an item's text in task "plausibility"."""
+        words = self.template["tasks"]["plausibility"].format(item="\0").partition("\0")[0]
+        return self._encode([words.rstrip()])[0]
+
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """Make a plain row of a text, with [EOS] at the end, and its labels; a text longer than `max_length` is cut."""
         row = [

@@ -176,8 +176,11 @@ class Scorer:
                 events[-1].append(text)
         return EncodedRequest(source, targets, [" ".join(texts) for texts in events], reading.events)
 
-    def scores(self, encoded: Sequence[EncodedRequest], task: str) -> list[torch.Tensor]:
-        """Score all targets of each request, N x I each; record the exit of requests with an exit confidence."""
+    def scores(self, encoded: Sequence[EncodedRequest], task: str, lead: int = 0) -> list[torch.Tensor]:
+        """Score all targets of each request, N x I each; record the exit of requests with an exit confidence.
+
+        For task "plausibility", `lead` tokens at the start of each text do not count.
+        """
         rows: list[Tokens] = []
         owners: list[int] = []
         for number, each in enumerate(encoded):
@@ -186,20 +189,26 @@ class Scorer:
             owners += [number] * len(own)
         limits = [encoded[number].confidence for number in owners]
         parts: list[list[torch.Tensor]] = [[] for _ in encoded]
-        for number, (values, exit_layer) in zip(owners, self._target_values(rows, task, limits=limits)):
+        for number, (values, exit_layer) in zip(owners, self._target_values(rows, task, limits=limits, lead=lead)):
             parts[number].append(values)
             encoded[number].exit_layer = exit_layer
         return [torch.cat(several) for several in parts]
+
+    def lead(self, encoded: Sequence[EncodedRequest]) -> int:
+        """Return with how many tokens of the template all targets of task "plausibility" begin."""
+        words = self.processor.plausibility_lead()
+        texts = (target.ids[2:] for each in encoded for target in each.targets)  # after [BOS] [TEXT]
+        return min((_alike(words, text) for text in texts), default=0)
 
     def users(self, encoded: Sequence[EncodedRequest]) -> torch.Tensor:
         """Return the vector of each user: B x D."""
         return self._user_vectors([each.source for each in encoded])
 
-    def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str) -> torch.Tensor:
-        """Score chosen targets with one event hidden, for each event: E x N x I."""
+    def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str, lead: int = 0) -> torch.Tensor:
+        """Score chosen targets with one event hidden, for each event: E x N x I; `lead` as in `scores`."""
         rows, spans = self._rows(encoded, chosen), encoded.spans
         hidden = [span for span in spans for _ in rows]
-        found = iter(self._target_values(rows * len(spans), task, hidden, exit_layer=encoded.exit_layer))
+        found = iter(self._target_values(rows * len(spans), task, hidden, (), encoded.exit_layer, lead))
         return torch.stack([torch.cat([next(found)[0] for _ in rows]) for _ in spans])
 
     def users_without(self, encoded: EncodedRequest) -> torch.Tensor:
@@ -219,11 +228,12 @@ class Scorer:
         hidden: Sequence[tuple[int, int]] | None = None,
         limits: Sequence[float | None] = (),
         exit_layer: int | None = None,
+        lead: int = 0,
     ) -> list[tuple[torch.Tensor, int | None]]:
         """Return N x I values of each row's targets, and their exit if `limits` decide it."""
         found: list[Any] = [None] * len(rows)
         options = {"return_plausibility": task == "plausibility", "exit_layer": exit_layer or self.exit_layer}
-        options["return_vectors"] = False
+        options |= {"return_vectors": False, **({"plausibility_lead": lead} if lead else {})}
         decision = _Decision(self.model, task, limits) if any(limits) else None
         for part, out in self._read(rows, hidden, decision, options):
             values = out.plausibility if task == "plausibility" else self.model.read_scores(out.scores, task)
@@ -272,6 +282,13 @@ class Scorer:
             if decision is not None:
                 batch["decide"] = decision.of(batch["input_ids"], part)
             yield part, self.model(**batch, **self.plan, return_logits=False, **options)
+
+
+def _alike(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return with how many equal ids two sequences begin."""
+    return next(
+        (place for place, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), min(len(left), len(right))
+    )
 
 
 class _Decision(NamedTuple):
@@ -587,8 +604,8 @@ class Wishes:
         boost: What is added to the scores of some items when the order is decided; `score` stays the model's.
         diversity: From 0 (order by score) to 1: weight of the similarity to the items above against the score, which is
             scaled to 0 to 1 (maximal marginal relevance, Carbonell & Goldstein, 1998).
-        pmi: For plausibility: subtract the likelihood of an item's text for no user, so that well-known texts do not
-            come first for everybody (pointwise mutual information).
+        pmi: For plausibility: the score is the mean log-likelihood of a token of the item's own text, minus that for no
+            user, so that well-known texts do not come first for everybody (pointwise mutual information).
     """
 
     task: str | None = None
@@ -727,6 +744,8 @@ class Query:
     """Places of the pinned candidates, by number."""
     bare: torch.Tensor | None = None
     """With `pmi`, what is subtracted from the score of each candidate."""
+    lead: int = 0
+    """With `pmi`, the number of tokens before an item's text, which do not count."""
 
     @property
     def top_k(self) -> int | None:
@@ -946,21 +965,27 @@ class Ranker:
         encoded = self.scorer.encode(requests, self.task)
         for query, own in zip(queries, encoded):
             own.confidence = query.wishes.exit_confidence
-        bare = iter(
-            self._bare([request["candidates"] for query, request in zip(queries, requests) if query.wishes.pmi])
-        )
-        for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
-            query.reading = own
-            if query.wishes.pmi:
-                query.bare = next(bare)
-                values = values - query.bare
+        for query, values in zip(queries, self._values(queries, encoded)):
             query.best = self._chosen(query, _best(values.mean(-1), self._reach(query)))
             query.details = [values[number].tolist() for number, _ in query.best]
 
-    def _bare(self, candidates: Sequence[list[Item]]) -> list[torch.Tensor]:
+    def _values(self, queries: Sequence[Query], encoded: Sequence[EncodedRequest]) -> list[torch.Tensor]:
+        """Return the scores of the candidates of each request, N x I; with `pmi` minus those for no user."""
+        found: dict[int, torch.Tensor] = {}
+        for pmi in (False, True):
+            places = [place for place, query in enumerate(queries) if query.wishes.pmi == pmi]
+            own = [encoded[place] for place in places]
+            lead = self.scorer.lead(own) if pmi else 0
+            bare = self._bare([queries[place] for place in places], lead) if pmi else [None] * len(places)
+            for place, values, less in zip(places, self.scorer.scores(own, self.task, lead), bare):
+                queries[place].reading, queries[place].bare, queries[place].lead = encoded[place], less, lead
+                found[place] = values if less is None else values - less
+        return [found[place] for place in range(len(queries))]
+
+    def _bare(self, queries: Sequence[Query], lead: int) -> list[torch.Tensor]:
         """Return the scores of candidates for no user, N x 1 for each request."""
-        encoded = self.scorer.encode([{"candidates": items} for items in candidates], self.task)
-        return self.scorer.scores(encoded, self.task)
+        alone = [{"candidates": [item for item, _ in query.candidates]} for query in queries]
+        return self.scorer.scores(self.scorer.encode(alone, self.task), self.task, lead)
 
     def _retrieve(self, queries: list[Query]) -> None:
         scored = [query for query in queries if query.seen is None]
@@ -1228,7 +1253,7 @@ class Ranker:
             without = cosines(self.scorer.users_without(encoded), query.vectors)
         else:
             numbers = [number for number, _ in query.best]
-            without = self.scorer.scores_without(encoded, numbers, self.task).mean(-1)
+            without = self.scorer.scores_without(encoded, numbers, self.task, query.lead).mean(-1)
             if query.bare is not None:
                 without = without - query.bare[numbers, 0]
         return [[score - share * other for other in others] for score, others in zip(scores, without.T.tolist())]

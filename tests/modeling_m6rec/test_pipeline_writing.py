@@ -3,9 +3,11 @@
 import functools
 
 import pytest
+import torch
 from transformers import pipeline
 
 from m6rec import Catalogue
+from m6rec.catalogue_m6rec import without_stats
 from m6rec.ranking_m6rec import Guard
 from m6rec.writing_m6rec import Vocabulary, Writer, check
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, build, processor
@@ -153,16 +155,31 @@ def test_next_items_are_items_that_may_be_recommended(recommend):
         found(filter=lambda item: False)
 
 
-def test_pmi_subtracts_what_is_likely_for_anybody(recommend):
-    def scores(request, **more):
-        return {row["item"]: row for row in recommend(request, task="plausibility", **more)}
+def test_pmi_compares_an_items_own_words_with_and_without_a_user(recommend):
+    own, model = recommend.processor, recommend.model
+    lead = len(own.plausibility_lead())
+    assert own.tokenizer.decode_text(own.plausibility_lead()) == "also clicks"
 
-    plain, less = scores(REQUEST), scores(REQUEST, pmi=True, explain=True)
-    bare = scores({"candidates": REQUEST["candidates"]})
-    for item, row in less.items():
-        assert row["score"] == pytest.approx(plain[item]["score"] - bare[item]["score"], abs=1e-5)
-        explained = scores(REQUEST, explain=True)[item]["because"]
-        assert _rounded(row["because"]) == _rounded(explained)
+    def likelihood(request, item, without=None):
+        batch = own([{**request, "candidates": [item]}], "plausibility", return_tensors="pt")
+        ids, start = batch["input_ids"], batch["input_ids"][0].tolist().index(model.config.bos_token_id) + 2 + lead
+        if without is not None:
+            begin, end = own.read({**request, "candidates": [item]}, "plausibility").events[without]
+            batch["hidden_events"] = torch.zeros_like(ids).bool()
+            batch["hidden_events"][0, begin:end] = True
+        with torch.no_grad():
+            logp = model(**batch, plan="flat").logits[0].log_softmax(-1)
+        places = torch.arange(start, ids.shape[1])
+        return float(logp[places - 1, ids[0, places]].mean())
+
+    rows = recommend(REQUEST, task="plausibility", pmi=True, explain=True)
+    items = {own.item_texts([item])[0]: item for item in map(without_stats, REQUEST["candidates"])}
+    for row in rows:
+        item = items[row["item"]]
+        assert row["score"] == pytest.approx(likelihood(SOURCE, item) - likelihood({}, item), abs=1e-5)
+        expected = [likelihood(SOURCE, item) - likelihood(SOURCE, item, place) for place in range(4)]
+        found = [reason["contribution"] for reason in row["because"]]
+        assert found == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
     mixed = recommend([{**REQUEST, "pmi": True}, REQUEST], task="plausibility", batch_size=2)
     assert _rounded(mixed) == _rounded([recommend(REQUEST, task="plausibility", pmi=own) for own in (True, False)])
 
