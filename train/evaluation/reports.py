@@ -1,7 +1,7 @@
 """Reports: rankings, clicks, ratings and interactions of held-out events, for the model and the baselines."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -363,19 +363,49 @@ def _ranked(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Rank each target, and list each user's first k items."""
     ranks, top = [], []
-    num_items = scores[:1].shape[1] if examples.users else 1
-    at_once = max(SCORES_AT_ONCE // num_items, 1)
-    for start in range(0, len(examples.users), at_once):
-        part = slice(start, start + at_once)
+    for part in _slices(scores, len(examples.users)):
         table, seen = scores[part], examples.histories[part] if exclude_seen else None
         ranks.append(target_ranks(table, examples.targets[part], seen))
         top += top_items(table, k, seen)
     return np.concatenate(ranks) if ranks else np.empty(0), top
 
 
+def _slices(scores: Scores | np.ndarray, users: int) -> Iterator[slice]:
+    """Yield slices of the users whose scores fit the memory together."""
+    num_items = scores[:1].shape[1] if users else 1
+    at_once = max(SCORES_AT_ONCE // num_items, 1)
+    yield from (slice(start, start + at_once) for start in range(0, users, at_once))
+
+
 def ranks_of(scores: Scores | np.ndarray, examples: RankingExamples, exclude_seen: bool) -> np.ndarray:
     """Rank each target: U."""
-    return _ranked(scores, examples, exclude_seen, 1)[0]
+    return ranks_of_sums([scores], {0: [1.0]}, examples, exclude_seen)[0]
+
+
+def ranks_of_sums(
+    scores: Sequence[Scores | np.ndarray],
+    weights: Mapping[Any, Sequence[float]],
+    examples: RankingExamples,
+    exclude_seen: bool,
+) -> dict[Any, np.ndarray]:
+    """Rank each target by weighted sums of scores, each of which is computed once.
+
+    Args:
+        scores: K times U x M scores.
+        weights: Name -> K weights.
+        examples: The U users.
+        exclude_seen: Leave out the items of a user's history.
+
+    Returns:
+        Name -> U ranks.
+    """
+    ranks: dict[Any, list[np.ndarray]] = {name: [np.empty(0)] for name in weights}
+    for part in _slices(scores[0], len(examples.users)):
+        tables, seen = [own[part] for own in scores], examples.histories[part] if exclude_seen else None
+        for name, own in weights.items():
+            used = [weight * table if weight != 1 else table for weight, table in zip(own, tables) if weight]
+            ranks[name].append(target_ranks(sum(used[1:], used[0]), examples.targets[part], seen))
+    return {name: np.concatenate(several) for name, several in ranks.items()}
 
 
 def ranking_rows(
@@ -597,6 +627,7 @@ __all__ = [
     "ranking_rows",
     "ranking_scores_report",
     "ranks_of",
+    "ranks_of_sums",
     "scoring_baselines",
     "scoring_examples",
     "scoring_report",

@@ -73,11 +73,10 @@ class ValidationMetrics:
         """Return each event's NDCG@10 for each share."""
         run, examples = self.run, self.examples
         cosines = evaluation.rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
-        return gains_of(
-            {NETWORK_ONLY: cosines, **{share: combined(cosines, self.evidence, share) for share in SHARES}},
-            run,
-            examples,
-        )
+        weights = {NETWORK_ONLY: (0.0, 1.0), **{share: (1.0, share) for share in SHARES}}
+        exclude = run.recipe.evaluation.exclude_seen
+        ranks = evaluation.ranks_of_sums([self.evidence, cosines], weights, examples, exclude)
+        return {share: ndcg_gains(own, evaluation.COMPARED_AT) for share, own in ranks.items()}
 
 
 def combined(cosines: Scores, evidence: Scores, share: float) -> Scores:

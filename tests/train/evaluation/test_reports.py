@@ -13,6 +13,7 @@ from m6rec.train.data.splits import Split, hold_out, order
 from m6rec.train.evaluation import reports as evaluation
 from m6rec.train.evaluation.reports import (
     RankingExamples,
+    Scores,
     ScoringExamples,
     before_and_in,
     catalogue_vectors,
@@ -23,6 +24,7 @@ from m6rec.train.evaluation.reports import (
     ranking_intervals,
     ranking_rows,
     ranking_scores_report,
+    ranks_of_sums,
     scoring_baselines,
     scoring_examples,
     scoring_report,
@@ -518,3 +520,29 @@ def test_errors_of_ratings_by_hand():
     examples = ScoringExamples([], np.array(["a", "b"]), np.array(["x", "y"]), np.array([4.0, 1.0]))
     report = scoring_report(np.array([3.0, 4.0]), examples, "rating")
     assert report == {"rmse": pytest.approx(math.sqrt(5)), "mae": 2.0, "examples": 2}
+
+
+@pytest.mark.parametrize("cells", [1, 12, 1000])
+def test_ranks_of_sums_are_those_of_the_added_scores(monkeypatch, cells):
+    """However many users are scored at once; each score is computed once for each user."""
+    monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", cells)
+    rng, users, read = np.random.default_rng(0), 7, []
+    tables = rng.integers(0, 4, (2, users, 5)).astype(float)
+    histories = [rng.choice(5, 2, replace=False) for _ in range(users)]
+    examples = RankingExamples(
+        [str(user) for user in range(users)], [], histories, rng.integers(0, 5, users), np.zeros(users, bool)
+    )
+
+    def scores(number):
+        def of(part):
+            read.extend((number, user) for user in range(users)[part])
+            return tables[number][part]
+
+        return Scores(of)
+
+    weights = {"first": (1.0, 0.0), "second": (0.0, 1.0), "both": (1.0, 0.5)}
+    found = ranks_of_sums([scores(0), scores(1)], weights, examples, exclude_seen=True)
+    assert sorted(read)[1:] == [(number, user) for number in (0, 1) for user in range(users)], "the first user's width"
+    for name, (first, second) in weights.items():
+        expected = target_ranks(first * tables[0] + second * tables[1], examples.targets, histories)
+        np.testing.assert_array_equal(found[name], expected)
