@@ -184,7 +184,9 @@ class M6RecConfig(PreTrainedConfig):
     """
 
     model_type = "m6rec"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "layout", "losses", "user_vectors", "item_vectors"]
+    keys_to_ignore_at_inference = [
+        *("cache", "past_key_values", "layout", "losses", "user_vectors", "item_vectors", "continuation"),
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -190,7 +190,7 @@ class M6RecAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling, self.head_dim = config.head_dim**-0.5, config.head_dim
         self.is_causal = True
         queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -217,7 +217,7 @@ class M6RecAttention(nn.Module):
         """
         own = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
         query, key, value = (
-            projection(states).unflatten(-1, (-1, self.config.head_dim))
+            projection(states).unflatten(-1, (-1, self.head_dim))
             for projection, states in ((self.q_proj, own), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
         query, key, value = (states.transpose(1, 2) for states in (self.q_norm(query), self.k_norm(key), value))
@@ -292,10 +292,11 @@ class M6RecLayer(GradientCheckpointingLayer):
         inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
         attended, _ = self.self_attn(inner, rotary, attention_mask, output_mask=output_mask, **kwargs)
         hidden_states = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
-        hidden_states = _into(self.dropout(attended), hidden_states)
+        hidden_states = _into(self.dropout(attended) if self.training else attended, hidden_states)
         hidden_states = self.attention_norm(hidden_states) if self.post_norm else hidden_states
         inner = hidden_states if self.post_norm else self.mlp_norm(hidden_states)
-        hidden_states = _into(self.dropout(self.mlp(inner)), hidden_states)
+        inner = self.mlp(inner)
+        hidden_states = _into(self.dropout(inner) if self.training else inner, hidden_states)
         return self.mlp_norm(hidden_states) if self.post_norm else hidden_states
 
 

@@ -272,6 +272,70 @@ def _any_of(where: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tens
     return count[group] > 0
 
 
+class Continuation(NamedTuple):
+    """What the next written token of each row needs to know of the tokens before it, T in number.
+
+    It is made once for a prompt, then extended by each written token: a layout of all ids, and masks over them, would
+    be computed again and again.
+    """
+
+    last: Layout
+    """Layout of the last token, B x 1; all are written."""
+    ended: torch.Tensor
+    """B x 1 bool: it is an [EOS] that ends a target."""
+    segment_keys: torch.Tensor
+    """B x T bool: tokens that the last one attends to in the segment layers, and itself."""
+    joint_keys: torch.Tensor
+    """B x T bool: the same in the joint layers."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.joint_keys.shape[1]
+
+    @classmethod
+    def after(
+        cls, ids: torch.Tensor, lay: Layout, masks: Sequence[torch.Tensor], config: M6RecConfig
+    ) -> "Continuation | None":
+        """Make the continuation of rows.
+
+        Args:
+            ids: B x Q, the last ids.
+            lay: Their layout.
+            masks: The masks of segment layers and joint layers, B x Q x T bool.
+            config: Gives the id of [EOS].
+
+        Returns:
+            The continuation; None if the last token of any row is not written.
+        """
+        last = lay.last(1)
+        if not last.written.all():
+            return None
+        keys = [mask[:, -1].index_fill(1, torch.tensor(mask.shape[2] - 1, device=ids.device), 1) for mask in masks]
+        return cls(last, _ends_text(ids[:, -1:], last, config), *keys)
+
+    def followed_by(self, ids: torch.Tensor, config: M6RecConfig) -> "Continuation":
+        """Return the continuation after one more token of each row, B x 1 ids.
+
+        Of all structural tokens only [EOS] may follow.
+        """
+        last, ended = self.last, _ends_text(ids, self.last, config)
+        opens = ended | self.ended
+        here = last._replace(
+            kind=last.kind * ~opens,
+            segment=last.segment + opens,
+            segment_position=(last.segment_position + 1) * ~opens,
+            request_position=last.request_position + 1,
+        )
+        apart = opens if not config.writes_from_source else torch.zeros_like(opens)
+        keys = (self.segment_keys & ~apart, self.joint_keys)
+        return Continuation(here, ended, *(functional.pad(seen, (0, 1), value=True) for seen in keys))
+
+
+def _ends_text(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Tensor:
+    return (ids == config.eos_token_id) & lay.text
+
+
 def skipped(lay: Layout, config: M6RecConfig) -> torch.Tensor:
     """Mark the tokens of given segments of `skipped_kinds`; B x T bool."""
     found = torch.zeros_like(lay.valid)
@@ -578,6 +642,7 @@ def _tells_user(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
 
 __all__ = [
     "KIND_NUMBER",
+    "Continuation",
     "KeptTokens",
     "Layout",
     "Payloads",

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -50,6 +50,7 @@ from .item_features_m6rec import (
 )
 from .layers_m6rec import LMHeadTransform, make_norm
 from .layout_m6rec import (
+    Continuation,
     KeptTokens,
     Layout,
     SegmentKey,
@@ -361,6 +362,7 @@ class M6RecOutput(CachedOutput):
         cache: The cache, if requested; also available as `past_key_values`.
         layout: Layout of the Q tokens.
         exit_layers: B, number of joint layers that each row ran through, if `decide` was given.
+        continuation: With a cache, what the next written token needs to know of the rows; see `M6RecModel.forward`.
         hidden_states: Output of every layer, if requested.
         attentions: Attention weights of every layer, if requested.
     """
@@ -375,8 +377,24 @@ class M6RecOutput(CachedOutput):
     cache: Cache | None = None
     layout: Layout | None = None
     exit_layers: torch.Tensor | None = None
+    continuation: Continuation | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class StructuralTokens(LogitsProcessor):
+    """Forbids `generate` the structural tokens, by their places: the library's processor compares all words each step.
+
+    Args:
+        config: Gives the ids.
+    """
+
+    def __init__(self, config: M6RecConfig) -> None:
+        self.ids = torch.tensor(config.structural_token_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Set the B x V scores of structural tokens to minus infinity."""
+        return scores.index_fill(1, self.ids.to(scores.device), -torch.inf)
 
 
 class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
@@ -434,6 +452,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return_plausibility: bool = False,
         plausibility_lead: int = 0,
         return_vectors: bool = True,
+        return_scores: bool = True,
         exit_layer: int | None = None,
         plan: str | None = None,
         segment_cache: SegmentCache | None = None,
@@ -470,6 +489,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             return_plausibility: Compute `plausibility`.
             plausibility_lead: Number of tokens at the start of each written text that it leaves out.
             return_vectors: Compute `user_vectors` and `item_vectors`.
+            return_scores: Compute `scores`; labels of scores need them.
             exit_layer: Number of joint layers to run; None = all.
             plan: How to run; see `network_m6rec`.
             segment_cache: Segment states kept between calls, for plan "cached".
@@ -511,9 +531,11 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         )
         ids = all_ids(input_ids, layout_ids)
         kept = KeptTokens(ids.shape[1], out.layout, out.kept)
-        chosen, lay = kept.of(ids, self.config.pad_token_id), out.layout
+        lay = out.layout
+        chosen = kept.of(ids, self.config.pad_token_id)
         states, *exits = (state[:, -kept.tokens :] for state in (out.last_hidden_state, *out.exit_states))
-        exit_scores = [self.score_logits(state, chosen, lay) for state in exits]
+        scored = return_scores or bool(score_labels)
+        exit_scores = [self.score_logits(state, chosen, lay) for state in exits] if scored else []
         found: dict[str, torch.Tensor] = {}
         if labels is not None:
             targets = kept.of(labels[:, -ids.shape[1] :], IGNORE_INDEX)
@@ -538,7 +560,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return M6RecOutput(
             loss=self._total(found),
             logits=self._logits(out, ids.shape[1], logits_to_keep) if return_logits else None,
-            scores=exit_scores[-1],
+            scores=exit_scores[-1] if scored else None,
             user_vectors=vectors[0],
             item_vectors=vectors[1],
             plausibility=plausibility,
@@ -546,6 +568,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             cache=out.cache,
             layout=lay,
             exit_layers=out.exit_layers,
+            continuation=out.continuation,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
@@ -628,7 +651,12 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return self.lm_head(self.lm_transform(states))
 
     def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor | ModelOutput:
         """Continue from the last token, which must be inside written text; structural tokens are never generated.
 
@@ -643,15 +671,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         self._refuse_unwritable(input_ids, kwargs.get("attention_mask"))
         settings = generation_config or self.generation_config
         kwargs = library_arguments(kwargs)
-        own = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens or []
-        kwargs["suppress_tokens"] = sorted({*own, *self.config.structural_token_ids})
+        processors = LogitsProcessorList([StructuralTokens(self.config), *(logits_processor or ())])
         if kwargs.get("guidance_scale", settings.guidance_scale) not in (None, 1):
-            negative = kwargs.get("negative_prompt_ids", args[6] if len(args) > 6 else None)
+            negative = kwargs.get("negative_prompt_ids", args[5] if len(args) > 5 else None)
             if negative is None:
                 raise ValueError("guidance_scale needs negative_prompt_ids: rows that end inside written text")
             self._refuse_unwritable(negative, kwargs.get("negative_prompt_attention_mask"))
             kwargs["use_cache"] = False  # the library gives a cache without the ids before it, which the layout needs
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
     def _refuse_unwritable(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Refuse rows that cannot be continued."""
@@ -666,10 +693,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass `forward` all ids so far, from which it derives the layout, and the cache under both names (PEFT)."""
-        kwargs = {**library_arguments(kwargs), "layout_ids": input_ids}
+        kwargs = {**library_arguments(kwargs), "layout_ids": input_ids, "return_scores": False, "return_vectors": False}
         prepared = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = one_cache(*(prepared.get(name) for name in CACHE_NAMES))
         return prepared if cache is None else {**prepared, **dict.fromkeys(CACHE_NAMES, cache)}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand the layout of the last token on to the next step. Beams only change places within a prompt's rows."""
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return {**updated, "continuation": outputs.get("continuation")}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:

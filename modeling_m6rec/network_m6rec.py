@@ -43,6 +43,7 @@ from .configuration_m6rec import KINDS, M6RecConfig
 from .item_features_m6rec import ITEM_FEATURES, features_at
 from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
 from .layout_m6rec import (
+    Continuation,
     Layout,
     Payloads,
     Picked,
@@ -662,6 +663,7 @@ class M6RecModelOutput(CachedOutput):
         row_layout: Layout of all T tokens of the rows.
         kept: With `compact_output`, the indices of the Q tokens in the row.
         exit_layers: B, number of joint layers that each row ran through, if `decide` was given.
+        continuation: With a cache, what the next written token needs to know of the rows, if all rows can go on.
         hidden_states: Output of every layer, if requested.
         attentions: Attention weights of every layer, if requested (eager attention only).
     """
@@ -675,6 +677,7 @@ class M6RecModelOutput(CachedOutput):
     row_layout: Layout = GIVEN
     kept: Picked | None = None
     exit_layers: torch.Tensor | None = None
+    continuation: Continuation | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -718,6 +721,8 @@ class M6RecModel(M6RecPreTrainedModel):
             feature.put(self, feature.make(config))
         self.entry_norm = make_norm(config, size) if config.entry_norm else nn.Identity()
         self.layers = nn.ModuleList(M6RecLayer(config) for _ in range(config.num_hidden_groups))
+        groups, layers = config.num_hidden_groups, config.num_hidden_layers
+        self._groups = [index * groups // layers for index in range(layers)]
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
         self.rotary = M6RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
         self.gradient_checkpointing = False
@@ -746,8 +751,7 @@ class M6RecModel(M6RecPreTrainedModel):
 
     def layer(self, index: int) -> M6RecLayer:
         """Return the weights of layer `index`; consecutive layers share them if there are fewer groups than layers."""
-        group = index * self.config.num_hidden_groups // self.config.num_hidden_layers
-        return cast(M6RecLayer, self.layers[group])
+        return cast(M6RecLayer, self.layers[self._groups[index]])
 
     def segment_modules(self) -> list[nn.Module]:
         """Return the modules that decide segment states: the embeddings and the segment layers."""
@@ -958,6 +962,7 @@ class M6RecModel(M6RecPreTrainedModel):
         extra_output_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         payloads: Payloads = (),
+        continuation: Continuation | None = None,
         **kwargs: Any,
     ) -> M6RecModelOutput:
         """Run the network on rows.
@@ -987,6 +992,8 @@ class M6RecModel(M6RecPreTrainedModel):
             cache: A cache to fill or to continue from.
             payloads: For each row, digests of its segments' content besides ids, by segment number; segments with
                 different digests share no state. Empty = no such content; see `embed_ids`.
+            continuation: That of the output before, if one token follows which is neither structural (but for [EOS])
+                nor padding: the layout of earlier tokens is then not computed again.
             **kwargs: Passed to the attention function.
 
         Raises:
@@ -999,13 +1006,17 @@ class M6RecModel(M6RecPreTrainedModel):
         past = 0 if cache is None else int(cache.get_seq_length())
         layout_ids = all_ids(None if past else input_ids, layout_ids)
         total, queries = layout_ids.shape[1], given.shape[1]
+        exits = sorted(set(exits or [self.config.num_joint_layers]))
+        goes_on = continuation is not None and queries == 1 and continuation.tokens == total - 1 <= past
+        if goes_on and input_ids is not None and continuation is not None and cache is not None:
+            following = continuation.followed_by(input_ids, self.config)
+            return self._write_on(input_ids, following, cache, past, exits, **kwargs)
         if past + queries < total:
             raise ValueError(f"layout_ids holds {total} ids, but only {past + queries} are in the cache and the input")
         lay = layout(layout_ids, None if attention_mask is None else attention_mask[:, -total:], self.config)
         keys = summary_keys(lay, layout_ids == self.config.segment_token_id, self.config)
         hidden = torch.zeros_like(keys) if hidden_events is None else _widen(hidden_events.bool(), total)
         item_embedding_ids = None if item_embedding_ids is None else _widen(item_embedding_ids, total)
-        exits = sorted(set(exits or [self.config.num_joint_layers]))
         output_mask = None if heads is None else head_places(layout_ids, lay, self.config, "user" in heads)
         if output_mask is not None and extra_output_mask is not None:
             output_mask = output_mask | _widen(extra_output_mask, total)
@@ -1093,42 +1104,88 @@ class M6RecModel(M6RecPreTrainedModel):
         lay, (queries, total) = rows.lay, (embeds.shape[1], rows.lay.valid.shape[1])
         virtual, new = past + queries - total, min(queries, total)
         self._refuse_bad_chunks(rows, total - new, virtual, cache)
-        here, ahead = lay.last(new), queries - new
+        here, ids = lay.last(new), rows.input_ids[:, total - new :]
+        seen = rows.keys & ~rows.hidden
+        keys, text_keys = (seen, None) if rows.text_only is None else (seen & ~rows.text_only, seen)
+        masks = (
+            segment_mask(lay, new, self.config, rows.hidden),
+            joint_mask(lay, new, self.config, keys, text_keys),
+        )
+        item_embedding_ids = None if rows.item_embedding_ids is None else rows.item_embedding_ids[:, total - new :]
+        found = self._masked(embeds, ids, here, masks, cache, virtual, rows.exits, item_embedding_ids, **kwargs)
+        return M6RecModelOutput(
+            **found,
+            standalone_states=last_states(self, rows.standalone),
+            row_layout=lay,
+            continuation=None if cache is None else Continuation.after(ids, here, masks, self.config),
+        )
+
+    def _write_on(
+        self, ids: torch.Tensor, following: Continuation, cache: Cache, past: int, exits: Sequence[int], **kwargs: Any
+    ) -> M6RecModelOutput:
+        """Run the plan "flat" on one written token of each row, B x 1 ids."""
+        here, masks = following.last, (following.segment_keys[:, None], following.joint_keys[:, None])
+        virtual = past + 1 - masks[0].shape[2]
+        found = self._masked(self.embed_ids(ids, here), ids, here, masks, cache, virtual, exits, None, **kwargs)
+        return M6RecModelOutput(**found, standalone_states=last_states(self, ()), continuation=following)
+
+    def _masked(
+        self,
+        embeds: torch.Tensor,
+        ids: torch.Tensor,
+        here: Layout,
+        masks: Sequence[torch.Tensor],
+        cache: Cache | None,
+        virtual: int,
+        exits: Sequence[int],
+        item_embedding_ids: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Run every layer over the last tokens of rows, and over virtual tokens that are not in the cache yet.
+
+        Args:
+            embeds: B x Q x embedding_size.
+            ids: Ids of the last tokens, B x N; N < Q if virtual tokens precede them.
+            here: Their layout.
+            masks: Masks of segment layers and joint layers, B x N x T bool.
+            cache: Cache to fill.
+            virtual: P, number of virtual tokens, in the cache or not.
+            exits: Joint layers after which states are needed.
+            item_embedding_ids: B x N rows of item embeddings.
+            **kwargs: Passed to the attention function.
+
+        Returns:
+            Fields of the output: states, cache and layout.
+        """
+        queries = embeds.shape[1]
+        ahead = queries - ids.shape[1]
         width = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
         kwargs["key_cache"] = cache
 
         def front(field: torch.Tensor) -> torch.Tensor:
-            return functional.pad(field, (ahead, 0))
+            return functional.pad(field, (ahead, 0)) if ahead else field
 
         order = torch.arange(ahead, device=embeds.device).expand(embeds.shape[0], -1)
         positions = torch.cat((order, self.embedding_positions(here)), 1)
         # Given text attends to virtual tokens in the joint layers only: its segment state depends on its segment only.
         sees = here.text if self.config.writes_from_source else False
-        mask = segment_mask(lay, new, self.config, rows.hidden)
-        bias = attention_bias(mask, queries, width, embeds.dtype, virtual, sees)
-        ids = rows.input_ids[:, total - new :]
+        bias = attention_bias(masks[0], queries, width, embeds.dtype, virtual, sees)
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
         segment_states = self.add_to_rows(segment_states, ids, here)
-        item_embedding_ids = (
-            None if rows.item_embedding_ids is None else front(rows.item_embedding_ids[:, total - new :])
-        )
+        item_embedding_ids = None if item_embedding_ids is None else front(item_embedding_ids)
         states = self.enter(
             segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_embedding_ids
         )
-        seen = rows.keys & ~rows.hidden
-        keys, text_keys = (seen, None) if rows.text_only is None else (seen & ~rows.text_only, seen)
-        bias = attention_bias(joint_mask(lay, new, self.config, keys, text_keys), queries, width, states.dtype, virtual)
+        bias = attention_bias(masks[1], queries, width, states.dtype, virtual)
         positions = torch.cat((order, self.joint_positions(here)), 1)
-        read = [self.norm(state) for state in self.joint_stage(states, positions, bias, rows.exits, **kwargs)]
-        return M6RecModelOutput(
-            last_hidden_state=read[-1],
-            segment_states=segment_states,
-            standalone_states=last_states(self, rows.standalone),
-            exit_states=tuple(read),
-            cache=cache,
-            layout=here,
-            row_layout=lay,
-        )
+        read = [self.norm(state) for state in self.joint_stage(states, positions, bias, exits, **kwargs)]
+        return {
+            "last_hidden_state": read[-1],
+            "segment_states": segment_states,
+            "exit_states": tuple(read),
+            "cache": cache,
+            "layout": here,
+        }
 
     def _refuse_bad_chunks(self, rows: Rows, start: int, virtual: int, cache: Cache | None) -> None:
         """Refuse a chunk that ends inside a given segment or bidirectional text: its states would change later."""

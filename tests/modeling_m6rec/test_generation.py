@@ -1,8 +1,12 @@
 """Writing honours the layout at every step, whatever the cache and the search."""
 
+from unittest import mock
+
 import pytest
 import torch
 
+from m6rec import network_m6rec
+from m6rec.layout_m6rec import Continuation, joint_mask, layout, segment_mask
 from tests.modeling_m6rec.tiny import (
     BOS,
     EOS,
@@ -60,6 +64,38 @@ def test_generate_with_cache_equals_without_equals_brute_force(settings):
         for more in CACHES
     ]
     assert torch.equal(beams[0], beams[1]) and torch.equal(beams[0], beams[2])
+
+
+@pytest.mark.parametrize("settings", [SMALL[0], SMALL[2], SMALL[-1]], ids=("segment", "bidirectional", "source"))
+@pytest.mark.parametrize("cache", ({}, {"cache_implementation": "static"}), ids=("dynamic", "static"))
+def test_the_layout_of_a_prompt_is_computed_once(settings, cache):
+    model, batch, counted = build(settings), prompts(), []
+    with mock.patch.object(network_m6rec, "layout", lambda *args: counted.append(args) or layout(*args)):
+        for more in ({"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+            counted.clear()
+            model.generate(**batch, max_new_tokens=6, min_new_tokens=6, **more, **cache)
+            assert len(counted) == 1
+
+
+@pytest.mark.parametrize("settings", [SMALL[0], SMALL[-1], {"num_joint_layers": 4}], ids=("segment", "source", "joint"))
+def test_a_layout_that_is_continued_is_the_layout_of_all_ids(settings):
+    """Token by token, also after an [EOS] that ends a text."""
+    config, batch = build(settings).config, prompts()
+    ids, mask, going = batch["input_ids"], batch["attention_mask"], None
+    torch.manual_seed(0)
+    for step in range(9):
+        lay = layout(ids, mask, config)
+        hidden = lay.event == 1
+        masks = segment_mask(lay, 1, config, hidden), joint_mask(lay, 1, config, lay.valid & ~hidden)
+        wanted = Continuation.after(ids, lay, masks, config)
+        if going is not None:
+            for found, field in zip((*going.last, *going[1:]), (*wanted.last, *wanted[1:])):
+                assert torch.equal(found.long(), field.long()), step
+        token = torch.randint(WORDS[0], WORDS[-1], (len(ids), 1))
+        token[step % 4] = EOS if step % 3 == 1 else token[step % 4]
+        going = wanted.followed_by(token, config)
+        ids, mask = torch.cat((ids, token), 1), torch.cat((mask, torch.ones_like(token)), 1)
+    assert Continuation.after(ids[:, :4], layout(ids[:, :4], None, config), masks, config) is None
 
 
 @small
