@@ -23,8 +23,14 @@ code ignores unknown fields, keeps them and writes them again. A configuration i
 reads it correctly.
 """
 
-FORMAT_1: dict[str, Any] = {"written_attention": "segment"}
-"""Fields that code of format 1 does not know, and the values with which it computes the same."""
+FORMAT_1: dict[str, tuple[Any, ...]] = {
+    "written_attention": ("segment",),
+    "norm_position": ("pre", "post"),
+    "embedding_scale": (1.0,),
+    "attention_scale": (None,),
+    "local_layers": (None,),
+}
+"""Fields with values that code of format 1 does not know, and the values with which it computes the same."""
 
 ROLES: dict[str, tuple[str, ...]] = {
     # Fields that decide segment states: part of the name of each state that a SegmentCache keeps on disk.
@@ -35,14 +41,16 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("norm_eps", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"),
         *("pad_token_id", "unk_token_id", "mask_token_id", "source_token_id", "source_end_token_id", "bos_token_id"),
         *("eos_token_id", "segment_token_id", "first_kind_token_id", "first_option_token_id", "num_options"),
-        *("num_joint_layers", "segment_attention", "document_attention", "segment_pooling"),
+        *("num_joint_layers", "segment_attention", "document_attention", "segment_pooling", "embedding_scale"),
+        *("attention_scale", "local_layers", "local_window", "local_rope_theta"),
     ),
     # Fields that decide item vectors when the weights are equal: part of the fingerprint of a catalogue. The ids of
     # special tokens belong to the tokenizer, which a pipeline compares separately.
     "vectors": (
         *("num_hidden_layers", "num_attention_heads", "hidden_act", "num_hidden_groups", "rope_parameters"),
         *("norm_type", "norm_position", "norm_eps", "num_joint_layers", "segment_attention", "segment_pooling"),
-        *("max_position_embeddings", "cold_item_bias", "tfidf_weight", "tfidf_dim"),
+        *("max_position_embeddings", "cold_item_bias", "tfidf_weight", "tfidf_dim", "embedding_scale"),
+        *("attention_scale", "local_layers", "local_window", "local_rope_theta"),
     ),
     # Fields that decide which weights exist, or their shapes: a fingerprint covers them through the weights.
     "shapes": (
@@ -56,7 +64,16 @@ ROLES: dict[str, tuple[str, ...]] = {
             "position_embedding_type",
             "max_position_embeddings",
         ),
-        *("norm_type", "final_norm", "embedding_norm", "type_vocab_size", "qkv_bias", "output_bias", "mlp_bias"),
+        *(
+            "norm_type",
+            "norm_position",
+            "final_norm",
+            "embedding_norm",
+            "type_vocab_size",
+            "qkv_bias",
+            "output_bias",
+            "mlp_bias",
+        ),
         *("qk_norm", "lm_head_transform", "lm_head_bias", "tie_word_embeddings", "entry_norm", "max_events"),
         *("embedding_dim", "num_item_embeddings", "bow_embeddings", "tfidf_weight", "score_head", "score_tasks"),
         *("rating_values", "rating_loss", "interactions"),
@@ -97,6 +114,11 @@ VECTORS_SINCE = {
     "tfidf_weight": 0.0,
     "tfidf_dim": 1024,
     "max_position_embeddings": None,
+    "embedding_scale": 1.0,
+    "attention_scale": None,
+    "local_layers": None,
+    "local_window": None,
+    "local_rope_theta": None,
 }
 """Fields with the role "vectors" that version 0.1 did not have, and the value that reproduces it. Only other values
 enter the fingerprint, so catalogues of version 0.1 stay valid."""
@@ -178,8 +200,8 @@ DERIVED: Any = None
 class M6RecConfig(PreTrainedConfig):
     """Everything that decides the shape and the behaviour of an M6Rec model.
 
-    The block is general enough to hold the weights of BERT, GPT-2, Llama, Qwen2 and Qwen3. Each field is documented
-    below its definition. A wrong type fails at construction and at assignment; invalid combinations fail in
+    The block is general enough to hold the weights of BERT, GPT-2, Llama, Qwen2, Qwen3 and Gemma 3. Each field is
+    documented below its definition. A wrong type fails at construction and at assignment; invalid combinations fail in
     `validate_architecture` with the reason. "Paper" is the M6-Rec paper; "our addition" is not in the paper.
     """
 
@@ -207,7 +229,9 @@ class M6RecConfig(PreTrainedConfig):
     max_position_embeddings: int = 4096
     rope_parameters: Derived[dict[str, Any]] = DERIVED
     norm_type: Literal["rms", "layer"] = "rms"
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "both"] = "pre"
+    """Norms before each attention and feed-forward block, after the sum with it (BERT), or before and after each block
+    (Gemma 3)."""
     norm_eps: float = 1e-6
     final_norm: bool = True
     embedding_norm: bool = False
@@ -218,6 +242,15 @@ class M6RecConfig(PreTrainedConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     """Whether to normalise each head's queries and keys (Qwen3)."""
+    embedding_scale: float = 1.0
+    """Factor of the token embeddings at the input; the writing head uses them without it (Gemma 3)."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None = head_dim ** -0.5."""
+    local_layers: list[int] | None = None
+    """Layers, counted from 0, in which a token attends to positions less than `local_window` away only (Gemma 3)."""
+    local_window: int | None = None
+    local_rope_theta: float | None = None
+    """Base of the rotary positions of `local_layers`; None = that of the others."""
     lm_head_transform: bool = False
     """Whether a dense layer, an activation and a norm precede the writing head (BERT)."""
     lm_head_bias: bool = False
@@ -477,7 +510,7 @@ class M6RecConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; the names of score outputs are left out, since other fields determine them."""
-        older = all(getattr(self, name) == value for name, value in FORMAT_1.items())
+        older = all(getattr(self, name) in values for name, values in FORMAT_1.items())
         fields = {**super().to_dict(), "format_version": 1 if older else FORMAT_VERSION}
         fields.pop("id2label", None)
         fields.pop("label2id", None)
@@ -503,6 +536,14 @@ class M6RecConfig(PreTrainedConfig):
             (
                 self.num_hidden_groups is not None and not 0 < self.num_hidden_groups <= self.num_hidden_layers,
                 f"num_hidden_groups={self.num_hidden_groups} is not in 1..{self.num_hidden_layers}",
+            ),
+            (
+                bool(self.local_layers) and (self.local_window or 0) < 1,
+                f"local_layers={self.local_layers} need local_window, 1 or more, got {self.local_window}",
+            ),
+            (
+                not set(self.local_layers or ()) <= set(range(self.num_hidden_layers)),
+                f"local_layers={self.local_layers} are not all in 0..{self.num_hidden_layers - 1}",
             ),
             (
                 self.norm_position == "post" and self.final_norm,

@@ -1,4 +1,4 @@
-"""The Transformer block, which can hold the weights of BERT, GPT-2, Llama and Qwen.
+"""The Transformer block, which can hold the weights of BERT, GPT-2, Llama, Qwen and Gemma 3.
 
 Shapes: B rows, Q queries, K keys, H heads, G key/value heads, D = head_dim. In the shared form B = U * N: U users with
 N candidates each, S keys of a user; `n` of the N are computed at once.
@@ -76,7 +76,7 @@ class M6RecRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type = self.kind_of(config)
         default = self.rope_type == "default"
         initialise = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = initialise(config)
@@ -84,10 +84,14 @@ class M6RecRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
+    def kind_of(config: M6RecConfig) -> str:
+        """Return the type of rotary embeddings, by the library's name."""
+        return config.rope_parameters["rope_type"]
+
+    @staticmethod
     def compute_default_rope_parameters(config: M6RecConfig, **_: Any) -> tuple[torch.Tensor, float]:
         """Return D/2 inverse frequencies and the scale of the result."""
-        base, dim = config.rope_parameters["rope_theta"], config.head_dim
-        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
+        return _frequencies(config.rope_parameters["rope_theta"], config.head_dim), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -97,6 +101,25 @@ class M6RecRotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), -1)[:, None]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+class M6RecLocalRotaryEmbedding(M6RecRotaryEmbedding):
+    """Cosines and sines of positions in `local_layers`, whose base differs."""
+
+    @staticmethod
+    def kind_of(config: M6RecConfig) -> str:
+        """Return the library's default."""
+        return "default"
+
+    @staticmethod
+    def compute_default_rope_parameters(config: M6RecConfig, **_: Any) -> tuple[torch.Tensor, float]:
+        """Return D/2 inverse frequencies and the scale of the result."""
+        assert config.local_rope_theta is not None
+        return _frequencies(config.local_rope_theta, config.head_dim), 1.0
+
+
+def _frequencies(base: float, dim: int) -> torch.Tensor:
+    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -190,7 +213,8 @@ class M6RecAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling, self.head_dim = config.head_dim**-0.5, config.head_dim
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.is_causal = True
         queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
@@ -269,7 +293,7 @@ class M6RecMLP(nn.Module):
 
 
 class M6RecLayer(GradientCheckpointingLayer):
-    """One block, pre-norm or post-norm; segment layers and joint layers differ only in their masks."""
+    """One block, with norms as configured; segment layers and joint layers differ only in their masks."""
 
     def __init__(self, config: M6RecConfig) -> None:
         super().__init__()
@@ -278,6 +302,9 @@ class M6RecLayer(GradientCheckpointingLayer):
         self.mlp = M6RecMLP(config)
         self.attention_norm = make_norm(config, config.hidden_size)
         self.mlp_norm = make_norm(config, config.hidden_size)
+        both = config.norm_position == "both"
+        self.attention_out_norm = make_norm(config, config.hidden_size) if both else None
+        self.mlp_out_norm = make_norm(config, config.hidden_size) if both else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -292,10 +319,12 @@ class M6RecLayer(GradientCheckpointingLayer):
         inner = hidden_states if self.post_norm else self.attention_norm(hidden_states)
         attended, _ = self.self_attn(inner, rotary, attention_mask, output_mask=output_mask, **kwargs)
         hidden_states = hidden_states if output_mask is None else gather_tokens(hidden_states, output_mask)
+        attended = attended if self.attention_out_norm is None else self.attention_out_norm(attended)
         hidden_states = _into(self.dropout(attended) if self.training else attended, hidden_states)
         hidden_states = self.attention_norm(hidden_states) if self.post_norm else hidden_states
         inner = hidden_states if self.post_norm else self.mlp_norm(hidden_states)
         inner = self.mlp(inner)
+        inner = inner if self.mlp_out_norm is None else self.mlp_out_norm(inner)
         hidden_states = _into(self.dropout(inner) if self.training else inner, hidden_states)
         return self.mlp_norm(hidden_states) if self.post_norm else hidden_states
 
@@ -318,6 +347,8 @@ class M6RecEmbeddings(nn.Module):
 
     def forward(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Convert B x Q x embedding_size token embeddings at B x Q positions to B x Q x hidden_size."""
+        if self.config.embedding_scale != 1:
+            embeds = embeds * self.config.embedding_scale
         if self.types is not None:
             embeds = embeds + self.types.weight[0]
         if self.positions is not None:
@@ -379,6 +410,7 @@ __all__ = [
     "M6RecAttention",
     "M6RecEmbeddings",
     "M6RecLayer",
+    "M6RecLocalRotaryEmbedding",
     "M6RecMLP",
     "M6RecRMSNorm",
     "M6RecRotaryEmbedding",

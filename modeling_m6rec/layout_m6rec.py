@@ -253,6 +253,11 @@ def joint_mask(
     return _equal(query.request, lay.request) & may & seen
 
 
+def near(query: torch.Tensor, key: torch.Tensor, window: int) -> torch.Tensor:
+    """Say which of B x T keys are less than `window` positions away from B x Q queries; B x Q x T bool."""
+    return (query[:, :, None] - key[:, None]).abs() < window
+
+
 def read_by_text(lay: Layout) -> torch.Tensor:
     """Mark the tokens that written tokens of targets attend to with `written_attention="source"`; B x T bool.
 
@@ -666,6 +671,7 @@ __all__ = [
     "mean_at_close",
     "mean_log_likelihood",
     "nan_where_absent",
+    "near",
     "own_segment_mask",
     "pick",
     "read_by_text",

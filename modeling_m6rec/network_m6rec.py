@@ -41,7 +41,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_m6rec import KINDS, M6RecConfig
 from .item_features_m6rec import ITEM_FEATURES, features_at
-from .layers_m6rec import M6RecAttention, M6RecEmbeddings, M6RecLayer, M6RecRotaryEmbedding, SharedKeys, make_norm
+from .layers_m6rec import (
+    M6RecAttention,
+    M6RecEmbeddings,
+    M6RecLayer,
+    M6RecLocalRotaryEmbedding,
+    M6RecRotaryEmbedding,
+    SharedKeys,
+    make_norm,
+)
 from .layout_m6rec import (
     Continuation,
     Layout,
@@ -56,6 +64,7 @@ from .layout_m6rec import (
     joint_mask,
     layout,
     mean_at_close,
+    near,
     own_segment_mask,
     pick,
     read_by_text,
@@ -215,8 +224,9 @@ def _whole_rows(model: "M6RecModel", rows: Rows) -> tuple[torch.Tensor, torch.Te
     input_ids, lay = rows.input_ids, rows.lay
     embeds = model.embed_ids(input_ids, lay, rows.payloads)
     size = input_ids.shape[1]
-    bias = attention_bias(segment_mask(lay, size, model.config, rows.hidden), size, size, embeds.dtype)
-    bank = model.segment_stage(embeds, model.embedding_positions(lay), bias, input_ids, lay)
+    mask, positions = segment_mask(lay, size, model.config, rows.hidden), model.embedding_positions(lay)
+    bias, local = model.biases(model.with_local(mask, positions), size, size, embeds.dtype)
+    bank = model.segment_stage(embeds, positions, bias, input_ids, lay, local)
     bank = model.add_to_rows(bank, input_ids, lay).flatten(0, 1)
     return bank, torch.arange(len(bank), device=bank.device).view(input_ids.shape)
 
@@ -246,8 +256,9 @@ def joint_rows(model: "M6RecModel", entered: JointInputs, exits: Sequence[int]) 
     """Run the joint layers over whole rows (B x T x H); returns one result per exit."""
     states, lay, keys, output_mask, text_keys = entered
     size = lay.valid.shape[1]
-    bias = attention_bias(joint_mask(lay, size, model.config, keys, text_keys), size, size, states.dtype)
-    read = model.joint_stage(states, model.joint_positions(lay), bias, exits, output_mask=output_mask)
+    mask, positions = joint_mask(lay, size, model.config, keys, text_keys), model.joint_positions(lay)
+    bias, local = model.biases(model.with_local(mask, positions), size, size, states.dtype)
+    read = model.joint_stage(states, positions, bias, exits, output_mask=output_mask, local_bias=local)
     return [model.norm(state) for state in read]
 
 
@@ -262,7 +273,8 @@ def joint_shared(
     """Run the joint layers over each source once, then over its targets, which attend to it.
 
     Rows of different shapes run separately: padding would cost more. Rows in which written text attends to tokens that
-    given text does not attend to run as in `joint_rows`, since their targets do not share one set of keys.
+    given text does not attend to run as in `joint_rows`, since their targets do not share one set of keys; so do rows
+    that are longer than the window of `local_layers`.
 
     Args:
         model: The network.
@@ -279,7 +291,7 @@ def joint_shared(
         raise ValueError(
             "the plans 'shared_prefix' and 'cached' take one request a row: unpack the rows, or use 'compact'"
         )
-    apart = [] if entered.text_keys is None else lay.text.any(1).nonzero()[:, 0].tolist()
+    apart = _whole_in_joint_layers(model, entered)
     groups = _alike(lay, set(apart))
     if len(groups) == 1 and not apart:
         return _JointRun(model, entered, sorted(groups[0])).through(exits, past, stop)
@@ -293,6 +305,18 @@ def joint_shared(
         for result, state in zip(results, joint_rows(model, entered.of(apart), exits)):
             result[apart] = state
     return results, left
+
+
+@torch.compiler.disable
+def _whole_in_joint_layers(model: "M6RecModel", entered: JointInputs) -> list[int]:
+    """List the rows whose targets cannot share their source's keys."""
+    lay, window = entered.lay, model.config.local_window
+    whole = torch.zeros_like(lay.valid[:, 0])
+    if entered.text_keys is not None:
+        whole = lay.text.any(1)
+    if model.local_layers and window is not None:
+        whole = whole | (model.joint_positions(lay).amax(1) >= window)
+    return whole.nonzero()[:, 0].tolist()
 
 
 @torch.compiler.disable
@@ -582,8 +606,9 @@ def read_standalone(model: "M6RecModel", ids: torch.Tensor, lay: Layout, payload
     width = ids.shape[1]
     index = torch.arange(width, device=ids.device).expand_as(ids)
     embeds = model.embed_ids(ids, lay, payloads)
-    bias = attention_bias(own_segment_mask(lay, width, model.config), width, width, embeds.dtype)
-    return model.segment_stage(embeds, index, bias, ids, lay)
+    mask = own_segment_mask(lay, width, model.config)
+    bias, local = model.biases(model.with_local(mask, index), width, width, embeds.dtype)
+    return model.segment_stage(embeds, index, bias, ids, lay, local)
 
 
 @torch.compiler.disable(recursive=False)
@@ -724,7 +749,11 @@ class M6RecModel(M6RecPreTrainedModel):
         groups, layers = config.num_hidden_groups, config.num_hidden_layers
         self._groups = [index * groups // layers for index in range(layers)]
         self.norm = make_norm(config, size) if config.final_norm else nn.Identity()
-        self.rotary = M6RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
+        rotary = config.position_embedding_type == "rotary"
+        self.rotary = M6RecRotaryEmbedding(config) if rotary else None
+        self.local_layers = frozenset(config.local_layers or ())
+        other = rotary and self.local_layers and config.local_rope_theta is not None
+        self.local_rotary = M6RecLocalRotaryEmbedding(config) if other else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -825,6 +854,23 @@ class M6RecModel(M6RecPreTrainedModel):
         offsets[torch.tensor(order, dtype=torch.long)] = sizes.cumsum(0) - sizes
         return torch.cat(parts), offsets
 
+    def with_local(
+        self, mask: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a mask (B x Q x T bool), and that of `local_layers` by B x Q and B x T positions (default: equal)."""
+        window = self.config.local_window
+        exporting = torch.compiler.is_exporting()  # an exported graph must accept all lengths
+        if not self.local_layers or window is None or not exporting and mask.shape[2] <= window:
+            return mask, mask
+        return mask, mask & near(positions, positions if keys is None else keys, window)
+
+    def _rotaries(self, states: torch.Tensor, positions: torch.Tensor) -> list[tuple | None]:
+        """Return the rotations of B x Q positions in layers that attend to everything and in `local_layers`."""
+        if self.rotary is None:
+            return [None, None]
+        found = self.rotary(states, positions)
+        return [found, found if self.local_rotary is None else self.local_rotary(states, positions)]
+
     def segment_stage(
         self,
         embeds: torch.Tensor,
@@ -832,16 +878,19 @@ class M6RecModel(M6RecPreTrainedModel):
         bias: torch.Tensor,
         ids: torch.Tensor,
         lay: Layout,
+        local_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Read each segment independently: B x Q x embedding_size token embeddings -> B x Q x H segment states.
 
-        `ids` and `lay` belong to the last tokens: virtual tokens in front of them belong to no segment.
+        `ids` and `lay` belong to the last tokens: virtual tokens in front of them belong to no segment. `local_bias` is
+        the bias of `local_layers`; None = `bias`.
         """
         states = self.embeddings(embeds, positions)
-        rotary = None if self.rotary is None else self.rotary(states, positions)
+        rotaries, biases = self._rotaries(states, positions), (bias, bias if local_bias is None else local_bias)
         for index in range(self.config.num_segment_layers):
-            states = self.layer(index)(states, rotary, bias, layer_idx=index, **kwargs)
+            local = index in self.local_layers
+            states = self.layer(index)(states, rotaries[local], biases[local], layer_idx=index, **kwargs)
         if self.config.segment_pooling == "mean":
             virtual, own = states.tensor_split((states.shape[1] - ids.shape[1],), 1)
             states = torch.cat((virtual, mean_at_close(own, lay, ids == self.config.segment_token_id)), 1)
@@ -921,21 +970,25 @@ class M6RecModel(M6RecPreTrainedModel):
         shared: Sequence[SharedKeys] | None = None,
         first: int = 0,
         output_mask: torch.Tensor | None = None,
+        local_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> list[torch.Tensor]:
         """Read all segments together: B x Q x H -> states, before `norm`, after each of the joint layers in `exits`.
 
         Runs from joint layer `first`, counted from 0, to the last exit. `shared` holds a user's keys in each of these
         layers. With `output_mask` (B x Q bool) the last layer computes these tokens only and sets all others to zero.
+        `local_bias` is the bias of `local_layers`; None = `bias`.
         """
-        rotary = None if self.rotary is None else self.rotary(states, positions)
+        rotaries, biases = self._rotaries(states, positions), [bias, bias if local_bias is None else local_bias]
         results, start, tokens, asked = [], self.config.num_segment_layers, states.shape[1], None
         for index in range(first, exits[-1]):
             if output_mask is not None and index + 1 == exits[-1] and not output_mask.all():
                 asked = pick(torch.where(output_mask, 0, -1), 1)
-                bias, kwargs["output_mask"] = gather_tokens(bias[:, 0], asked.columns)[:, None], asked.columns
+                biases = [gather_tokens(each[:, 0], asked.columns)[:, None] for each in biases]
+                kwargs["output_mask"] = asked.columns
             own = None if shared is None else shared[index - first]
-            states = self.layer(start + index)(states, rotary, bias, layer_idx=start + index, shared=own, **kwargs)
+            layer, local = start + index, start + index in self.local_layers
+            states = self.layer(layer)(states, rotaries[local], biases[local], layer_idx=layer, shared=own, **kwargs)
             if index + 1 in exits:
                 results.append(states if asked is None else asked.back(states, tokens))
         return results
@@ -1008,6 +1061,7 @@ class M6RecModel(M6RecPreTrainedModel):
         total, queries = layout_ids.shape[1], given.shape[1]
         exits = sorted(set(exits or [self.config.num_joint_layers]))
         goes_on = continuation is not None and queries == 1 and continuation.tokens == total - 1 <= past
+        goes_on = goes_on and (not self.local_layers or total <= (self.config.local_window or 0))
         if goes_on and input_ids is not None and continuation is not None and cache is not None:
             following = continuation.followed_by(input_ids, self.config)
             return self._write_on(input_ids, following, cache, past, exits, **kwargs)
@@ -1107,25 +1161,32 @@ class M6RecModel(M6RecPreTrainedModel):
         here, ids = lay.last(new), rows.input_ids[:, total - new :]
         seen = rows.keys & ~rows.hidden
         keys, text_keys = (seen, None) if rows.text_only is None else (seen & ~rows.text_only, seen)
-        masks = (
-            segment_mask(lay, new, self.config, rows.hidden),
-            joint_mask(lay, new, self.config, keys, text_keys),
-        )
+        places = (self.embedding_positions(lay), self.joint_positions(lay))
+        masks = [
+            self.with_local(mask, where[:, total - new :], where)
+            for mask, where in zip(
+                (
+                    segment_mask(lay, new, self.config, rows.hidden),
+                    joint_mask(lay, new, self.config, keys, text_keys),
+                ),
+                places,
+            )
+        ]
         item_embedding_ids = None if rows.item_embedding_ids is None else rows.item_embedding_ids[:, total - new :]
         found = self._masked(embeds, ids, here, masks, cache, virtual, rows.exits, item_embedding_ids, **kwargs)
         return M6RecModelOutput(
             **found,
             standalone_states=last_states(self, rows.standalone),
             row_layout=lay,
-            continuation=None if cache is None else Continuation.after(ids, here, masks, self.config),
+            continuation=None if cache is None else Continuation.after(ids, here, [m for m, _ in masks], self.config),
         )
 
     def _write_on(
         self, ids: torch.Tensor, following: Continuation, cache: Cache, past: int, exits: Sequence[int], **kwargs: Any
     ) -> M6RecModelOutput:
         """Run the plan "flat" on one written token of each row, B x 1 ids."""
-        here, masks = following.last, (following.segment_keys[:, None], following.joint_keys[:, None])
-        virtual = past + 1 - masks[0].shape[2]
+        here, seen = following.last, (following.segment_keys[:, None], following.joint_keys[:, None])
+        masks, virtual = [(mask, mask) for mask in seen], past + 1 - following.tokens
         found = self._masked(self.embed_ids(ids, here), ids, here, masks, cache, virtual, exits, None, **kwargs)
         return M6RecModelOutput(**found, standalone_states=last_states(self, ()), continuation=following)
 
@@ -1134,7 +1195,7 @@ class M6RecModel(M6RecPreTrainedModel):
         embeds: torch.Tensor,
         ids: torch.Tensor,
         here: Layout,
-        masks: Sequence[torch.Tensor],
+        masks: Sequence[tuple[torch.Tensor, torch.Tensor]],
         cache: Cache | None,
         virtual: int,
         exits: Sequence[int],
@@ -1147,7 +1208,7 @@ class M6RecModel(M6RecPreTrainedModel):
             embeds: B x Q x embedding_size.
             ids: Ids of the last tokens, B x N; N < Q if virtual tokens precede them.
             here: Their layout.
-            masks: Masks of segment layers and joint layers, B x N x T bool.
+            masks: Masks of segment layers and joint layers, B x N x T bool each, and of those among `local_layers`.
             cache: Cache to fill.
             virtual: P, number of virtual tokens, in the cache or not.
             exits: Joint layers after which states are needed.
@@ -1169,16 +1230,17 @@ class M6RecModel(M6RecPreTrainedModel):
         positions = torch.cat((order, self.embedding_positions(here)), 1)
         # Given text attends to virtual tokens in the joint layers only: its segment state depends on its segment only.
         sees = here.text if self.config.writes_from_source else False
-        bias = attention_bias(masks[0], queries, width, embeds.dtype, virtual, sees)
-        segment_states = self.segment_stage(embeds, positions, bias, ids, here, **kwargs)
+        bias, local = self.biases(masks[0], queries, width, embeds.dtype, virtual, sees)
+        segment_states = self.segment_stage(embeds, positions, bias, ids, here, local, **kwargs)
         segment_states = self.add_to_rows(segment_states, ids, here)
         item_embedding_ids = None if item_embedding_ids is None else front(item_embedding_ids)
         states = self.enter(
             segment_states, here._replace(kind=front(here.kind), event=front(here.event)), item_embedding_ids
         )
-        bias = attention_bias(masks[1], queries, width, states.dtype, virtual)
+        bias, local = self.biases(masks[1], queries, width, states.dtype, virtual)
         positions = torch.cat((order, self.joint_positions(here)), 1)
-        read = [self.norm(state) for state in self.joint_stage(states, positions, bias, exits, **kwargs)]
+        found = self.joint_stage(states, positions, bias, exits, local_bias=local, **kwargs)
+        read = [self.norm(state) for state in found]
         return {
             "last_hidden_state": read[-1],
             "segment_states": segment_states,
@@ -1186,6 +1248,11 @@ class M6RecModel(M6RecPreTrainedModel):
             "cache": cache,
             "layout": here,
         }
+
+    def biases(self, masks: tuple[torch.Tensor, torch.Tensor], *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn a mask and that of `local_layers` into biases; arguments as of `attention_bias`."""
+        bias = attention_bias(masks[0], *args)
+        return bias, bias if masks[1] is masks[0] else attention_bias(masks[1], *args)
 
     def _refuse_bad_chunks(self, rows: Rows, start: int, virtual: int, cache: Cache | None) -> None:
         """Refuse a chunk that ends inside a given segment or bidirectional text: its states would change later."""

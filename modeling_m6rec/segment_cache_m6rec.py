@@ -665,6 +665,8 @@ class PrefixMatches:
         strange = rows.hidden | (lay.valid & (lay.target == 0) & ~lay.source)
         if model.config.writes_from_source or rows.text_only is not None:
             strange = strange | lay.text  # it attends to more of the source than is kept
+        if model.config.local_layers and ids.shape[1] > (model.config.local_window or 0):
+            strange = torch.ones_like(strange)  # what a token attends to moves on with it
         strange = strange.any(1).tolist()
         reused = np.zeros(source.shape, bool)
         self._rows: list[PrefixMatch | None] = []

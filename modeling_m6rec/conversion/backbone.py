@@ -21,6 +21,7 @@ from ..modeling_m6rec import M6RecForRecommendation
 from ..tokenization_m6rec import M6RecTokenizer
 from .bert import BERT
 from .family import Family, Weights
+from .gemma3 import GEMMA3
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .qwen2 import QWEN2
@@ -29,7 +30,14 @@ from .reader import is_reader, reader_backbone, reader_tokenizer
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: dict[str, Family] = {"bert": BERT, "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+FAMILIES: dict[str, Family] = {
+    "bert": BERT,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma3_text": GEMMA3,
+}
 """`model_type` of a configuration -> its family."""
 MAY_DIFFER = {"attention_dropout", "hidden_dropout", "initializer_range"}
 """Fields that take the backbone's values unless given; all its other fields follow from the shapes of its weights."""
@@ -50,7 +58,7 @@ def from_backbone(
     tokenizer: TokenizersBackend | str | Path | None = None,
     **fields: Any,
 ) -> M6RecForRecommendation:
-    """Make an M6Rec of a language model: BERT, GPT-2, Llama, Qwen2 or Qwen3, with its head or without.
+    """Make an M6Rec of a language model: BERT, GPT-2, Llama, Qwen2, Qwen3 or Gemma 3, with its head or without.
 
     On plain text its outputs equal the backbone's. With all layers joint, a causal backbone processes structured rows
     like any text, as zero-shot use requires; retrieval needs segment layers. The model's tokens are those of

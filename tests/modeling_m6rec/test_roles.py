@@ -15,6 +15,9 @@ BASE = {
     "cold_item_bias": 0.3,
     "tfidf_weight": 0.5,
     "tfidf_dim": 64,
+    "local_layers": [0],
+    "local_window": 3,
+    "local_rope_theta": 100.0,
 }
 IDS = {name: value for name, value in tokenizer().structural_ids.items() if name.endswith("_token_id")}
 """The tokenizer decides these; with other ones a row means something else."""
@@ -60,6 +63,11 @@ OTHER = {
     "joint_positions": "segment",
     "segment_pooling": "mean",
     "written_attention": "source",
+    "embedding_scale": 2.0,
+    "attention_scale": 0.1,
+    "local_layers": [1],
+    "local_window": 2,
+    "local_rope_theta": 7.0,
     "segment_summary": 1,
     "skipped_kinds": ["event"],
     "max_events": 100,

@@ -212,10 +212,17 @@ result = [ask(recommend), own.FORMAT_VERSION, type(recommend.model).__module__]
 
 def test_only_what_older_code_would_misread_is_of_a_newer_format():
     assert build().config.to_dict()["format_version"] == 1
-    for name, value in {"written_attention": "source"}.items():
-        assert FORMAT_1[name] != value
-        assert build(**{name: value}).config.to_dict()["format_version"] == FORMAT_VERSION == 2
-    assert set(FORMAT_1) == {"written_attention"}
+    new = {
+        "written_attention": "source",
+        "norm_position": "both",
+        "embedding_scale": 2.0,
+        "attention_scale": 0.5,
+        "local_layers": [1],
+    }
+    assert set(FORMAT_1) == set(new)
+    for name, value in new.items():
+        assert value not in FORMAT_1[name] and getattr(build().config, name) in FORMAT_1[name]
+        assert build(local_window=2, **{name: value}).config.to_dict()["format_version"] == FORMAT_VERSION == 2
 
 
 def test_fields_of_a_newer_version_with_the_same_format_are_kept_and_written_again(checkpoint, tmp_path):

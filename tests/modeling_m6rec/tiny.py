@@ -91,6 +91,16 @@ BLOCKS = [
     {
         "num_joint_layers": 2,
         "written_attention": "source",
+        "norm_position": "both",
+        "embedding_scale": 3.0,
+        "attention_scale": 0.5,
+        "local_layers": [0, 3],
+        "local_window": 4,
+        "local_rope_theta": 90.0,
+    },
+    {
+        "num_joint_layers": 2,
+        "written_attention": "source",
         "history_attention": "bidirectional",
         "segment_pooling": "mean",
         "skipped_kinds": ["event"],

@@ -15,8 +15,9 @@ HEADS = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
-CAUSAL = ("gpt2", "llama", "qwen2", "qwen3")
+CAUSAL = ("gpt2", "llama", "qwen2", "qwen3", "gemma3_text")
 DECODER = {
     "hidden_size": 24,
     "intermediate_size": 38,
@@ -37,6 +38,13 @@ SIZES = {
     "llama": DECODER,
     "qwen2": DECODER,
     "qwen3": {**DECODER, "head_dim": 10},
+    "gemma3_text": {
+        **DECODER,
+        "head_dim": 10,
+        "query_pre_attn_scalar": 7,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 

@@ -11,6 +11,7 @@ from tests.modeling_m6rec.conversion.backbones import CAUSAL, batch, own_tokeniz
 
 ROPE = {"rope_theta": 500.0, "factor": 4.0}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+SMALL = {"rope_type": "default", "rope_theta": 9.0}
 CASES = [
     ("bert", {}),
     ("bert", {"hidden_act": "relu", "type_vocab_size": 3, "layer_norm_eps": 1e-3}),
@@ -30,8 +31,21 @@ CASES = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 3}),
     ("qwen3", {}),
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 6, "num_key_value_heads": 1}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"sliding_window": 1, "attention_bias": True, "layer_types": None}),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 3, "tie_word_embeddings": False}),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", **ROPE}, "sliding_attention": SMALL}},
+    ),
 ]
-BASES = [("bert", "BertModel"), ("gpt2", "GPT2Model"), ("llama", "LlamaModel"), ("qwen3", "Qwen3Model")]
+BASES = [
+    ("bert", "BertModel"),
+    ("gpt2", "GPT2Model"),
+    ("llama", "LlamaModel"),
+    ("qwen3", "Qwen3Model"),
+    ("gemma3_text", "Gemma3TextModel"),
+]
 
 
 def name(value):
@@ -122,6 +136,7 @@ def test_kinds_and_ordinals_say_nothing_yet_and_the_other_heads_are_ready():
         ("gpt2", None, ("causal", "causal", "causal", "request")),
         ("gpt2", 1, ("causal", "causal", "causal", "segment")),
         ("qwen2", 1, ("causal", "causal", "causal", "request")),
+        ("gemma3_text", 1, ("causal", "causal", "causal", "request")),
     ],
 )
 def test_how_text_is_read_suits_the_family(family, joint, expected):
@@ -153,6 +168,8 @@ def test_a_backbone_whose_segment_layers_read_no_source_has_not_learnt_to_write(
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
     ],
 )
@@ -164,3 +181,14 @@ def test_what_a_block_cannot_hold_is_refused(family, changes, message):
             setattr(source.config, field, value)
     with pytest.raises(ValueError, match=f"cannot hold this backbone: .*{message}"):
         M6RecForRecommendation.from_backbone(source, None, own_tokenizer(family))
+
+
+def test_generating_beyond_a_window_gives_the_originals_text():
+    source = tiny("gemma3_text")
+    model = M6RecForRecommendation.from_backbone(source, 1, own_tokenizer("gemma3_text"))
+    ids = torch.randint(5, 200, (2, 4), generator=torch.Generator().manual_seed(1))
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    own = [*range(source.config.vocab_size, model.config.vocab_size)]
+    kept = source.generate(ids, pad_token_id=0, suppress_tokens=[0, 1, 2], **how)
+    assert torch.equal(model.generate(ids, pad_token_id=0, suppress_tokens=[0, 1, 2, *own], **how), kept)
+    assert len(set(kept[:, 4:].flatten().tolist())) > 4
