@@ -166,8 +166,8 @@ class RecommendationPipeline(Pipeline):
                 - `explain`: return the contribution of each event: the score minus the score with the event hidden.
                   "text" = and an explanation that the model writes.
                 - `pmi`: with task "plausibility", subtract the likelihood of an item's text for no user.
-                - `max_new_tokens`, `num_beams`, `num_texts`, `temperature`, `top_p`, `seed`: how texts are written, see
-                  `WritingOptions`.
+                - `max_new_tokens`, `num_beams`, `num_texts`, `temperature`, `top_p`, `seed`, `slot_threshold`: how
+                  texts are written, see `WritingOptions`.
                 - `pin`, `block`, `boost`, `diversity`: as in `Wishes`. Rows of pinned items have `pinned`, those of
                   boosted ones their `boost`; `score` stays the model's.
                 - `exit_layer`: number of joint layers to run.

@@ -878,6 +878,14 @@ class M6RecProcessor(ProcessorMixin):
         row = infilling(text_ids, self._ids, self._kinds["text"], rng, self.max_length)
         return row, self.labels(row)
 
+    def messages_of(self, request: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Return the turns of a request's conversation as chat messages, without the instruction."""
+        roles = {"user": "user", "system": "assistant"}
+        return [
+            {"role": roles[turn.role], "content": turn.content}
+            for turn in self._wording.talk(request, "conversation").turns
+        ]
+
     def with_turns(self, request: Mapping[str, Any], task: str) -> Mapping[str, Any]:
         """Return a request whose messages are the last events of its history, as all but conversations read them."""
         return self._wording.with_turns(request, task)

@@ -59,6 +59,17 @@ FEATURE_WORDS = 3
 """A field's value of more words is a sentence, whose words are not features."""
 VALUES = re.compile(r"[,;|/]")
 
+OPENED = re.compile(r"(^|\s)[\"'(\[“‘«《「『]$")
+"""A bracket or a quotation mark opens at the end of a text, so that no space follows."""
+LONGEST_NAME = 12
+"""Most words of a name that is looked for in a conversation."""
+SHORTEST_NAME = 4
+"""Fewest characters of a name of one word that is looked for in a conversation."""
+PUNCTUATION = " \t\n.,;:!?\"'()[]“”‘’«»《》「」『』。，！？"
+YEAR = re.compile(r"\(\d{4}\)")
+BRACKETED = re.compile(r"[《「『](.+?)[》」』]")
+SMALL_WORDS = frozenset(("a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"))
+
 
 @dataclass
 class Mention:
@@ -269,6 +280,8 @@ class WritingOptions:
         temperature: Divides the logits before drawing; 1 if only `top_p` is given.
         top_p: Draw from the likeliest tokens that together have this probability; 1 if only `temperature` is given.
         seed: Seed of the draws. Equal requests then have equal texts, in any batch. None = torch's own state decides.
+        slot_threshold: In a conversation: recommend an item once [SLOT] has at least this probability, and not below.
+            None = [SLOT] is written like any other token.
 
     Raises:
         ValueError: If a value is not allowed, or two contradict each other.
@@ -280,8 +293,12 @@ class WritingOptions:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    slot_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        threshold = self.slot_threshold
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real)):
+            raise ValueError(f"slot_threshold={short(threshold)}: give a probability (above 1 = never), or None")
         for name in ("max_new_tokens", "num_beams", "num_texts"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
@@ -311,6 +328,18 @@ class WritingOptions:
         return self.temperature is not None or self.top_p is not None
 
 
+class Chosen(NamedTuple):
+    """An item that a reply recommends, its id, and the score by which it was chosen."""
+
+    item: Item
+    item_id: str
+    score: float
+
+
+Choose = Callable[[Sequence[int]], Sequence[Chosen | None]]
+Write = Callable[[Sequence[Any], WritingOptions], list[list[Written]]]
+
+
 class Prompt(NamedTuple):
     """An encoded request that is to be continued."""
 
@@ -330,6 +359,7 @@ class Writer:
 
     def __init__(self, model: Model, processor: Any, guard: Guard | None = None) -> None:
         self.model, self.processor, self.config, self.guard = model, processor, model.config, guard
+        self.slot: int | None = processor.tokenizer.slot_token_id
 
     def write(self, requests: Sequence[str | Mapping[str, Any]], task: str, **options: Any) -> list[list[Written]]:
         """Write texts.
@@ -346,8 +376,11 @@ class Writer:
         Raises:
             ValueError: If a request or an option is invalid; the message names it.
         """
-        how = WritingOptions(**options)
-        written = self._write(requests, task, how)
+        return self._guarded(requests, WritingOptions(**options), lambda some, how: self._write(some, task, how))
+
+    def _guarded(self, requests: Sequence[Any], how: "WritingOptions", write: "Write") -> list[list[Written]]:
+        """Write texts, and draw those that the guard blocks anew; if that fails, they are empty."""
+        written = write(requests, how)
         if self.guard is None:
             return written
         reasons = {
@@ -357,7 +390,7 @@ class Writer:
             if (reason := self.guard.text_reason(text.text)) is not None
         }
         for attempt in range(REWRITES):
-            self._rewrite(written, reasons, requests, task, _redrawn(how, attempt))
+            self._rewrite(written, reasons, requests, _redrawn(how, attempt), write)
         for (place, number), reason in reasons.items():
             written[place][number] = replace(written[place][number], text="", finish="blocked", items=[], reason=reason)
         return written
@@ -366,16 +399,16 @@ class Writer:
         self,
         written: list[list[Written]],
         reasons: dict[tuple[int, int], str],
-        requests: Sequence[str | Mapping[str, Any]],
-        task: str,
+        requests: Sequence[Any],
         how: "WritingOptions",
+        write: "Write",
     ) -> None:
         """Draw texts in the place of blocked ones; those that the guard allows replace them."""
         assert self.guard is not None
         blocked = list(dict.fromkeys(place for place, _ in reasons))
         if not blocked:
             return
-        for place, texts in zip(blocked, self._write([requests[place] for place in blocked], task, how)):
+        for place, texts in zip(blocked, write([requests[place] for place in blocked], how)):
             free = [text for text in texts if self.guard.text_reason(text.text) is None]
             for number in [number for own, number in list(reasons) if own == place]:
                 if free:
@@ -471,22 +504,118 @@ class Writer:
         self, prompts: Sequence[Prompt], room: int, how: WritingOptions, seed: int | None
     ) -> list[list[Written]]:
         """Continue each prompt token by token, greedily or `num_texts` times by draws."""
+        texts = []
+        for written, likelihood in self._tokens(prompts, room, how, seed):
+            text, ended = self._cut(written)
+            texts.append(self._written(text, ended, float(likelihood[: len(text) + ended].mean())))
+        return [texts[start : start + how.num_texts] for start in range(0, len(texts), how.num_texts)]
+
+    def _tokens(
+        self, prompts: Sequence[Prompt], room: int, how: WritingOptions, seed: int | None, slot: bool = False
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Return the ids that continue each prompt, `num_texts` times, and their log-likelihoods.
+
+        With `slot`, a text may stop at [SLOT]; otherwise [SLOT] is not written.
+        """
         rows = [prompt for prompt in prompts for _ in range(how.num_texts)]
-        processors = LogitsProcessorList()
+        processors, stops = LogitsProcessorList(), {}
+        if slot and self.slot is not None:
+            stops = {"eos_token_id": [self.config.eos_token_id, self.slot], "suppress_tokens": None}
+            if how.slot_threshold is not None:
+                processors.append(_Threshold(self.slot, how.slot_threshold))
         if how.draws:
             seeds = [_seed_of(seed, number, prompt) for prompt in prompts for number in range(how.num_texts)]
             processors.append(_Draws(seeds, how.temperature or 1.0, how.top_p or 1.0))
         batch = self._batch(rows)
-        out = self._generate(batch, room, logits_processor=processors, output_logits=True)
+        out = self._generate(batch, room, logits_processor=processors, output_logits=True, **stops)
         ids = out.sequences[:, batch["input_ids"].shape[1] :]
         likelihood = torch.stack(
             [own.float().log_softmax(-1).gather(1, ids[:, [step]])[:, 0] for step, own in enumerate(out.logits)], 1
         )
-        texts = []
-        for written, own in zip(ids.tolist(), likelihood.cpu()):
-            text, ended = self._cut(written)
-            texts.append(self._written(text, ended, float(own[: len(text) + ended].mean())))
-        return [texts[start : start + how.num_texts] for start in range(0, len(texts), how.num_texts)]
+        return list(zip(ids.tolist(), likelihood.cpu()))
+
+    def replies(self, requests: Sequence[Mapping[str, Any]], choose: "Choose", **options: Any) -> list[Written]:
+        """Write a reply to each conversation, with an item of the catalogue where the model recommends one.
+
+        The model writes up to [SLOT], by which it decides to recommend; then the item is chosen; then the reply is
+        continued with the item in front of it and in place of the slot. So what is recommended is an item of the
+        catalogue, and its place in the text is known. A reply has one item at most.
+
+        Args:
+            requests: Conversations, without candidates.
+            choose: Chooses an item for requests, given their numbers; None = there is none, and the reply has no slot.
+            **options: Arguments of `WritingOptions`; there is one text for each request, without beams.
+
+        Raises:
+            ValueError: If a request or an option is invalid; the message names it.
+        """
+        for name in ("num_beams", "num_texts"):
+            if options.get(name, 1) > 1:
+                raise ValueError(
+                    f"{name}={options[name]}: a reply that may recommend an item is written once and without beams: "
+                    "leave it out (and top_k), or draw with another seed"
+                )
+        how = WritingOptions(**options)
+        numbered = list(enumerate(requests))
+        return [text for (text,) in self._guarded(numbered, how, lambda some, own: self._replies(some, choose, own))]
+
+    def _replies(
+        self, requests: Sequence[tuple[int, Mapping[str, Any]]], choose: "Choose", how: WritingOptions
+    ) -> list[list[Written]]:
+        bare = [request for _, request in requests]
+        prompts, room = self._prompts(bare, "conversation", how.max_new_tokens)
+        seed = int(torch.randint(1 << 62, (1,))) if how.draws and how.seed is None else how.seed
+        begun = self._in_parts(prompts, room, how, seed, slot=True)
+        open_ = [place for place, (ids, _) in enumerate(begun) if self.slot in ids]
+        chosen = dict(zip(open_, choose([requests[place][0] for place in open_]))) if open_ else {}
+        befores = {place: begun[place][0][: begun[place][0].index(self.slot)] for place in open_}
+        goes_on = []
+        for place in open_:
+            known, before = chosen[place], befores[place]
+            given = bare[place] if known is None else {**bare[place], "candidates": [without_stats(known.item)]}
+            (prompt,), _ = self._prompts([given], "conversation", room + 1)
+            more = before if known is None else [*before, self.slot]
+            goes_on.append(Prompt([*prompt.ids, *more], [*prompt.memory, *[0] * len(more)]))
+        rest = dict(zip(open_, self._in_parts(goes_on, room, how, seed, slot=False))) if open_ else {}
+        found = []
+        for place, (ids, likelihood) in enumerate(begun):
+            if place not in rest:
+                text, ended = self._cut(ids)
+                found.append([self._written(text, ended, float(likelihood[: len(text) + ended].mean()))])
+                continue
+            before, (after, of_after) = befores[place], rest[place]
+            after, ended = self._cut(after[: max(1, room - len(before) - 1)])
+            own = torch.cat([likelihood[: len(before) + 1], of_after[: len(after) + ended]])
+            found.append([self._reply(before, chosen[place], after, ended, float(own.mean()))])
+        return found
+
+    def _in_parts(
+        self, prompts: Sequence[Prompt], room: int, how: WritingOptions, seed: int | None, slot: bool
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Return what continues each prompt, as `_tokens` does, in batches."""
+        found: list[Any] = [None] * len(prompts)
+        most = min(ROWS_AT_ONCE, KEPT_LOGITS // (self.config.vocab_size * room))
+        with inference_mode(self.model):
+            for part in _parts(prompts, max(1, most)):
+                for place, own in zip(part, self._tokens([prompts[place] for place in part], room, how, seed, slot)):
+                    found[place] = own
+        return found
+
+    def _reply(
+        self, before: list[int], chosen: "Chosen | None", after: list[int], ended: bool, logprob: float
+    ) -> Written:
+        """Put the item's name between the texts before and after the slot."""
+        decode, tasks = self.processor.tokenizer.decode_text, self.processor.template["tasks"]
+        start = decode(before)
+        end = decode([*before, *after])[len(start) :].rstrip()
+        start, finish = start.strip(), "end" if ended else "length"
+        if chosen is None:
+            return Written((start + end).strip(), logprob, finish)  # type: ignore[arg-type]
+        (name,) = self.processor.names.item_texts([without_stats(chosen.item)])
+        opening, closing = tasks.get("recommend", "{item}").split("{item}")
+        start += ("" if not start or OPENED.search(start) else tasks["join"]) + opening
+        mention = Mention(chosen.item_id, len(start), len(start) + len(name), chosen.score)
+        return Written(f"{start}{name}{closing}{end}", logprob, finish, [mention])  # type: ignore[arg-type]
 
     def _search(self, prompts: Sequence[Prompt], room: int, how: WritingOptions) -> list[list[Written]]:
         """Continue each prompt by beams; of beams with the same text the best stays."""
@@ -503,7 +632,9 @@ class Writer:
         return found
 
     def _generate(self, batch: dict[str, torch.Tensor], room: int, **more: Any) -> Any:
-        more |= {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
+        more = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id, **more}
+        if self.slot is not None:
+            more.setdefault("suppress_tokens", [self.slot])
         return self.model.generate(**batch, **NOTHING_DRAWN, max_new_tokens=room, return_dict_in_generate=True, **more)
 
     def _cut(self, written: list[int]) -> tuple[list[int], bool]:
@@ -520,7 +651,8 @@ def _redrawn(how: WritingOptions, attempt: int) -> WritingOptions:
     """Return the options of the draws in the place of blocked texts."""
     drawn = {"temperature": how.temperature, "top_p": how.top_p if how.draws else REWRITTEN_TOP_P}
     seed = None if how.draws and how.seed is None else (how.seed or 0) + attempt + 1
-    return WritingOptions(how.max_new_tokens, num_texts=how.num_texts, seed=seed, **drawn)
+    more = {"num_texts": how.num_texts, "slot_threshold": how.slot_threshold}
+    return WritingOptions(how.max_new_tokens, seed=seed, **drawn, **more)
 
 
 def _parts(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
@@ -552,6 +684,22 @@ class _Draws(LogitsProcessor):
         place = torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:], right=True)
         chosen = order.gather(1, place.clamp(max=scores.shape[1] - 1))
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class _Threshold(LogitsProcessor):
+    """Leaves only [SLOT] where its probability is at least a threshold, and never [SLOT] elsewhere."""
+
+    def __init__(self, slot: int, threshold: float) -> None:
+        self.slot, self.threshold = slot, threshold
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Decide: B x V logits -> B x V."""
+        recommends = scores.softmax(-1)[:, self.slot] >= self.threshold
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.slot] = 0.0
+        never = scores.clone()
+        never[:, self.slot] = -torch.inf
+        return torch.where(recommends[:, None], only, never)
 
 
 class _NothingLeft(StoppingCriteria):
@@ -607,7 +755,43 @@ class WritingAnswers:
             return self._next_items(described, wishes)
         if any(own.explain for own in wishes):
             raise ValueError(f"explain: task {task!r} ranks nothing that could be explained")
+        if task == "conversation" and self._recommends():
+            return self._replies(described, wishes)
         return self._texts(task, described, wishes)
+
+    def _recommends(self) -> bool:
+        """Whether replies may recommend items: there are [SLOT], a catalogue, and vectors of users."""
+        writer = self.writer
+        known = writer.slot is not None and self.ranker("retrieval").known() is not None
+        return known and writer.config.num_segment_layers > 0
+
+    def _replies(self, requests: Sequence[Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
+        """Write replies that may recommend items of the catalogue, or of the candidates that a request gives."""
+        bare = [{name: value for name, value in own.items() if name != "candidates"} for own in requests]
+
+        def choose(numbers: Sequence[int]) -> list[Chosen | None]:
+            return self._chosen([requests[number] for number in numbers], [wishes[number] for number in numbers])
+
+        counts = {own.top_k for own in wishes if own.top_k is not None}
+        options = {**self.options, **({"num_texts": max(counts)} if counts else {})}
+        return [[_row("conversation", "", text)] for text in self.writer.replies(bare, choose, **options)]
+
+    def _chosen(self, requests: Sequence[Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Chosen | None]:
+        """Choose the best item that nobody has named in the conversation; None if none may be recommended."""
+        ranker, processor = self.ranker("retrieval"), self.writer.processor
+        catalogue, asked, own = ranker.catalogue(), [], []
+        for request, wish in zip(requests, wishes):
+            messages = processor.messages_of(request)
+            named = {*catalogue.worded(phrases([each["content"] for each in messages]), processor.names)}
+            allows = _not_among(named, wish.filter)
+            own.append(replace(wish, task=None, top_k=1, filter=allows))
+            asked.append({**{name: value for name, value in request.items() if name != "text"}, "messages": messages})
+        found: list[Chosen | None] = []
+        for query in ranker.queries(asked, own):
+            best = [(*query.candidates[number], score) for number, score in query.best]
+            item, item_id, score = best[0] if best else (None, None, 0.0)
+            found.append(Chosen(item, item_id, score) if best else None)
+        return found
 
     def ranked(self, task: str, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
         """Answer requests by one ranking task, and explain items in words where `explain` is "text"."""
@@ -703,6 +887,37 @@ class WritingAnswers:
         return answers
 
 
+def _not_among(named: set[str], predicate: Any) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a filter that refuses items by id, and those that another filter refuses."""
+
+    def allows(fields: Mapping[str, Any]) -> bool:
+        return fields.get("item_id") not in named and (predicate is None or predicate(fields))
+
+    return allows
+
+
+def phrases(texts: Iterable[str]) -> set[str]:
+    """Return the phrases of texts that may be names of items, as they stand and in the case of titles.
+
+    Single words count from four letters, or before a year, since names such as "It" stand in most conversations.
+
+    >>> "The Silence of the Lambs" in phrases(["I liked the silence of the lambs!"])
+    True
+    """
+    found = set()
+    for text in texts:
+        words = text.split()
+        found |= {*BRACKETED.findall(text)}
+        for start in range(len(words)):
+            for end in range(start + 1, min(start + LONGEST_NAME, len(words)) + 1):
+                phrase = " ".join(words[start:end]).strip(PUNCTUATION)
+                dated = end < len(words) and YEAR.match(words[end])
+                if end - start > 1 or len(phrase) >= SHORTEST_NAME or dated:
+                    title = " ".join(word if word in SMALL_WORDS else word.capitalize() for word in phrase.split())
+                    found |= {phrase, phrase.title(), title[:1].upper() + title[1:]}
+    return found - {""}
+
+
 def _row(task: str, blank: str, text: Written) -> dict[str, Any]:
     """Return a text in the form of an answer."""
     if task == "conversation":
@@ -724,6 +939,7 @@ __all__ = [
     "OPTIONS",
     "WRITING_TASKS",
     "Check",
+    "Chosen",
     "Mention",
     "Vocabulary",
     "Writer",
@@ -732,4 +948,5 @@ __all__ = [
     "Written",
     "WrittenItem",
     "check",
+    "phrases",
 ]

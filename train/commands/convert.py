@@ -79,7 +79,7 @@ def convert(
     model = M6RecForRecommendation.from_backbone(source, tokenizer=own, **recipe.model.config)
     text, both_ways = recipe.text, model.config.history_attention == "bidirectional"
     check_length(model.config, text.max_length)
-    tokenizer = backbone_tokenizer(recipe.model, own)
+    tokenizer = backbone_tokenizer(recipe.model, own, slot=True)
     time = "ago" if both_ways else "gap"
     processor = M6RecProcessor(tokenizer, text.template(), text.max_length, text.max_events, time)
     _write(folder, model, processor)
