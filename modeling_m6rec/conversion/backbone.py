@@ -56,6 +56,7 @@ def from_backbone(
     backbone: str | Path | PreTrainedModel,
     num_joint_layers: int | None = None,
     tokenizer: TokenizersBackend | str | Path | None = None,
+    slot: bool = False,
     **fields: Any,
 ) -> M6RecForRecommendation:
     """Make an M6Rec of a language model: BERT, GPT-2, Llama, Qwen2, Qwen3 or Gemma 3, with its head or without.
@@ -78,6 +79,7 @@ def from_backbone(
         backbone: The model, or the Hub id, folder or GGUF file of one, or "reader", the package's static reader.
         num_joint_layers: Number of last layers that read all segments together; None = all.
         tokenizer: The backbone's tokenizer, or its location; required with a model, else read from there.
+        slot: Whether the vocabulary has [SLOT], as in `M6RecTokenizer.from_backbone`.
         **fields: Fields of M6RecConfig that the backbone does not determine, and `dtype`; by default dropout rates and
             number type are the backbone's.
 
@@ -102,7 +104,7 @@ def from_backbone(
 
     family = _family(source.config.model_type)
     weights = _weights(source, family)
-    ids = M6RecTokenizer.from_backbone(base, **options).structural_ids
+    ids = M6RecTokenizer.from_backbone(base, **options, slot=slot).structural_ids
     _add_rows(weights, base, ids)
     config = M6RecConfig(**_fields(source, family, weights, ids, num_joint_layers, fields))
     model = M6RecForRecommendation._from_config(config, dtype=source.dtype if dtype == "auto" else dtype)

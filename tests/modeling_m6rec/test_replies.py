@@ -41,7 +41,11 @@ def name_of(recommend, item_id):
 
 def slotted_options():
     """Options under which a reply begins with the item, has it within, or is written by draws."""
-    return [{"slot_threshold": 0.0}, {"slot_threshold": 0.002}, {"temperature": 1.0, "seed": 4, "slot_threshold": 0.001}]
+    return [
+        {"slot_threshold": 0.0},
+        {"slot_threshold": 0.002},
+        {"temperature": 1.0, "seed": 4, "slot_threshold": 0.001},
+    ]
 
 
 @pytest.mark.parametrize("options", slotted_options(), ids=str)
@@ -153,7 +157,11 @@ def test_vocabularies_without_a_slot_and_other_tasks_write_freely():
 
 def test_no_reply_depends_on_the_batch():
     recommend = recommender()
-    requests = [CHAT, {"messages": [{**ASK, "content": "hello"}]}, {**CHAT, "user": "a woman", "history": [{"item": ITEMS[0]}]}]
+    requests = [
+        CHAT,
+        {"messages": [{**ASK, "content": "hello"}]},
+        {**CHAT, "user": "a woman", "history": [{"item": ITEMS[0]}]},
+    ]
     for options in slotted_options():
         found = recommend(requests, task="conversation", max_new_tokens=8, batch_size=3, **options)
         alone = [recommend(request, task="conversation", max_new_tokens=8, **options) for request in requests]

@@ -76,7 +76,7 @@ def convert(
     recipe = _recipe(str(backbone), folder, num_joint_layers, overrides)
     seed_everything(recipe.seed)
     source, own = load_backbone(backbone, recipe.model.config.get("dtype", "auto")), load_tokenizer(backbone)
-    model = M6RecForRecommendation.from_backbone(source, tokenizer=own, **recipe.model.config)
+    model = M6RecForRecommendation.from_backbone(source, tokenizer=own, slot=True, **recipe.model.config)
     text, both_ways = recipe.text, model.config.history_attention == "bidirectional"
     check_length(model.config, text.max_length)
     tokenizer = backbone_tokenizer(recipe.model, own, slot=True)

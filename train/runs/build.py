@@ -164,7 +164,8 @@ def make_model(recipe: Recipe, processor: M6RecProcessor) -> M6RecForRecommendat
         _refuse_other_shape(arguments.checkpoint, fields)
         model = load_model(arguments.checkpoint, **fields)
     elif arguments.backbone:
-        model = M6RecForRecommendation.from_backbone(arguments.backbone, **{"dtype": "float32", **fields})
+        given = {"dtype": "float32", "slot": processor.tokenizer.slot_token_id is not None, **fields}
+        model = M6RecForRecommendation.from_backbone(arguments.backbone, **given)
         if "writing" in recipe.task.learn and "plausibility" not in (model.config.trained_tasks or []):
             logger.warning(
                 "%s has no head that writes: it begins untrained, tied to the embeddings", arguments.backbone

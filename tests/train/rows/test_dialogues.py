@@ -14,6 +14,7 @@ from m6rec.train.rows.dialogues import Wanted, dialogue_examples, read_dialogues
 from m6rec.train.rows.writing import writing_examples
 from m6rec.train.runs.build import prepare, wanted_in
 from m6rec.train.runs.training_set import training_parts
+from tests.modeling_m6rec.conversion.backbones import publish
 from tests.train.data.test_dialogues import write_iard
 from tests.train.data.test_reviews import write_clothes
 from tests.train.world import recipe_of, write_tables
@@ -143,11 +144,9 @@ def test_the_recipe_converse(tmp_path, method):
     data, out = write_iard(tmp_path / "data"), tmp_path / "out"
     given = [f"data.directory={data}", f"training.output_dir={out}", "training.per_device_train_batch_size=2", *QUICK]
     if method == "lora":
-        assert main(["finetune", "converse", *given]) == 0
         given = [entry for entry in given if not entry.startswith("model.")]
-        given += [f"model.checkpoint={out}", f"training.output_dir={tmp_path / 'lora'}", "tuning.method=lora"]
-        given += ["model.backbone=null", "model.config={}"]
-        out = tmp_path / "lora"
+        given += [f"model.backbone={publish(tmp_path / 'llama', 'llama')}", "model.config.num_joint_layers=1"]
+        given += ["tuning.method=lora"]
     assert main(["finetune", "converse", *given]) == 0
     report = json.loads((out / "metrics.json").read_text())
     assert {"m6rec", "popularity", "words"} == report["dialogues"].keys()
