@@ -109,10 +109,15 @@ def from_backbone(
     config = M6RecConfig(**_fields(source, family, weights, ids, num_joint_layers, fields))
     model = M6RecForRecommendation._from_config(config, dtype=source.dtype if dtype == "auto" else dtype)
     _fill(model, weights)
-    own_end = _first_id(base, "eos_token_id", "sep_token_id")
-    if own_end is not None:  # before training both ends are equally likely
-        model.generation_config.eos_token_id = sorted({config.eos_token_id, own_end})
+    _stop_at_both(model, base)
     return model.to(source.device).eval()
+
+
+def _stop_at_both(model: M6RecForRecommendation, base: TokenizersBackend) -> None:
+    """Let generation stop at the backbone's own end, too: before training both ends are equally likely."""
+    own_end = _first_id(base, "eos_token_id", "sep_token_id")
+    if own_end is not None:
+        model.generation_config.eos_token_id = sorted({model.config.eos_token_id, own_end})
 
 
 def load_backbone(name: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
