@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from .item_features_m6rec import ITEM_FEATURES, LoneItems, reads_item_rows
 from .layers_m6rec import inference_mode
@@ -152,8 +153,15 @@ class JointPart(nn.Module):
         given = Given(input_ids, attention_mask, item_embedding_ids, hidden_events)
         users, _ = row_vectors(model, out, given, chosen)
         assert users is not None  # the model has segment layers
-        logits = model.score_logits(read, chosen.of(input_ids, config.pad_token_id), here)
-        return _last_place(users), *(model.read_scores(logits, task) for task in config.scored)
+        logits = self._logits(read, chosen.of(input_ids, config.pad_token_id), here)
+        return _last_place(users), *(model.read_scores(logits, task)[:, :-1] for task in config.scored)
+
+    def _logits(self, states: torch.Tensor, ids: torch.Tensor, here: Layout) -> torch.Tensor:
+        """Return B x (N + 1) logits; the last target is made up, since a runtime may refuse an empty matrix."""
+        more = functional.pad(ids, (0, 1), value=self.model.config.eos_token_id)
+        target = torch.cat((here.target, here.target.max().expand(ids.shape[0], 1) + 1), 1)
+        lay = Layout(*(functional.pad(field, (0, 1)) for field in here))._replace(target=target)
+        return self.model.score_logits(functional.pad(states, (0, 0, 0, 1)), more, lay)
 
     def _read(self, entered: torch.Tensor, here: Layout, seen: torch.Tensor) -> torch.Tensor:
         network, size = self.model.model, entered.shape[1]

@@ -39,8 +39,7 @@ KEPT_SEGMENTS = 50_000
 """Number of segments whose states an OnnxModel keeps."""
 
 LEAST_COLUMNS = 32
-"""Fewest columns of a matrix whose products are quantised: narrower ones save nothing. The score head is left out too:
-onnxruntime cannot multiply an empty matrix of 8-bit numbers, and a row without candidates has no scores."""
+"""Fewest columns of a matrix whose products are quantised: narrower ones, such as the score head, save nothing."""
 
 READ_AT_ONCE = 64
 """Number of segments of similar length that are read together."""
@@ -71,7 +70,7 @@ def export_onnx(
     files = {}
     for part in STAGES:
         path = to_onnx(model, folder / f"{part}.onnx", part, exit_layer=exit_layer if part == "joint" else None)
-        facts = quantize(path, max(LEAST_COLUMNS, model.config.num_labels + 1)) if weights == "int8" else {}
+        facts = quantize(path) if weights == "int8" else {}
         content = path.read_bytes()
         files[path.name] = {"bytes": len(content), "gzip": len(gzip.compress(content, 6)), **facts}
     model.config.save_pretrained(folder)
@@ -86,7 +85,7 @@ def export_onnx(
     return manifest
 
 
-def quantize(path: str | Path, least_columns: int = LEAST_COLUMNS) -> dict[str, Any]:
+def quantize(path: str | Path) -> dict[str, Any]:
     """Replace the weights of an ONNX file by 8-bit weights, one scale per output channel, in place.
 
     Products of matrices multiply 8-bit numbers: activations are quantised as they come. Weights that layers share are
@@ -94,7 +93,6 @@ def quantize(path: str | Path, least_columns: int = LEAST_COLUMNS) -> dict[str, 
 
     Args:
         path: The file.
-        least_columns: Matrices with fewer columns stay in float32.
 
     Returns:
         `products`, the number of matrix products with 8-bit weights, and `share`, the bytes of all weights relative to
@@ -110,7 +108,7 @@ def quantize(path: str | Path, least_columns: int = LEAST_COLUMNS) -> dict[str, 
     before, folded = _weight_bytes(path)[0], path.with_suffix(".folded.onnx")
     quant_pre_process(path, folded, skip_symbolic_shape=True)
     # Without reduce_range, sums of products saturate at 16 bits on x86 processors without VNNI.
-    kind, narrow = QuantType.QInt8, _narrow_products(folded, least_columns)
+    kind, narrow = QuantType.QInt8, _narrow_products(folded)
     quantize_dynamic(folded, path, weight_type=kind, per_channel=True, reduce_range=True, nodes_to_exclude=narrow)
     folded.unlink()
     after, products = _weight_bytes(path)
@@ -123,15 +121,15 @@ def quantize(path: str | Path, least_columns: int = LEAST_COLUMNS) -> dict[str, 
     return {"products": products, "share": round(share, 4)}
 
 
-def _narrow_products(path: Path, least_columns: int) -> list[str]:
-    """Return the names of the matrix products of an ONNX file whose weights have fewer columns."""
+def _narrow_products(path: Path) -> list[str]:
+    """Return the names of the matrix products of an ONNX file whose weights have fewer than LEAST_COLUMNS columns."""
     import onnx
 
     graph = onnx.load(path).graph
-    columns = {weight.name: min(weight.dims, default=0) for weight in graph.initializer}
+    columns = {weight.name: (list(weight.dims) or [0])[-1] for weight in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
     return [
-        node.name for node in products if any(columns.get(name, least_columns) < least_columns for name in node.input)
+        node.name for node in products if any(columns.get(name, LEAST_COLUMNS) < LEAST_COLUMNS for name in node.input)
     ]
 
 

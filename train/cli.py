@@ -1,4 +1,4 @@
-"""The command `m6rec`: fit, pretrain, finetune, run, convert, evaluate, recommend, serve, export, quickstart, push.
+"""The command `m6rec`: fit, pretrain, finetune, distill, run, convert, recommend, serve, export, push and more.
 
 `m6rec prepare` checks tables, `m6rec log` moves the events of a service. A recipe is a YAML file or the name of one of
 the package's recipes; the arguments after it override its values, e.g. `m6rec finetune quickstart
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         add("prepare", _prepare, "check a recipe's tables and report what is in them"),
         add("pretrain", _pretrain, "learn texts: raw ones, items, whole histories"),
         add("finetune", _finetune, "learn behaviour: retrieval, clicks, ratings, interactions, writing"),
+        add("distill", _distill, "train a smaller model to answer as a trained one (distillation.teacher)"),
         add("run", _run, "all steps of a recipe: prepare, pretrain, finetune, recommend"),
     )
     for command in of_recipes:
@@ -285,6 +286,14 @@ def _finetune(options: argparse.Namespace) -> None:
     _refuse_to_replace(options, recipe, recipe.output_dir)
     print(tables(finetune(recipe)))
     print(f"written to {recipe.output_dir}")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from .config.recipe import load_recipe
+
+    if not load_recipe(options.recipe, options.overrides).distillation.teacher:
+        raise ValueError("distillation.teacher is missing: name the folder or the Hub id of a trained model")
+    _finetune(options)
 
 
 def _fit(options: argparse.Namespace) -> None:

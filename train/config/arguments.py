@@ -103,6 +103,9 @@ class TuningArguments:
     average_checkpoints: int = 1
     """Number of last checkpoints whose weights are averaged into the final weights, e.g. those of the last epochs
     (Vaswani et al. 2017). 1: the last weights, or the best ones with training.load_best_model_at_end."""
+    pruning: float = 0.0
+    """Share of each matrix's weights that are zero at the end: the smallest become zero step by step, while the rest is
+    trained (method `full`). 0: no pruning."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -116,8 +119,35 @@ class TuningArguments:
             )
         if self.average_checkpoints < 1:
             raise ValueError(f"tuning.average_checkpoints is {self.average_checkpoints}; expected 1 or more")
+        if not 0 <= self.pruning < 1:
+            raise ValueError(f"tuning.pruning is {self.pruning}; expected a share of the weights, from 0 to below 1")
+        if self.pruning and (self.method != "full" or self.average_checkpoints > 1):
+            raise ValueError(
+                "tuning.pruning sets weights of the last step to zero: expected method 'full' and average_checkpoints 1"
+            )
         if self.average_checkpoints > 1 and self.method == "adalora":
             raise ValueError("tuning.average_checkpoints: a mean would bring back the ranks that adalora has cut")
+
+
+@dataclass
+class DistillationArguments:
+    """The `distillation:` section: a trained model, the teacher, and what a smaller new model learns from it."""
+
+    teacher: str | None = None
+    """Folder or Hub id of the teacher, whose processor the new model takes over; null: no distillation."""
+    labels: float = 1.0
+    """Weight of the recipe's own losses."""
+    vectors: float = 1.0
+    """Weight of the difference in which items of a batch fit a user."""
+    scores: float = 1.0
+    """Weight of the difference of the score logits of candidates."""
+    relations: float = 1.0
+    """Weight of the difference of relations between tokens of texts (MiniLMv2), in the last segment layer."""
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "vectors", "scores", "relations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"distillation.{name} is {getattr(self, name)}; expected 0 or more")
 
 
 @dataclass
@@ -390,6 +420,7 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> Non
 
 __all__ = [
     "OBJECTIVES",
+    "DistillationArguments",
     "EvaluationArguments",
     "Method",
     "ModelArguments",

@@ -22,6 +22,7 @@ SETTINGS = (
     ("model", "checkpoint"),
     ("model", "backbone"),
     ("pretraining", "texts"),
+    ("distillation", "teacher"),
     ("task", "dialogues"),
     ("task", "replay"),
 )

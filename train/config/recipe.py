@@ -1,9 +1,9 @@
 """Recipes: the settings of a run as dataclasses, read from YAML and overridden on the command line.
 
 A recipe has these sections: `data` (tables to read), `text` (how requests are worded and tokenised), `model` (the
-model to train), `pretraining` (objectives and texts), `tuning` (which weights are trained), `task` (what is learnt from
-events), `evaluation` (splits and metrics), `recommend` (requests at the end), and `training`, the fields of
-`transformers.TrainingArguments`.
+model to train), `pretraining` (objectives and texts), `tuning` (which weights are trained), `distillation` (a trained
+model to learn from), `task` (what is learnt from events), `evaluation` (splits and metrics), `recommend` (requests at
+the end), and `training`, the fields of `transformers.TrainingArguments`.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from ...configuration_m6rec import ROPE_BY_ROW
 from ...values_m6rec import RENAMED_KEYS, check_size, rename_keys, short
 from ..data.log import DataArguments
 from .arguments import (
+    DistillationArguments,
     EvaluationArguments,
     ModelArguments,
     PretrainingArguments,
@@ -53,6 +54,7 @@ class Recipe:
     model: ModelArguments = field(default_factory=ModelArguments)
     pretraining: PretrainingArguments = field(default_factory=PretrainingArguments)
     tuning: TuningArguments = field(default_factory=TuningArguments)
+    distillation: DistillationArguments = field(default_factory=DistillationArguments)
     task: TaskArguments = field(default_factory=TaskArguments)
     evaluation: EvaluationArguments = field(default_factory=EvaluationArguments)
     recommend: RecommendArguments = field(default_factory=RecommendArguments)
@@ -112,7 +114,13 @@ class Recipe:
         model = self.model
         if writes and rope.get("rope_type") not in ROPE_BY_ROW:
             model = dataclasses.replace(model, shape={"written_attention": "source", **model.shape})
-        return dataclasses.replace(self, model=model, training={**self.training, **own}, tuning=TuningArguments())
+        return dataclasses.replace(
+            self,
+            model=model,
+            training={**self.training, **own},
+            tuning=TuningArguments(),
+            distillation=DistillationArguments(),
+        )
 
     def for_finetuning(self) -> "Recipe":
         """Return the recipe of the fine-tuning, which starts from the pretraining's folder if the recipe names one.
@@ -158,6 +166,7 @@ SECTIONS = {
     "model": ModelArguments,
     "pretraining": PretrainingArguments,
     "tuning": TuningArguments,
+    "distillation": DistillationArguments,
     "task": TaskArguments,
     "evaluation": EvaluationArguments,
     "recommend": RecommendArguments,

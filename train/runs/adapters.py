@@ -14,6 +14,7 @@ from ...item_features_m6rec import ITEM_FEATURES
 from ...modeling_m6rec import BASE
 from ...tuning import MERGEABLE, parameter_counts, tune
 from ..config.recipe import Recipe
+from .pruning import GradualPruning
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,10 @@ def reads_through_cache(run: Run) -> bool:
 
 
 def callbacks(run: Run) -> list[TrainerCallback]:
-    """Return the callbacks that the tuning method of a run needs."""
-    return [AllocateRanks(run.model)] if run.recipe.tuning.method == "adalora" else []
+    """Return the callbacks that the tuning of a run needs."""
+    tuning = run.recipe.tuning
+    ranks = [AllocateRanks(run.model)] if tuning.method == "adalora" else []
+    return [*ranks, *([GradualPruning(run.model, tuning.pruning)] if tuning.pruning else [])]
 
 
 class AllocateRanks(TrainerCallback):

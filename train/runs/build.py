@@ -97,11 +97,11 @@ def make_processor(
     """Load the checkpoint's processor, or make a new one: with the backbone's tokenizer, or one trained on texts.
 
     The texts are those of users and, unless others are given, of items; events are not used, so that no held-out event
-    can leak.
+    can leak. A model that learns from a teacher takes over the teacher's processor.
     """
     text, slot = recipe.text, "conversation" in recipe.task.writing
-    if recipe.model.checkpoint:
-        processor = AutoProcessor.from_pretrained(recipe.model.checkpoint)
+    if start := recipe.model.checkpoint or recipe.distillation.teacher:
+        processor = AutoProcessor.from_pretrained(start)
         tokenizer, rows = processor.tokenizer, processor.item_rows
         settings = {"time": processor.time, "options": processor.options}
         settings["template"] = text.template(processor.template)

@@ -24,6 +24,7 @@ from ..rows.writing import writing_examples
 from .adapters import attach, callbacks, keeps_states, reads_through_cache, trainable_parameters
 from .best import check_best_metric
 from .build import Run, on_cpu, plain_forward, prepare, save, use_bf16, wanted_in
+from .distill import distiller
 from .facts import keep_facts
 from .trainer import M6RecTrainer
 from .training_set import earlier_runs, training_set
@@ -198,8 +199,8 @@ def fit(
         run.segment_cache, run.collator.frozen = SegmentCache(), True
     earlier = earlier_runs(run)
     arguments = run.recipe.training_arguments(use_cpu=on_cpu(), bf16=use_bf16())
-    trainer = M6RecTrainer(
-        run,
+    trainer = distiller(run)(
+        run=run,
         figures=figures or ValidationMetrics(run, earlier, arguments.bf16),
         logged=LOGGED,
         model=run.model,

@@ -23,7 +23,10 @@ def recipe(*overrides, **sections) -> Recipe:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"trainig": {}}, "the recipe has unknown keys trainig; known keys are data, evaluation, model, .*training"),
+        (
+            {"trainig": {}},
+            "the recipe has unknown keys trainig; known keys are data, distillation, .*training",
+        ),
         ({"text": {"max_len": 3}}, "text has unknown keys max_len; known keys are domain, .*max_length"),
         ({"training": {"lr": 1}}, "training has unknown keys lr; known keys are .*learning_rate"),
         ({"model": {"config": {"hidden": 3}}}, r"model.config has unknown keys hidden; known keys are .*hidden_size"),
