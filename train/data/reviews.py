@@ -61,7 +61,7 @@ def clothing_tables(directory: Path, seed: int) -> tuple[pandas.DataFrame, panda
 def _facts(table: pandas.DataFrame, kept: pandas.DataFrame, rng: numpy.random.Generator) -> list[str]:
     """Draw the first sentences of other reviews of each review's article, one a line."""
     places = table.groupby("item_id").indices
-    sentences = [re.split(r"(?<=[.!?])\s", text.replace("\n", " "), maxsplit=1)[0] for text in table["words"]]
+    sentences = [re.split(r"(?<=[.!?])\s", " ".join(text.split()), maxsplit=1)[0] for text in table["words"]]
     found = []
     for place, item in zip(kept.index, kept["item_id"]):
         others = places[item][places[item] != place]

@@ -91,7 +91,7 @@ class RequestWriter:
         if user:
             request["user"] = user
         if FACTS in self.user(user_id):
-            request["facts"] = self.user(user_id)[FACTS].splitlines()
+            request["facts"] = [line for line in self.user(user_id)[FACTS].split("\n") if line.strip()]
         return {**request, "candidates": list(candidates)} if candidates else request
 
 

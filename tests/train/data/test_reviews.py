@@ -16,7 +16,7 @@ def write_clothes(folder, articles=10, each=4):
         {
             "Clothing ID": article,
             "Age": 30 + number,
-            "Review Text": f"I like {article} {number}. It fits well" if number else f"too small {article}",
+            "Review Text": f"I like {article}\r\r{number}. It fits well" if number else f"too small {article}",
             "Rating": 5 if number else 2,
             "Class Name": "Dresses",
             "Department Name": "Dresses",
