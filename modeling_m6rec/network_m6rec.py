@@ -875,7 +875,7 @@ class M6RecModel(M6RecPreTrainedModel):
         self,
         embeds: torch.Tensor,
         positions: torch.Tensor,
-        bias: torch.Tensor,
+        bias: torch.Tensor | None,
         ids: torch.Tensor,
         lay: Layout,
         local_bias: torch.Tensor | None = None,
@@ -884,9 +884,11 @@ class M6RecModel(M6RecPreTrainedModel):
         """Read each segment independently: B x Q x embedding_size token embeddings -> B x Q x H segment states.
 
         `ids` and `lay` belong to the last tokens: virtual tokens in front of them belong to no segment. `local_bias` is
-        the bias of `local_layers`; None = `bias`.
+        the bias of `local_layers`; None = `bias`. Without segment layers there is no bias.
         """
         states = self.embeddings(embeds, positions)
+        if not self.config.num_segment_layers:
+            return states
         rotaries, biases = self._rotaries(states, positions), (bias, bias if local_bias is None else local_bias)
         for index in range(self.config.num_segment_layers):
             local = index in self.local_layers
@@ -1230,7 +1232,9 @@ class M6RecModel(M6RecPreTrainedModel):
         positions = torch.cat((order, self.embedding_positions(here)), 1)
         # Given text attends to virtual tokens in the joint layers only: its segment state depends on its segment only.
         sees = here.text if self.config.writes_from_source else False
-        bias, local = self.biases(masks[0], queries, width, embeds.dtype, virtual, sees)
+        bias, local = None, None
+        if self.config.num_segment_layers:
+            bias, local = self.biases(masks[0], queries, width, embeds.dtype, virtual, sees)
         segment_states = self.segment_stage(embeds, positions, bias, ids, here, local, **kwargs)
         segment_states = self.add_to_rows(segment_states, ids, here)
         item_embedding_ids = None if item_embedding_ids is None else front(item_embedding_ids)

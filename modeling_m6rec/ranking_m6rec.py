@@ -52,6 +52,9 @@ TARGETS_A_ROW = 100
 TOKENS_AT_ONCE = 16384
 """Tokens of rows that run together; this bounds memory."""
 
+TEXT_TOKENS_AT_ONCE = 2048
+"""Most tokens of a row whose written texts attend to its source in every layer: masks grow with their square."""
+
 
 class Tokens(NamedTuple):
     """A part of a row: its ids, and for each id the row of item embeddings."""
@@ -119,6 +122,7 @@ class Scorer:
         self.model, self.processor, self.segment_cache, self.exit_layer = model, processor, segment_cache, exit_layer
         self.config = model.config
         self._opener, self._kinds = self.config.bos_token_id, frozenset(self.config.kind_token_ids.values())
+        self._text = self.config.kind_token_ids["text"]
         self.virtual = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
         self.plan = {"plan": "cached", "segment_cache": segment_cache, "user_states": user_states}
         self.plan = {} if self.virtual else self.plan
@@ -218,6 +222,8 @@ class Scorer:
     def _rows(self, encoded: EncodedRequest, chosen: Sequence[int]) -> list[Tokens]:
         if self.virtual:
             return encoded.rows(chosen, TARGETS_A_ROW, None)
+        if self.config.writes_from_source and any(self._text in target.ids for target in encoded.targets[:1]):
+            return encoded.rows(chosen, None, TEXT_TOKENS_AT_ONCE)
         # Targets with a common exit decision stay in one row.
         return encoded.rows(chosen, None, TOKENS_AT_ONCE if encoded.confidence is None else None)
 

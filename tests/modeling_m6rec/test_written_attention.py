@@ -4,10 +4,11 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
-from m6rec import M6RecConfig, M6RecForRecommendation, SegmentCache
+from m6rec import M6RecConfig, M6RecForRecommendation, RecommendationPipeline, SegmentCache, ranking_m6rec
 from m6rec.layout_m6rec import layout
 from m6rec.segment_cache_m6rec import UserStates, _digest
 from m6rec.tuning import tune
+from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.test_generation import brute_force
 from tests.modeling_m6rec.tiny import (
     BERT,
@@ -189,6 +190,20 @@ def test_gradient_checkpointing_changes_no_gradient(settings):
         grads.append(model.model.embeddings.tokens.weight.grad.clone())
         model.gradient_checkpointing_enable()
     close(grads[0], grads[1])
+
+
+def test_many_candidates_are_ranked_by_plausibility_in_short_rows(monkeypatch):
+    model, own = shop.build(written_attention="source", num_joint_layers=1), shop.processor()
+    request = {**shop.SOURCE, "candidates": [*shop.TITLES, *shop.REQUEST["candidates"]]}
+    recommend = RecommendationPipeline(model=model, processor=own)
+    sizes, scores = [], []
+    model.model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    for limit in (ranking_m6rec.TEXT_TOKENS_AT_ONCE, 250):
+        monkeypatch.setattr(ranking_m6rec, "TEXT_TOKENS_AT_ONCE", limit)
+        rows = recommend(request, task="plausibility", top_k=50)
+        scores.append({row["item"]: row["score"] for row in rows})
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4) and len(scores[0]) > 8
+    assert sizes[0] > 250 >= max(sizes[1:])
 
 
 # ---------------------------------------------------------------------------------------------------- virtual tokens
