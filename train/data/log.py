@@ -15,6 +15,7 @@ from datasets import Dataset
 from ...values_m6rec import near_id, normalize_id
 from .beauty import beauty_tables
 from .dialogues import iard_dialogues, iard_tables, inspired_dialogues, inspired_tables
+from .knowledge import Knowledge, with_facts
 from .lastfm import lastfm_tables
 from .movielens import find_movielens, movielens_tables
 from .reviews import clothing_tables, gift_card_tables
@@ -99,6 +100,17 @@ class DataArguments:
     `order`: numbers that give the order of a user's events but not the time between them."""
     item_columns: list[str] | None = None
     """Columns of the items table that the model reads, in this order. None: all but the id."""
+    knowledge: str | None = None
+    """Table of triples (columns head, relation, tail) whose facts are added to the texts of items, as the field
+    `facts`; needs `knowledge_relations`."""
+    knowledge_relations: dict[str, str] = field(default_factory=dict)
+    """Relation -> its wording, such as `directed_by: "directed by {value}"`; other relations are left out."""
+    knowledge_links: str | None = None
+    """Table with columns item_id and entity, the head of the item's triples. None: heads are item ids."""
+    knowledge_names: str | None = None
+    """Table with columns entity and name, of the tails. None: tails are words; ids such as m.0abc are refused."""
+    knowledge_values: int = 3
+    """Maximum number of values of a relation of an item."""
     drop_invalid: bool = False
     """Leave out rows that cannot be used, and count them by reason, instead of raising an error."""
     directory: str | None = None
@@ -119,6 +131,7 @@ class DataArguments:
         if required:
             raise ValueError(f"data.columns.{required[0]} is null, and no event is without it: name its column")
         check_form(self.time_format)
+        self._check_knowledge()
         if not math.isfinite(self.min_rating_liked):
             raise ValueError(f"data.min_rating_liked is {self.min_rating_liked}; expected a finite number")
         tables = [name for name in ("interactions", "items", "users", "columns") if getattr(self, name)]
@@ -126,6 +139,21 @@ class DataArguments:
             raise ValueError(f"data.source {self.source!r} has its own tables; remove data.{', data.'.join(tables)}")
         if self.source == "tables" and self.directory:
             raise ValueError(f"data.directory {self.directory!r} is read by data.source {', '.join(SOURCES)} only")
+
+    def _check_knowledge(self) -> None:
+        given = [name for name in ("relations", "links", "names") if getattr(self, f"knowledge_{name}")]
+        if given and not self.knowledge:
+            raise ValueError(f"data.knowledge_{given[0]} goes with data.knowledge, the table of triples: give both")
+        if self.knowledge:
+            _ = self.facts
+
+    @property
+    def facts(self) -> Knowledge | None:
+        """What is known of items beyond their table."""
+        if self.knowledge is None:
+            return None
+        own = (self.knowledge_relations, self.knowledge_links, self.knowledge_names, self.knowledge_values)
+        return Knowledge(self.knowledge, *own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +210,7 @@ def _filled(columns: dict[str, numpy.ndarray], row: int) -> dict[str, str]:
 
 def read_log(arguments: DataArguments) -> Log:
     """Reads the log that the `data:` section of a recipe names."""
-    dialogues = None
+    dialogues, facts = None, arguments.facts
     if arguments.source in SOURCES:
         source = SOURCES[arguments.source]
         folder = Path(arguments.directory) if arguments.directory else source.find()
@@ -202,7 +230,8 @@ def read_log(arguments: DataArguments) -> Log:
             f"{arguments.interactions!r} and {arguments.items!r}. Where there are items and no events yet, there is "
             "nothing to train on or to measure: m6rec fit --items ITEMS OUT makes a recommender of the items alone"
         )
-    return dataclasses.replace(build_log(interactions, items, users, arguments), dialogues=dialogues)
+    log = dataclasses.replace(build_log(interactions, items, users, arguments), dialogues=dialogues)
+    return log if facts is None else dataclasses.replace(log, items=with_facts(log.items, facts))
 
 
 def items_log(arguments: DataArguments) -> Log:
@@ -214,7 +243,8 @@ def items_log(arguments: DataArguments) -> Log:
     events = pandas.DataFrame({"user_id": ids, "item_id": ids, "timestamp": numpy.array([], dtype=float)})
     for reason, count in described.dropped.items():
         logger.warning("dropped %d rows: %s", count, reason)
-    return Log(events, described.texts, dropped=described.dropped)
+    texts = described.texts if arguments.facts is None else with_facts(described.texts, arguments.facts)
+    return Log(events, texts, dropped=described.dropped)
 
 
 def read_movielens(directory: str | Path) -> Log:

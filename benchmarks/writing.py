@@ -1,0 +1,234 @@
+"""What m6rec writes: explanations of clothing, films in conversations, constrained decoding, speed.
+
+    python benchmarks/writing.py --backbone DIR [--data DIR] [--parts explanations conversation trie speed]
+
+`explanations`: a converted SmolLM2-135M-Instruct (DIR: the model in Transformers' form) is tuned on reviews of
+clothing, all weights, `--steps` batches of eight texts in bfloat16, once with all layers joint and twice with 4 joint
+layers (`written_attention` "segment" and "source"), on the same rows in the same order. Each is measured on `--texts`
+reviews of articles that training does not hold, beside rows that need no model. `late_cost` is the perplexity of 4
+joint layers ("source") over that of all joint, minus 1; `source_gain` that of another article's facts over the own
+ones, minus 1.
+
+`conversation`: each turn of INSPIRED's test part that recommends a linked film which was not named before; the
+films are all 13,816 of movie-dialogues, searched without training a network (`m6rec.fit(None, items)`) by the
+last eight turns: by texts alone, and with the films that the dev part names as counted events (the weight of popularity
+is chosen on one half of dev, with the other half counted). `trie` and `speed` repeat the figures of benchmarks/trie.py
+and benchmarks/generation_speed.py, if their results exist.
+
+Parts that are not run keep their earlier figures in benchmarks/results/writing.json, which is also the last printed
+line.
+"""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _clothing import FEATURES, clothing
+from _dialogues import Turn, films, recalls, turns
+
+import m6rec
+from m6rec import M6RecForRecommendation, M6RecProcessor
+from m6rec.train.commands.convert import convert
+from m6rec.train.evaluation.texts import perplexity, source_gain
+from m6rec.train.evaluation.trivial_texts import trivial_texts
+from m6rec.train.metrics import writing_intervals, writing_report
+from m6rec.train.rows.collator import M6RecDataCollator
+from m6rec.train.rows.writing import WritingExample, encoded
+from m6rec.writing_m6rec import Writer
+
+RESULTS = Path(__file__).parent / "results"
+ARMS: dict[str, dict[str, Any]] = {
+    "all joint": {"num_joint_layers": None},
+    "4 joint, source": {"num_joint_layers": 4, "written_attention": "source"},
+    "4 joint": {"num_joint_layers": 4, "written_attention": "segment"},
+}
+POPULARITY = (0.0, 0.1, 0.3, 1.0, 3.0)
+"""Weights of popularity to choose from."""
+ROWS_A_STEP, RATE, NEW_TOKENS = 8, 1e-4, 32
+SHOWN = ("bleu_1", "bleu_4", "rouge_1", "rouge_l", "distinct_1", "distinct_2", "usr", "fcr", "fmr", "div")
+BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def load(
+    options: argparse.Namespace, folder: Path, arm: dict[str, Any]
+) -> tuple[M6RecForRecommendation, M6RecProcessor]:
+    """Convert the backbone, and load it."""
+    more = [f"{name}={value}" for name, value in arm.items() if name != "num_joint_layers"]
+    convert(options.backbone, folder, arm["num_joint_layers"], ["text.domain=ecommerce", "dtype=float32", *more])
+    return M6RecForRecommendation.from_pretrained(folder), M6RecProcessor.from_pretrained(folder)
+
+
+def tune(
+    model: M6RecForRecommendation, rows: list[dict[str, Any]], collator: M6RecDataCollator, steps: int, seed: int
+) -> None:
+    """Train all weights on the rows, in an order that depends on the seed only."""
+    rng, order = random.Random(seed), list[int]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    model.train()
+    for step in range(steps):
+        if len(order) < ROWS_A_STEP:
+            order = list(range(len(rows)))
+            rng.shuffle(order)
+        batch = collator([rows[order.pop()] for _ in range(ROWS_A_STEP)])
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 3) * max(0.1, 1 - step / steps)
+        with torch.autocast(**BF16):
+            loss = model(**batch, only_losses=True).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def row_of(name: str, written: list[str], examples: list[WritingExample]) -> dict[str, Any]:
+    """The figures of texts."""
+    references = [example.text for example in examples]
+    report = writing_report(written, references, FEATURES)
+    intervals = writing_intervals(written, references, FEATURES)
+    figures = {shown.replace("_", ""): report[shown] for shown in SHOWN}
+    return {"model": name, **figures, "intervals": {metric.replace("_", ""): own for metric, own in intervals.items()}}
+
+
+def explanations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Tune each arm and measure it beside rows that need no model; yield what is known after each."""
+    training, test = clothing(options.data)
+    validation, training, test = training[:60], training[60:], test[: options.texts]
+    rows = [row_of(name, texts, test) for name, texts in trivial_texts(training, validation, test, 0).items()]
+    del rows[-1]  # reviews have no user, and so no previous text
+    facts = [example.request["facts"][0] for example in test]
+    rows.append(row_of("first_fact", facts, test))
+    samples: dict[str, list[str]] = {"reference": [example.text for example in test[:10]]}
+    found: dict[str, float] = {}
+    for name, arm in ARMS.items():
+        for seed in options.seeds:
+            start = time.process_time()
+            with tempfile.TemporaryDirectory() as folder:
+                model, processor = load(options, Path(folder) / "model", arm)
+            torch.manual_seed(seed)
+            collator = M6RecDataCollator(processor, model.config)
+            tune(model, list(encoded(training, processor)), collator, options.steps, seed)
+            model.eval()
+            own = perplexity(model, list(encoded(test, processor)), collator, bf16=True)
+            gain = source_gain(model, test, collator, bf16=True)
+            with torch.autocast(**BF16):
+                texts = Writer(model, processor).write(
+                    [example.request for example in test], "explanation", max_new_tokens=NEW_TOKENS
+                )
+            written = [own_texts[0].text for own_texts in texts]
+            row = row_of(name, written, test)
+            row |= {"seed": seed, "perplexity": own, "source_gain": gain, "seconds": time.process_time() - start}
+            rows.append(row)
+            samples[name] = written[:10]
+            found[name] = found.get(name, 0.0) + own / len(options.seeds)
+            print(json.dumps(row), flush=True)
+            del model
+        how = {"texts": len(test), "training_texts": options.steps * ROWS_A_STEP, "seeds": options.seeds}
+        yield {**summary(rows, found), "rows": rows, "samples": samples, "explanations": how}
+
+
+def summary(rows: list[dict[str, Any]], perplexities: dict[str, float]) -> dict[str, Any]:
+    """What 4 joint layers cost, and what the model that reads its source everywhere depends on."""
+    costs = {"late_cost": "4 joint, source", "late_cost_segment": "4 joint"}
+    known = {
+        name: perplexities[arm] / perplexities["all joint"] - 1 for name, arm in costs.items() if arm in perplexities
+    }
+    last = rows[-1]
+    return known | (
+        {"source_gain": last["source_gain"], "usr": last["usr"]} if last["model"] == "4 joint, source" else {}
+    )
+
+
+def conversation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Find the film of a reply by the turns before it, without training a network."""
+    table = films(options.data)
+    test, (dev, events) = turns(options.data, "test", table)[0], turns(options.data, "dev", table)
+    half = {*sorted({turn.dialogue for turn in dev})[::2]}
+    counted = [event for event in events if event["user_id"] in half]
+    valid = [turn for turn in dev if turn.dialogue not in half]
+    with tempfile.TemporaryDirectory() as folder:
+        recommend = m6rec.fit(None, table, output_dir=folder).pipeline
+        catalogue, rows = recommend.catalogue, {"texts": found_in(recommend, test)}
+        chosen = dict[float, float]()
+        catalogue.observe(counted)
+        for weight in POPULARITY:
+            catalogue.set_evidence(replace(catalogue.evidence, popularity=weight))
+            chosen[weight] = recalls(found_in(recommend, valid), valid)["recall@10"]
+        catalogue.set_evidence(replace(catalogue.evidence, popularity=max(chosen, key=chosen.__getitem__)))
+        catalogue.observe([event for event in events if event["user_id"] not in half])
+        rows["texts and dev's mentions"] = found_in(recommend, test)
+        live = [item in catalogue for lists in rows.values() for items in lists for item in items]
+    popular = [item for item, _ in Counter(event["item_id"] for event in events).most_common(100)]
+    rows["popularity"] = [popular] * len(test)
+    figures = {name: recalls(lists, test) for name, lists in rows.items()}
+    yield {
+        "conversation": {
+            **figures["texts and dev's mentions"],
+            "in_catalogue": sum(live) / len(live),
+            "popularity_weight": catalogue.evidence.popularity,
+            "rows": figures,
+            "turns": len(test),
+            "films": len(table),
+        }
+    }
+
+
+def found_in(recommend: Any, asked: list[Turn]) -> list[list[str]]:
+    """The first 100 films for the messages of each turn."""
+    requests = [{"messages": turn.messages} for turn in asked]
+    answers = recommend(requests, task="retrieval", top_k=100, batch_size=16)
+    return [[row["item_id"] for row in answer] for answer in answers]
+
+
+def trie(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures of benchmarks/trie.py."""
+    path = RESULTS / "trie.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        yield {"trie": {name: found[name] for name in ("items", "build_s", "mib", "ms_per_step_16")}}
+
+
+def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The ratios of benchmarks/generation_speed.py, by batch size."""
+    path = RESULTS / "generation_speed.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        yield {"speed": {str(row["batch"]): row["ratio"] for row in found["rows"]}}
+
+
+PARTS = {"explanations": explanations, "conversation": conversation, "trie": trie, "speed": speed}
+
+
+def main() -> None:
+    """Run the parts, and keep the figures of the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", metavar="DIR", help="SmolLM2-135M-Instruct in Transformers' form")
+    parser.add_argument("--data", type=Path, default=os.environ.get("M6REC_DATA", "../shared/data"), metavar="DIR")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "writing.json")
+    options = parser.parse_args()
+    if options.backbone is None and "explanations" in options.parts:
+        parser.error("the part `explanations` needs --backbone")
+    torch.set_num_threads(options.threads)
+    result = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    for part in options.parts:
+        for known in PARTS[part](options):
+            result |= known
+            options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
