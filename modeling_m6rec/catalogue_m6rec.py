@@ -1809,6 +1809,8 @@ def _finalists(state: State, asked: _Asked, scores: torch.Tensor, count: int) ->
     """
     if not count:
         return torch.empty(0, dtype=torch.long)
+    if asked.evidence is NO_EVIDENCE:
+        return (scores >= scores.topk(count).values[-1] - asked.margin(state)).nonzero()[:, 0]
     few = max(EXACT_SHARE * len(scores), count)
     for most in (few, math.inf):
         support, rest = asked.evidence.support(most)

@@ -49,7 +49,10 @@ class Layout(NamedTuple):
 
     def take(self, index: torch.Tensor, present: torch.Tensor) -> "Layout":
         """Return the layout of the tokens at `index` (B x N), zero where not `present`."""
-        return Layout(*(field.gather(1, index) * present for field in self))
+        found = (field.gather(1, index) for field in self)
+        if not torch.compiler.is_exporting() and present.all():
+            return Layout(*found)
+        return Layout(*(field * present for field in found))
 
     @property
     def plain(self) -> torch.Tensor:
@@ -103,6 +106,8 @@ class Picked(NamedTuple):
 
 def gather_tokens(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Pick B x n tokens out of B x T (x H) values; this copies whole vectors, `gather` single numbers."""
+    if values.shape[0] == 1 and not torch.compiler.is_exporting():  # one request: no offsets of rows
+        return values[0].index_select(0, index[0])[None]
     first = torch.arange(values.shape[0], device=values.device)[:, None] * values.shape[1]
     found = values.flatten(0, 1).index_select(0, (index + first).flatten())
     return found.view(*index.shape, *values.shape[2:])
@@ -110,6 +115,8 @@ def gather_tokens(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def pick(slot: torch.Tensor, slots: int) -> Picked:
     """Sort tokens into slots: B x T slot numbers (-1 = leave out) -> B x slots*C, each slot padded to the longest."""
+    if slot.shape[0] == slots == 1:
+        return _pick_all(slot)
     order = slot.argsort(dim=1, stable=True)
     count = slot.new_zeros(slot.shape[0], slots + 1).scatter_add(1, slot + 1, torch.ones_like(slot))
     rank = torch.empty_like(slot).scatter(1, order, torch.arange(slot.shape[1], device=slot.device).expand_as(slot))
@@ -120,6 +127,14 @@ def pick(slot: torch.Tensor, slots: int) -> Picked:
     order = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
     index = index.scatter(1, where, order + 1)[:, :-1]
     return Picked((index - 1).clamp_min(0), index > 0)
+
+
+def _pick_all(slot: torch.Tensor) -> Picked:
+    """Do `pick` for one row and one slot, as for a request that comes by itself, in a few operations."""
+    columns = (slot[0] >= 0).nonzero()[:, 0]
+    if not len(columns):
+        return Picked(slot.new_zeros(1, 1), slot.new_zeros(1, 1, dtype=torch.bool))
+    return Picked(columns[None], torch.ones(1, len(columns), dtype=torch.bool, device=slot.device))
 
 
 def layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: M6RecConfig) -> Layout:
@@ -425,6 +440,8 @@ def latest(where: torch.Tensor) -> torch.Tensor:
     """B x T bool -> index of the latest True at or before each token, -1 if none."""
     tokens = where.shape[1]
     index = torch.arange(tokens, device=where.device).expand_as(where)
+    if not torch.compiler.is_exporting():  # ONNX has no running maximum
+        return torch.where(where, index, -1).cummax(1).values
     rank = where.cumsum(1)
     # The index of each True by its rank; rank 0 means none, and the last place collects all False.
     places = torch.full((where.shape[0], tokens + 2), -1, device=where.device)

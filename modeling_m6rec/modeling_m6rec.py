@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -301,7 +301,7 @@ def item_vectors(model: "M6RecForRecommendation", items: LoneItems) -> torch.Ten
 
 
 def row_vectors(
-    model: "M6RecForRecommendation", out: "M6RecModelOutput", given: Given, kept: KeptTokens
+    model: "M6RecForRecommendation", out: "M6RecModelOutput", given: Given, kept: KeptTokens, only_users: bool = False
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Make user and item vectors of rows, B x E x D and B x M x D; None without segment layers or with a filled cache.
 
@@ -310,13 +310,18 @@ def row_vectors(
         out: Output of its network.
         given: The rows.
         kept: Selects the entries of the tokens that have states.
+        only_users: Leave out the vectors of items, which serving takes from the catalogue.
     """
     config, lay = model.config, out.layout
     if not config.num_segment_layers or kept.is_part:
         return None, None
     ids = kept.of(given.input_ids, config.pad_token_id)
     seen = None if given.hidden is None else ~kept.of(given.hidden.bool(), 0)
-    users, items = user_places(ids, lay, config, seen), item_places(ids, lay, config)
+    users = user_places(ids, lay, config, seen)
+    if only_users and not features_at("vectors", config):
+        states = out.last_hidden_state[:, -kept.tokens :]
+        return nan_where_absent(learnt_user_vectors(model, gather_or_zero(states, users)), users), None
+    items = item_places(ids, lay, config)
     memory = None if given.item_embedding_ids is None else gather_or_zero(kept.of(given.item_embedding_ids, 0), items)
     texts, states = (field[:, -kept.tokens :] for field in (out.segment_states, out.last_hidden_state))
     rows = RowItems(given.input_ids, out.row_layout, kept, users, items, given.hidden, memory)
@@ -451,7 +456,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         return_plausibility: bool = False,
         plausibility_lead: int = 0,
-        return_vectors: bool = True,
+        return_vectors: bool | Literal["users"] = True,
         return_scores: bool = True,
         exit_layer: int | None = None,
         plan: str | None = None,
@@ -488,7 +493,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             return_logits: Compute `logits`; None = unless only labels of other heads were given.
             return_plausibility: Compute `plausibility`.
             plausibility_lead: Number of tokens at the start of each written text that it leaves out.
-            return_vectors: Compute `user_vectors` and `item_vectors`.
+            return_vectors: Compute `user_vectors` and `item_vectors`; "users" = the former, and the latter only if they
+                come with them.
             return_scores: Compute `scores`; labels of scores need them.
             exit_layer: Number of joint layers to run; None = all.
             plan: How to run; see `network_m6rec`.
@@ -508,7 +514,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         others = bool(score_labels) or retrieval_labels is not None
         if return_logits is None or only_losses:
             return_logits = not only_losses and (labels is not None or not others)
-        return_vectors = return_vectors and not only_losses
+        only_users, return_vectors = return_vectors == "users", bool(return_vectors) and not only_losses
         everything = return_logits or return_plausibility or labels is not None
         heads = None if everything else ["score"] + ["user"] * return_vectors
         out = self.model(
@@ -553,7 +559,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         if only_losses:
             return M6RecOutput(loss=self._total(found), losses=found)
         given = Given(ids, attention_mask, item_embedding_ids, hidden_events)
-        vectors = row_vectors(self, out, given, kept) if return_vectors else (None, None)
+        vectors = row_vectors(self, out, given, kept, only_users) if return_vectors else (None, None)
         plausibility = None
         if return_plausibility:
             plausibility = mean_log_likelihood(states, chosen, lay, self.write_logits, plausibility_lead)

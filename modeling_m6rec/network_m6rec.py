@@ -417,7 +417,7 @@ class _JointRun:
         """Return the picked tokens, each slot as a separate row, and which of them others may attend to."""
 
         def own(field: torch.Tensor) -> torch.Tensor:
-            return field.reshape(len(field) * slots, -1, *field.shape[2:])
+            return field if slots == 1 else field.reshape(len(field) * slots, -1, *field.shape[2:])
 
         states, lay = own(picked.of(entered.states)), Layout(*map(own, entered.lay.take(*picked)))
         seen, output_mask = (own(picked.of(field) & picked.present) for field in (entered.keys, entered.output_mask))

@@ -115,7 +115,8 @@ def pad(features: Sequence[Mapping[str, Any]], ids: Mapping[str, int], padding_s
             arrays[name] = _stack([_per_target(name, row, ids) for row in rows])
         else:
             fill = IGNORE_INDEX if _is_label(name) else fills.get(name, 0)
-            arrays[name] = _beside_tokens(name, rows, fill, padding_side)
+            same = name == "layout_ids" and all(row["layout_ids"] is row["input_ids"] for row in rows)
+            arrays[name] = arrays["input_ids"].copy() if same else _beside_tokens(name, rows, fill, padding_side)
     return dict(BatchEncoding(arrays, tensor_type="pt"))
 
 
@@ -416,9 +417,9 @@ class Truncator:
             self._shorten(slot, self.max_segment - len(slot.head) - len(slot.tail), dropped)
 
     def _body(self, segment: Segment) -> Sequence[int]:
-        rows = [self.encode([text])[0] if text else () for text in segment.texts]
         if segment.slot is None:
-            return rows[0]
+            return self.encode([segment.text])[0] if segment.text else ()
+        rows = [self.encode([text])[0] if text else () for text in segment.texts]
         return (*rows[0], self.ids["slot_token_id"], *rows[1])
 
     # Lengths
@@ -953,6 +954,8 @@ class M6RecProcessor(ProcessorMixin):
             self._texts.keep(text, ids)
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
+            if len(texts) == 1 and texts[0] in found:
+                return [found[texts[0]]]
             new = [*dict.fromkeys([text for text in texts if text not in found])]
             if new:
                 found.update(zip(new, self._encode(new)))

@@ -251,7 +251,8 @@ class Scorer:
 
     def _user_vectors(self, rows: Sequence[Tokens], hidden: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
         found: list[Any] = [None] * len(rows)
-        for part, out in self._read(rows, hidden, None, {"exit_layer": self.exit_layer}):
+        options = {"exit_layer": self.exit_layer, "return_vectors": "users"}
+        for part, out in self._read(rows, hidden, None, options):
             if out.user_vectors is None:
                 raise ValueError(
                     "task 'retrieval' needs a model with segment layers (num_joint_layers below num_hidden_layers): "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from m6rec import Catalogue, RecommendationPipeline, formatting_m6rec, segment_cache_m6rec
+from m6rec.layout_m6rec import gather_tokens, latest, pick
 from m6rec.values_m6rec import KnownItem
 from tests.modeling_m6rec.shop import ITEMS, build, processor
 
@@ -146,3 +147,51 @@ def test_a_known_item_is_copied_as_a_plain_mapping():
     known.segment = object(), object()
     for twin in (copy.copy(known), copy.deepcopy(known), pickle.loads(pickle.dumps(known))):
         assert type(twin) is dict and twin == known
+
+
+# ------------------------------------------------------------------ fewer operations for a request that comes by itself
+
+
+def slow_latest(where):
+    """The twin that an exported graph uses."""
+    index, rank = torch.arange(where.shape[1]).expand_as(where), where.cumsum(1)
+    places = torch.full((where.shape[0], where.shape[1] + 2), -1)
+    return places.scatter(1, torch.where(where, rank, where.shape[1] + 1), index).gather(1, rank)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_operations_on_one_row_are_those_on_several(rows, share):
+    generator = torch.Generator().manual_seed(0)
+    where = torch.rand(rows, 9, generator=generator) < share
+    assert torch.equal(latest(where), slow_latest(where))
+    slot = torch.where(where, 0, -1)
+    twin = torch.cat((slot, torch.full_like(slot[:1], -1)))  # a further row: the way of several rows
+    picked, whole = pick(slot, 1), pick(twin, 1)
+    assert torch.equal(picked.columns, whole.columns[:rows]) and torch.equal(picked.present, whole.present[:rows])
+    for values in (torch.rand(rows, 9, 4), torch.arange(9).repeat(rows, 1)):
+        further = torch.cat((values, values[:1]))
+        found = gather_tokens(further, torch.cat((picked.columns, picked.columns[:1])))
+        assert torch.equal(gather_tokens(values, picked.columns), found[:rows])
+
+
+@pytest.mark.parametrize("more", [{}, {"tfidf_weight": 0.3}])
+def test_vectors_of_users_need_no_vectors_of_items(more):
+    model, own = build(**more), processor()
+    if more:
+        model.model.word_sketch.fit(own.encode_items(ITEMS))
+    batch = own(
+        [{"user": "a man", "history": [{"item": item} for item in ITEMS[:3]]}, "a woman"],
+        "retrieval",
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        whole, users = model(**batch), model(**batch, return_vectors="users")
+    assert torch.equal(whole.user_vectors.nan_to_num(9), users.user_vectors.nan_to_num(9))
+    assert whole.item_vectors is not None and (users.item_vectors is None) == (not more)
+
+
+def test_the_ids_that_decide_the_layout_are_a_tensor_of_their_own():
+    batch = processor().pad([{"input_ids": [5, 6, 7]}, {"input_ids": [5]}])
+    batch["input_ids"].zero_()
+    assert batch["layout_ids"][0].tolist() == [5, 6, 7]

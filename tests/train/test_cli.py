@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from m6rec import Catalogue, M6RecForRecommendation
 from m6rec.train.cli import main
-from m6rec.train.config.recipe import load_recipe
+from m6rec.train.config.recipe import RECIPES, load_recipe
 from m6rec.train.evaluation.tables import tables
 from tests.train.world import TITLES, recipe_of
 
@@ -289,7 +289,9 @@ def test_help_names_every_command(capsys):
     printed = capsys.readouterr().out
     for command in COMMANDS:
         assert re.search(rf"^ +{command}\s+\w", printed, re.M), command
-    assert "recipes of the package: beauty, ecommerce, own-data" in printed
+    assert f"recipes of the package: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}" in " ".join(
+        printed.split()
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

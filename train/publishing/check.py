@@ -23,6 +23,8 @@ from ...pipeline_m6rec import FOLDER
 from ..config.recipe import RECIPE_FILE
 from ..runs.facts import folder_facts, hub_id
 
+HANDLER = "handler.py"
+"""File that Inference Endpoints run."""
 ALLOWED = (
     "config.json",
     "generation_config.json",
@@ -37,6 +39,7 @@ ALLOWED = (
     "chat_template.jinja",
     "processor_config.json",
     "*_m6rec.py",
+    HANDLER,
     f"{FOLDER}/catalogue.json",
     f"{FOLDER}/{EVIDENCE}",
     f"{FOLDER}/{READER_FILE}",
@@ -115,6 +118,8 @@ def plan(folder: Path, name: str, scratch: Path, base: str | None = None, secret
         raise ValueError(f"--base {base!r}: {str(folder)!r} holds no adapter but a whole model")
     _need_model(found, is_adapter)
     _keep_own_code(found, is_adapter)
+    if not is_adapter:  # an endpoint loads one repository
+        found.going.setdefault(HANDLER, Path(__file__).with_name(HANDLER))
     found.going |= _cards(folder, name, found)
     check(found, folder, secrets)
     _divide(found, scratch)

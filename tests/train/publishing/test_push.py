@@ -1,5 +1,6 @@
 """What is pushed to a Hub comes back the same, with the package and without; what must not be pushed is refused."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -39,7 +40,7 @@ REQUEST = {
 }
 SOURCE = {"history": ["Low Tide", {"item": {"item_id": "i3"}}]}
 WHOLE = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-WHOLE |= {"processor_config.json", "README.md", "README_zh.md", "metrics.json", "curves.png"}
+WHOLE |= {"processor_config.json", "handler.py", "README.md", "README_zh.md", "metrics.json", "curves.png"}
 WHOLE |= {f"catalogue/{name}" for name in ("catalogue.json", "items.parquet", "vectors.safetensors")}
 
 
@@ -169,7 +170,7 @@ def test_what_is_pushed(films, hub, capsys):
     files = hub.files("org/films")
     code = {path.name for path in films.glob("*_m6rec.py")}
     assert files.keys() - {".gitattributes"} == WHOLE | code
-    for name in files.keys() - {".gitattributes", "README.md", "README_zh.md"}:
+    for name in files.keys() - {".gitattributes", "README.md", "README_zh.md", "handler.py"}:
         assert files[name] == (films / name).read_bytes()
     said = capsys.readouterr().out
     for stays in ("checkpoint-1/: a state of the training", "recipe.yaml: it names places", "card.json: the card says"):
@@ -177,6 +178,24 @@ def test_what_is_pushed(films, hub, capsys):
     assert f"published as {hub.url}/org/films/commit/" in said
     assert all(f" {name}\n" in said for name in WHOLE)
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl", ".csv"))]
+
+
+def test_an_endpoint_answers_by_the_handler_that_is_pushed(films, hub, tmp_path):
+    push(films, "org/films", quiet)
+    (tmp_path / "handler.py").write_bytes(hub.files("org/films")["handler.py"])
+    spec = importlib.util.spec_from_file_location("handler", tmp_path / "handler.py")
+    handler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(handler)
+    answer, recommend = handler.EndpointHandler(str(films)), load_pipeline(str(films))
+    assert answer({"inputs": SOURCE, "parameters": {"top_k": 3}}) == recommend(SOURCE, top_k=3)
+    first, error = answer({"inputs": [SOURCE, {"history": 5}]})
+    assert [row["item_id"] for row in first] == [row["item_id"] for row in recommend(SOURCE)] and "history" in error[
+        "error"
+    ]
+    with pytest.raises(ValueError, match="`inputs` is missing"):
+        answer({"input": SOURCE})
+    with pytest.raises(ValueError, match="'guard'"):
+        answer({"inputs": SOURCE, "parameters": {"guard": "x"}})
 
 
 def test_a_dry_run_sends_nothing(films, hub, capsys):
