@@ -40,7 +40,15 @@ REQUEST = {
 }
 SOURCE = {"history": ["Low Tide", {"item": {"item_id": "i3"}}]}
 WHOLE = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-WHOLE |= {"processor_config.json", "handler.py", "README.md", "README_zh.md", "metrics.json", "curves.png"}
+WHOLE |= {
+    "processor_config.json",
+    "chat_template.jinja",
+    "handler.py",
+    "README.md",
+    "README_zh.md",
+    "metrics.json",
+    "curves.png",
+}
 WHOLE |= {f"catalogue/{name}" for name in ("catalogue.json", "items.parquet", "vectors.safetensors")}
 
 
