@@ -246,7 +246,8 @@ def read_talk(messages: Sequence[Any], labels: Iterable[str], name: str = "messa
     """
     chat = any(isinstance(turn, Mapping) and turn.get("role") == ASSISTANT for turn in messages)
     labels = [*labels]
-    instruction, turns = None, []
+    instruction: Turn | None = None
+    turns: list[Turn] = []
     for number, message in enumerate(messages):
         turn = _turn(message, number, chat, name)
         for label in labels:
@@ -396,10 +397,8 @@ def chat_template(tasks: Mapping[str, Any], reserved: Iterable[str]) -> str:
     if "instruction" in tasks:
         labels["system"] = tasks["instruction"]
     values = {"LABELS": labels, "RESERVED": [*reserved], "JOIN": tasks["join"]}
-    text = CHAT_TEMPLATE
-    for name, value in values.items():
-        text = re.sub(rf"\b{name}\b", lambda _, value=value: json.dumps(value, ensure_ascii=False), text)
-    return text
+    names = rf"\b({'|'.join(values)})\b"
+    return re.sub(names, lambda found: json.dumps(values[found[0]], ensure_ascii=False), CHAT_TEMPLATE)
 
 
 # ---------------------------------------------------------------------------------------------- wording by a template
@@ -711,9 +710,10 @@ class RequestFormatter:
         """Return the verb of an event, and the name of its item or its text."""
         if isinstance(number, bool) or not isinstance(number, Integral):
             raise wrong_type(number, place, "the place of an event in the history")
-        if not -len(history) <= number < len(history):
-            raise ValueError(f"{place}: the history has {len(history)} events, none at place {number}")
-        event = self.event(history[int(number)], f"history[{number}]")
+        own = int(number)
+        if not -len(history) <= own < len(history):
+            raise ValueError(f"{place}: the history has {len(history)} events, none at place {own}")
+        event = self.event(history[own], f"history[{own}]")
         said = [
             event.verb.text,
             *([event.item.parts[0]] if event.item else []),

@@ -962,8 +962,9 @@ class M6RecProcessor(ProcessorMixin):
             return [found[text] for text in texts]
 
         limits = (self.max_length, self.truncation_stride, self.max_segment)
-        ids = {**self._ids, "slot_token_id": self.tokenizer.slot_token_id}
-        fitter = Truncator(ids, self._kinds, encode, self._decode, *limits)
+        slot = self.tokenizer.slot_token_id
+        markers = self._ids if slot is None else {**self._ids, "slot_token_id": slot}
+        fitter = Truncator(markers, self._kinds, encode, self._decode, *limits)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:

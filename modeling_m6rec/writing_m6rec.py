@@ -562,6 +562,7 @@ class Writer:
     def _replies(
         self, requests: Sequence[tuple[int, Mapping[str, Any]]], choose: "Choose", how: WritingOptions
     ) -> list[list[Written]]:
+        assert self.slot is not None, "replies recommend by [SLOT]"
         bare = [request for _, request in requests]
         prompts, room = self._prompts(bare, "conversation", how.max_new_tokens)
         seed = int(torch.randint(1 << 62, (1,))) if how.draws and how.seed is None else how.seed
@@ -649,10 +650,9 @@ class Writer:
 
 def _redrawn(how: WritingOptions, attempt: int) -> WritingOptions:
     """Return the options of the draws in the place of blocked texts."""
-    drawn = {"temperature": how.temperature, "top_p": how.top_p if how.draws else REWRITTEN_TOP_P}
+    top_p = how.top_p if how.draws else REWRITTEN_TOP_P
     seed = None if how.draws and how.seed is None else (how.seed or 0) + attempt + 1
-    more = {"num_texts": how.num_texts, "slot_threshold": how.slot_threshold}
-    return WritingOptions(how.max_new_tokens, seed=seed, **drawn, **more)
+    return replace(how, num_beams=1, top_p=top_p, seed=seed)
 
 
 def _parts(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
@@ -788,9 +788,8 @@ class WritingAnswers:
             asked.append({**{name: value for name, value in request.items() if name != "text"}, "messages": messages})
         found: list[Chosen | None] = []
         for query in ranker.queries(asked, own):
-            best = [(*query.candidates[number], score) for number, score in query.best]
-            item, item_id, score = best[0] if best else (None, None, 0.0)
-            found.append(Chosen(item, item_id, score) if best else None)
+            best = [Chosen(*query.candidates[number], score) for number, score in query.best]
+            found.append(best[0] if best else None)
         return found
 
     def ranked(self, task: str, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:

@@ -76,7 +76,7 @@ class WritingExample:
 
     def labels(self, labels: Sequence[int], ids: Sequence[int], slot_token_id: int | None) -> list[int]:
         """Return the labels of the row, without those that the example does not learn."""
-        if self.slot is None or slot_token_id not in labels:
+        if self.slot is None or slot_token_id is None or slot_token_id not in labels:
             return list(labels)
         place = len(ids) - 1 - list(reversed(ids)).index(slot_token_id)
         if self.known:
