@@ -405,19 +405,12 @@ class TrieProcessor(LogitsProcessor):
         written = np.ascontiguousarray(input_ids[:, self.prompt_length :].cpu().numpy(), np.int64)
         owners = np.arange(len(written)) * len(self.tries) // len(written)
         step = self._past = self._next(written, owners, scores)
-        if written.shape[1]:
-            rows, tokens = self.trie.children(step.nodes, self._sums, owners)
-        else:  # all rows of a request are alike
-            each = len(written) // len(self.tries)
-            rows, tokens = self.trie.children(step.nodes[::each], self._sums, owners[::each])
-            rows, tokens = (rows[:, None] * each + np.arange(each)).ravel(), np.repeat(tokens, each)
+        if not written.shape[1]:
+            return self._first(scores, len(written) // len(self.tries))
+        rows, tokens = self.trie.children(step.nodes, self._sums, owners)
         where = torch.from_numpy(rows).to(scores.device), torch.from_numpy(tokens.astype(np.int64)).to(scores.device)
         allowed = scores[where]
-        if (allowed == -torch.inf).any():
-            raise ValueError(
-                "another setting forbids tokens that an item's text needs: leave out no_repeat_ngram_size, "
-                "bad_words_ids, min_length, suppress_tokens and the like where a trie constrains what is written"
-            )
+        _refuse_forbidden(allowed)
         constrained = torch.full_like(scores, -torch.inf)
         constrained[where] = allowed
         for row in rows[tokens == self.trie.eos_token_id].tolist():
@@ -427,6 +420,18 @@ class TrieProcessor(LogitsProcessor):
         done[where[0]] = False
         constrained[:, self.pad_token_id] = torch.where(done, 0.0, UNLIKELY).to(scores.dtype)
         self.finished = bool(done.all())
+        return constrained
+
+    def _first(self, scores: torch.Tensor, each: int) -> torch.Tensor:
+        """Constrain the first token, which has many choices that all `each` rows of a request share."""
+        roots = np.tile(self.trie.root, (len(self.tries), 1))
+        rows, tokens = self.trie.children(roots, self._sums, np.arange(len(self.tries)))
+        allowed = torch.zeros(len(self.tries), scores.shape[1], dtype=torch.bool)
+        allowed[torch.from_numpy(rows), torch.from_numpy(tokens.astype(np.int64))] = True
+        allowed = allowed.to(scores.device)
+        _refuse_forbidden(scores[::each][allowed])
+        constrained = scores.masked_fill(~allowed.repeat_interleave(each, 0), -torch.inf)
+        constrained[:, self.pad_token_id] = UNLIKELY
         return constrained
 
     def found(self, sequences: torch.Tensor) -> list[list[tuple[list[int], float]]]:
@@ -472,6 +477,15 @@ class TrieProcessor(LogitsProcessor):
         for token in written:
             nodes = self.trie.step(nodes, np.array([token]))
         return nodes
+
+
+def _refuse_forbidden(allowed: torch.Tensor) -> None:
+    """Raise if tokens that the trie allows have no score left."""
+    if (allowed == -torch.inf).any():
+        raise ValueError(
+            "another setting forbids tokens that an item's text needs: leave out no_repeat_ngram_size, bad_words_ids, "
+            "min_length, suppress_tokens and the like where a trie constrains what is written"
+        )
 
 
 class _Step(NamedTuple):

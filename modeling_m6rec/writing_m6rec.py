@@ -351,6 +351,8 @@ class Prompt(NamedTuple):
 class Writer:
     """Writes texts for requests.
 
+    [EOS] ends a text, and so does a special token of the backbone, such as <|im_end|>, which models write until tuned.
+
     Args:
         model: The model, possibly inside a PeftModel.
         processor: Processor that makes the prompts.
@@ -360,6 +362,9 @@ class Writer:
     def __init__(self, model: Model, processor: Any, guard: Guard | None = None) -> None:
         self.model, self.processor, self.config, self.guard = model, processor, model.config, guard
         self.slot: int | None = processor.tokenizer.slot_token_id
+        config, tokenizer = model.config, processor.tokenizer
+        others = {*tokenizer.all_special_ids} - {*config.structural_token_ids, config.eos_token_id}
+        self._ends = [config.eos_token_id, *sorted(others - {self.slot})]
 
     def write(self, requests: Sequence[str | Mapping[str, Any]], task: str, **options: Any) -> list[list[Written]]:
         """Write texts.
@@ -472,6 +477,7 @@ class Writer:
                     depth,
                     **search,
                     **NO_SETTINGS,
+                    eos_token_id=self.config.eos_token_id,
                     logits_processor=LogitsProcessorList([constraint]),
                     stopping_criteria=StoppingCriteriaList([_NothingLeft(constraint)]),
                 )
@@ -520,7 +526,7 @@ class Writer:
         rows = [prompt for prompt in prompts for _ in range(how.num_texts)]
         processors, stops = LogitsProcessorList(), {}
         if slot and self.slot is not None:
-            stops = {"eos_token_id": [self.config.eos_token_id, self.slot], "suppress_tokens": None}
+            stops = {"eos_token_id": [*self._ends, self.slot], "suppress_tokens": None}
             if how.slot_threshold is not None:
                 processors.append(_Threshold(self.slot, how.slot_threshold))
         if how.draws:
@@ -633,15 +639,15 @@ class Writer:
         return found
 
     def _generate(self, batch: dict[str, torch.Tensor], room: int, **more: Any) -> Any:
-        more = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id, **more}
+        more = {"eos_token_id": self._ends, "pad_token_id": self.config.pad_token_id, **more}
         if self.slot is not None:
             more.setdefault("suppress_tokens", [self.slot])
         return self.model.generate(**batch, **NOTHING_DRAWN, max_new_tokens=room, return_dict_in_generate=True, **more)
 
     def _cut(self, written: list[int]) -> tuple[list[int], bool]:
-        """Return the ids of a text before [EOS], and whether there is one; what follows is padding."""
-        end = self.config.eos_token_id
-        return (written[: written.index(end)], True) if end in written else (written, False)
+        """Return the ids of a text before its end, and whether there is one; what follows is padding."""
+        place = next((place for place, token in enumerate(written) if token in self._ends), None)
+        return (written, False) if place is None else (written[:place], True)
 
     def _written(self, ids: list[int], ended: bool, logprob: float) -> Written:
         text = self.processor.tokenizer.decode_text(ids).strip()

@@ -1,5 +1,6 @@
 """What the writer writes: the model's own texts, whatever the batch, and items by their likelihood."""
 
+import copy
 import functools
 
 import numpy as np
@@ -46,6 +47,31 @@ def test_greedy_texts_are_those_of_generate_one_by_one():
         places = torch.arange(batch["input_ids"].shape[1], row.shape[1])
         assert abs(float(logp[places - 1, row[0, places]].mean()) - text.logprob) < 1e-4
     assert len({text.text for (text,) in found}) > 2 and {text.finish for (text,) in found} <= {"end", "length"}
+
+
+def test_a_special_token_of_the_backbone_ends_a_text():
+    """A conversion that is not tuned ends its texts as the backbone did."""
+    own = build(num_joint_layers=2, initializer_range=0.4), processor()
+    tokenizer = own[1].tokenizer
+    first = Writer(*own).write(REQUESTS[:1], "query", max_new_tokens=8)[0][0]
+    batch = own[1](REQUESTS[:1], "query", return_tensors="pt", padding_side="left")
+    start = batch["input_ids"].shape[1]
+    ids = own[0].generate(**batch, max_new_tokens=8, do_sample=False)[0, start:].tolist()
+    changed = copy.copy(own[1])
+    changed.tokenizer = _Special(tokenizer, ids[3])
+    found = Writer(own[0], changed).write(REQUESTS[:1], "query", max_new_tokens=8)[0][0]
+    place = ids.index(ids[3])
+    assert found.text == tokenizer.decode_text(ids[:place]).strip() and found.finish == "end" != first.finish
+
+
+class _Special:
+    """A tokenizer with one more special token."""
+
+    def __init__(self, tokenizer, token):
+        self._own, self.all_special_ids = tokenizer, [*tokenizer.all_special_ids, token]
+
+    def __getattr__(self, name):
+        return getattr(self._own, name)
 
 
 @pytest.mark.parametrize(
