@@ -17,7 +17,7 @@ FILMS = [
 def quickstart_folder(tmp_path, monkeypatch):
     """Work in a folder that holds `m6rec-ml100k/`, with a catalogue of four films, and two tables of a shop.
 
-    The same model is in `films/`, which the guide to writing makes of a language model.
+    The same model is in `films-lm/`, which the guide to writing makes of a language model.
     """
     torch.manual_seed(0)
     texts = [" ".join(str(value) for value in film.values()) for film in FILMS]
@@ -32,7 +32,7 @@ def quickstart_folder(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "m6rec-ml100k")
     processor.save_pretrained(tmp_path / "m6rec-ml100k")
     Catalogue.from_dataset(FILMS, model, processor, progress=False).save(tmp_path / "m6rec-ml100k" / "catalogue")
-    (tmp_path / "films").symlink_to("m6rec-ml100k")
+    (tmp_path / "films-lm").symlink_to("m6rec-ml100k")
     monkeypatch.chdir(tmp_path)
     write_shop(tmp_path)
 
