@@ -20,7 +20,8 @@ const TEXTS = {
     empty: "Nothing yet: add items that you liked. Until then the list is for an unknown user.",
     clear: "Clear",
     list: "Recommended",
-    add: "Add to history",
+    add: "Add",
+    measure: "Time 100 candidates",
     remove: "Remove",
     why: "Why?",
     loading: "Loading the model …",
@@ -41,7 +42,8 @@ const TEXTS = {
     empty: "还没有：请添加你喜欢的物品。在此之前，列表面向未知用户。",
     clear: "清空",
     list: "推荐",
-    add: "加入历史",
+    add: "添加",
+    measure: "测量 100 个候选的用时",
     remove: "移除",
     why: "原因",
     loading: "正在加载模型……",
@@ -207,7 +209,7 @@ async function begin() {
   ort.env.wasm.numThreads = 1;
   page.recommender = await Recommender.load(ort, load, { executionProviders: ["wasm"] });
   byId("status").textContent = "";
-  for (const each of document.querySelectorAll("input, form button")) each.disabled = false;
+  for (const each of document.querySelectorAll("input, form button, #measure")) each.disabled = false;
   showHistory();
   await showRecommendations();
   document.body.dataset.firstList = performance.now();
@@ -228,7 +230,7 @@ byId("new").addEventListener("submit", (event) => {
   const text = byId("new-text").value.trim();
   if (text) queue(() => addNew(text));
 });
-byId("latency").addEventListener("click", () =>
+byId("measure").addEventListener("click", () =>
   queue(async () => {
     const time = await candidatesTime();
     byId("latency").textContent = say("latency", page.listTime.toFixed(0), page.listTexts, time?.toFixed(0) ?? null);

@@ -17,16 +17,6 @@ from tests.web.node import CODE, run
 NEW = {"title": "a red tent", "category": "outdoor"}
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """The folder of the shop's model with its catalogue."""
-    folder = tmp_path_factory.mktemp("shop")
-    MODEL.save_pretrained(folder)
-    PROCESSOR.save_pretrained(folder)
-    CATALOGUE.save(folder / "catalogue")
-    return folder
-
-
 @pytest.fixture
 def runtime(tmp_path):
     """A folder with files that are called like those of onnxruntime-web."""
@@ -92,11 +82,7 @@ def test_vectors_of_8_bits_are_near():
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_the_pipeline(shop, tmp_path):
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed, which fetches onnxruntime-web")
-    pytest.importorskip("onnxscript")
-    export(str(shop), tmp_path / "page", "web")
+def test_answers_are_those_of_the_pipeline(page, tmp_path):
     scored = [[REQUEST, task] for task in ("click", "rating", "interaction")]
     given = {
         "requests": REQUESTS,
@@ -106,7 +92,7 @@ def test_answers_are_those_of_the_pipeline(shop, tmp_path):
         "options": {"topK": 6},
     }
     (tmp_path / "requests.json").write_text(json.dumps(given))
-    found = run("answers.mjs", tmp_path / "page", tmp_path / "requests.json")
+    found = run("answers.mjs", page, tmp_path / "requests.json")
     recommend = make(MODEL)
     same(found["answers"], recommend(REQUESTS, top_k=6), 1e-5)
     same(found["reasons"], recommend(REQUESTS, top_k=6, explain=True), 1e-5)
