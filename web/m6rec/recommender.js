@@ -127,10 +127,11 @@ export class Recommender {
     const { candidates: _, ...source } = this.described(typeof request === "string" ? { user: request } : request);
     const row = this.processor.read(source, "retrieval");
     const { users } = await this.model.join([row]);
-    const seen = excludeSeen ? this.seen(source.history ?? []) : new Set();
+    const history = request.history ?? []; // as given: items of a catalogue of texts have their ids only here
+    const seen = excludeSeen ? this.seen(history) : new Set();
     const best = this.catalogue.search(users[0], topK, seen);
     const answer = best.map(([place, score], index) => this.answered(place, score, index + 1));
-    if (explain && answer.length) await this.explain(row, best, answer);
+    if (explain && answer.length) await this.explain(row, best, answer, history);
     return answer;
   }
 
@@ -140,15 +141,23 @@ export class Recommender {
   }
 
   // Each event's contribution: the score minus the score with the event hidden.
-  async explain(row, best, answer) {
+  async explain(row, best, answer, history) {
     if (!row.events.length) return answer.forEach((each) => (each.because = []));
     const { users } = await this.model.join(row.events.map(() => row), row.events);
     const texts = row.events.map(([start, end]) => {
       const own = row.segments.filter((each) => each.start >= start && each.end <= end);
       return own.filter(({ kind }) => ["event", "item", "text"].includes(kind)).map(({ text }) => text).join(" ");
     });
+    const described = texts.map((event, number) => {
+      const entry = history[history.length - texts.length + number];
+      const item = isMapping(entry) ? entry.item : null;
+      return isMapping(item) && !isMissing(item.item_id) ? { event, item_id: item.item_id } : { event };
+    });
     best.forEach(([place, score], index) => {
-      const events = texts.map((event, number) => ({ event, contribution: score - this.catalogue.score(users[number], place) }));
+      const events = described.map((event, number) => ({
+        ...event,
+        contribution: score - this.catalogue.score(users[number], place),
+      }));
       answer[index].because = events.sort((one, other) => other.contribution - one.contribution);
     });
   }
