@@ -1,13 +1,12 @@
 """What m6rec writes: explanations of clothing, films in conversations, constrained decoding, speed.
 
-    python benchmarks/writing.py --backbone DIR [--data DIR] [--parts explanations conversation trie speed]
+    python benchmarks/writing.py [--backbone DIR] [--data DIR] [--parts explanations conversation trie speed]
 
 `explanations`: a converted SmolLM2-135M-Instruct (DIR: the model in Transformers' form) is tuned on reviews of
-clothing, all weights, `--steps` batches of eight texts in bfloat16, once with all layers joint and twice with 4 joint
-layers (`written_attention` "segment" and "source"), on the same rows in the same order. Each is measured on `--texts`
-reviews of articles that training does not hold, beside rows that need no model. `late_cost` is the perplexity of 4
-joint layers ("source") over that of all joint, minus 1; `source_gain` that of another article's facts over the own
-ones, minus 1.
+clothing as in benchmarks/writing_late.py, once with all layers joint and twice with 4 joint layers. Each is measured on
+`--texts` reviews of articles that training does not hold, beside rows that need no model; without --backbone these rows
+alone. `late_cost` is the perplexity of 4 joint layers ("source") over that of all joint, minus 1; `source_gain` that of
+another article's facts over the own ones, minus 1.
 
 `conversation`: each turn of INSPIRED's test part that recommends a linked film which was not named before; the
 films are all 13,816 of movie-dialogues, searched without training a network (`m6rec.fit(None, items)`) by the
@@ -22,7 +21,6 @@ line.
 import argparse
 import json
 import os
-import random
 import tempfile
 import time
 from collections import Counter
@@ -32,61 +30,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _clothing import FEATURES, clothing
 from _dialogues import Turn, films, recalls, turns
+from transformers import AutoTokenizer
+from writing_late import MODELS, ROWS, likelihood, reviews, train
 
 import m6rec
-from m6rec import M6RecForRecommendation, M6RecProcessor
-from m6rec.train.commands.convert import convert
-from m6rec.train.evaluation.texts import perplexity, source_gain
+from m6rec import M6RecForRecommendation, M6RecProcessor, M6RecTokenizer
+from m6rec.train.evaluation.texts import source_gain
 from m6rec.train.evaluation.trivial_texts import trivial_texts
 from m6rec.train.metrics import writing_intervals, writing_report
 from m6rec.train.rows.collator import M6RecDataCollator
-from m6rec.train.rows.writing import WritingExample, encoded
+from m6rec.train.rows.writing import WritingExample
 from m6rec.writing_m6rec import Writer
 
 RESULTS = Path(__file__).parent / "results"
-ARMS: dict[str, dict[str, Any]] = {
-    "all joint": {"num_joint_layers": None},
-    "4 joint, source": {"num_joint_layers": 4, "written_attention": "source"},
-    "4 joint": {"num_joint_layers": 4, "written_attention": "segment"},
-}
+FEATURES = (  # noqa: SIM905  a list of 40 words is easier to read as one text
+    "fabric color colors fit fits size sizing soft comfortable flattering length sleeves sleeve waist material quality "
+    "style pattern print warm light price sale shoulders hem neckline pockets lining lined shape cut small large "
+    "petite boxy thin thick cute beautiful summer work jeans"
+).split()
+"""What a review of clothing may name."""
+VALIDATION = 60
+"""Training texts that are not trained on, to choose one sentence for all."""
 POPULARITY = (0.0, 0.1, 0.3, 1.0, 3.0)
 """Weights of popularity to choose from."""
-ROWS_A_STEP, RATE, NEW_TOKENS = 8, 1e-4, 32
+NEW_TOKENS = 32
 SHOWN = ("bleu_1", "bleu_4", "rouge_1", "rouge_l", "distinct_1", "distinct_2", "usr", "fcr", "fmr", "div")
-BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 
 
-def load(
-    options: argparse.Namespace, folder: Path, arm: dict[str, Any]
-) -> tuple[M6RecForRecommendation, M6RecProcessor]:
-    """Convert the backbone, and load it."""
-    more = [f"{name}={value}" for name, value in arm.items() if name != "num_joint_layers"]
-    convert(options.backbone, folder, arm["num_joint_layers"], ["text.domain=ecommerce", "dtype=float32", *more])
-    return M6RecForRecommendation.from_pretrained(folder), M6RecProcessor.from_pretrained(folder)
-
-
-def tune(
-    model: M6RecForRecommendation, rows: list[dict[str, Any]], collator: M6RecDataCollator, steps: int, seed: int
-) -> None:
-    """Train all weights on the rows, in an order that depends on the seed only."""
-    rng, order = random.Random(seed), list[int]()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    model.train()
-    for step in range(steps):
-        if len(order) < ROWS_A_STEP:
-            order = list(range(len(rows)))
-            rng.shuffle(order)
-        batch = collator([rows[order.pop()] for _ in range(ROWS_A_STEP)])
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 3) * max(0.1, 1 - step / steps)
-        with torch.autocast(**BF16):
-            loss = model(**batch, only_losses=True).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def examples_of(rows: list[dict[str, Any]]) -> list[WritingExample]:
+    """Requests with their texts as examples; each is of another user."""
+    split = [({name: own for name, own in row.items() if name != "text"}, row["text"]) for row in rows]
+    return [WritingExample("explanation", request, text, str(place)) for place, (request, text) in enumerate(split)]
 
 
 def row_of(name: str, written: list[str], examples: list[WritingExample]) -> dict[str, Any]:
@@ -99,27 +74,33 @@ def row_of(name: str, written: list[str], examples: list[WritingExample]) -> dic
 
 
 def explanations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tune each arm and measure it beside rows that need no model; yield what is known after each."""
-    training, test = clothing(options.data)
-    validation, training, test = training[:60], training[60:], test[: options.texts]
+    """Tune each model and measure it beside rows that need no model; yield what is known after each."""
+    read = reviews(options.data / "clothing-reviews")
+    learnt, asked = read["train"][VALIDATION:], read["test"][: options.texts]
+    validation, training, test = map(examples_of, (read["train"][:VALIDATION], learnt, asked))
     rows = [row_of(name, texts, test) for name, texts in trivial_texts(training, validation, test, 0).items()]
     del rows[-1]  # reviews have no user, and so no previous text
-    facts = [example.request["facts"][0] for example in test]
-    rows.append(row_of("first_fact", facts, test))
-    samples: dict[str, list[str]] = {"reference": [example.text for example in test[:10]]}
+    rows.append(row_of("first_fact", [example.request["facts"][0] for example in test], test))
+    how = {"texts": len(test), "training_texts": options.steps * ROWS, "seeds": options.seeds}
+    samples: dict[str, list[str]] = {}
+    yield {"rows": rows, "explanations": {"texts": len(test)}}
+    if options.backbone is None:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(options.backbone)
+    processor = M6RecProcessor.from_template(M6RecTokenizer.from_backbone(tokenizer))
     found: dict[str, float] = {}
-    for name, arm in ARMS.items():
+    for name, fields in MODELS.items():
         for seed in options.seeds:
             start = time.process_time()
-            with tempfile.TemporaryDirectory() as folder:
-                model, processor = load(options, Path(folder) / "model", arm)
             torch.manual_seed(seed)
-            collator = M6RecDataCollator(processor, model.config)
-            tune(model, list(encoded(training, processor)), collator, options.steps, seed)
+            model = M6RecForRecommendation.from_backbone(
+                options.backbone, tokenizer=tokenizer, dtype="float32", **fields
+            )
+            train(model, processor, learnt, options.steps, seed)
             model.eval()
-            own = perplexity(model, list(encoded(test, processor)), collator, bf16=True)
-            gain = source_gain(model, test, collator, bf16=True)
-            with torch.autocast(**BF16):
+            own, _ = likelihood(model, processor, asked)
+            gain = source_gain(model, test, M6RecDataCollator(processor, model.config), bf16=True)
+            with torch.autocast("cpu", torch.bfloat16):
                 texts = Writer(model, processor).write(
                     [example.request for example in test], "explanation", max_new_tokens=NEW_TOKENS
                 )
@@ -131,20 +112,16 @@ def explanations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             found[name] = found.get(name, 0.0) + own / len(options.seeds)
             print(json.dumps(row), flush=True)
             del model
-        how = {"texts": len(test), "training_texts": options.steps * ROWS_A_STEP, "seeds": options.seeds}
         yield {**summary(rows, found), "rows": rows, "samples": samples, "explanations": how}
 
 
 def summary(rows: list[dict[str, Any]], perplexities: dict[str, float]) -> dict[str, Any]:
-    """What 4 joint layers cost, and what the model that reads its source everywhere depends on."""
-    costs = {"late_cost": "4 joint, source", "late_cost_segment": "4 joint"}
-    known = {
-        name: perplexities[arm] / perplexities["all joint"] - 1 for name, arm in costs.items() if arm in perplexities
-    }
+    """What 4 joint layers cost, and how much the model that reads its source everywhere depends on it."""
+    first, source, segment = MODELS
+    costs = {"late_cost": source, "late_cost_segment": segment}
+    known = {name: perplexities[own] / perplexities[first] - 1 for name, own in costs.items() if own in perplexities}
     last = rows[-1]
-    return known | (
-        {"source_gain": last["source_gain"], "usr": last["usr"]} if last["model"] == "4 joint, source" else {}
-    )
+    return known | ({"source_gain": last["source_gain"], "usr": last["usr"]} if last["model"] == source else {})
 
 
 def conversation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -201,7 +178,7 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     path = RESULTS / "generation_speed.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        yield {"speed": {str(row["batch"]): row["ratio"] for row in found["rows"]}}
+        yield {"speed": {rows: own["ratio"] for rows, own in found.items()}}
 
 
 PARTS = {"explanations": explanations, "conversation": conversation, "trie": trie, "speed": speed}
@@ -210,7 +187,9 @@ PARTS = {"explanations": explanations, "conversation": conversation, "trie": tri
 def main() -> None:
     """Run the parts, and keep the figures of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", metavar="DIR", help="SmolLM2-135M-Instruct in Transformers' form")
+    parser.add_argument(
+        "--backbone", metavar="DIR", help="SmolLM2-135M-Instruct in Transformers' form, for the part `explanations`"
+    )
     parser.add_argument("--data", type=Path, default=os.environ.get("M6REC_DATA", "../shared/data"), metavar="DIR")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--steps", type=int, default=16)
@@ -219,8 +198,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "writing.json")
     options = parser.parse_args()
-    if options.backbone is None and "explanations" in options.parts:
-        parser.error("the part `explanations` needs --backbone")
     torch.set_num_threads(options.threads)
     result = json.loads(options.output.read_text()) if options.output.is_file() else {}
     for part in options.parts:

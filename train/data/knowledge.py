@@ -67,7 +67,7 @@ class Knowledge:
             own = values.setdefault(head, {}).setdefault(relation, [])
             if tail in names and names[tail] not in own and len(own) < self.max_values:
                 own.append(names[tail])
-        found = {}
+        found: dict[str, str] = {}
         for head, own in values.items():
             said = [
                 str(wording).format(value=BETWEEN.join(own[relation]))

@@ -267,7 +267,7 @@ def list_exposure(recommended: Sequence[ArrayLike] | NDArray, num_items: int) ->
     users, items = flat_rows("recommended", recommended, positive("num_items", num_items))
     starts = np.searchsorted(users, users)
     weights = 1 / np.log2(np.arange(len(users)) - starts + 2)
-    return np.bincount(items, weights, minlength=num_items)
+    return np.bincount(items, weights, minlength=num_items).astype(np.float64)
 
 
 def gini(values: ArrayLike) -> float:
