@@ -4,8 +4,7 @@ The models alternate, and the median of the ratios of neighbouring runs is repor
 
     python benchmarks/generation_speed.py --backbone FOLDER [--joint-layers 4] [--output FILE]
 
-FOLDER holds a causal language model. Without --output the figures are only printed; SmolLM2-135M-Instruct's are in
-benchmarks/results/generation_speed.json.
+FOLDER holds a causal language model. Without --output the figures are only printed.
 """
 
 import argparse

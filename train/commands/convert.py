@@ -103,7 +103,7 @@ def _recipe(backbone: str, output: Path, num_joint_layers: int | None, overrides
     return load_recipe({"model": {"backbone": backbone}, "training": {"output_dir": str(output)}}, entries)
 
 
-def _warnings(model: M6RecForRecommendation, processor: M6RecProcessor, language: str) -> list[str]:
+def _warnings(model: M6RecForRecommendation, processor: M6RecProcessor, language: str | None) -> list[str]:
     """Return what the model cannot do before training, and what late interaction costs its writing."""
     config = model.config
     if not config.num_segment_layers:
@@ -129,7 +129,7 @@ def _advice(cost: float, written_attention: str) -> str:
 
 
 def writing_perplexity(
-    model: M6RecForRecommendation, processor: M6RecProcessor, language: str = "en"
+    model: M6RecForRecommendation, processor: M6RecProcessor, language: str | None = None
 ) -> tuple[float, float]:
     """Measure the perplexity of a paragraph that explains a recommendation, given facts about the item.
 
@@ -141,7 +141,7 @@ def writing_perplexity(
     Returns:
         The perplexity with all layers joint, which is the backbone's for this row, and with the model's own settings.
     """
-    row = processor.read(PARAGRAPHS.get(language, PARAGRAPHS["en"]), "explanation")
+    row = processor.read(PARAGRAPHS.get(language or "en", PARAGRAPHS["en"]), "explanation")
     ids, labels = (torch.tensor([numbers], device=model.device) for numbers in (row.input_ids, processor.labels(row)))
     own = {name: getattr(model.config, name) for name in WHOLE}
     found = []
