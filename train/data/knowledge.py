@@ -42,7 +42,7 @@ class Knowledge:
 
     def __post_init__(self) -> None:
         if not self.relations:
-            raise ValueError("data.knowledge_relations is empty; name the relations, such as {genre: 'a {value} film'}")
+            raise ValueError("data.knowledge_relations is empty; give each relation that is read its wording")
         for relation, wording in self.relations.items():
             if "{value}" not in str(wording):
                 raise ValueError(
