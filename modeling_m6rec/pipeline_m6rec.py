@@ -232,7 +232,7 @@ class RecommendationPipeline(Pipeline):
         if exit_layer is not None and not (whole and 0 < exit_layer <= joint):
             raise ValueError(f"exit_layer={short(exit_layer)}: give a number from 1 to {joint} (joint layers), or None")
 
-    def preprocess(self, input_: Any, on_error: str = "raise", **parameters: Any) -> dict[str, Any]:
+    def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         """Check the type of a request; the rest is done per batch, which computes shared parts once."""
         try:
             if not isinstance(input_, str | Mapping):
@@ -243,13 +243,13 @@ class RecommendationPipeline(Pipeline):
                 check_lists(input_)
             check_size(input_, "request", MAX_REQUEST_VALUES)
         except (TypeError, ValueError) as error:
-            if on_error == "raise":
+            if parameters.get("on_error", "raise") == "raise":
                 raise
             return {"request": _Whole(error)}
         return {"request": _Whole(plain(input_))}
 
-    def _forward(self, input_tensors: dict[str, Any], on_error: str = "raise", **options: Any) -> Any:
-        given = input_tensors["request"]
+    def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
+        given, on_error = input_tensors["request"], options.pop("on_error", "raise")
         requests = [each.value for each in (given if isinstance(given, list) else [given])]
         call = {name: value for name, value in options.items() if name not in (*WISHES, *OPTIONS)}
         rank = partial(self._rank, wishes=_some(WISHES, options), writing=_some(OPTIONS, options), **call)

@@ -859,9 +859,9 @@ class Ranker:
 
     def _described_item(self, item: Any, place: str) -> Any:
         if type(item) is dict and len(item) == 1 and type(item.get("item_id")) is str:
-            known = self._fixed(item["item_id"])
-            if known is not None:
-                return known
+            fixed = self._fixed(item["item_id"])
+            if fixed is not None:
+                return fixed
         if isinstance(item, str):
             self.notice(item, place)
         if not isinstance(item, Mapping) or set(item) - {"stats"} != {"item_id"} or item["item_id"] is None:

@@ -306,7 +306,8 @@ class Service:
     @staticmethod
     def _check_event(recommend: RecommendationPipeline, event: dict[str, Any], place: str) -> None:
         item, catalogue = event.get("item"), recommend.catalogue
-        by_id = isinstance(item, Mapping) and set(item) == {"item_id"}
+        item = item if isinstance(item, Mapping) else {}
+        by_id = set(item) == {"item_id"}
         if by_id and (catalogue is None or item["item_id"] not in catalogue):
             raise ValueError(f"{place}.item.item_id: {short(item['item_id'])} is not in the catalogue: add it first")
         shown = {**event, "item": "an item of the catalogue"} if by_id else event

@@ -37,7 +37,10 @@ def import_events(store: Store, path: Path) -> int:
             raise ValueError(f"{path}: column {missing[0]!r} is missing; it has {', '.join(map(str, table.columns))}")
         names = [name for name in EXPORTED if name in table.columns]
         rows = table[names].astype(object).where(table[names].notna(), None).to_dict("records")
-        events = [_event(row, f"{path}, row {count + number}") for number, row in enumerate(rows)]
+        events = [
+            _event({str(name): own for name, own in row.items()}, f"{path}, row {count + number}")
+            for number, row in enumerate(rows)
+        ]
         store.add_events(events)
         count += len(events)
     return count
