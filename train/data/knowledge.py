@@ -68,11 +68,11 @@ class Knowledge:
             if tail in names and names[tail] not in own and len(own) < self.max_values:
                 own.append(names[tail])
         found: dict[str, str] = {}
-        for head, own in values.items():
+        for head, relations in values.items():
             said = [
-                str(wording).format(value=BETWEEN.join(own[relation]))
+                str(wording).format(value=BETWEEN.join(relations[relation]))
                 for relation, wording in self.relations.items()
-                if own.get(relation)
+                if relations.get(relation)
             ]
             found |= {item_id: JOIN.join(said) for item_id in items[head] if said}
         if not found:

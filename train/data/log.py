@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pandas
@@ -204,7 +205,7 @@ def _columns(texts: pandas.DataFrame) -> dict[str, numpy.ndarray]:
     return {column: texts[column].to_numpy(dtype=object) for column in texts.columns}
 
 
-def _filled(columns: dict[str, numpy.ndarray], row: int) -> dict[str, str]:
+def _filled(columns: dict[str, numpy.ndarray], row: Any) -> dict[str, str]:
     return {column: str(text) for column, texts in columns.items() if (text := texts[row])}
 
 
