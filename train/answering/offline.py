@@ -38,6 +38,8 @@ ADVICE = ". Go on with the same as then, choose another --output, or throw that 
 REASON = {"event": pyarrow.string(), "item_id": pyarrow.string()}
 REASON |= {name: pyarrow.float64() for name in ("contribution", "learnt", "words", "transitions")}
 MENTION = {"item_id": pyarrow.string(), "start": pyarrow.int32(), "end": pyarrow.int32(), "score": pyarrow.float64()}
+CHECK = {"names": pyarrow.list_(pyarrow.int32()), "agrees": pyarrow.bool_()}
+CHECK |= {"unsupported": pyarrow.list_(pyarrow.string())}
 ITEM = {
     "rank": pyarrow.int32(),
     "item": pyarrow.string(),
@@ -58,6 +60,7 @@ ITEM = {
     "items": pyarrow.list_(pyarrow.struct(MENTION)),
     "finish": pyarrow.string(),
     "reason": pyarrow.string(),
+    "checked": pyarrow.struct(CHECK),
 }
 SCHEMA = pyarrow.schema(
     {
