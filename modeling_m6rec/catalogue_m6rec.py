@@ -2588,7 +2588,12 @@ def _replaced(
 ) -> State:
     """Return a state with one base matrix for the items of some rows, and an index of the same kind."""
     index = None if state.index is None else VectorIndex(state.index.kind, state.index.given, vectors)
-    more = {"index": index, "wanted": state.wanted, "texts": state.texts.kept(rows), "next_number": state.next_number}
+    more: dict[str, Any] = {
+        "index": index,
+        "wanted": state.wanted,
+        "texts": state.texts.kept(rows),
+        "next_number": state.next_number,
+    }
     more["tries"] = state.tries.kept(rows)
     counted = None if state.counted is None else state.counted.kept(rows)
     return State.of(items, vectors, fingerprint, **more, counted=counted, exclude_seen=state.exclude_seen)

@@ -8,7 +8,7 @@ The functions of the plan "flat" can be exported: they use `shape`, since `len` 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -531,9 +531,10 @@ class Rows(NamedTuple):
     def of(self, chosen: torch.Tensor) -> "Rows":
         """Return the rows that a B bool marks, with all standalone segments."""
         names = ("input_ids", "item_embedding_ids", "keys", "hidden", "text_only", "output_mask")
-        fields = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in names}
+        fields: dict[str, Any] = {name: None if field is None else field[chosen] for name, field in given.items()}
         return self._replace(
-            **{name: None if field is None else field[chosen] for name, field in fields.items()},
+            **fields,
             lay=Layout(*(field[chosen] for field in self.lay)),
             payloads=[own for own, kept in zip(self.payloads, chosen.tolist()) if kept],
         )

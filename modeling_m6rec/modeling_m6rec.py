@@ -516,6 +516,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             return_logits = not only_losses and (labels is not None or not others)
         only_users, return_vectors = return_vectors == "users", bool(return_vectors) and not only_losses
         everything = return_logits or return_plausibility or labels is not None
+        no_items = item_input_ids is None or item_states is not None
         heads = None if everything else ["score"] + ["user"] * return_vectors
         out = self.model(
             input_ids,
@@ -529,7 +530,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             plan=plan,
             segment_cache=segment_cache,
             exits=self._exits(exit_layer, bool(score_labels), "decide" in kwargs),
-            standalone=self._item_keys(item_input_ids, item_attention_mask) if item_states is None else (),
+            standalone=() if no_items else self._item_keys(item_input_ids, item_attention_mask),
             compact_output=True,
             heads=heads,
             extra_output_mask=None if retrieval_labels is None else retrieval_labels != IGNORE_INDEX,

@@ -252,7 +252,9 @@ class RecommendationPipeline(Pipeline):
         given, on_error = input_tensors["request"], options.pop("on_error", "raise")
         requests = [each.value for each in (given if isinstance(given, list) else [given])]
         call = {name: value for name, value in options.items() if name not in (*WISHES, *OPTIONS)}
-        rank = partial(self._rank, wishes=_some(WISHES, options), writing=_some(OPTIONS, options), **call)
+        rank: Callable[[Sequence[Any]], list[Any]] = partial(
+            self._rank, wishes=_some(WISHES, options), writing=_some(OPTIONS, options), **call
+        )
         with inference_mode(self.model):
             answers = rank(requests) if on_error == "raise" else _each(rank, requests)
         whole = [_Whole(answer) for answer in answers]

@@ -554,7 +554,8 @@ class Reranker:
 
     def _spread(self, scores: Sequence[float], values: Sequence[Any], count: int) -> tuple[list[int], list[float]]:
         """Fill a list from the top; returns the places, and the penalty of each item of the pool when it was chosen."""
-        left, chosen = list(range(min(self.pool, len(scores)))), []
+        left = list(range(min(self.pool, len(scores))))
+        chosen: list[int] = []
         exposure: dict[Any, float] = {}
         penalties, total = [0.0] * len(left), 0.0
         while len(chosen) < count:
@@ -844,7 +845,7 @@ class Ranker:
 
     def described(self, request: str | Mapping[str, Any]) -> dict[str, Any]:
         """Copy a request, and complete items that are given by id only with the catalogue's fields."""
-        found = {"user": request} if isinstance(request, str) else dict(request)
+        found: dict[str, Any] = {"user": request} if isinstance(request, str) else dict(request)
         if isinstance(found.get("candidates"), list):
             items = enumerate(found["candidates"])
             found["candidates"] = [self._described_item(item, f"candidates[{place}]") for place, item in items]

@@ -667,12 +667,12 @@ class PrefixMatches:
             strange = strange | lay.text  # it attends to more of the source than is kept
         if model.config.local_layers and ids.shape[1] > (model.config.local_window or 0):
             strange = torch.ones_like(strange)  # what a token attends to moves on with it
-        strange = strange.any(1).tolist()
+        differs = strange.any(1).tolist()
         reused = np.zeros(source.shape, bool)
         self._rows: list[PrefixMatch | None] = []
         for row, tokens in enumerate(map(np.flatnonzero, source)):
             payloads = rows.payloads[row] if rows.payloads else {}
-            found = None if strange[row] or not len(tokens) else self._read(fields[:, row, tokens], depth, payloads)
+            found = None if differs[row] or not len(tokens) else self._read(fields[:, row, tokens], depth, payloads)
             beginning, count = found or (None, 0)
             self._rows.append(beginning)
             reused[row, tokens[:count]] = True

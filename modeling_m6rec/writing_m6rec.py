@@ -928,8 +928,8 @@ def _row(task: str, blank: str, text: Written) -> dict[str, Any]:
     if task == "conversation":
         row = {"role": "assistant", "content": text.text, "items": [asdict(own) for own in text.items]}
         return {**row, **_outcome(text)}
-    row = {"fields": {blank: text.text}} if task == "content" else {}
-    return {**row, "text": text.text, "logprob": text.logprob, **_outcome(text)}
+    fields: dict[str, Any] = {"fields": {blank: text.text}} if task == "content" else {}
+    return {**fields, "text": text.text, "logprob": text.logprob, **_outcome(text)}
 
 
 def _outcome(text: Written) -> dict[str, Any]:

@@ -12,13 +12,15 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ...atomic_m6rec import atomic_folder
 from ...catalogue_m6rec import CatalogueView
+from ...configuration_m6rec import M6RecConfig
 from ...item_features_m6rec import reads_item_rows
+from ...modeling_m6rec import M6RecForRecommendation
 from ...onnx_model import MANIFEST, WEIGHTS, OnnxModel, export_onnx
 from ...pipeline_m6rec import FOLDER, RecommendationPipeline
 from ..answering.loading import load_pipeline
@@ -85,7 +87,7 @@ def export(
 def _write_onnx(
     recommend: RecommendationPipeline, folder: Path, weights: str, exit_layer: int | None, say: Callable[[str], None]
 ) -> None:
-    manifest = export_onnx(recommend.model, folder, weights, exit_layer)
+    manifest = export_onnx(cast(M6RecForRecommendation, recommend.model), folder, weights, exit_layer)
     recommend.processor.save_pretrained(folder)
     if recommend.catalogue is not None:
         recommend.catalogue.save(folder / FOLDER)
@@ -150,7 +152,7 @@ def _write_page(
         PAGE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "__pycache__", "package.json")
     )
     own = folder / "model"
-    manifest = export_onnx(recommend.model, own, weights, exit_layer)
+    manifest = export_onnx(cast(M6RecForRecommendation, recommend.model), own, weights, exit_layer)
     for name in ("config.json", MANIFEST):
         (own / name).unlink()
     recommend.processor.tokenizer.backend_tokenizer.save(str(own / "tokenizer.json"), pretty=False)
@@ -198,7 +200,7 @@ def _manifest(recommend: RecommendationPipeline, catalogue: CatalogueView, weigh
             "skipped_kinds": config.skipped_kinds,
             "pad_token_id": config.pad_token_id,
             "bos_token_id": config.bos_token_id,
-            "reads_item_rows": reads_item_rows(config),
+            "reads_item_rows": reads_item_rows(cast(M6RecConfig, config)),
             "tasks": list(config.scored),
             "trained_tasks": config.trained_tasks,
         },

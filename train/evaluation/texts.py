@@ -118,7 +118,8 @@ def _checks(
         return {}
     requests = [examples[place].request for place in places]
     because = contributions(model, processor, requests)
-    vocabulary = Vocabulary.of([*items, *(request["candidates"][0] for request in requests if not items)], processor)
+    known: list[Any] = [*items, *(request["candidates"][0] for request in requests if not items)]
+    vocabulary = Vocabulary.of(known, processor)
     return {
         who: checks_report([texts[place] for place in places], requests, because, vocabulary, processor)
         for who, texts in rows.items()

@@ -76,8 +76,8 @@ def nearest_texts(training: Sequence[WritingExample], examples: Sequence[Writing
         scores = np.zeros(len(training))
         for word, number in Counter(words_of(example.request)).items():
             if word in lists:
-                rows, weights = lists[word]
-                scores[rows] += number * rarity[word] * weights
+                rows, shares = lists[word]
+                scores[rows] += number * rarity[word] * shares
         found.append(training[int(scores.argmax())].text)
     return found
 

@@ -20,7 +20,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "") -> None:
-        self._recommend = pipeline("recommendation", model=path, trust_remote_code=True)
+        task: Any = "recommendation"  # the library's types name its own tasks only
+        self._recommend = pipeline(task, model=path, trust_remote_code=True)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Answer a request, or several.
