@@ -444,6 +444,7 @@ def _digest(model: Network) -> bytes:
     """Digest everything that decides segment states; the digest is equal in every process."""
     device = model.embed_kind.weight.device.type
     fields = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_BY_SEGMENTS}
+    fields["format_version"] = 1  # it says which code can read the configuration, and changes no state
     settings = fields, active_adapters(model.segment_modules()), _numbers(model.config, device)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     digest_weights(digest, model.segment_modules())

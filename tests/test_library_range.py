@@ -23,9 +23,27 @@ from tests.modeling_m6rec.test_generation import prompts
 from tests.modeling_m6rec.tiny import SMALL, build
 from tests.test_repository import MODULES
 
-FORWARD = {"input_ids", "attention_mask", "layout_ids", "use_cache", "logits_to_keep", "return_dict", *CACHE_NAMES}
+OURS = {"continuation", "return_scores", "return_vectors"}
+"""What our `generate` adds to the calls of `forward`."""
+FORWARD = {
+    "input_ids",
+    "attention_mask",
+    "layout_ids",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    *CACHE_NAMES,
+    *OURS,
+}
 """What `generate` hands to `forward`: it must mean there what `generate` means by it."""
-PREPARE = {"attention_mask", "use_cache", "logits_to_keep", "next_sequence_length", "is_first_iteration"}
+PREPARE = {
+    "continuation",
+    "attention_mask",
+    "use_cache",
+    "logits_to_keep",
+    "next_sequence_length",
+    "is_first_iteration",
+}
 """What `generate` hands to `prepare_inputs_for_generation`, beside the cache."""
 OLDER = {"position_ids", "cache_position"}
 """What releases before 5.24 hand over as well; the layout decides in their place."""
@@ -177,8 +195,8 @@ def overrides():
                     yield f"{own.__name__}.{method}", function, vars(base)[method]
 
 
-OWN_FORM = {"M6RecProcessor.__call__"}
-"""Takes requests, not text, images and sounds."""
+OWN_FORM = {"M6RecProcessor.__call__", "M6RecProcessor.apply_chat_template"}
+"""They take requests and messages, not text, images, sounds, tools and templates."""
 
 
 def test_no_method_takes_less_than_the_librarys():

@@ -207,6 +207,7 @@ result = [ask(recommend), own.FORMAT_VERSION, type(recommend.model).__module__]
     recommend = pipeline("recommendation", model=model, processor=own, catalogue=catalogue, device="cpu")
     given = json.loads((tmp_path / "given.json").read_text())
     expected = [recommend(given[0], explain=True), recommend(given[1], top_k=3), recommend("a man", task="click")]
+    expected.append([recommend(given[1], task=task, top_k=2, max_new_tokens=4) for task in ("query", "next_item")])
     assert result[0] == expected and result[1] == FORMAT_VERSION + 1 and result[2].startswith("transformers_modules.")
 
 
