@@ -54,7 +54,7 @@ def _each(rank: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -
         return rank(requests)
     except OSError:  # from the disk or the network, not from a request
         raise
-    except Exception as error:
+    except Exception as error:  # any error of a request's own is its answer, so that it fails no other request
         if len(requests) == 1:
             logger.debug("a request cannot be answered", exc_info=error)
             known = type(error) in (TypeError, ValueError)

@@ -894,6 +894,8 @@ class M6RecProcessor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]  # the library's method renders by Jinja
         self,
         conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *args: Any,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = None,
@@ -908,12 +910,22 @@ class M6RecProcessor(ProcessorMixin):
         Args:
             conversation: Messages `{"role": ..., "content": ...}` with the roles "system", "user" and "assistant", or
                 several conversations.
+            chat_template: None; conversations are formatted by the processor's own template.
+            *args: None; the order of the library's further parameters differs between releases.
             tokenize: Return ids; False = the text of the row, with the names of special tokens.
             return_dict: Return all inputs of the model; False = only `input_ids`.
             return_tensors: "pt" = padded tensors, None = lists.
             **parts: Other keys of the request, such as `history`; `add_generation_prompt` is ignored, since the row
                 of a conversation always opens the recommender's turn.
+
+        Raises:
+            ValueError: A `chat_template` is given.
+            TypeError: More than these two parameters are given by their place.
         """
+        if chat_template is not None:
+            raise ValueError("chat_template: the processor formats conversations by its own template; leave it out")
+        if args:
+            raise TypeError(f"expected the parameters after chat_template by name, got {len(args)} by place")
         parts.pop("add_generation_prompt", None)
         several = bool(conversation) and isinstance(conversation[0], list | tuple)
         talks = conversation if several else [conversation]

@@ -1,5 +1,9 @@
 """From requests to ranked items: rows of ids, scores of targets, user vectors, and the contribution of each event.
 
+Its parts: scoring, which runs the model; the guard and the re-ranker, which decide what may be listed and in which
+order; and `Ranker`, which makes the answers by the wishes of each request, such as a filter or a boost.
+They are one file, with a section for each, because a checkpoint carries few files and all in one folder.
+
 Shapes: B rows, T tokens, N targets of a request or items of an answer, E events of a request, I values of a score (1,
 or one per interaction), D = vector_width.
 """

@@ -195,8 +195,8 @@ def overrides():
                     yield f"{own.__name__}.{method}", function, vars(base)[method]
 
 
-OWN_FORM = {"M6RecProcessor.__call__", "M6RecProcessor.apply_chat_template"}
-"""They take requests and messages, not text, images, sounds, tools and templates."""
+OWN_FORM = {"M6RecProcessor.__call__"}
+"""Takes requests, not text, images and sounds."""
 
 
 def test_no_method_takes_less_than_the_librarys():

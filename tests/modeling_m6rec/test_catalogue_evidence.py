@@ -330,6 +330,25 @@ def test_events_without_times_come_in_the_order_given():
     assert state(timed) == state(plain), "nothing was counted of what was refused"
 
 
+def test_a_data_frame_is_read_as_its_rows():
+    """By column: each way in which pandas marks a missing time is none."""
+    rows = [event("a", 0, 1), event("a", 2, 3), event("b", 1, 2)]
+    by_row, by_column = make(), make()
+    by_row.observe(rows)
+    by_column.observe(pandas.DataFrame(rows).assign(other="x"))
+    assert state(by_row) == state(by_column)
+    by_row, untimed = make(), pandas.DataFrame([event("a", 0), event("a", 2)])
+    by_row.observe([event("a", 0), event("a", 2)])
+    for missing in (float("nan"), pandas.NaT, pandas.NA, None):
+        by_column = make()
+        by_column.observe(untimed.assign(timestamp=missing))
+        assert state(by_row) == state(by_column)
+    with pytest.raises(ValueError, match=r"events\[1\]\.user_id"):
+        make().observe(pandas.DataFrame([event("a", 0), event(pandas.NA, 1)]))
+    with pytest.raises(ValueError, match=r"events\[0\]\.item_id"):
+        make().observe(pandas.DataFrame({"user_id": ["a"]}))
+
+
 def test_late_events_find_their_place():
     late, ordered = make(), make()
     ordered.observe([event("a", 0, 1), event("a", 1, 2), event("a", 2, 3)])

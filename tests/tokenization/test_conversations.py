@@ -102,6 +102,10 @@ def test_chat_templates_write_what_the_processor_writes(tokenizer, tmp_path, lan
     expected = processor(requests, "conversation", return_tensors="pt", padding_side="left")
     assert batch.keys() == expected.keys() and all((batch[name] == expected[name]).all() for name in expected)
     assert (batch["attention_mask"][1, 0], batch["attention_mask"][1, -1]) == (0, 1)
+    with pytest.raises(ValueError, match="by its own template"):
+        processor.apply_chat_template(MESSAGES, "{{ messages }}")
+    with pytest.raises(TypeError, match="by name, got 1"):
+        processor.apply_chat_template(MESSAGES, None, [])
 
 
 def test_a_chat_template_refuses_what_it_cannot_write(processor):

@@ -21,6 +21,7 @@ from ...tokenization import M6RecProcessor, M6RecTokenizer
 from ...tuning import load_model, quantized
 from ..config.arguments import ModelArguments
 from ..config.recipe import Recipe
+from ..data.knowledge import FACTS
 from ..data.log import Log, read_log
 from ..data.splits import Split, by_time, given, has_times, hold_items_out, hold_out
 from ..data.tasks import SCORED
@@ -114,7 +115,8 @@ def make_processor(
         if recipe.model.backbone:
             tokenizer = backbone_tokenizer(recipe.model, load_tokenizer(recipe.model.backbone), slot)
         else:
-            found = _training_texts(log, _spoken(template, bool(recipe.task.writing)), texts)
+            spoken = _spoken(template, bool(recipe.task.writing), FACTS in log.items)
+            found = _training_texts(log, spoken, texts)
             tokenizer = M6RecTokenizer.train(found, vocab_size=text.vocab_size, slot=slot)
     if recipe.model.item_embeddings:
         rows = dict(rows or {})
@@ -137,10 +139,14 @@ def _training_texts(log: Log, template: dict[str, Any], texts: Iterable[str] | N
     return chain(item_texts(log) if texts is None else texts, users, _words(template))
 
 
-def _spoken(template: dict[str, Any], writes: bool) -> dict[str, Any]:
-    """Return a template without the words of writing tasks that a run does not learn."""
+def _spoken(template: dict[str, Any], writes: bool, knows: bool) -> dict[str, Any]:
+    """Return a template without what a run does not use: words of writing tasks and of facts of items.
+
+    So a vocabulary does not change when the templates get words for another purpose.
+    """
     tasks = {name: words for name, words in template["tasks"].items() if writes or name not in OPTIONAL}
-    return {**template, "tasks": tasks}
+    fields = [[name, words] for name, words in template["item"]["fields"] if knows or name != FACTS]
+    return {**template, "tasks": tasks, "item": {**template["item"], "fields": fields}}
 
 
 def _words(template: Any) -> list[str]:

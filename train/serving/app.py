@@ -143,7 +143,7 @@ class Worker:
     async def _load(self) -> None:
         try:
             await self._in_thread(self.service.load)
-        except Exception as error:
+        except Exception as error:  # raised again: whatever it is, /ready must say why the model is not there
             self.service.failure = f"the model cannot be loaded: {error}"
             logger.exception(self.service.failure)
             raise

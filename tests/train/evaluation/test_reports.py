@@ -522,15 +522,15 @@ def test_errors_of_ratings_by_hand():
     assert report == {"rmse": pytest.approx(math.sqrt(5)), "mae": 2.0, "examples": 2}
 
 
-@pytest.mark.parametrize("cells", [1, 12, 1000])
+@pytest.mark.parametrize("cells", [1, 60, 1000])
 def test_ranks_of_sums_are_those_of_the_added_scores(monkeypatch, cells):
     """However many users are scored at once; each score is computed once for each user."""
     monkeypatch.setattr(evaluation, "SCORES_AT_ONCE", cells)
-    rng, users, read = np.random.default_rng(0), 7, []
-    tables = rng.integers(0, 4, (2, users, 5)).astype(float)
-    histories = [rng.choice(5, 2, replace=False) for _ in range(users)]
+    rng, users, read = np.random.default_rng(0), 40, []
+    tables = rng.integers(0, 4, (2, users, 9)).astype(float)
+    histories = [rng.choice(9, 2, replace=False) for _ in range(users)]
     examples = RankingExamples(
-        [str(user) for user in range(users)], [], histories, rng.integers(0, 5, users), np.zeros(users, bool)
+        [str(user) for user in range(users)], [], histories, rng.integers(0, 9, users), np.zeros(users, bool)
     )
 
     def scores(number):
@@ -540,7 +540,7 @@ def test_ranks_of_sums_are_those_of_the_added_scores(monkeypatch, cells):
 
         return Scores(of)
 
-    weights = {"first": (1.0, 0.0), "second": (0.0, 1.0), "both": (1.0, 0.5)}
+    weights = {"first": (1.0, 0.0), "second": (0.0, 1.0), "both": (1.0, 0.5), "more": (1.0, 3.0)}
     found = ranks_of_sums([scores(0), scores(1)], weights, examples, exclude_seen=True)
     assert sorted(read)[1:] == [(number, user) for number in (0, 1) for user in range(users)], "the first user's width"
     for name, (first, second) in weights.items():

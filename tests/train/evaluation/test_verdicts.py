@@ -31,6 +31,8 @@ def test_the_best_baseline_is_compared_on_the_same_users():
     )
     assert found["better"] and not found["worse"]
     assert found == compare("ndcg@10", values), "the same seed draws the same users"
+    with_network = compare("ndcg@10", {**values, "network": hard + 0.1})
+    assert with_network["baseline"] == "similar_text", "a trained network is no baseline"
 
 
 @pytest.mark.parametrize(

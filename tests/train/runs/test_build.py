@@ -1,6 +1,8 @@
 """What a run is made of: tokenizer, processor and model that fit each other, new or from a checkpoint."""
 
 import dataclasses
+import hashlib
+import json
 import math
 
 import pandas
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from m6rec import M6RecForRecommendation
 from m6rec.conversion import load_backbone
 from m6rec.tokenization import M6RecProcessor
+from m6rec.tokenization.templates import load_template
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.data.log import Log
 from m6rec.train.data.splits import hold_out
@@ -349,3 +352,27 @@ def test_the_reader_is_a_backbone_whose_tokens_weigh_as_they_are_rare_in_the_cat
         rarity = math.log((1 + len(texts)) / (1 + sum(token in text for text in texts))) + 1
         ratios[word] = float(table[token].norm() / own[token].norm()) / rarity
     assert ratios["the"] == pytest.approx(ratios["harbour"], rel=1e-4) == pytest.approx(ratios["nobody"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("domain", "language", "digest"),
+    [
+        ("video", "en", "0f7fd00d94584c3d"),
+        ("video", "zh", "2e70e19342547a5a"),
+        ("social", "en", "0a581551c26832e9"),
+        ("social", "zh", "8365957d68dd632d"),
+        ("ecommerce", "en", "2dd3b57fd7ca30a7"),
+        ("ecommerce", "zh", "d7e8c1d87568b27c"),
+    ],
+)
+def test_words_for_other_purposes_change_no_vocabulary(domain, language, digest):
+    """A vocabulary is trained on these words: other words are another vocabulary, and other figures in all tables.
+
+    Words of writing tasks and of facts are for runs that use them. Another digest means that all figures of models with
+    a vocabulary of their own have to be measured again.
+    """
+    template = load_template(domain, language)
+    words = build._words(build._spoken(template, writes=False, knows=False))
+    assert hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16] == digest
+    more = build._words(build._spoken(template, writes=True, knows=True))
+    assert set(words) < set(more) and len(more) == len(build._words(template)), "runs that use them learn them"
