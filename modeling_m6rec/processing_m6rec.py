@@ -891,7 +891,7 @@ class M6RecProcessor(ProcessorMixin):
         """Return a request whose messages are the last events of its history, as all but conversations read them."""
         return self._wording.with_turns(request, task)
 
-    def apply_chat_template(  # type: ignore[override]  # the library's method renders by Jinja
+    def apply_chat_template(
         self,
         conversation: Sequence[Any],
         chat_template: str | None = None,
