@@ -4,7 +4,7 @@ Popularity, recent popularity, similar text, transitions, words, transitions wit
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -113,10 +113,17 @@ class LastItems:
         work = second_work(self.evidence) if isinstance(self.evidence, Transitions) else 0
         product = work > self.num_items**3 / 400  # then a dense product is faster
         for start in range(0, self.num_items, ROWS_AT_ONCE):
-            rows = np.arange(start, min(start + ROWS_AT_ONCE, self.num_items))
-            own = Sparse(rows - start, rows, np.ones(len(rows)))
-            found[rows] = (self._first if product else self._said)(own).dense(len(rows), self.num_items)
+            items = np.arange(start, min(start + ROWS_AT_ONCE, self.num_items))
+            found[items] = self._rows(self._first if product else self._said, items)
         return found + np.float32(self.rule.second) * (found @ found) if product and self.rule.second else found
+
+    def rows(self, items: np.ndarray) -> np.ndarray:
+        """Return the evidence scores of all items after each of D items: D x M in float32."""
+        return self._rows(self._said, items) if self.table is None else self.table[items]
+
+    def _rows(self, score: Callable[[Sparse], Sparse], items: np.ndarray) -> np.ndarray:
+        own = Sparse(np.arange(len(items)), items, np.ones(len(items)))
+        return score(own).dense(len(items), self.num_items).astype(np.float32)
 
     def _first(self, shares: Sparse) -> Sparse:
         assert isinstance(self.evidence, Transitions)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from ...item_features_m6rec import Evidence as Rule
 from ...item_features_m6rec import Reader, ReadTexts, Sparse, Transitions, Words, recent
@@ -169,7 +168,8 @@ class FoldedEvidence:
         folds = np.random.default_rng(seed).permutation(len(sequences)) % FOLDS
         self.folds = dict(zip(sequences, folds.tolist()))
         self.words = LastItems(Words.of(texts), settings.rule)
-        self.reading = ReadTexts.of(Reader.of(None), texts).vectors if settings.texts else np.zeros((len(texts), 0))
+        reading = ReadTexts.of(Reader.of(None), texts).vectors if settings.texts else np.zeros((len(texts), 0))
+        self.reading = torch.from_numpy(reading).float()
         several = list(sequences.values())
         self.counted = [
             self._counted([own for own, fold in zip(several, folds) if fold != left_out]) for left_out in range(FOLDS)
@@ -181,43 +181,55 @@ class FoldedEvidence:
         transitions = counted(own.rule, sequences, size)
         popular = popularity(sequences, size)
         weights = torch.from_numpy(word_weights(own, popular)).float()
-        added = torch.from_numpy(own.popularity * popular).float()
+        counts = _Counted(transitions, None, weights, torch.from_numpy(own.popularity * popular).float())
         if transitions.table is None:
-            return _Counted(transitions, None, weights, added)
-        table = torch.from_numpy(transitions.table).addcmul_(torch.from_numpy(self.words.table), weights)
-        table.diagonal().add_(own.again)
-        reading = torch.from_numpy(self.reading).float()
-        table.addmm_(reading, reading.T, alpha=own.texts)
-        return _Counted(transitions, table, weights, added)
+            return counts
+        return counts._replace(table=self._rows(counts, np.arange(size)))
+
+    def _rows(self, own: "_Counted", items: np.ndarray) -> torch.Tensor:
+        """Return the evidence for each item after each of `items`: D x M."""
+        if own.table is not None:
+            return own.table[torch.from_numpy(items)]
+        rows = torch.from_numpy(own.transitions.rows(items))
+        if self.settings.words:
+            rows.addcmul_(torch.from_numpy(self.words.rows(items)), own.word_weights)
+        places = torch.from_numpy(items)
+        rows[torch.arange(len(items)), places] += self.settings.again
+        return rows.addmm_(self.reading[places], self.reading.T, alpha=self.settings.texts)
 
     def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Score all items for users with these item rows in their histories: U x M in float32."""
-        found = torch.empty(len(users), self.num_items)
         folds = np.array([self.folds[user] for user in users], dtype=int)
+        numbers = np.unique(np.array(users), return_inverse=True)[1]
+        found = torch.empty(len(users), self.num_items)
         for fold in np.unique(folds).tolist():
-            places = np.flatnonzero(folds == fold)
-            found[torch.from_numpy(places)] = self._of_fold(
-                self.counted[fold], [histories[place] for place in places.tolist()]
-            )
+            self._score_fold(found, self.counted[fold], np.flatnonzero(folds == fold), numbers, histories)
         return found.mul_(self.weight)
 
-    def _of_fold(self, own: "_Counted", histories: list[np.ndarray]) -> torch.Tensor:
-        """Score all items for users of one fold: U x M."""
-        rule = self.settings.rule
-        if own.table is None:
-            scores = own.transitions.scores(histories) + own.word_weights.numpy() * self.words.scores(histories)
-            shares = recent(histories, rule).dense(len(histories), self.num_items)
-            scores += self.settings.again * shares + self.settings.texts * (shares @ self.reading) @ self.reading.T
-            return torch.from_numpy(scores).float() + own.popularity
-        last = [torch.from_numpy(history[: -len(rule.recency) - 1 : -1].copy()) for history in histories]
-        lengths, weights = torch.tensor([len(rows) for rows in last]), torch.tensor(rule.recency)
-        return own.popularity + functional.embedding_bag(
-            torch.cat(last),
-            own.table,
-            lengths.cumsum(0) - lengths,
-            mode="sum",
-            per_sample_weights=torch.cat([weights[: len(rows)] for rows in last]),
-        )
+    def _score_fold(
+        self,
+        found: torch.Tensor,
+        own: "_Counted",
+        places: np.ndarray,
+        numbers: np.ndarray,
+        histories: Sequence[np.ndarray],
+    ) -> None:
+        """Score all items at the places of one fold's users.
+
+        Histories of one user have most items in common: one product of weights by age and the evidence after these
+        items scores all of them.
+        """
+        shares = recent([histories[place] for place in places.tolist()], self.settings.rule)
+        items, columns = np.unique(shares.items, return_inverse=True)
+        rows = self._rows(own, items)
+        owners = numbers[places][shares.users]
+        for number in np.unique(numbers[places]).tolist():
+            part = owners == number
+            known, column = np.unique(columns[part], return_inverse=True)
+            at = np.flatnonzero(numbers[places] == number)
+            weights = torch.zeros(len(at), len(known))
+            weights[np.searchsorted(at, shares.users[part]), column] = torch.from_numpy(shares.values[part]).float()
+            found[torch.from_numpy(places[at])] = torch.addmm(own.popularity, weights, rows[torch.from_numpy(known)])
 
 
 class _Counted(NamedTuple):

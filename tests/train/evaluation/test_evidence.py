@@ -79,9 +79,10 @@ def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own, tab
     known = {f"u{user}": rng.integers(6, size=rng.integers(1, 6)) for user in range(3 * FOLDS)}
     folded = FoldedEvidence(TEXTS, known, own, weight=0.6, seed=1)
     assert sorted(np.bincount([*folded.folds.values()])) == [3] * FOLDS
-    asked = [known[user][:-1] for user in known]
-    found = folded.scores([*known], asked)
-    for user, history, scores in zip(known, asked, found.numpy()):
+    asked = [(user, known[user][:length]) for user in known for length in range(len(known[user]))]
+    asked = [asked[place] for place in rng.permutation(len(asked))]  # a user's histories need not be neighbours
+    found = folded.scores(*map(list, zip(*asked)))
+    for (user, history), scores in zip(asked, found.numpy()):
         others = [known[each] for each in known if folded.folds[each] != folded.folds[user]]
         popular = own.popularity * popularity(others, 6)
         rule = dataclasses.replace(own, popularity=0.0)
