@@ -4,9 +4,10 @@
 
 `explanations`: a converted SmolLM2-135M-Instruct (DIR: the model in Transformers' form) is tuned on reviews of
 clothing as in benchmarks/writing_late.py, once with all layers joint and twice with 4 joint layers. Each is measured on
-`--texts` reviews of articles that training does not hold, beside rows that need no model; without --backbone these rows
-alone. `late_cost` is the perplexity of 4 joint layers ("source") over that of all joint, minus 1; `source_gain` that of
-another article's facts over the own ones, minus 1.
+`--texts` reviews of articles that training does not hold, beside rows that need no model and the untuned backbone,
+prompted by its own chat template; without --backbone only the rows that need no model. `late_cost` is the perplexity of
+4 joint layers ("source") over that of all joint, minus 1; `source_gain` that of another article's facts over the own
+ones, minus 1. --models chooses among the three, --keep DIR saves them.
 
 `conversation`: each turn of INSPIRED's test part that recommends a linked film which was not named before; the
 films are all 13,816 of movie-dialogues, searched without training a network (`m6rec.fit(None, items)`) by the
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 from _dialogues import Turn, films, recalls, turns
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from writing_late import MODELS, ROWS, likelihood, reviews, train
 
 import m6rec
@@ -55,6 +56,8 @@ VALIDATION = 60
 POPULARITY = (0.0, 0.1, 0.3, 1.0, 3.0)
 """Weights of popularity to choose from."""
 NEW_TOKENS = 32
+SAMPLES = 10
+"""Texts that are kept, the first of the test set."""
 SHOWN = ("bleu_1", "bleu_4", "rouge_1", "rouge_l", "distinct_1", "distinct_2", "usr", "fcr", "fmr", "div")
 
 
@@ -75,7 +78,7 @@ def row_of(name: str, written: list[str], examples: list[WritingExample]) -> dic
 
 def explanations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tune each model and measure it beside rows that need no model; yield what is known after each."""
-    read = reviews(options.data / "clothing-reviews")
+    read = reviews(options.data / "clothing-reviews", options.reviews)
     learnt, asked = read["train"][VALIDATION:], read["test"][: options.texts]
     validation, training, test = map(examples_of, (read["train"][:VALIDATION], learnt, asked))
     rows = [row_of(name, texts, test) for name, texts in trivial_texts(training, validation, test, 0).items()]
@@ -86,21 +89,22 @@ def explanations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {"rows": rows, "explanations": {"texts": len(test)}}
     if options.backbone is None:
         return
+    rows.append(row_of("untuned, chat template", prompted(options.backbone, asked, options.bf16), test))
     tokenizer = AutoTokenizer.from_pretrained(options.backbone)
     processor = M6RecProcessor.from_template(M6RecTokenizer.from_backbone(tokenizer))
     found: dict[str, float] = {}
-    for name, fields in MODELS.items():
+    for name in options.models:
         for seed in options.seeds:
             start = time.process_time()
             torch.manual_seed(seed)
             model = M6RecForRecommendation.from_backbone(
-                options.backbone, tokenizer=tokenizer, dtype="float32", **fields
+                options.backbone, tokenizer=tokenizer, dtype="float32", **MODELS[name]
             )
-            train(model, processor, learnt, options.steps, seed)
+            train(model, processor, learnt, options.steps, seed, options.bf16)
             model.eval()
-            own, _ = likelihood(model, processor, asked)
-            gain = source_gain(model, test, M6RecDataCollator(processor, model.config), bf16=True)
-            with torch.autocast("cpu", torch.bfloat16):
+            own, _ = likelihood(model, processor, asked, options.bf16)
+            gain = source_gain(model, test, M6RecDataCollator(processor, model.config), options.bf16)
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
                 texts = Writer(model, processor).write(
                     [example.request for example in test], "explanation", max_new_tokens=NEW_TOKENS
                 )
@@ -108,20 +112,48 @@ def explanations(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row = row_of(name, written, test)
             row |= {"seed": seed, "perplexity": own, "source_gain": gain, "seconds": time.process_time() - start}
             rows.append(row)
-            samples[name] = written[:10]
+            samples[name] = written[:SAMPLES]
             found[name] = found.get(name, 0.0) + own / len(options.seeds)
             print(json.dumps(row), flush=True)
+            if options.keep:
+                for part in (model, processor):
+                    part.save_pretrained(Path(options.keep) / name.rpartition("=")[2].replace(" ", "-"))
             del model
         yield {**summary(rows, found), "rows": rows, "samples": samples, "explanations": how}
+
+
+@torch.no_grad()
+def prompted(backbone: str, asked: list[dict[str, Any]], bf16: bool) -> list[str]:
+    """What an untuned chat model writes, greedily, if its own chat template asks it for the review."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16 if bf16 else torch.float32).eval()
+    texts: list[str] = []
+    for start in range(0, len(asked), 2 * ROWS):
+        talks = [[{"role": "user", "content": question(row)}] for row in asked[start : start + 2 * ROWS]]
+        words = tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        batch = tokenizer(words, return_tensors="pt", padding=True, add_special_tokens=False)
+        out = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+        texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def question(row: dict[str, Any]) -> str:
+    """A request in the words that a chat model gets."""
+    (item,), facts = row["candidates"], "\n".join(f"- {fact}" for fact in row["facts"])
+    return (
+        f"Other customers say about an article of clothing ({item['category']}, {item['department']}):\n{facts}\n"
+        f"A customer of {row['user']['age']} years likes it. Write the customer's review in one or two sentences."
+    )
 
 
 def summary(rows: list[dict[str, Any]], perplexities: dict[str, float]) -> dict[str, Any]:
     """What 4 joint layers cost, and how much the model that reads its source everywhere depends on it."""
     first, source, segment = MODELS
-    costs = {"late_cost": source, "late_cost_segment": segment}
+    costs = {"late_cost": source, "late_cost_segment": segment} if first in perplexities else {}
     known = {name: perplexities[own] / perplexities[first] - 1 for name, own in costs.items() if own in perplexities}
-    last = rows[-1]
-    return known | ({"source_gain": last["source_gain"], "usr": last["usr"]} if last["model"] == source else {})
+    own = [row for row in rows if row["model"] == source]
+    means = {name: sum(row[name] for row in own) / len(own) for name in ("source_gain", "usr")} if own else {}
+    return known | means
 
 
 def conversation(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -195,6 +227,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--reviews", type=int, default=20, help="most training reviews of an article")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--keep", metavar="DIR", help="save the last tuned model here")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for processors that can")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "writing.json")
     options = parser.parse_args()

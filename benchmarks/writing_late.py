@@ -1,12 +1,13 @@
 """What late interaction costs writing: perplexity of explanations with 4 joint layers against all joint, on equal rows.
 
-    python benchmarks/writing_late.py --backbone FOLDER [--data DIR] [--steps 24] [--tests 64] [--seeds 0]
+    python benchmarks/writing_late.py --backbone FOLDER [--data DIR] [--steps 24] [--tests 64] [--seeds 0] [--bf16]
 
 FOLDER holds SmolLM2-135M-Instruct or another causal language model, DIR the clothing reviews (by default
 $M6REC_DATA/clothing-reviews). A source holds the reader's age and two sentences of other reviews of the same article
 ([FACT]), the candidate its category and department; the text is the beginning of a review with 4 or 5 stars. Test rows
 are of 60 articles that training does not hold. All models are trained on the same rows in the same order, all weights,
-8 rows a step. `source_gain` is the perplexity with the facts of another row, divided by that with the own facts, - 1.
+8 rows a step; --bf16 computes in bfloat16, for processors that can. `source_gain` is the perplexity with the facts of
+another row, divided by that with the own facts, - 1.
 """
 
 import argparse
@@ -42,8 +43,13 @@ SHIFT = 7
 Row = dict[str, Any]
 
 
-def reviews(folder: Path) -> dict[str, list[Row]]:
-    """Read the reviews and make requests with their texts, in a drawn order: "train" and "test"."""
+def reviews(folder: Path, most: int = 3) -> dict[str, list[Row]]:
+    """Read the reviews and make requests with their texts, in a drawn order: "train" and "test".
+
+    Args:
+        folder: Folder of the clothing reviews.
+        most: Most reviews of an article in the training part.
+    """
     table = pandas.read_parquet(folder / "WomensClothingE-CommerceReviews.parquet.brotli")
     table.columns = [name.strip().lower() for name in table.columns]
     article, text, kind, department, rating = (
@@ -61,7 +67,7 @@ def reviews(folder: Path) -> dict[str, list[Row]]:
         order = list(own.index)
         draw.shuffle(order)
         half = order[: len(order) // 2]
-        for index in order[len(order) // 2 :][: 2 if part == "test" else 3]:
+        for index in order[len(order) // 2 :][: 2 if part == "test" else most]:
             row = own.loc[index]
             if row[rating] < 4:
                 continue
@@ -87,10 +93,12 @@ def batch(processor: M6RecProcessor, rows: Sequence[Row]) -> dict[str, torch.Ten
     return processor.pad([{"input_ids": row.input_ids, "labels": processor.labels(row)} for row in encoded])
 
 
-def likelihood(model: M6RecForRecommendation, processor: M6RecProcessor, rows: Sequence[Row]) -> tuple[float, int]:
+def likelihood(
+    model: M6RecForRecommendation, processor: M6RecProcessor, rows: Sequence[Row], bf16: bool
+) -> tuple[float, int]:
     """Return the perplexity of the texts, and the number of their tokens."""
     total, count = 0.0, 0
-    with inference_mode(model), torch.autocast("cpu", torch.bfloat16):
+    with inference_mode(model), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for start in range(0, len(rows), 2 * ROWS):
             given = batch(processor, rows[start : start + 2 * ROWS])
             known = int((given["labels"] != -100).sum())
@@ -99,7 +107,9 @@ def likelihood(model: M6RecForRecommendation, processor: M6RecProcessor, rows: S
     return math.exp(total / count), count
 
 
-def train(model: M6RecForRecommendation, processor: M6RecProcessor, rows: Sequence[Row], steps: int, seed: int) -> None:
+def train(
+    model: M6RecForRecommendation, processor: M6RecProcessor, rows: Sequence[Row], steps: int, seed: int, bf16: bool
+) -> None:
     """Train all weights on 8 rows a step."""
     draw, order = random.Random(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
@@ -111,7 +121,7 @@ def train(model: M6RecForRecommendation, processor: M6RecProcessor, rows: Sequen
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / WARM) * max(0.1, 1 - step / steps)
         given = batch(processor, [rows[order.pop()] for _ in range(ROWS)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(**given, only_losses=True).losses["text"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,7 +130,13 @@ def train(model: M6RecForRecommendation, processor: M6RecProcessor, rows: Sequen
 
 
 def late_cost(
-    backbone: str, data: Path, steps: int, tests: int, seeds: Sequence[int], names: Sequence[str] = tuple(MODELS)
+    backbone: str,
+    data: Path,
+    steps: int,
+    tests: int,
+    seeds: Sequence[int],
+    names: Sequence[str] = tuple(MODELS),
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """Train and measure each model.
 
@@ -131,6 +147,7 @@ def late_cost(
         tests: Number of test texts.
         seeds: Seeds of the training order.
         names: The models, among MODELS.
+        bf16: Whether to compute in bfloat16.
 
     Returns:
         `late_cost`, the relative perplexity of 4 joint layers whose written text attends to its source, against all
@@ -148,9 +165,9 @@ def late_cost(
             fields = MODELS[name]
             torch.manual_seed(seed)
             model = M6RecForRecommendation.from_backbone(backbone, tokenizer=own, dtype="float32", **fields)
-            before, _ = likelihood(model, processor, test)
-            train(model, processor, read["train"], steps, seed)
-            (after, tokens), (foreign, _) = (likelihood(model, processor, some) for some in (test, others))
+            before, _ = likelihood(model, processor, test, bf16)
+            train(model, processor, read["train"], steps, seed, bf16)
+            (after, tokens), (foreign, _) = (likelihood(model, processor, some, bf16) for some in (test, others))
             row = {
                 "model": name,
                 "seed": seed,
@@ -174,10 +191,11 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = late_cost(given.backbone, given.data, given.steps, given.tests, given.seeds, given.models)
+    found = late_cost(given.backbone, given.data, given.steps, given.tests, given.seeds, given.models, given.bf16)
     print(json.dumps({name: value for name, value in found.items() if name != "rows"}))
     if given.output:
         given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -616,7 +616,7 @@ def mean_log_likelihood(
     ids: torch.Tensor,
     lay: Layout,
     write_logits: Callable[[torch.Tensor], torch.Tensor],
-    lead: int = 0,
+    lead: Sequence[int] = (),
 ) -> torch.Tensor:
     """Average the log-likelihood of the tokens after each target's first [TEXT], up to and including [EOS].
 
@@ -627,7 +627,7 @@ def mean_log_likelihood(
         ids: B x T.
         lay: Their layout.
         write_logits: The writing head: n x H states -> n x V logits.
-        lead: Number of tokens after [TEXT] that are left out of the average.
+        lead: Ids of a template's words. As far as a text begins with them, they are left out of the average.
 
     Returns:
         B x N; NaN for targets without written text.
@@ -635,7 +635,7 @@ def mean_log_likelihood(
     written = lay.written & (lay.target > 0)
     wanted = written & functional.pad(written, (1, -1))  # all but the [TEXT] that opens it
     if lead:
-        wanted = wanted & ((lay.kind != KIND_NUMBER["text"]) | (lay.segment_position > lead))
+        wanted = wanted & ~_begins(ids, lay, lead)
     targets = functional.pad(torch.where(wanted, ids, IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX)
     known, slots = targets != IGNORE_INDEX, largest(lay.target)
     logits = write_logits(states[known]).float()
@@ -645,6 +645,15 @@ def mean_log_likelihood(
     total = likelihood.new_zeros(len(ids) * slots).index_add(0, slot, likelihood)
     count = likelihood.new_zeros(len(ids) * slots).index_add(0, slot, torch.ones_like(likelihood))
     return (total / count).view(len(ids), slots)
+
+
+def _begins(ids: torch.Tensor, lay: Layout, lead: Sequence[int]) -> torch.Tensor:
+    """Mark the tokens after each [TEXT] as far as they are those of `lead`: B x T bool."""
+    place, known = lay.segment_position, torch.tensor([*lead], device=ids.device)
+    text = (lay.kind == KIND_NUMBER["text"]) & (place > 0) & (place <= len(known))
+    alike = text & (ids == known[(place - 1).clamp(0, len(known) - 1)])
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return alike & (index - torch.where(alike, -1, index).cummax(1).values == place)
 
 
 def head_places(ids: torch.Tensor, lay: Layout, config: M6RecConfig, users: bool = True) -> torch.Tensor:

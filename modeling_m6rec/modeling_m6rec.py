@@ -455,7 +455,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
         return_plausibility: bool = False,
-        plausibility_lead: int = 0,
+        plausibility_lead: Sequence[int] = (),
         return_vectors: bool | Literal["users"] = True,
         return_scores: bool = True,
         exit_layer: int | None = None,
@@ -492,7 +492,8 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             logits_to_keep: Number of last tokens that get logits (0 = all), or their indices.
             return_logits: Compute `logits`; None = unless only labels of other heads were given.
             return_plausibility: Compute `plausibility`.
-            plausibility_lead: Number of tokens at the start of each written text that it leaves out.
+            plausibility_lead: Ids of a template's words that it leaves out at the start of each written text
+                (`M6RecProcessor.plausibility_lead`).
             return_vectors: Compute `user_vectors` and `item_vectors`; "users" = the former, and the latter only if they
                 come with them.
             return_scores: Compute `scores`; labels of scores need them.

@@ -184,11 +184,8 @@ class Scorer:
                 events[-1].append(text)
         return EncodedRequest(source, targets, [" ".join(texts) for texts in events], reading.events)
 
-    def scores(self, encoded: Sequence[EncodedRequest], task: str, lead: int = 0) -> list[torch.Tensor]:
-        """Score all targets of each request, N x I each; record the exit of requests with an exit confidence.
-
-        For task "plausibility", `lead` tokens at the start of each text do not count.
-        """
+    def scores(self, encoded: Sequence[EncodedRequest], task: str) -> list[torch.Tensor]:
+        """Score all targets of each request, N x I each; record the exit of requests with an exit confidence."""
         rows: list[Tokens] = []
         owners: list[int] = []
         for number, each in enumerate(encoded):
@@ -197,26 +194,20 @@ class Scorer:
             owners += [number] * len(own)
         limits = [encoded[number].confidence for number in owners]
         parts: list[list[torch.Tensor]] = [[] for _ in encoded]
-        for number, (values, exit_layer) in zip(owners, self._target_values(rows, task, limits=limits, lead=lead)):
+        for number, (values, exit_layer) in zip(owners, self._target_values(rows, task, limits=limits)):
             parts[number].append(values)
             encoded[number].exit_layer = exit_layer
         return [torch.cat(several) for several in parts]
-
-    def lead(self, encoded: Sequence[EncodedRequest]) -> int:
-        """Return with how many tokens of the template all targets of task "plausibility" begin."""
-        words = self.processor.plausibility_lead()
-        texts = (target.ids[2:] for each in encoded for target in each.targets)  # after [BOS] [TEXT]
-        return min((_alike(words, text) for text in texts), default=0)
 
     def users(self, encoded: Sequence[EncodedRequest]) -> torch.Tensor:
         """Return the vector of each user: B x D."""
         return self._user_vectors([each.source for each in encoded])
 
-    def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str, lead: int = 0) -> torch.Tensor:
-        """Score chosen targets with one event hidden, for each event: E x N x I; `lead` as in `scores`."""
+    def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str) -> torch.Tensor:
+        """Score chosen targets with one event hidden, for each event: E x N x I."""
         rows, spans = self._rows(encoded, chosen), encoded.spans
         hidden = [span for span in spans for _ in rows]
-        found = iter(self._target_values(rows * len(spans), task, hidden, (), encoded.exit_layer, lead))
+        found = iter(self._target_values(rows * len(spans), task, hidden, (), encoded.exit_layer))
         return torch.stack([torch.cat([next(found)[0] for _ in rows]) for _ in spans])
 
     def users_without(self, encoded: EncodedRequest) -> torch.Tensor:
@@ -238,12 +229,12 @@ class Scorer:
         hidden: Sequence[tuple[int, int]] | None = None,
         limits: Sequence[float | None] = (),
         exit_layer: int | None = None,
-        lead: int = 0,
     ) -> list[tuple[torch.Tensor, int | None]]:
         """Return N x I values of each row's targets, and their exit if `limits` decide it."""
         found: list[Any] = [None] * len(rows)
-        options = {"return_plausibility": task == "plausibility", "exit_layer": exit_layer or self.exit_layer}
-        options |= {"return_vectors": False, **({"plausibility_lead": lead} if lead else {})}
+        options: dict[str, Any] = {"return_vectors": False, "exit_layer": exit_layer or self.exit_layer}
+        if task == "plausibility":  # of an item's own tokens: the template's words would dilute short texts more
+            options |= {"return_plausibility": True, "plausibility_lead": self.processor.plausibility_lead()}
         decision = _Decision(self.model, task, limits) if any(limits) else None
         for part, out in self._read(rows, hidden, decision, options):
             values = out.plausibility if task == "plausibility" else self.model.read_scores(out.scores, task)
@@ -293,13 +284,6 @@ class Scorer:
             if decision is not None:
                 batch["decide"] = decision.of(batch["input_ids"], part)
             yield part, self.model(**batch, **self.plan, return_logits=False, **options)
-
-
-def _alike(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return with how many equal ids two sequences begin."""
-    return next(
-        (place for place, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), min(len(left), len(right))
-    )
 
 
 class _Decision(NamedTuple):
@@ -364,6 +348,8 @@ BLOCKED = "block list"
 """Reason of a function of a Guard that gives none."""
 GUARD_KEYS = ("block_items", "block_texts", "reasons")
 """Keys of a Guard's file."""
+LITERAL = re.compile(r"(?:[^\\.^$*+?{}\[\]|()]|\\[^\w])+")
+"""A regular expression that means the text it spells, where a backslash only takes a character's meaning away."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +357,7 @@ class Guard:
     r"""Items that are never recommended, and texts that are never written, with reasons.
 
     Blocked items are left out before ranking, so that the other items fill the answer. A written text is checked when
-    it is complete.
+    it is complete; the words among `block_texts` are not written to begin with.
 
     Args:
         block_items: Ids of items, or a function of an item's fields (with its `item_id`; a text has the field `item`)
@@ -428,6 +414,26 @@ class Guard:
     def ids(self) -> frozenset[str]:
         """The blocked ids; empty if a function decides."""
         return frozenset() if callable(self.block_items) else frozenset(self.block_items)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        r"""The spellings of words that are not written: of the expressions that are a word or a phrase, also in \b.
+
+        Those that ignore case have four spellings.
+
+        >>> Guard(block_texts=[r"\bcasino\b", r"slot ?machine", re.compile("Bet")]).words
+        ('CASINO', 'Casino', 'casino', 'Bet')
+        """
+        found: list[str] = []
+        for pattern in () if callable(self.block_texts) else self.block_texts:
+            assert isinstance(pattern, re.Pattern)
+            text = pattern.pattern.removeprefix(r"\b").removesuffix(r"\b")
+            if pattern.flags & re.VERBOSE or not LITERAL.fullmatch(text):
+                continue
+            word = re.sub(r"\\(.)", r"\1", text)
+            cases = {word, word.lower(), word.capitalize(), word.upper()} if pattern.flags & re.IGNORECASE else {word}
+            found += sorted(cases)
+        return tuple(found)
 
     def item_reason(self, fields: Mapping[str, Any]) -> str | None:
         """Return why an item may not be recommended; None if it may.
@@ -756,8 +762,6 @@ class Query:
     """Places of the pinned candidates, by number."""
     bare: torch.Tensor | None = None
     """With `pmi`, what is subtracted from the score of each candidate."""
-    lead: int = 0
-    """With `pmi`, the number of tokens before an item's text, which do not count."""
 
     @property
     def top_k(self) -> int | None:
@@ -983,21 +987,15 @@ class Ranker:
 
     def _values(self, queries: Sequence[Query], encoded: Sequence[EncodedRequest]) -> list[torch.Tensor]:
         """Return the scores of the candidates of each request, N x I; with `pmi` minus those for no user."""
-        found: dict[int, torch.Tensor] = {}
-        for pmi in (False, True):
-            places = [place for place, query in enumerate(queries) if query.wishes.pmi == pmi]
-            own = [encoded[place] for place in places]
-            lead = self.scorer.lead(own) if pmi else 0
-            bare = self._bare([queries[place] for place in places], lead) if pmi else [None] * len(places)
-            for place, values, less in zip(places, self.scorer.scores(own, self.task, lead), bare):
-                queries[place].reading, queries[place].bare, queries[place].lead = encoded[place], less, lead
-                found[place] = values if less is None else values - less
-        return [found[place] for place in range(len(queries))]
-
-    def _bare(self, queries: Sequence[Query], lead: int) -> list[torch.Tensor]:
-        """Return the scores of candidates for no user, N x 1 for each request."""
-        alone = [{"candidates": [item for item, _ in query.candidates]} for query in queries]
-        return self.scorer.scores(self.scorer.encode(alone, self.task), self.task, lead)
+        wished = [query for query in queries if query.wishes.pmi]
+        alone = [{"candidates": [item for item, _ in query.candidates]} for query in wished]
+        for query, values in zip(wished, self.scorer.scores(self.scorer.encode(alone, self.task), self.task)):
+            query.bare = values
+        found = []
+        for query, own, values in zip(queries, encoded, self.scorer.scores(encoded, self.task)):
+            query.reading = own
+            found.append(values if query.bare is None else values - query.bare)
+        return found
 
     def _retrieve(self, queries: list[Query]) -> None:
         scored = [query for query in queries if query.seen is None]
@@ -1265,7 +1263,7 @@ class Ranker:
             without = cosines(self.scorer.users_without(encoded), query.vectors)
         else:
             numbers = [number for number, _ in query.best]
-            without = self.scorer.scores_without(encoded, numbers, self.task, query.lead).mean(-1)
+            without = self.scorer.scores_without(encoded, numbers, self.task).mean(-1)
             if query.bare is not None:
                 without = without - query.bare[numbers, 0]
         return [[score - share * other for other in others] for score, others in zip(scores, without.T.tolist())]

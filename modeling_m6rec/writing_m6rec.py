@@ -356,7 +356,8 @@ class Writer:
     Args:
         model: The model, possibly inside a PeftModel.
         processor: Processor that makes the prompts.
-        guard: Blocks texts; a blocked text is drawn anew up to REWRITES times.
+        guard: Blocks texts: its words are not written, and a text that is blocked nevertheless is drawn anew up to
+            REWRITES times.
     """
 
     def __init__(self, model: Model, processor: Any, guard: Guard | None = None) -> None:
@@ -365,6 +366,9 @@ class Writer:
         config, tokenizer = model.config, processor.tokenizer
         others = {*tokenizer.all_special_ids} - {*config.structural_token_ids, config.eos_token_id}
         self._ends = [config.eos_token_id, *sorted(others - {self.slot})]
+        words = [space + word for word in (() if guard is None else guard.words) for space in ("", " ")]
+        spelt = {tuple(ids) for ids in tokenizer.encode_texts(words) if ids} if words else set()
+        self._forbidden = sorted(ids for ids in spelt if tokenizer.unk_token_id not in ids)
 
     def write(self, requests: Sequence[str | Mapping[str, Any]], task: str, **options: Any) -> list[list[Written]]:
         """Write texts.
@@ -642,6 +646,8 @@ class Writer:
         more = {"eos_token_id": self._ends, "pad_token_id": self.config.pad_token_id, **more}
         if self.slot is not None:
             more.setdefault("suppress_tokens", [self.slot])
+        if self._forbidden:
+            more.setdefault("bad_words_ids", [list(ids) for ids in self._forbidden])
         return self.model.generate(**batch, **NOTHING_DRAWN, max_new_tokens=room, return_dict_in_generate=True, **more)
 
     def _cut(self, written: list[int]) -> tuple[list[int], bool]:

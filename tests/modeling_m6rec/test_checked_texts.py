@@ -1,11 +1,12 @@
 """What an explanation names is found, compared with the contributions, and blocked texts are written anew."""
 
 import functools
+import re
 
 import pytest
 
 from m6rec import Catalogue, Guard, RecommendationPipeline
-from m6rec.writing_m6rec import REWRITES, Vocabulary, Writer, check
+from m6rec.writing_m6rec import REWRITES, Vocabulary, Writer, WritingOptions, check
 from tests.modeling_m6rec.shop import ITEMS, build, processor
 
 PROCESSOR = processor()
@@ -136,6 +137,20 @@ def test_a_blocked_text_is_written_anew(how):
         assert text.text not in blocked and text.finish != "blocked" and text.text
     again = Writer(model(), PROCESSOR, guard).write(REQUESTS, "query", max_new_tokens=8, **how)
     assert again == found
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"temperature": 1.5, "seed": 3}], ids=str)
+def test_words_of_the_block_list_are_not_written(how):
+    def texts(writer):
+        return [own[0].text for own in writer._write(REQUESTS, "query", WritingOptions(max_new_tokens=8, **how))]
+
+    plain = texts(Writer(model(), PROCESSOR))
+    words = [re.search(r"\w+", text)[0] for text in plain]
+    guard = Guard(block_texts=[rf"\b{words[1]}\b", re.compile(words[3])])
+    assert {words[1].upper(), words[3]} <= {*guard.words}
+    written = texts(Writer(model(), PROCESSOR, guard))
+    assert not any(guard.text_reason(text) for text in written)
+    assert all(now == was for now, was in zip(written, plain) if not guard.text_reason(was))
 
 
 def test_what_stays_blocked_is_empty_and_says_why():

@@ -15,6 +15,7 @@ from tests.modeling_m6rec.tiny import (
     ITEM,
     MASK,
     OPTIONS,
+    PAD,
     SEG,
     SMALL,
     TEXT,
@@ -385,6 +386,24 @@ def test_plausibility_equals_a_loop(settings):
             if row[place] == EOS:
                 break
         close(found[number], torch.stack(values).mean())
+
+
+@everywhere
+@pytest.mark.parametrize("padding", [0, 3])
+def test_plausibility_leaves_out_a_lead_as_far_as_each_text_begins_with_it(settings, padding):
+    model, lead = build(settings), [30, 31, 32]
+    texts = [[30, 31, 32, 40, 30, 31, 32], [30, 31, 33, 32], [31, 30, 31, 32], [30, 31, 32]]
+    row = [PAD] * padding + Writer(23).source(1)
+    spans = []
+    for text, left_out in zip(texts, (3, 2, 0, 3)):
+        row += [BOS, TEXT, *text, EOS]
+        spans.append(range(len(row) - len(text) - 1 + left_out, len(row)))
+    ids = torch.tensor([row])
+    with torch.no_grad():
+        logp = model(ids, plan="flat").logits[0].log_softmax(-1)
+        found = model.plausibility(input_ids=ids, plausibility_lead=lead)[0]
+    for value, span in zip(found, spans, strict=True):
+        close(value, torch.stack([logp[place - 1, row[place]] for place in span]).mean())
 
 
 # --------------------------------------------------------------------------------------------------------- keeping

@@ -45,7 +45,8 @@ def by_hand(request, task, model=MODEL, hide=None, processor=PROCESSOR):
     if hide is not None:
         batch["hidden_events"] = layout(batch["input_ids"], None, model.config).event == hide
     with torch.no_grad():
-        out = model(**batch, plan="flat", return_plausibility=task == "plausibility")
+        asked = {"return_plausibility": task == "plausibility", "plausibility_lead": processor.plausibility_lead()}
+        out = model(**batch, plan="flat", **asked)
     if task == "plausibility":
         return out.plausibility[0].tolist()
     if task == "retrieval":
@@ -495,7 +496,7 @@ def test_adapters_take_part(kind, task):
 def by_hand_outermost(tuned, request, task):
     batch = dict(PROCESSOR([request], "click" if task == "retrieval" else task, return_tensors="pt"))
     with torch.no_grad():
-        out = tuned(**batch, return_plausibility=True)
+        out = tuned(**batch, return_plausibility=True, plausibility_lead=PROCESSOR.plausibility_lead())
     if task == "plausibility":
         return out.plausibility[0].tolist()
     if task == "click":

@@ -155,7 +155,7 @@ def test_next_items_are_items_that_may_be_recommended(recommend):
         found(filter=lambda item: False)
 
 
-def test_pmi_compares_an_items_own_words_with_and_without_a_user(recommend):
+def test_plausibility_and_pmi_read_an_items_own_words_with_and_without_a_user(recommend):
     own, model = recommend.processor, recommend.model
     lead = len(own.plausibility_lead())
     assert own.tokenizer.decode_text(own.plausibility_lead()) == "also clicks"
@@ -172,8 +172,10 @@ def test_pmi_compares_an_items_own_words_with_and_without_a_user(recommend):
         places = torch.arange(start, ids.shape[1])
         return float(logp[places - 1, ids[0, places]].mean())
 
-    rows = recommend(REQUEST, task="plausibility", pmi=True, explain=True)
     items = {own.item_texts([item])[0]: item for item in map(without_stats, REQUEST["candidates"])}
+    for row in recommend(REQUEST, task="plausibility"):
+        assert row["score"] == pytest.approx(likelihood(SOURCE, items[row["item"]]), abs=1e-5)
+    rows = recommend(REQUEST, task="plausibility", pmi=True, explain=True)
     for row in rows:
         item = items[row["item"]]
         assert row["score"] == pytest.approx(likelihood(SOURCE, item) - likelihood({}, item), abs=1e-5)
