@@ -127,9 +127,10 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     if torch.is_grad_enabled():  # in-place writes to parts of a tensor are slow to differentiate
         first, second = states.chunk(2, -1)
         return states * cos + torch.cat((-second, first), -1) * sin
-    half, turned = states.shape[-1] // 2, states * cos
-    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    turned = states * cos
+    (first, second), (of_first, of_second), (left, right) = (part.chunk(2, -1) for part in (states, sin, turned))
+    left.addcmul_(second, of_first, value=-1)
+    right.addcmul_(first, of_second)
     return turned
 
 
@@ -214,6 +215,7 @@ class M6RecAttention(nn.Module):
         self.config = config
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm  # reading an attribute of a configuration is slow
         self.scaling = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.is_causal = True
         queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -244,7 +246,9 @@ class M6RecAttention(nn.Module):
             projection(states).unflatten(-1, (-1, self.head_dim))
             for projection, states in ((self.q_proj, own), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
-        query, key, value = (states.transpose(1, 2) for states in (self.q_norm(query), self.k_norm(key), value))
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if rotary is not None:
             cos, sin = (
                 rotary if output_mask is None else (gather_tokens(part[:, 0], output_mask)[:, None] for part in rotary)
@@ -256,18 +260,21 @@ class M6RecAttention(nn.Module):
         if shared is not None:
             attended = shared_attention(query, key, value, attention_mask, self.scaling, shared)
         else:
-            attend = self._attention_function(key)
+            attend = self._attention_function(key, key_cache is not None and query.shape[2] == 1)
             dropout = self.config.attention_dropout if self.training else 0.0
             attended, weights = attend(
                 self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
             )
         return self.o_proj(attended.flatten(2)), weights
 
-    def _attention_function(self, key: torch.Tensor) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    def _attention_function(
+        self, key: torch.Tensor, writes: bool
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        """Choose the function; `writes` = the queries are one token of each row that is written with a cache."""
         name = self.config._attn_implementation
-        # An exported graph must accept all lengths.
-        short = not torch.compiler.is_exporting() and key.shape[2] <= SHORT
-        if name == "sdpa" and short and key.device.type == "cpu":
+        # An exported graph must accept all lengths. For a single query the library's function is the faster one.
+        short = not writes and key.shape[2] <= SHORT and not torch.compiler.is_exporting()
+        if short and name == "sdpa" and key.device.type == "cpu":
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
