@@ -1,4 +1,5 @@
-"""A Hub on this machine, in memory: enough of its HTTP interface to create, push, list and download models.
+"""A Hub on this machine, in memory: enough of its HTTP interface to create, push and list models and Spaces, and to
+download models.
 
 Processes reach it by `HF_ENDPOINT`, with `HF_HUB_DISABLE_XET=1`; this process by `use(hub, monkeypatch)`.
 """
@@ -289,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send({"success": True, "commitOid": done, "commitUrl": f"{self.hub.url}/{name}/commit/{done}"})
 
 
-MODEL = r"/api/models/(?P<name>[^/]+/[^/]+)"
+MODEL = r"/api/(?:models|spaces)/(?P<name>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"/api/whoami-v2", Handler.who),
     (r"/api/validate-yaml", Handler.check_card),

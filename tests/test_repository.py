@@ -78,7 +78,8 @@ def test_functions_are_short(path):
                 assert name in LONG_BY_NATURE or node.end_lineno - node.lineno < 60, name
 
 
-ROOMS = ("metrics", "data", "config", "rows", "evaluation", "answering", "runs", "publishing", "serving", "commands")
+LOWER = ("metrics", "data", "config", "rows", "evaluation", "answering", "runs")
+ROOMS = (*LOWER, "demo", "publishing", "serving", "commands")
 """Rooms of `train/` from the ground up: each imports only itself and those below it. On top stand the command line,
 `recommender.py` and the package itself."""
 

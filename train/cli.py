@@ -1,4 +1,4 @@
-"""The command `m6rec`: fit, pretrain, finetune, distill, run, convert, recommend, serve, export, push and more.
+"""The command `m6rec`: fit, pretrain, finetune, distill, run, convert, recommend, serve, demo, export, push and more.
 
 `m6rec prepare` checks tables, `m6rec log` moves the events of a service. A recipe is a YAML file or the name of one of
 the package's recipes; the arguments after it override its values, e.g. `m6rec finetune quickstart
@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--data", metavar="DIR", help="the folder of ml-100k; default: RecBole's wheel")
     quick.add_argument("--output", metavar="DIR", default="m6rec-ml100k", help="the folder that is written")
     _add_serve(add("serve", _serve, "answer over HTTP (extra `serve`)"))
+    _add_demo(add("demo", _demo, "show a model on a page to play with (extra `demo`)"))
     _add_log(add("log", _log, "move the events of a service into tables, or tables into it (extra `serve`)"))
     _add_push(add("push", _push, "publish a model on the Hub, with its card"))
     for command in (*of_recipes, convert, evaluate, recommend, quick):
@@ -201,6 +202,7 @@ def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", help="what it is called on the Hub: org/name")
     command.add_argument("--dry-run", action="store_true", help="only say what would be sent, and what not and why")
     command.add_argument("--private", action="store_true", help="make a repository that only its owners see")
+    command.add_argument("--demo", action="store_true", help="also publish org/name-demo, a Space that shows the model")
     command.add_argument("--revision", metavar="BRANCH", help="the branch that gets the model; default: main")
     command.add_argument("--base", metavar="ORG/NAME", help="of an adapter: its base on the Hub")
     command.add_argument("--token", help="a token of the Hub; default: HF_TOKEN, or that of `hf auth login`")
@@ -228,6 +230,15 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--retention-days", type=float, metavar="D", help="events are deleted after; default: never")
     command.add_argument("--digest", action="store_true", help="print the model's digest for /reload, and end")
     command.set_defaults(overrides=[])
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="the folder or the Hub id of a model with a catalogue")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    command.add_argument("--port", type=int, default=7860)
+    command.add_argument("--event", metavar="JSON", help="what a click stands for; default: the event of the card")
+    command.add_argument("--no-log", action="store_true", help="do not count the transitions in the recipe's log")
+    command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="what differs from the recipe")
 
 
 def _add_log(command: argparse.ArgumentParser) -> None:
@@ -454,6 +465,14 @@ def _serve(options: argparse.Namespace) -> None:
     serve(settings, options.host, options.port, options.workers, partial(print, flush=True))
 
 
+def _demo(options: argparse.Namespace) -> None:
+    from .demo.command import demo, load_demo, parse_event
+
+    event = None if options.event is None else parse_event(options.event)
+    shown = load_demo(options.model, event, not options.no_log, options.overrides)
+    demo(shown, options.host, options.port, partial(print, flush=True))
+
+
 def _log(options: argparse.Namespace) -> None:
     from .serving.command import log_export, log_import
 
@@ -477,6 +496,10 @@ def _push(options: argparse.Namespace) -> None:
     _refuse_overrides(options)
     names = ("private", "revision", "dry_run", "token", "base")
     push(options.model, options.name, print, **{name: getattr(options, name) for name in names})
+    if options.demo:
+        from .publishing.space import push_demo
+
+        push_demo(options.model, options.name, print, options.private, options.dry_run, options.token)
 
 
 if __name__ == "__main__":

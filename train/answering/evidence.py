@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas
+
 from ...catalogue_m6rec import Catalogue, Model, PlainTexts
 from ..config.recipe import Recipe
 from ..data.log import Log
@@ -43,10 +45,15 @@ def count_log(
     """
     catalogue = Catalogue.from_dataset(items, model, PlainWording(processor), evidence=settings.catalogue_rule)
     catalogue.set_exclude_seen(recipe.evaluation.exclude_seen)
+    catalogue.observe(log_events(recipe, log))
+    return catalogue
+
+
+def log_events(recipe: Recipe, log: Log) -> pandas.DataFrame:
+    """Return all events of a log in their order, as `Catalogue.observe` takes them."""
     ordered = order(log.interactions, recipe.data.seed, recipe.evaluation.ties)
     names = ["user_id", "item_id", *(["timestamp"] if has_times(ordered) else [])]
-    catalogue.observe(ordered[names].astype({"user_id": str, "item_id": str}))
-    return catalogue
+    return ordered[names].astype({"user_id": str, "item_id": str})
 
 
 class KeptEvidence(NamedTuple):
@@ -69,4 +76,4 @@ def kept_evidence(folder: str | Path) -> KeptEvidence | None:
     return KeptEvidence(EvidenceSettings.of(decisions["evidence"]["settings"]), share)
 
 
-__all__ = ["FIT_FILE", "KeptEvidence", "PlainWording", "count_log", "kept_evidence"]
+__all__ = ["FIT_FILE", "KeptEvidence", "PlainWording", "count_log", "kept_evidence", "log_events"]
