@@ -1644,6 +1644,11 @@ class CatalogueView:
         met[state.counted.rows[here]] = state.counted.transitions.met[here]
         return {state.ids[row]: int(met[row]) for row in state.live_rows()}
 
+    def counted(self) -> Counted | None:
+        """Return the evidence of the catalogue's items alone, numbered in their order; None = there is no evidence."""
+        state = self._state
+        return None if state.counted is None else state.counted.kept(state.live_rows())
+
     def evidence_digest(self) -> str:
         """Return a digest of the settings and counts of evidence; it is empty without evidence."""
         counted = self._state.counted

@@ -1,6 +1,5 @@
 // The page: a history, search, the list of recommendations with reasons, and new products, without a server.
 
-import * as ort from "./vendor/ort.wasm.min.mjs";
 import { Recommender } from "./m6rec/recommender.js";
 
 const FOUND = 8;
@@ -24,7 +23,9 @@ const TEXTS = {
     measure: "Time 100 candidates",
     remove: "Remove",
     why: "Why?",
-    loading: "Loading the model …",
+    loading: "Loading …",
+    loadingModel: "The model is being loaded; your first list of your own follows.",
+    unread: "Similarity of texts by the static reader is left out here; words and transitions count.",
     nothing: "No item has these words.",
     added: (name, ms, rank, total) => `“${name}” was read in ${ms} ms; it now ranks ${rank} of ${total} for you.`,
     latency: (all, texts, candidates) =>
@@ -46,7 +47,9 @@ const TEXTS = {
     measure: "测量 100 个候选的用时",
     remove: "移除",
     why: "原因",
-    loading: "正在加载模型……",
+    loading: "正在加载……",
+    loadingModel: "正在加载模型，随后给出你的推荐。",
+    unread: "本页不计算静态阅读器的文本相似度；词语和转移仍计入。",
     nothing: "没有物品包含这些词。",
     added: (name, ms, rank, total) => `“${name}”用 ${ms} 毫秒读完；现在它在你的 ${total} 个物品中排第 ${rank}。`,
     latency: (all, texts, candidates) =>
@@ -146,7 +149,7 @@ function showList(answer) {
 // The time of scoring the first items of the catalogue for the history, whose texts have been read before.
 async function candidatesTime() {
   const { recommender } = page;
-  const task = recommender.model.config.tasks[0];
+  const task = (await recommender.ready()).config.tasks[0];
   const candidates = recommender.catalogue.items.slice(0, CANDIDATES);
   if (candidates.length < CANDIDATES) return null;
   await recommender.score({ ...request(), candidates }, task);
@@ -156,12 +159,12 @@ async function candidatesTime() {
 }
 
 async function showRecommendations() {
-  const before = page.recommender.model.textsRead;
+  const before = page.recommender.model?.textsRead ?? 0;
   const start = performance.now();
   const answer = await page.recommender.recommend(request(), { topK: LISTED });
   const all = performance.now() - start;
   showList(answer);
-  const read = page.recommender.model.textsRead - before;
+  const read = (page.recommender.model?.textsRead ?? 0) - before;
   byId("latency").textContent = say("latency", all.toFixed(0), read, null);
   document.body.dataset.lists = Number(document.body.dataset.lists ?? 0) + 1;
   Object.assign(page, { listTime: all, listTexts: read });
@@ -202,17 +205,33 @@ async function load(name) {
   return response.arrayBuffer();
 }
 
+// onnxruntime-web, on one thread.
+async function runtime() {
+  const ort = await import("./vendor/ort.wasm.min.mjs");
+  ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
+  ort.env.wasm.numThreads = 1;
+  return ort;
+}
+
+// The first list needs no model, since the vector of an unknown user comes with the page; the model is loaded after it.
 async function begin() {
   translate();
   byId("status").textContent = say("loading");
-  ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
-  ort.env.wasm.numThreads = 1;
-  page.recommender = await Recommender.load(ort, load, { executionProviders: ["wasm"] });
-  byId("status").textContent = "";
+  page.recommender = await Recommender.load(load, runtime, { executionProviders: ["wasm"] });
+  const { share, evidence } = page.recommender;
+  byId("unread").hidden = !evidence?.rule.texts;
+  byId("measure").hidden = !share;
   for (const each of document.querySelectorAll("input, form button, #measure")) each.disabled = false;
   showHistory();
   await showRecommendations();
   document.body.dataset.firstList = performance.now();
+  byId("status").textContent = share ? say("loadingModel") : "";
+  queue(async () => {
+    await new Promise(requestAnimationFrame); // the list is on the screen
+    if (share) await page.recommender.ready();
+    byId("status").textContent = "";
+    document.body.dataset.ready = performance.now();
+  });
 }
 
 byId("language").addEventListener("click", () => {

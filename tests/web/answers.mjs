@@ -7,16 +7,20 @@ import { pathToFileURL } from "node:url";
 
 const [, folder, path] = process.argv.slice(2);
 const at = (name) => pathToFileURL(`${folder}/${name}`);
-const ort = await import(at("vendor/ort.wasm.min.mjs"));
 const { Recommender } = await import(at("m6rec/recommender.js"));
-ort.env.wasm.wasmPaths = `${at("vendor")}/`;
-ort.env.wasm.numThreads = 1;
+
+async function runtime() {
+  const ort = await import(at("vendor/ort.wasm.min.mjs"));
+  ort.env.wasm.wasmPaths = `${at("vendor")}/`;
+  ort.env.wasm.numThreads = 1;
+  return ort;
+}
 
 const read = async (name) => {
   const file = await readFile(`${folder}/model/${name}`);
   return file.buffer.slice(file.byteOffset, file.byteOffset + file.byteLength);
 };
-const recommender = await Recommender.load(ort, read, { executionProviders: ["wasm"] });
+const recommender = await Recommender.load(read, runtime, { executionProviders: ["wasm"] });
 const { requests, explained, scored, added, options } = JSON.parse(readFileSync(path, "utf8"));
 const answers = [];
 for (const request of requests) answers.push(await recommender.recommend(request, options));

@@ -44,7 +44,8 @@ try {
   await lists(1);
   const texts = (selector) => page.$$eval(selector, (found) => found.map((each) => each.firstElementChild.textContent));
   const seen = { title: await page.title(), unknown: await texts("#list > li") };
-  seen.first_list_ms = await page.evaluate(() => Number(document.body.dataset.firstList));
+  await page.waitForFunction(() => document.body.dataset.ready, { timeout: 120000 });
+  Object.assign(seen, await page.evaluate(() => ({ first_list_ms: Number(document.body.dataset.firstList), ready_ms: Number(document.body.dataset.ready) })));
   await page.type("#search", words);
   seen.found = await texts("#found > li");
   await page.click("#found > li:first-child button");

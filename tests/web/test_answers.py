@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from m6rec.catalogue_m6rec import without_stats
-from m6rec.train.commands import export as command
-from m6rec.train.commands.export import RUNTIME_FILES, export, vector_bytes
+from m6rec.train.commands import page as command
+from m6rec.train.commands.export import export
+from m6rec.train.commands.page import RUNTIME_FILES, vector_bytes
 from tests.modeling_m6rec.shop import ITEMS, REQUEST
 from tests.modeling_m6rec.test_onnx_model import CATALOGUE, MODEL, PROCESSOR, REQUESTS, SOURCE, make, same
 from tests.web.node import CODE, run
@@ -29,7 +30,7 @@ def runtime(tmp_path):
 
 def without_graphs(model, folder, weights, exit_layer):
     """Stands for `export_onnx`, which takes long."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name in ("reader.onnx", "joint.onnx", "config.json", "onnx.json"):
         (folder / name).write_bytes(b"graph")
     return {"files": {name: {"bytes": 5, "gzip": 5} for name in ("reader.onnx", "joint.onnx")}}
@@ -37,6 +38,7 @@ def without_graphs(model, folder, weights, exit_layer):
 
 def test_the_folder_is_complete_and_loads_nothing_from_elsewhere(shop, runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "export_onnx", without_graphs)
+    monkeypatch.setattr(command, "_unknown_user", lambda recommend, folder: [0.25] * CATALOGUE.dimension)
     said = []
     export(str(shop), tmp_path / "page", "web", "int8", runtime=str(runtime), say=said.append)
     page = tmp_path / "page"
@@ -51,6 +53,7 @@ def test_the_folder_is_complete_and_loads_nothing_from_elsewhere(shop, runtime, 
         assert not re.search(r"https?://", (page / name).read_text()), name
     manifest = json.loads((page / "model/manifest.json").read_text())
     assert manifest["catalogue"] == {"width": CATALOGUE.dimension, "weights": "int8", "exclude_seen": True}
+    assert manifest["model"]["unknown_user"] == [0.25] * CATALOGUE.dimension and manifest["evidence"] is None
     assert manifest["processor"]["item_rows"] == {"i0": 2, "i3": 1, "i5": 3}
     items = json.loads((page / "model/items.json").read_text())
     assert items["ids"] == list(CATALOGUE) and items["items"][0] == ITEMS[0]
@@ -59,6 +62,7 @@ def test_the_folder_is_complete_and_loads_nothing_from_elsewhere(shop, runtime, 
 
 def test_what_cannot_become_a_page_is_refused(shop, runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "export_onnx", without_graphs)
+    monkeypatch.setattr(command, "_unknown_user", lambda recommend, folder: [0.25] * CATALOGUE.dimension)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(FileExistsError, match="holds other files"):

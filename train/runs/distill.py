@@ -3,18 +3,19 @@
 m6rec distill student.yaml distillation.teacher=runs/films
 
 The student reads rows with the teacher's processor. Besides the recipe's own losses it learns the teacher's behaviour:
-which item of a batch fits each place of a user (`vectors`), the score logits of each target (`scores`), and how tokens
-of texts relate in the segment layers (`relations`: MiniLMv2, Wang et al. 2021). It learns vectors and scores at every
-exit layer, so that it can stop early.
+which of the items that the retrieval loss compares, such as the whole catalogue, fits each place of a user (`vectors`),
+the score logits of each target (`scores`), and how tokens of texts relate in the segment layers (`relations`: MiniLMv2,
+Wang et al. 2021). It learns vectors and scores at every exit layer, so that it can stop early. The teacher reads each
+text once: its segment states are kept.
 
-Shapes: B rows, T tokens of a row, E places of users, M items of a row, N targets, S score outputs, H = hidden_size,
-M segments of up to L tokens, R relation heads.
+Shapes: B rows, T tokens of a row, U labelled places of users, M items of the retrieval loss, N targets, S score
+outputs, D = embedding_dim, H = hidden_size, M segments of up to L tokens, R relation heads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -22,8 +23,10 @@ from torch.nn import functional
 from ...configuration_m6rec import M6RecConfig
 from ...layers_m6rec import inference_mode
 from ...layout_m6rec import item_layout
+from ...losses_m6rec import PRODUCTS_AT_ONCE, PRODUCTS_AT_ONCE_ELSEWHERE, retrieval_loss
 from ...modeling_m6rec import M6RecForRecommendation
 from ...network_m6rec import M6RecModel, read_standalone
+from ...segment_cache_m6rec import SegmentCache
 from ...tuning import load_model
 from ..config.recipe import Recipe
 from .build import Run
@@ -33,12 +36,42 @@ RELATION_HEADS = 4
 """Number of parts into which queries, keys and values are cut for their relations, in teacher and student alike."""
 
 TEMPERATURE = 0.07
-"""Temperature of the softmax over the items of a batch."""
+"""Temperature of the softmax over the items of the retrieval loss."""
 
 ITEMS_READ = 64
 """Number of items of a batch whose texts are compared token by token."""
 
 INPUTS = ("input_ids", "attention_mask", "item_embedding_ids")
+"""Arguments of `forward` that teacher and student share."""
+
+CONTRASTED = ("retrieval_labels", "item_input_ids", "item_attention_mask", "candidate_embedding_ids")
+"""Arguments of `forward` that name the places of users and the items of the retrieval loss."""
+
+
+class Fit(NamedTuple):
+    """Vectors whose products say which items fit which places of users."""
+
+    users: torch.Tensor
+    """U x D."""
+    items: torch.Tensor
+    """M x D."""
+
+
+class Watch:
+    """A retrieval loss that keeps the vectors which it compares.
+
+    Args:
+        loss: Computes the loss.
+    """
+
+    def __init__(self, loss: Callable[..., torch.Tensor] = retrieval_loss) -> None:
+        self.loss = loss
+        self.seen: Fit | None = None
+
+    def __call__(self, users: torch.Tensor, items: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Keep U x D and M x D vectors, and return the loss."""
+        self.seen = Fit(users, items)
+        return self.loss(users, items, *args, **kwargs)
 
 
 def imitated(student: torch.Tensor, teacher: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -53,15 +86,40 @@ def imitated(student: torch.Tensor, teacher: torch.Tensor, known: torch.Tensor) 
     return (divergence.sum(-1) * known).sum() / known.sum().clamp_min(1)
 
 
-def vector_loss(student: Any, teacher: Any) -> torch.Tensor:
-    """Compare which items of the batch fit each place of a user; outputs of `forward` with vectors."""
-    known = ~(student.user_vectors.isnan().any(-1) | teacher.user_vectors.isnan().any(-1))
-    items = ~(student.item_vectors.isnan().any(-1) | teacher.item_vectors.isnan().any(-1))
-    student_fit, teacher_fit = (
-        (out.user_vectors.nan_to_num().flatten(0, 1) @ out.item_vectors[items].T) / TEMPERATURE
-        for out in (student, teacher)
-    )
-    return imitated(student_fit, teacher_fit, known.flatten())
+def vector_loss(student: Fit, teacher: Fit) -> torch.Tensor:
+    """Compare which items fit each place of a user: `imitated` of all places, without storing all U x M products."""
+    total: torch.Tensor = _ChunkedDivergence.apply(*student, *teacher)
+    return total / max(len(student.users), 1)
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """The sum of divergences over places, some places at a time; forward also computes gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, users: torch.Tensor, items: torch.Tensor, other_users: torch.Tensor, other_items: torch.Tensor
+    ) -> torch.Tensor:
+        scaled, wanted = (own.detach().float() / TEMPERATURE for own in (users, other_users))
+        own_items, wanted_items = (own.detach().float() for own in (items, other_items))
+        total = torch.zeros((), device=users.device)
+        of_users, of_items = torch.empty_like(scaled), torch.zeros_like(own_items)
+        rows = max(PRODUCTS_AT_ONCE.get(users.device.type, PRODUCTS_AT_ONCE_ELSEWHERE) // max(len(items), 1), 1)
+        for start in range(0, len(users), rows):
+            part = slice(start, start + rows)
+            own, teacher = (scaled[part] @ own_items.T).log_softmax(1), (wanted[part] @ wanted_items.T).log_softmax(1)
+            chances = teacher.exp()
+            total += (chances * teacher.sub_(own)).sum()
+            slope = own.exp_().sub_(chances)
+            of_users[part] = slope @ own_items / TEMPERATURE
+            of_items += slope.T @ scaled[part]
+        ctx.save_for_backward(of_users.to(users.dtype), of_items.to(items.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_users, of_items = ctx.saved_tensors
+        return slope * of_users, slope * of_items, None, None
 
 
 def score_loss(student: Any, teacher: Any) -> torch.Tensor:
@@ -123,6 +181,7 @@ class DistillationTrainer(M6RecTrainer):
     def __init__(self, run: Run, teacher: M6RecForRecommendation, **kwargs: Any) -> None:
         super().__init__(run, **kwargs)
         self.teacher, self.weights = teacher.eval().requires_grad_(False), run.recipe.distillation
+        self._known, self._watch = SegmentCache(), Watch()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -130,28 +189,71 @@ class DistillationTrainer(M6RecTrainer):
         """Compute the loss of a micro-batch: the recipe's losses, and the differences from the teacher."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         steps = max(self.args.gradient_accumulation_steps, 1)
-        loss = self.weights.labels * loss + self.differences(model, inputs) / steps
+        loss = self.weights.labels * loss + self.differences(model, inputs, self._watch.seen) / steps
         return (loss, outputs) if return_outputs else loss
 
-    def differences(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return the weighted sum of the differences on a batch, at all exits."""
-        self.teacher.to(self.args.device)
-        batch = {name: inputs[name] for name in INPUTS if name in inputs}
+    def _how(self, weights: dict[str, float] | None) -> dict[str, Any]:
+        how = super()._how(weights)
+        self._watch = Watch(how.get("contrast", retrieval_loss))
+        return {**how, "contrast": self._watch}
+
+    def differences(self, model: Any, inputs: dict[str, Any], own: Fit | None = None) -> torch.Tensor:
+        """Return the weighted sum of the differences on a batch, at all exits.
+
+        Args:
+            model: The student.
+            inputs: The batch.
+            own: The student's vectors after all layers, if they have been computed for this batch.
+        """
         config, weights = model.config, self.weights
-        with inference_mode(self.teacher):
-            wanted = self.teacher(**batch, return_logits=False)
-        scored = weights.scores and wanted.scores.shape == (*wanted.scores.shape[:2], config.num_labels)
-        last: int = config.num_joint_layers
-        exits: Sequence[int] = sorted({*(config.exit_layers or []), last})
         total = torch.zeros((), device=self.args.device)
-        for exit_layer in exits if weights.vectors or scored else ():
-            own = model(**batch, return_logits=False, exit_layer=exit_layer)
-            total = total + weights.vectors * vector_loss(own, wanted) / len(exits)
-            if scored:
-                total = total + weights.scores * score_loss(own, wanted) / len(exits)
+        if weights.vectors and "retrieval_labels" in inputs:
+            total = total + weights.vectors * self._of_vectors(model, inputs, own)
+        if weights.scores and (inputs["input_ids"] == config.bos_token_id).any():
+            total = total + weights.scores * self._of_scores(model, inputs)
         if weights.relations:
-            total = total + weights.relations * relation_loss(model, self.teacher, *self._texts(batch["input_ids"]))
+            texts = self._texts(inputs["input_ids"])
+            total = total + weights.relations * relation_loss(model, self.teacher.to(self.args.device), *texts)
         return total
+
+    def _exits(self, config: M6RecConfig) -> Sequence[int]:
+        return sorted({*(config.exit_layers or []), config.num_joint_layers})
+
+    def _of_vectors(self, model: Any, inputs: dict[str, Any], own: Fit | None) -> torch.Tensor:
+        """Return the mean over the exits of the differences of which items fit."""
+        batch = {name: inputs[name] for name in (*INPUTS, *CONTRASTED) if name in inputs}
+        frozen = "candidate_embedding_ids" in inputs and "item_input_ids" not in inputs
+        whole = batch | (self._catalogue() if frozen else {})
+        with inference_mode(self.teacher):
+            wanted = _fit(self.teacher.to(self.args.device), {**whole, "plan": "cached", "segment_cache": self._known})
+        found = []
+        for exit_layer in self._exits(model.config):
+            last = own is not None and exit_layer == model.config.num_joint_layers
+            more = self._frozen_catalogue() if frozen else {}
+            cached = {name: how for name, how in super()._how(None).items() if name in ("plan", "segment_cache")}
+            student = own if last else _fit(model, {**batch, **more, **cached, "exit_layer": exit_layer})
+            assert student is not None
+            found.append(vector_loss(student, wanted))
+        return torch.stack(found).mean()
+
+    def _of_scores(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the mean over the exits of the differences of score logits."""
+        batch = {name: inputs[name] for name in INPUTS if name in inputs}
+        more = {"return_logits": False, "return_vectors": False}
+        cached = {"plan": "cached", "segment_cache": self._known}
+        with inference_mode(self.teacher):
+            wanted = self.teacher.to(self.args.device)(**batch, **more, **cached)
+        own = [model(**batch, **more, exit_layer=exit_layer) for exit_layer in self._exits(model.config)]
+        return torch.stack([score_loss(student, wanted) for student in own]).mean()
+
+    def _catalogue(self) -> dict[str, torch.Tensor]:
+        """Return the ids of the catalogue's texts and their mask, in the order of the retrieval loss."""
+        run, device = self.run, self.args.device
+        padded = run.processor.pad([{"input_ids": run.catalogue.input_ids[row]} for row in run.collator.distinct])
+        return {
+            "item_input_ids": padded["input_ids"].to(device),
+            "item_attention_mask": padded["attention_mask"].to(device),
+        }
 
     def _texts(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the ids of some items of the catalogue, and their mask; the same for a seed and a step."""
@@ -160,6 +262,14 @@ class DistillationTrainer(M6RecTrainer):
         chosen = torch.randperm(len(texts), generator=draw)[:ITEMS_READ].tolist()
         padded = self.run.processor.pad([{"input_ids": texts[row]} for row in chosen])
         return padded["input_ids"].to(ids.device), padded["attention_mask"].to(ids.device)
+
+
+def _fit(model: Any, inputs: dict[str, Any]) -> Fit:
+    """Run a model for the vectors that its retrieval loss compares, without computing the loss."""
+    watch = Watch(lambda users, *_, **__: users.new_zeros(()))
+    model(**inputs, only_losses=True, contrast=watch)
+    assert watch.seen is not None, "the batch has labels of retrieval"
+    return watch.seen
 
 
 def distiller(run: Run) -> Callable[..., M6RecTrainer]:
@@ -212,6 +322,8 @@ def check_pair(own: M6RecConfig, other: M6RecConfig, recipe: Recipe) -> None:
 
 __all__ = [
     "DistillationTrainer",
+    "Fit",
+    "Watch",
     "check_pair",
     "distiller",
     "imitated",

@@ -1,6 +1,7 @@
-// Answers requests with a model, a processor and a catalogue; equal to the pipeline "recommendation" without evidence.
+// Answers requests with a model, a processor and a catalogue with its evidence; equal to the pipeline "recommendation".
 
 import { makeTokenizer } from "./tokenizer.js";
+import { Evidence } from "./evidence.js";
 import { Model } from "./model.js";
 import { Processor } from "./processor.js";
 import { isMapping, normalizeId } from "./values.js";
@@ -53,37 +54,59 @@ export class Catalogue {
   }
 
   // The best rows that are not in `seen`, as [row, score], the best first; equal scores keep their order.
-  search(user, count, seen) {
+  search(scoreOf, count, seen) {
     const found = [];
     for (let row = 0; row < this.ids.length; row++) {
-      if (!seen.has(this.ids[row])) found.push([row, this.score(user, row)]);
+      if (!seen.has(this.ids[row])) found.push([row, scoreOf(row)]);
     }
     return found.sort((one, other) => other[1] - one[1]).slice(0, count);
   }
 }
 
 export class Recommender {
-  constructor(model, processor, catalogue, excludeSeen = true) {
-    Object.assign(this, { model, processor, catalogue, excludeSeen });
+  // `makeModel` resolves to the model; null if the catalogue ranks by evidence alone. `unknownUser` is the vector of a user
+  // without a history. `evidence` may be null.
+  constructor(makeModel, processor, catalogue, { evidence = null, unknownUser = null, excludeSeen = true } = {}) {
+    Object.assign(this, { makeModel, processor, catalogue, evidence, unknownUser, excludeSeen });
+    this.model = null;
+    this.loading = null;
   }
 
-  // Load what `m6rec export --to web` wrote. `read(name)` resolves to an ArrayBuffer of a file of the folder model/.
-  static async load(ort, read, options = {}) {
+  // Load what `m6rec export --to web` wrote. `read(name)` resolves to an ArrayBuffer of a file of the folder model/,
+  // `runtime()` to onnxruntime-web. The model is loaded when it is needed, or by `ready`.
+  static async load(read, runtime, options = {}) {
     const text = async (name) => JSON.parse(new TextDecoder().decode(await read(name)));
-    const manifest = await text("manifest.json");
-    const files = ["reader.onnx", "joint.onnx", "vectors.bin"];
-    const [reader, joint, numbers] = await Promise.all(files.map(read));
-    const { ids, items } = await text("items.json");
-    const session = (file) => ort.InferenceSession.create(new Uint8Array(file), options);
-    const sessions = { reader: await session(reader), joint: await session(joint) };
-    const tokenizer = makeTokenizer(await text("tokenizer.json"));
-    const processor = new Processor(tokenizer, manifest.processor, manifest.ids, manifest.kinds);
+    const [manifest, { ids, items }, tokens] = await Promise.all(["manifest.json", "items.json", "tokenizer.json"].map(text));
+    const processor = new Processor(makeTokenizer(tokens), manifest.processor, manifest.ids, manifest.kinds);
     const { width, weights, exclude_seen: excludeSeen } = manifest.catalogue;
-    const small = weights === "int8";
-    const vectors = small ? new Int8Array(numbers, ids.length * 4) : new Float32Array(numbers);
-    const scales = small ? new Float32Array(numbers, 0, ids.length) : null;
+    const [small, numbers] = [weights === "int8", manifest.model ? await read("vectors.bin") : new ArrayBuffer(0)];
+    const vectors = small && manifest.model ? new Int8Array(numbers, ids.length * 4) : new Float32Array(numbers);
+    const scales = small && manifest.model ? new Float32Array(numbers, 0, ids.length) : null;
     const catalogue = new Catalogue(ids, items, vectors, width, scales, processor.names);
-    return new Recommender(new Model(ort, sessions, manifest.model), processor, catalogue, excludeSeen);
+    let evidence = null;
+    if (manifest.evidence) {
+      const [content, words] = await Promise.all([read("evidence.bin"), text("words.json")]);
+      evidence = new Evidence(manifest.evidence, content, words);
+    }
+    const makeModel = async () => {
+      const [ort, ...files] = await Promise.all([runtime(), read("reader.onnx"), read("joint.onnx")]);
+      const session = (file) => ort.InferenceSession.create(new Uint8Array(file), options);
+      return new Model(ort, { reader: await session(files[0]), joint: await session(files[1]) }, manifest.model);
+    };
+    const unknownUser = manifest.model ? Float32Array.from(manifest.model.unknown_user) : null;
+    return new Recommender(manifest.model && makeModel, processor, catalogue, { evidence, unknownUser, excludeSeen });
+  }
+
+  // The model, which is loaded once; an error if the catalogue ranks by evidence alone.
+  ready() {
+    if (this.makeModel === null) throw new Error("this page has no model: its catalogue ranks by what was counted");
+    this.loading ??= this.makeModel().then((model) => (this.model = model));
+    return this.loading;
+  }
+
+  // Weight of the model's cosine in a score.
+  get share() {
+    return this.evidence === null ? 1 : this.evidence.rule.learnt;
   }
 
   // Complete items that are given by id only.
@@ -124,15 +147,44 @@ export class Recommender {
 
   // The best items of the catalogue for a request: rank, item (its text), item_id, score; with `explain` also because.
   async recommend(request, { topK = 10, excludeSeen = this.excludeSeen, explain = false } = {}) {
-    const { candidates: _, ...source } = this.described(typeof request === "string" ? { user: request } : request);
+    const asked = typeof request === "string" ? { user: request } : request;
+    const { candidates: _, ...source } = this.described(asked);
     const row = this.processor.read(source, "retrieval");
-    const { users } = await this.model.join([row]);
-    const history = request.history ?? []; // as given: items of a catalogue of texts have their ids only here
+    const history = asked.history ?? []; // as given: items of a catalogue of texts have their ids only here
+    const user = await this.userOf(row);
+    const weighed = this.evidence === null ? [] : this.weighed(asked, source, row);
+    const terms = this.evidence?.terms(weighed.filter(({ weight }) => weight).map(({ entry, weight }) => [entry, weight]));
     const seen = excludeSeen ? this.seen(history) : new Set();
-    const best = this.catalogue.search(users[0], topK, seen);
+    const best = this.catalogue.search((place) => this.scoreOf(user, terms, place), topK, seen);
     const answer = best.map(([place, score], index) => this.answered(place, score, index + 1));
-    if (explain && answer.length) await this.explain(row, best, answer, history);
+    if (explain && answer.length) await this.explain({ row, history, user, weighed }, best, answer);
     return answer;
+  }
+
+  async userOf(row) {
+    if (!this.share) return null;
+    if (row.input_ids.length === 2) return this.unknownUser; // the markers of a source without anything in it
+    return (await (await this.ready()).join([row])).users[0];
+  }
+
+  scoreOf(user, terms, place) {
+    const cosine = user === null ? 0 : this.catalogue.score(user, place);
+    return terms === undefined ? cosine : this.share * cosine + this.evidence.of(terms, place);
+  }
+
+  // What evidence reads of a request: {entry, place, weight}, the last event last.
+  weighed(request, source, row) {
+    const texts = (source.history ?? []).map((event) => {
+      const item = isMapping(event) ? event.item : event;
+      return isMissing(item) ? null : this.processor.wording.item(item, "item").text;
+    });
+    const known = (given) => {
+      const id = normalizeId(given, "item_id");
+      return { id, row: this.catalogue.rows.get(id) ?? -1 };
+    };
+    const found = this.evidence.entries(request, texts, row.events.length, known);
+    const weights = this.evidence.weighed(found.map(({ entry }) => entry)).map(([, weight]) => weight);
+    return found.map((each, index) => ({ ...each, weight: weights[index] }));
   }
 
   answered(place, score, rank) {
@@ -140,25 +192,30 @@ export class Recommender {
     return { rank, item: this.processor.wording.item(item, "item").text, item_id: this.catalogue.ids[place], score };
   }
 
-  // Each event's contribution: the score minus the score with the event hidden.
-  async explain(row, best, answer, history) {
-    if (!row.events.length) return answer.forEach((each) => (each.because = []));
-    const { users } = await this.model.join(row.events.map(() => row), row.events);
-    const texts = row.events.map(([start, end]) => {
-      const own = row.segments.filter((each) => each.start >= start && each.end <= end);
-      return own.filter(({ kind }) => ["event", "item", "text"].includes(kind)).map(({ text }) => text).join(" ");
+  // Each event's contribution: what the score loses with the event hidden, and the event's own terms of evidence.
+  async explain({ row, history, user, weighed }, best, answer) {
+    const start = history.length - row.events.length;
+    const events = row.events.map(([from, to], number) => {
+      const own = row.segments.filter((each) => each.start >= from && each.end <= to);
+      const text = own.filter(({ kind }) => ["event", "item", "text"].includes(kind)).map((each) => each.text).join(" ");
+      return { place: start + number, ...described(text, history[start + number]) };
     });
-    const described = texts.map((event, number) => {
-      const entry = history[history.length - texts.length + number];
-      const item = isMapping(entry) ? entry.item : null;
-      return isMapping(item) && !isMissing(item.item_id) ? { event, item_id: item.item_id } : { event };
-    });
-    best.forEach(([place, score], index) => {
-      const events = described.map((event, number) => ({
-        ...event,
-        contribution: score - this.catalogue.score(users[number], place),
-      }));
-      answer[index].because = events.sort((one, other) => other.contribution - one.contribution);
+    const earlier = weighed.filter(({ place }) => place >= 0 && place < start);
+    const all = [...earlier.map(({ entry, place }) => ({ place, ...described(entry.text, history[place]) })), ...events];
+    const joins = this.share && events.length;
+    const hidden = joins ? (await (await this.ready()).join(row.events.map(() => row), row.events)).users : [];
+    const terms = new Map();
+    for (const { entry, weight, place } of weighed) if (weight) terms.set(place, this.evidence.terms([[entry, weight]]));
+    best.forEach(([place], index) => {
+      const because = all.map(({ place: at, ...event }) => {
+        const without = hidden[at - start];
+        const learnt = without ? this.share * (this.catalogue.score(user, place) - this.catalogue.score(without, place)) : 0;
+        if (this.evidence === null) return { ...event, contribution: learnt };
+        const own = terms.get(at);
+        const [words, transitions] = own ? [this.evidence.likeness(own.words, place), own.after[place]] : [0, 0];
+        return { ...event, contribution: learnt + words + transitions, learnt, words, transitions };
+      });
+      answer[index].because = because.sort((one, other) => other.contribution - one.contribution);
     });
   }
 
@@ -169,14 +226,21 @@ export class Recommender {
     for (let start = 0; start < whole.candidates.length; start += TARGETS_A_ROW) {
       const candidates = whole.candidates.slice(start, start + TARGETS_A_ROW);
       const row = this.processor.read({ ...whole, candidates }, task);
-      parts.push(...(await this.model.join([row])).scores[task][0]);
+      parts.push(...(await (await this.ready()).join([row])).scores[task][0]);
     }
     return parts.map((values) => (values.length === 1 ? values[0] : values));
   }
 
   // Add a product that is given by its text or its fields; it can be found at once.
   async add(id, item) {
-    const [vector] = await this.model.itemVectors([this.processor.encodeItem(item)]);
+    const { text } = this.processor.wording.item(item, "item");
+    const [vector] = this.share ? await (await this.ready()).itemVectors([this.processor.encodeItem(item)]) : [null];
     this.catalogue.add(id, item, vector);
+    this.evidence?.add(id, text);
   }
+}
+
+function described(text, entry) {
+  const item = isMapping(entry) ? entry.item : null;
+  return isMapping(item) && !isMissing(item.item_id) ? { event: text, item_id: item.item_id } : { event: text };
 }

@@ -28,6 +28,26 @@ def test_a_divergence_is_that_of_the_known_rows():
     close(distill.imitated(teacher, teacher, known), torch.tensor(0.0))
 
 
+def test_vectors_are_compared_by_the_divergence_of_all_products(monkeypatch):
+    torch.manual_seed(0)
+    student = distill.Fit(*(torch.randn(size, 4, requires_grad=True) for size in (7, 5)))
+    teacher = distill.Fit(torch.randn(7, 3), torch.randn(5, 3))
+    own, wanted = (each.users @ each.items.T / distill.TEMPERATURE for each in (student, teacher))
+    expected = distill.imitated(own, wanted, torch.ones(7, dtype=torch.bool))
+    expected.backward()
+    slopes = [each.grad.clone() for each in student]
+    monkeypatch.setitem(distill.PRODUCTS_AT_ONCE, "cpu", 15)  # 3 places at a time
+    for each in student:
+        each.grad = None
+    found = distill.vector_loss(student, teacher)
+    found.backward()
+    close(found, expected)
+    for each, slope in zip(student, slopes):
+        close(each.grad, slope)
+    nothing = distill.Fit(torch.zeros(0, 4), torch.randn(5, 4))
+    assert distill.vector_loss(nothing, distill.Fit(torch.zeros(0, 3), teacher.items)) == 0
+
+
 def texts():
     writer = Writer(3)
     return pad([writer.segment(ITEM, 2, 5) for _ in range(3)])
@@ -90,15 +110,33 @@ def student_of(teacher, folder, **sections):
 
 
 def distance(run, student):
-    """How far a student is from its teacher on the run's first rows, by exit layer."""
+    """How far a student is from its teacher on the run's first rows, by exit layer: by vectors, by scores."""
     maker = distill.distiller(run)
     batch = run.collator(rows_of(run))
     wanted = maker.keywords["teacher"].eval()
     given = {name: batch[name] for name in distill.INPUTS if name in batch}
     with torch.no_grad():
-        expected = wanted(**given, return_logits=False)
-        exits = [student(**given, return_logits=False, exit_layer=layer) for layer in (1, 2)]
-        return [(float(distill.vector_loss(own, expected)), float(distill.score_loss(own, expected))) for own in exits]
+        expected, scored = fits(wanted, batch), wanted(**given).scores
+        scores = [float(score_difference(student(**given, exit_layer=layer).scores, scored)) for layer in (1, 2)]
+        return [
+            (float(distill.vector_loss(fits(student, batch, exit_layer=layer), expected)), scores[layer - 1])
+            for layer in (1, 2)
+        ]
+
+
+def score_difference(own, wanted):
+    known = ~wanted.isnan()
+    return ((own - wanted)[known] ** 2).mean()
+
+
+def fits(model, batch, **more):
+    """The vectors of labelled places and of the items of the loss, from the model's other outputs."""
+    given = {name: batch[name] for name in distill.INPUTS if name in batch}
+    out = model(**given, **more)
+    places = (batch["retrieval_labels"] != -100).sum(1)
+    users = [own[~own.isnan().any(-1)][-count:] if count else own[:0] for own, count in zip(out.user_vectors, places)]
+    ids, mask = batch["item_input_ids"], batch["item_attention_mask"]
+    return distill.Fit(torch.cat(users), model.embed_items(ids, mask, memory_ids=batch["candidate_embedding_ids"]))
 
 
 def rows_of(run):
