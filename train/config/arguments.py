@@ -138,7 +138,7 @@ class DistillationArguments:
     labels: float = 1.0
     """Weight of the recipe's own losses."""
     vectors: float = 1.0
-    """Weight of the difference in which items of a batch fit a user."""
+    """Weight of the difference in which items of the retrieval loss fit a user."""
     scores: float = 1.0
     """Weight of the difference of the score logits of candidates."""
     relations: float = 1.0
