@@ -203,6 +203,8 @@ def _add_push(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="only say what would be sent, and what not and why")
     command.add_argument("--private", action="store_true", help="make a repository that only its owners see")
     command.add_argument("--demo", action="store_true", help="also publish org/name-demo, a Space that shows the model")
+    command.add_argument("--web", action="store_true", help="also publish org/name-web, the page that needs no server")
+    command.add_argument("--runtime", metavar="DIR", help="with --web: dist/ of onnxruntime-web; default: from npm")
     command.add_argument("--revision", metavar="BRANCH", help="the branch that gets the model; default: main")
     command.add_argument("--base", metavar="ORG/NAME", help="of an adapter: its base on the Hub")
     command.add_argument("--token", help="a token of the Hub; default: HF_TOKEN, or that of `hf auth login`")
@@ -500,6 +502,11 @@ def _push(options: argparse.Namespace) -> None:
         from .publishing.space import push_demo
 
         push_demo(options.model, options.name, print, options.private, options.dry_run, options.token)
+    if options.web:
+        from .publishing.space import push_page
+
+        own = {name: getattr(options, name) for name in ("private", "dry_run", "token", "runtime")}
+        push_page(options.model, options.name, print, **own)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def _divide(found: Plan, scratch: Path) -> None:
 
 def check(found: Plan, folder: Path, secrets: tuple[str, ...] = ()) -> None:
     """Raise if a file holds forbidden contents; the message names each file, and the line or key in it."""
-    known = tuple(secret for secret in (*secrets, *_own_secrets()) if len(secret) >= 8)
+    known = tuple(secret for secret in (*secrets, *own_secrets()) if len(secret) >= 8)
     problems: list[str] = []
     for file, content in found.going.items():
         problems += [f"{file}{where}: {what}" for where, what in _problems(file, content, known)]
@@ -327,7 +327,8 @@ def _cells(path: Path, known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             row += batch.num_rows
 
 
-def _own_secrets() -> Iterator[str]:
+def own_secrets() -> Iterator[str]:
+    """Yield the secrets in the environment of this process."""
     return (value for name, value in os.environ.items() if is_secret_variable(name, value))
 
 

@@ -1,18 +1,22 @@
-"""A Space that shows a published model: the demo's page, and the code that it needs without the package.
+"""Spaces that show a published model: the demo with a server, and the page that needs none.
 
 m6rec push runs/films org/films --demo
+m6rec push runs/films org/films --web
 """
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from ...model_cards import find_secrets
+from ..commands.export import export
 from ..demo import event
+from .check import own_secrets
 
 DEMO = Path(event.__file__).parent
 CODE = "m6rec_demo"
@@ -52,6 +56,27 @@ event contributed, invent a product and watch it enter.
 
 It was made by `m6rec push --demo`. A visitor's history stays in their tab; the Space keeps none.
 """
+PAGE_CARD = """---
+title: {title}
+emoji: 🎬
+colorFrom: blue
+colorTo: green
+sdk: static
+app_file: index.html
+models:
+  - {name}
+short_description: Recommendations computed in your browser
+---
+
+# {title}
+
+[{name}](https://huggingface.co/{name}) in a browser tab: model and catalogue are downloaded once, and everything is
+computed in the tab. 模型与商品目录只下载一次，全部计算在浏览器中完成。
+
+It was made by `m6rec push --web`. Nothing that a visitor does leaves the tab.
+"""
+OF_PAGE = ("m6rec/", "model/", "vendor/")
+"""Folders of a page, of which an earlier push may have left files."""
 DOCKERFILE = """FROM python:3.12-slim
 RUN useradd --create-home --uid 1000 user
 USER user
@@ -68,7 +93,6 @@ FETCH = "RUN python app.py --fetch\n"
 APP = '''"""Starts the demo: python app.py. With --fetch the model is downloaded only."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -140,15 +164,72 @@ def push_demo(
             f"the files of the Space {space} lie in {write_space(files, Path(tempfile.mkdtemp(prefix='m6rec-space-')))}"
         )
         return
-    try:
-        url = _send(HfApi(token=token), space, files, private)
-    except HfHubHTTPError:
-        raise
-    except HTTPError as error:
-        raise OSError(f"the Hub ({constants.ENDPOINT}) cannot be reached: {error}; repeat the push later") from error
+    url = _send(HfApi(token=token), space, files, private, "docker", (f"{CODE}/",))
     say(f"the demo is published as {url}")
     if private:
         say(f"give {space} a secret HF_TOKEN that may read {name}, in its settings")
+
+
+def page_files(
+    folder: str | Path, name: str, place: Path, runtime: str | None, say: Callable[[str], object]
+) -> dict[str, str | Path]:
+    """Export the page of a model with 8-bit weights, and return the files of its Space: path -> file, or its text.
+
+    Args:
+        folder: The model's folder.
+        name: The model's name on the Hub.
+        place: Folder that is written.
+        runtime: A folder with the files of onnxruntime-web; None = npm downloads them.
+        say: Prints a line.
+
+    Raises:
+        ValueError: The model cannot be exported, or a text of its catalogue holds a secret.
+    """
+    export(str(folder), place, "web", "int8", runtime=runtime, say=say)
+    known = [*own_secrets()]
+    for path in (place / "model").glob("*.json"):
+        if found := find_secrets(path.read_text(encoding="utf-8"), known):
+            raise ValueError(f"{path.name} of the page holds {', '.join(found)}: remove it from the catalogue's items")
+    files: dict[str, str | Path] = {"README.md": PAGE_CARD.format(title=name.partition("/")[2], name=name)}
+    return files | {path.relative_to(place).as_posix(): path for path in place.rglob("*") if path.is_file()}
+
+
+def push_page(
+    folder: str | Path,
+    name: str,
+    say: Callable[[str], object],
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    runtime: str | None = None,
+) -> None:
+    """Publish the static Space `NAME-web`, the page that recommends in a browser, in one commit.
+
+    Args:
+        folder: The model's folder.
+        name: The model's name on the Hub, `org/name`.
+        say: Prints a line.
+        private: Make a Space that only its owners see.
+        dry_run: Write the files into a temporary folder only.
+        token: Token of the Hub. None: the one of `hf auth login` or HF_TOKEN.
+        runtime: A folder with the files of onnxruntime-web; None = npm downloads them.
+
+    Raises:
+        ValueError: The model cannot be exported, or a text of its catalogue holds a secret.
+        OSError: The Hub refuses the commit, or cannot be reached.
+    """
+    space = f"{name}-web"
+    if dry_run:
+        place = Path(tempfile.mkdtemp(prefix="m6rec-space-"))
+        card = page_files(folder, name, place, runtime, say)["README.md"]
+        (place / "README.md").write_text(str(card), encoding="utf-8", newline="\n")
+        say(f"the files of the Space {space} lie in {place}")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        files = page_files(folder, name, Path(scratch) / "page", runtime, say)
+        url = _send(HfApi(token=token), space, files, private, "static", OF_PAGE)
+    say(f"the page is published as {url}")
 
 
 def write_space(files: dict[str, str], folder: Path) -> Path:
@@ -160,18 +241,25 @@ def write_space(files: dict[str, str], folder: Path) -> Path:
     return folder
 
 
-def _send(api: HfApi, space: str, files: dict[str, str], private: bool) -> str:
-    """Commit the files, and remove the code of an earlier push."""
+def _send(
+    api: HfApi, space: str, files: Mapping[str, str | Path], private: bool, sdk: str, replaced: tuple[str, ...]
+) -> str:
+    """Commit the files of a Space, remove files of an earlier push below the folders `replaced`, and return its URL."""
     kind: Any = {"repo_type": "space"}
-    api.create_repo(space, private=private or None, exist_ok=True, space_sdk="docker", **kind)
-    there = api.list_repo_files(space, **kind)
-    gone = [file for file in there if file.startswith(f"{CODE}/") and file not in files]
-    operations = [
-        *(CommitOperationAdd(file, text.encode()) for file, text in files.items()),
-        *map(CommitOperationDelete, gone),
-    ]
-    api.create_commit(space, operations, commit_message="Publish with m6rec", **kind)
+    try:
+        api.create_repo(space, private=private or None, exist_ok=True, space_sdk=sdk, **kind)
+        there = api.list_repo_files(space, **kind)
+        gone = [file for file in there if file.startswith(replaced) and file not in files]
+        operations = [
+            *(CommitOperationAdd(file, own.encode() if isinstance(own, str) else own) for file, own in files.items()),
+            *map(CommitOperationDelete, gone),
+        ]
+        api.create_commit(space, operations, commit_message="Publish with m6rec", **kind)
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
+        raise OSError(f"the Hub ({constants.ENDPOINT}) cannot be reached: {error}; repeat the push later") from error
     return f"{constants.ENDPOINT}/spaces/{space}"
 
 
-__all__ = ["push_demo", "space_files", "write_space"]
+__all__ = ["page_files", "push_demo", "push_page", "space_files", "write_space"]

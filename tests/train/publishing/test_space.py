@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from m6rec import Evidence
+from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.cli import main
 from m6rec.train.demo.command import load_demo
 from m6rec.train.publishing.push import push
-from m6rec.train.publishing.space import CODE, REQUIREMENTS, push_demo, space_files, write_space
+from m6rec.train.publishing.space import CODE, REQUIREMENTS, push_demo, push_page, space_files, write_space
 from tests.modeling_m6rec.test_hub import WITHOUT_PACKAGE
 from tests.quickstart_model import quickstart_folder  # noqa: F401 - a fixture
 from tests.test_repository import ROOT
@@ -128,3 +130,44 @@ def _ask(address, state, running, log):
             assert running.poll() is None, log.read()
             time.sleep(0.2)
     raise AssertionError("no answer in five minutes")
+
+
+@pytest.fixture
+def counted(films):
+    """The films with a catalogue that ranks by evidence alone, whose page has no graphs."""
+    recommend = load_pipeline(str(films))
+    recommend.catalogue.set_evidence(Evidence(learnt=0), recommend.processor)
+    recommend.catalogue.observe([{"user_id": "secret-ann", "item_id": item} for item in ("50", "172")])
+    recommend.catalogue.save(films / "catalogue")
+    return films
+
+
+def test_a_page_is_pushed_as_a_static_space(counted, hub, capsys):  # noqa: F811
+    assert main(["push", str(counted), "org/films", "--web", "--dry-run"]) == 0
+    written = Path(re.search(r"files of the Space org/films-web lie in (.*)", capsys.readouterr().out)[1])
+    names = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
+    assert {"index.html", "app.js", "m6rec/recommender.js", "model/manifest.json", "model/evidence.bin"} < names
+    head = yaml.safe_load((written / "README.md").read_text().split("---\n")[1])
+    assert head["sdk"] == "static" and head["app_file"] == "index.html" and head["models"] == ["org/films"]
+    assert len(head["short_description"]) <= 60 and not hub.repositories
+    assert main(["push", str(counted), "org/films", "--web"]) == 0
+    assert f"the page is published as {hub.url}/spaces/org/films-web" in capsys.readouterr().out
+    files = hub.files("org/films-web")
+    assert files.keys() - {".gitattributes"} == names and "config.json" in hub.files("org/films")
+    assert files == {**files, **{name: (written / name).read_bytes() for name in names}}
+    assert not any(b"secret-ann" in content for content in files.values())
+    space = hub.repositories["org/films-web"]
+    old = {name: hub.keep(b"", False) for name in ("vendor/ort.wasm.min.mjs", "notes.md")}
+    space.commit("main", {**space.files("main"), **old})
+    push_page(counted, "org/films", quiet)
+    assert hub.files("org/films-web").keys() - {".gitattributes"} == names | {"notes.md"}
+
+
+def test_a_page_with_a_secret_is_not_pushed(films, hub):  # noqa: F811
+    recommend = load_pipeline(str(films))
+    recommend.catalogue.set_evidence(Evidence(learnt=0), recommend.processor)
+    recommend.catalogue.add([{"item_id": "9", "title": "hf_" + "aB3" * 12}], recommend.model, recommend.processor)
+    recommend.catalogue.save(films / "catalogue")
+    with pytest.raises(ValueError, match=r"items\.json of the page holds .*: remove it"):
+        push_page(films, "org/films", quiet)
+    assert not hub.repositories
