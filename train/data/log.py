@@ -19,6 +19,7 @@ from .dialogues import iard_dialogues, iard_tables, inspired_dialogues, inspired
 from .knowledge import Knowledge, with_facts
 from .lastfm import lastfm_tables
 from .movielens import find_movielens, movielens_tables
+from .redaction import without_names
 from .reviews import clothing_tables, gift_card_tables
 from .splits import PARTS, tie_keys
 from .tables import Table, find_folder, load_table
@@ -112,6 +113,9 @@ class DataArguments:
     """Table with columns entity and name, of the tails. None: tails are words; ids such as m.0abc are refused."""
     knowledge_values: int = 3
     """Maximum number of values of a relation of an item."""
+    redact: bool = False
+    """Replace names of persons, mail and web addresses and telephone numbers in the texts of events, and in the column
+    `facts` of the users, by "…". Names are words that are always capitalised within sentences and in no item's text."""
     drop_invalid: bool = False
     """Leave out rows that cannot be used, and count them by reason, instead of raising an error."""
     directory: str | None = None
@@ -277,7 +281,10 @@ def build_log(interactions: Dataset, items: Dataset, users: Dataset | None, argu
     dropped = {**described.dropped, **table.dropped, **(profiles.dropped if profiles else {})}
     for reason, count in dropped.items():
         logger.warning("dropped %d rows: %s", count, reason)
-    return Log(kept, described.texts, profiles.texts if profiles else None, dropped)
+    texts = profiles.texts if profiles else None
+    if arguments.redact:
+        kept, texts = without_names(kept, described.texts, texts)
+    return Log(kept, described.texts, texts, dropped)
 
 
 def _without_repeated(events: pandas.DataFrame, table: Table) -> pandas.DataFrame:
