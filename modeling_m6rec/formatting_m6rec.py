@@ -13,7 +13,7 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -415,7 +415,8 @@ class Segment:
     `text` may be shortened: it consists of `parts` (the texts of the fields `names`), joined by `join` and put into
     `frame`. `lead` precedes it and is never shortened. `row` is the item's row of item embeddings. The model writes a
     `written` segment: no [SEG] closes it. A text with a `label` is cut between the label, with which it starts, and its
-    end. `slot` holds the texts before and after the slot.
+    end. `slot` holds the texts before and after the slot. `ids` are its ids once the processor has encoded it: segments
+    of items, verbs and times are kept, so that each is encoded once.
     """
 
     kind: str
@@ -429,6 +430,11 @@ class Segment:
     written: bool = False
     label: str = ""
     slot: tuple[str, str] | None = None
+    ids: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def keep_ids(self, ids: tuple[int, ...]) -> None:
+        """Keep the ids of the whole segment."""
+        object.__setattr__(self, "ids", ids)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -475,6 +481,7 @@ class RequestFormatter:
         self._items = LRUCache(KEPT_ITEMS)
         self._verbs = LRUCache(KEPT_ITEMS)
         self._gaps = {name: _Table(template[name]) for name in ("gaps", "ago")}
+        self._times: dict[str, Segment] = {}
         self._tables = {name: _Table(table) for name, table in template["stats"]["tables"].items()}
         self._ages = _Table(template["user"]["ages"])
 
@@ -737,6 +744,14 @@ class RequestFormatter:
     def gap(self, seconds: float, table: str = "gaps") -> str:
         """Format a time interval with the table `gaps` (since the previous event) or `ago` (before now)."""
         return self._gaps[table](seconds)
+
+    def age(self, seconds: float, table: str = "gaps") -> Segment:
+        """Return the segment of a time interval, as `gap` formats it; a table has few words, so each is made once."""
+        words = self._gaps[table](seconds)
+        segment = self._times.get(words)
+        if segment is None:
+            segment = self._times[words] = Segment("age", words)
+        return segment
 
     def stats(self, stats: Any, place: str) -> list[Segment]:
         """Format statistics: a text, a mapping of statistics by name, or a list of these."""

@@ -8,8 +8,10 @@ The functions of the plan "flat" can be exported: they use `shape`, since `len` 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -540,6 +542,82 @@ class Rows(NamedTuple):
         )
 
 
+class KeptSources(NamedTuple):
+    """The tokens of B sources that are keys of the joint layers, n in the longest; see `kept_sources`."""
+
+    lay: Layout
+    """B x n."""
+    segment: np.ndarray
+    """B x n: number of a token's segment among the segments of all sources; 0 where absent."""
+    before_end: np.ndarray
+    """B x n: number of tokens of its segment after it; 0 where absent."""
+    closes: torch.Tensor
+    """B x n bool: last tokens of segments."""
+    reads: torch.Tensor
+    """B x n bool: tokens that `head_places` marks."""
+    users: torch.Tensor
+    """B x E, what `user_places` returns."""
+
+
+def kept_sources(sources: Sequence[Sequence[tuple[int, ...]]], config: M6RecConfig) -> KeptSources:
+    """Make the layout of the tokens of sources that stay, from their segments.
+
+    This is what `layout`, `summary_keys`, `head_places` and `user_places` derive from the ids of rows that hold one
+    source each and no target, but only tokens that stay are visited, and most work is done per segment.
+
+    Args:
+        sources: For each row the ids of its segments; the first is [BOS'], the last [EOS'], all others end with [SEG].
+        config: Gives ids, `segment_summary` and `skipped_kinds`.
+    """
+    every, count = list(chain.from_iterable(sources)), np.array([len(own) for own in sources])
+    number, row = np.arange(len(every)), np.repeat(np.arange(len(sources)), count)
+    first = np.repeat(np.cumsum(count) - count, count)  # the first segment of each segment's row
+    length = np.array([len(ids) for ids in every])
+    kind = np.array([ids[0] for ids in every]) - config.first_kind_token_id + 1
+    marker = (kind < 1) | (kind > len(KINDS))
+    kind[marker] = 0
+    start = np.cumsum(length) - length
+    start -= start[first]
+    event = _events_of(kind, marker, first)
+    skip = np.isin(kind, [KIND_NUMBER[name] for name in config.skipped_kinds or ()])
+    most = length if config.segment_summary is None else np.where(marker, 1, config.segment_summary)
+    kept = np.where(skip, 0, np.minimum(length, most))
+
+    owner = np.repeat(number, kept)  # the segment of each token that stays
+    begin = np.cumsum(kept) - kept
+    order = np.arange(len(owner))
+    position = length[owner] - kept[owner] + order - begin[owner]
+    place = row[owner], order - begin[first][owner]
+    # The last [SEG] of each event, and of the head, which begins at [BOS'], gives a user vector.
+    reads = ~skip & ((event > 0) | (kind == KIND_NUMBER["user"])) | (number == first)
+    chosen = np.flatnonzero(reads)
+    chosen = chosen[np.append((row * len(every) + event)[chosen][1:] != (row * len(every) + event)[chosen][:-1], True)]
+    users = np.full((len(sources), int(np.bincount(row[chosen]).max())), -1)
+    users[row[chosen], np.arange(len(chosen)) - np.searchsorted(row[chosen], row[chosen])] = (
+        np.cumsum(kept) - 1 - begin[first]
+    )[chosen]
+
+    after = length[owner] - 1 - position
+    of_segments = [np.ones_like(number), kind, event, number - first + 1, number]
+    of_tokens = [position, start[owner] + position, after, after == 0, (after == 0) & reads[owner]]
+    table = np.zeros((10, len(sources), int(place[1].max()) + 1), np.int64)
+    for field, own in zip(table, [*(each[owner] for each in of_segments), *of_tokens]):
+        field[place] = own
+    fields = torch.from_numpy(table)
+    valid, zeros = fields[0].bool(), torch.zeros_like(fields[0])
+    lay = Layout(valid, valid, zeros.bool(), fields[0], zeros, *fields[1:4], *fields[5:7])
+    return KeptSources(lay, table[4], table[7], fields[8].bool(), fields[9].bool(), torch.from_numpy(users))
+
+
+def _events_of(kind: np.ndarray, marker: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Number the events of segments: [EVENT] opens one, which lasts until the next, [NOW] or a marker; 0 = none."""
+    number, opens = np.arange(len(kind)), kind == KIND_NUMBER["event"]
+    ends = marker | (kind == KIND_NUMBER["now"])
+    opened, ended = (np.maximum.accumulate(np.where(where, number, -1)) for where in (opens, ends))
+    met = np.cumsum(opens)
+    return (met - met[first]) * (opened > ended)
+
+
 # ----------------------------------------------------------------------------------------------- where the heads read
 
 
@@ -675,6 +753,7 @@ def _tells_user(ids: torch.Tensor, lay: Layout, config: M6RecConfig) -> torch.Te
 __all__ = [
     "KIND_NUMBER",
     "Continuation",
+    "KeptSources",
     "KeptTokens",
     "Layout",
     "Payloads",
@@ -690,6 +769,7 @@ __all__ = [
     "item_places",
     "item_words",
     "joint_mask",
+    "kept_sources",
     "largest",
     "last_index",
     "latest",

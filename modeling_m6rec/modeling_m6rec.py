@@ -617,6 +617,42 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         lay = None if input_ids is None else item_layout(input_ids, self._valid(input_ids, attention_mask))
         return item_vectors(self, LoneItems(texts, memory_ids, input_ids, lay))
 
+    @property
+    def reads_sources(self) -> bool:
+        """Whether `embed_users` can be used."""
+        config = self.config
+        return (
+            config.history_attention == "causal"
+            and bool(config.num_segment_layers)
+            and not config.local_layers
+            and not features_at("vectors", config)
+            and not self.training
+        )
+
+    def embed_users(
+        self,
+        sources: Sequence[Sequence[tuple[int, ...]]],
+        item_embedding_ids: Sequence[Sequence[int]] | None,
+        segment_cache: SegmentCache,
+        exit_layer: int | None = None,
+        version: object | None = None,
+    ) -> torch.Tensor:
+        """Embed users, B x D, each after the last event of its source: the last `user_vectors` of `forward`.
+
+        This is faster than `forward`, which derives from ids what the processor already knows.
+
+        Args:
+            sources: For each row the ids of its segments: [BOS'], segments that end with [SEG], [EOS'].
+            item_embedding_ids: For each segment its row of item embeddings, 0 = none; None = none at all.
+            segment_cache: Cache of segment states.
+            exit_layer: Number of joint layers to run; None = all.
+            version: An object that stays the same while no weight and no setting changes; None = look at them.
+        """
+        (depth,) = self._exits(exit_layer, False, False)
+        states, count = self.model.read_sources(sources, item_embedding_ids, segment_cache, depth, version)
+        vectors = learnt_user_vectors(self, states)
+        return vectors[torch.arange(len(count), device=count.device), count - 1]
+
     def _texts(
         self,
         input_ids: torch.Tensor | None,

@@ -30,6 +30,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -58,10 +59,12 @@ from .layout_m6rec import (
     Rows,
     SegmentKey,
     attention_bias,
+    gather_or_zero,
     gather_tokens,
     head_places,
     item_layout,
     joint_mask,
+    kept_sources,
     layout,
     mean_at_close,
     near,
@@ -918,6 +921,64 @@ class M6RecModel(M6RecPreTrainedModel):
             added = feature.in_rows(self, ids, lay).to(states.dtype)
             states = states + functional.pad(added, (0, 0, states.shape[1] - ids.shape[1], 0))
         return states
+
+    @torch.compiler.disable
+    def last_rows(self, segments: Sequence[tuple[int, ...]], cache: SegmentCache) -> tuple[torch.Tensor, list[int]]:
+        """Run the segment layers on given segments: the states that stay, with the features of items, and their number.
+
+        These are the states of `segment_summary` tokens of each segment, its last, or of all its tokens.
+        """
+        keys = [SegmentKey(0, ids) for ids in segments]
+        bank, offsets = self.encode_segments(keys, cache)
+        bank = self.add_to_bank(bank, keys, offsets)
+        lengths, most = [len(ids) for ids in segments], self.config.segment_summary
+        counts = [length if most is None else min(length, most) for length in lengths]
+        index = [
+            place
+            for start, length, count in zip(offsets.tolist(), lengths, counts)
+            for place in range(start + length - count, start + length)
+        ]
+        return bank[torch.tensor(index, dtype=torch.long, device=bank.device)], counts
+
+    def read_sources(
+        self,
+        sources: Sequence[Sequence[tuple[int, ...]]],
+        item_embedding_ids: Sequence[Sequence[int]] | None,
+        cache: SegmentCache,
+        exit_layer: int,
+        version: object | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run rows that hold one source each, with causal history, by the plan "cached".
+
+        The states are those of `forward` at the places of users, but the work outside the layers grows with the number
+        of segments instead of tokens.
+
+        Args:
+            sources: For each row the ids of its segments, see `kept_sources`.
+            item_embedding_ids: For each segment the row of item embeddings, 0 = none; None = none at all.
+            cache: Cache of segment states.
+            exit_layer: Number of joint layers to run.
+            version: As of `StateTable.find`.
+
+        Returns:
+            B x E x H joint states at the places of users, zero where absent; and B, the number of places.
+        """
+        device = self.embed_kind.weight.device
+        kept = kept_sources(sources, self.config)
+        every = [ids for own in sources for ids in own]
+        table, ends = cache.table.find(self, every, partial(self.last_rows, cache=cache), version)
+        lay = Layout(*(field.to(device) for field in kept.lay))
+        index = torch.from_numpy(np.maximum(ends[kept.segment] - kept.before_end, 0)).to(device)
+        states = gather_tokens(table[None], index.flatten()[None]).view(*index.shape, -1)
+        memory = None
+        if item_embedding_ids is not None:
+            rows = np.array([row for own in item_embedding_ids for row in own])[kept.segment]
+            memory = (torch.from_numpy(rows) * kept.closes).to(device)
+        reads = kept.reads.to(device)
+        entered = JointInputs(self.enter(states, lay, memory), lay, lay.valid, reads)
+        read, _ = joint_shared(self, entered, [exit_layer])
+        users = kept.users.to(device)
+        return gather_or_zero(read[-1], users), (users >= 0).sum(1)
 
     @torch.compiler.disable
     def add_to_bank(self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor) -> torch.Tensor:

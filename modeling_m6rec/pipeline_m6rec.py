@@ -129,7 +129,8 @@ class RecommendationPipeline(Pipeline):
         self.user_states = (UserStates() if user_states else None) if isinstance(user_states, bool) else user_states
         self._catalogue = Catalogue.load(catalogue) if isinstance(catalogue, str | Path) else catalogue
         self._watch = Watch()
-        self._checked: str | None = None
+        self._model_version = object()
+        self._checked: tuple[object, str] | None = None
         self._looked = self._noticed = False
         if catalogue is not None:
             self._fitting_catalogue()
@@ -277,7 +278,8 @@ class RecommendationPipeline(Pipeline):
             own.append(Wishes.of({**wishes, **(_some(WISHES, request) if asked else {})}, self._tasks))
             bare.append({name: each for name, each in request.items() if name not in WISHES} if asked else request)
         tasks = [self._task(request, each.task) for request, each in zip(bare, own)]
-        catalogue = cache(self._fitting_catalogue)  # one state for the whole batch
+        version = self._version()
+        catalogue = cache(partial(self._fitting_catalogue, version))  # one state for the whole batch
 
         def known() -> CatalogueView | None:
             return None if self.catalogue is None else catalogue()
@@ -286,7 +288,7 @@ class RecommendationPipeline(Pipeline):
             whole = self.catalogue
             return None if whole is None or whole.evidence is None else catalogue()
 
-        scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer)
+        scorer = Scorer(self.model, self.processor, self.segment_cache, self.user_states, exit_layer, version)
 
         def ranker(task: str) -> Ranker:
             return Ranker(scorer, task, catalogue, evidence=evident, notice=self._notice, known=known, **rules)
@@ -370,7 +372,14 @@ class RecommendationPipeline(Pipeline):
         ]
         return Path(paths[-1]).parent if paths and paths[-1] is not None else None
 
-    def _fitting_catalogue(self) -> CatalogueView:
+    def _version(self) -> object:
+        """Return an object that stays the same while no weight, adapter or setting of the model changes."""
+        with LOADING:
+            if self._watch.changed(self.model, [self.model]):
+                self._model_version = object()
+            return self._model_version
+
+    def _fitting_catalogue(self, version: object | None = None) -> CatalogueView:
         """Return the catalogue's current state, after checking that the current model made its vectors."""
         changing = self.catalogue
         if changing is None:
@@ -378,12 +387,10 @@ class RecommendationPipeline(Pipeline):
                 "there is nothing to recommend from: give the request `candidates`, or the pipeline a `catalogue` "
                 "(Catalogue.from_dataset makes one)"
             )
-        catalogue = changing.snapshot()
-        with LOADING:
-            if self._watch.changed(self.model, [self.model]) or catalogue.fingerprint != self._checked:
-                self._checked = None
-                catalogue.check(self.model)
-                self._checked = catalogue.fingerprint
+        catalogue, version = changing.snapshot(), self._version() if version is None else version
+        if self._checked != (version, catalogue.fingerprint):
+            catalogue.check(self.model)
+            self._checked = version, catalogue.fingerprint
         return catalogue
 
     def _notice(self, text: str, place: str) -> None:

@@ -278,6 +278,7 @@ class EncodedRow:
         segments: (kind, text) of each segment, in the row's order.
         dropped: Content that did not fit.
         events: (start, end) of each event's tokens in the row.
+        pieces: Ids of each segment and its row of item embeddings, in the same order as `segments`.
     """
 
     input_ids: list[int]
@@ -285,6 +286,7 @@ class EncodedRow:
     segments: list[tuple[str, str]]
     dropped: Truncation
     events: list[tuple[int, int]] = field(default_factory=list)
+    pieces: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -378,6 +380,8 @@ class Truncator:
         Raises:
             ValueError: If it does not fit even after all permitted truncation.
         """
+        if self._is_whole(draft):
+            return self._write(draft)
         for slot in draft.slots():
             self._fill(slot, draft.dropped)
         if self._excess(draft) > 0:
@@ -397,24 +401,51 @@ class Truncator:
             )
         return self._write(draft)
 
+    def _is_whole(self, draft: RequestParts) -> bool:
+        """Whether everything fits as it is, so that no segment has to be taken apart; encodes new segments."""
+        longest = 0
+
+        def length(slots: Iterable[EncodedSegment]) -> int:
+            nonlocal longest
+            total = 0
+            for slot in slots:
+                ids = slot.segment.ids
+                if ids is None:
+                    ids = self._whole(slot.segment)
+                longest = max(longest, len(ids))
+                total += len(ids)
+            return total
+
+        source = 2 + length(draft.start) + length(draft.end) + sum(map(length, draft.events))
+        target = max((length(own) + 1 + draft.closed for own in draft.targets), default=0)
+        return source + target <= self.max_length and (self.max_segment is None or longest <= self.max_segment)
+
     def _fit(self, draft: RequestParts) -> None:
         self._drop_events(draft)
         self._drop_fields(draft)
         self._cut_texts(draft)
 
     def _fill(self, slot: EncodedSegment, dropped: Truncation) -> None:
-        segment = slot.segment
-        slot.head = self._heads[segment.kind]
-        slot.body = self._body(segment)
-        slot.tail = () if segment.written else self._segment_end
-        if segment.lead:
-            slot.head = (*slot.head, *self.encode([segment.lead])[0])
-        if segment.kind == "option":  # the parts are tokens, not text
-            first = self.ids["first_option_token_id"]
-            slot.head = (*slot.head, *range(first, first + len(segment.parts)))
-            slot.body = ()
+        slot.head, slot.body, slot.tail = self._encoded(slot.segment)
         if self.max_segment is not None:
             self._shorten(slot, self.max_segment - len(slot.head) - len(slot.tail), dropped)
+
+    def _encoded(self, segment: Segment) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Return the ids of a segment: those before its text, of the text, and after it."""
+        head, tail = self._heads[segment.kind], () if segment.written else self._segment_end
+        if segment.lead:
+            head = (*head, *self.encode([segment.lead])[0])
+        if segment.kind == "option":  # the parts are tokens, not text
+            first = self.ids["first_option_token_id"]
+            return (*head, *range(first, first + len(segment.parts))), (), tail
+        return head, self._body(segment), tail
+
+    def _whole(self, segment: Segment) -> tuple[int, ...]:
+        """Return the ids of a segment that is not cut, and keep them with it."""
+        if segment.ids is None:
+            segment.keep_ids(tuple(index for part in self._encoded(segment) for index in part))
+        assert segment.ids is not None
+        return segment.ids
 
     def _body(self, segment: Segment) -> Sequence[int]:
         if segment.slot is None:
@@ -565,32 +596,38 @@ class Truncator:
         reading = EncodedRow([], [], [], draft.dropped)
         ids = self.ids
         reading.input_ids.append(ids["source_token_id"])
-        rows = [self._put(slot, reading) for slot in draft.start]
+        for slot in draft.start:
+            self._put(slot, reading)
         for event in draft.events:
             begin = len(reading.input_ids)
-            rows += [self._put(slot, reading) for slot in event]
+            for slot in event:
+                self._put(slot, reading)
             reading.events.append((begin, len(reading.input_ids)))
-        rows += [self._put(slot, reading) for slot in draft.end]
+        for slot in draft.end:
+            self._put(slot, reading)
         reading.input_ids.append(ids["source_end_token_id"])
         for target in draft.targets:
             reading.input_ids.append(ids["bos_token_id"])
-            rows += [self._put(slot, reading) for slot in target]
+            for slot in target:
+                self._put(slot, reading)
             if draft.closed:
                 reading.input_ids.append(ids["eos_token_id"])
-        reading.item_embedding_ids = [0] * len(reading.input_ids)
-        for place, row in rows:
-            reading.item_embedding_ids[place] = row
+        memory = reading.item_embedding_ids
+        memory += [0] * (len(reading.input_ids) - len(memory))
         return reading
 
-    def _put(self, slot: EncodedSegment, reading: EncodedRow) -> tuple[int, int]:
-        """Write one segment; return the index of its last token, and the row of item embeddings for that token."""
-        row, segment = reading.input_ids, slot.segment
-        row += slot.head
-        row += slot.body
-        row += slot.tail
+    def _put(self, slot: EncodedSegment, reading: EncodedRow) -> None:
+        """Write one segment; an item's row of item embeddings is at its last token."""
+        row, segment, memory = reading.input_ids, slot.segment, reading.item_embedding_ids
+        ids = (*slot.head, *slot.body, *slot.tail) if slot.cut else self._whole(segment)
+        row += ids
         text = self.decode(slot.body) if slot.cut else segment.text
-        reading.segments.append((segment.kind, segment.lead + text))
-        return len(row) - 1, segment.row if segment.kind == "item" else 0
+        reading.segments.append((segment.kind, segment.lead + text if segment.lead else text))
+        item = segment.row if segment.kind == "item" else 0
+        if item:
+            memory += [0] * (len(row) - 1 - len(memory))
+            memory.append(item)
+        reading.pieces.append((ids, item))
 
 
 def up_to_whole(count: int, step: int) -> int:
@@ -957,20 +994,20 @@ class M6RecProcessor(ProcessorMixin):
 
     def _read_drafts(self, drafts: Sequence[RequestParts]) -> list[EncodedRow]:
         """Encode all texts that are not cached in one call, then truncate and write each draft."""
-        segments = [slot.segment for draft in drafts for slot in draft.slots()]
+        segments = [slot.segment for draft in drafts for slot in draft.slots() if slot.segment.ids is None]
         texts = {text for segment in segments for text in segment.texts} | {segment.lead for segment in segments}
         found = {text: self._texts.find(text) for text in texts}
         missing = [text for text, ids in found.items() if ids is None]
-        for text, ids in zip(missing, self._encode(missing)):
+        for text, ids in zip(missing, self._encode(missing) if missing else ()):
             found[text] = ids
             self._texts.keep(text, ids)
 
         def encode(texts: Sequence[str]) -> list[list[int]]:
             if len(texts) == 1 and texts[0] in found:
                 return [found[texts[0]]]
-            new = [*dict.fromkeys([text for text in texts if text not in found])]
-            if new:
-                found.update(zip(new, self._encode(new)))
+            known = {text: self._texts.find(text) for text in texts if text not in found}
+            new = [text for text, ids in known.items() if ids is None]
+            found.update({**known, **dict(zip(new, self._encode(new) if new else ()))})
             return [found[text] for text in texts]
 
         limits = (self.max_length, self.truncation_stride, self.max_segment)
@@ -1043,9 +1080,9 @@ class M6RecProcessor(ProcessorMixin):
                 self._check_order(before, seconds, f"history[{place}].timestamp")
                 if self.time == "ago" and until is not None:
                     self._check_order(seconds, until, "now.timestamp")
-                    segments.append(Segment("age", self._wording.gap(until - seconds, "ago")))
+                    segments.append(self._wording.age(until - seconds, "ago"))
                 elif self.time == "gap" and before is not None:
-                    segments.append(Segment("age", self._wording.gap(seconds - before)))
+                    segments.append(self._wording.age(seconds - before))
                 before = seconds
             segments += [segment for segment in (item, text) if segment is not None]
             slots.append([EncodedSegment(segment, f"history[{place}]") for segment in segments])

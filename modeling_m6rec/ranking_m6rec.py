@@ -60,6 +60,9 @@ TEXT_TOKENS_AT_ONCE = 2048
 """Most tokens of a row whose written texts attend to its source in every layer: masks grow with their square."""
 
 
+BROKEN = "user vectors hold NaN: the model's weights are damaged, or too large for its number type"
+
+
 class Tokens(NamedTuple):
     """A part of a row: its ids, and for each id the row of item embeddings."""
 
@@ -86,6 +89,8 @@ class EncodedRequest:
     """How sure all answers must be for the last joint layers to be left out; None = these are never left out."""
     exit_layer: int | None = None
     """The joint layer that gave the answers; None = the scorer's."""
+    pieces: Sequence[tuple[tuple[int, ...], int]] = ()
+    """If there are no targets, the ids of each segment of the source, and its row of item embeddings."""
 
     def rows(self, chosen: Sequence[int], most_targets: int | None, most_tokens: int | None) -> list[Tokens]:
         """Make rows of the source with the chosen targets; targets do not attend to each other."""
@@ -113,6 +118,7 @@ class Scorer:
         segment_cache: Cache of segment states.
         user_states: Cache of user histories; None = no cache.
         exit_layer: Number of joint layers to run; None = all.
+        version: As of `M6RecForRecommendation.embed_users`.
     """
 
     def __init__(
@@ -122,14 +128,19 @@ class Scorer:
         segment_cache: SegmentCache,
         user_states: UserStates | None = None,
         exit_layer: int | None = None,
+        version: object | None = None,
     ) -> None:
         self.model, self.processor, self.segment_cache, self.exit_layer = model, processor, segment_cache, exit_layer
+        self.version = version
         self.config = model.config
         self._opener, self._kinds = self.config.bos_token_id, frozenset(self.config.kind_token_ids.values())
         self._text = self.config.kind_token_ids["text"]
         self.virtual = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
         self.plan = {"plan": "cached", "segment_cache": segment_cache, "user_states": user_states}
         self.plan = {} if self.virtual else self.plan
+        compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
+        self._by_segments = not (self.virtual or compiled or user_states is not None) and model.reads_sources
+        """Whether users are embedded from the segments of their sources."""
 
     def check(self, task: str, confidence: Any) -> None:
         """Refuse early exits where they are impossible, and warn of exits that were not trained.
@@ -172,17 +183,19 @@ class Scorer:
 
     def _encoded(self, reading: Any) -> EncodedRequest:
         ids, opener = reading.input_ids, self._opener  # reading an attribute of a configuration is slow
-        starts = [index for index, token in enumerate(ids) if token == opener]
+        starts = [index for index, token in enumerate(ids) if token == opener] if opener in ids else []
         cuts = pairwise([0, *starts, len(ids)])
         source, *targets = [Tokens(ids[start:end], reading.item_embedding_ids[start:end]) for start, end in cuts]
         kinds = self._kinds
+        own = reading.segments[: sum(map(kinds.__contains__, source.ids))] if targets else reading.segments
         events: list[list[str]] = []
-        for kind, text in reading.segments[: sum(map(kinds.__contains__, source.ids))]:
+        for kind, text in own:
             if kind == "event":
                 events.append([text])
             elif events and kind in ("item", "text"):
                 events[-1].append(text)
-        return EncodedRequest(source, targets, [" ".join(texts) for texts in events], reading.events)
+        texts = [" ".join(each) for each in events]
+        return EncodedRequest(source, targets, texts, reading.events, pieces=() if targets else reading.pieces)
 
     def scores(self, encoded: Sequence[EncodedRequest], task: str) -> list[torch.Tensor]:
         """Score all targets of each request, N x I each; record the exit of requests with an exit confidence."""
@@ -201,7 +214,20 @@ class Scorer:
 
     def users(self, encoded: Sequence[EncodedRequest]) -> torch.Tensor:
         """Return the vector of each user: B x D."""
-        return self._user_vectors([each.source for each in encoded])
+        if not self._by_segments:
+            return self._user_vectors([each.source for each in encoded])
+        found: list[Any] = [None] * len(encoded)
+        ends = (self.config.source_token_id,), (self.config.source_end_token_id,)
+        for part in _sorted_batches([each.source for each in encoded]):
+            sources = [[ends[0], *(ids for ids, _ in encoded[row].pieces), ends[1]] for row in part]
+            rows = [[0, *(item for _, item in encoded[row].pieces), 0] for row in part]
+            vectors = self.model.embed_users(sources, rows, self.segment_cache, self.exit_layer, self.version)
+            vectors = vectors.float().cpu()
+            if not vectors.isfinite().all():
+                raise ValueError(BROKEN)
+            for row, vector in zip(part, vectors):
+                found[row] = vector
+        return torch.stack(found)
 
     def scores_without(self, encoded: EncodedRequest, chosen: Sequence[int], task: str) -> torch.Tensor:
         """Score chosen targets with one event hidden, for each event: E x N x I."""
@@ -256,9 +282,7 @@ class Scorer:
             for row, vectors in zip(part, out.user_vectors.float().cpu()):
                 places = vectors[vectors.isfinite().all(-1)]
                 if not len(places):
-                    raise ValueError(
-                        "user vectors hold NaN: the model's weights are damaged, or too large for its number type"
-                    )
+                    raise ValueError(BROKEN)
                 found[row] = places[-1]  # the row's last place
         return torch.stack(found)
 
@@ -273,8 +297,7 @@ class Scorer:
 
         `hidden` gives for each row the (start, end) of its hidden event.
         """
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
-        for part in _batches(order, rows):
+        for part in _sorted_batches(rows):
             features = [{"input_ids": rows[row].ids, "item_embedding_ids": rows[row].memory} for row in part]
             batch = {name: value.to(self.model.device) for name, value in self.processor.pad(features).items()}
             if hidden is not None:
@@ -327,8 +350,9 @@ def check_confidence(value: Any) -> None:
         )
 
 
-def _batches(order: Sequence[int], rows: Sequence[Tokens]) -> Iterator[list[int]]:
-    """Split rows into batches of at most TOKENS_AT_ONCE padded tokens, or of one row."""
+def _sorted_batches(rows: Sequence[Tokens]) -> Iterator[list[int]]:
+    """Split rows, by their length, into batches of at most TOKENS_AT_ONCE padded tokens, or of one row."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
     batch: list[int] = []
     width = 0
     for row in order:

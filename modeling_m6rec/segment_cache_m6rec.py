@@ -22,7 +22,7 @@ import stat
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -224,7 +224,7 @@ class SegmentCache:
     trained or use dropout. Copies of a cache, also in other processes, start empty and share the folder.
 
     Args:
-        max_bytes: Most bytes of states to keep in memory.
+        max_bytes: Most bytes of states to keep in memory; `table` has at most a quarter as many more.
         directory: Folder of the states on disk; None = no disk cache. It holds states of all segments, including users'
             texts.
         max_disk_bytes: Most bytes of files to keep there.
@@ -238,6 +238,7 @@ class SegmentCache:
         self.max_bytes = max_bytes
         self.num_bytes = self.hits = self.misses = self.disk_hits = 0
         self._store = None if directory is None else SegmentStore(directory, max_disk_bytes)
+        self.table = StateTable(max_bytes // 4)
         self._states: OrderedDict[SegmentKey, torch.Tensor] = OrderedDict()
         self._watch = Watch()
         self._owner: Owner | None = None
@@ -298,6 +299,7 @@ class SegmentCache:
         with self._lock:
             self._states.clear()
             self.num_bytes, self._owner = 0, None
+        self.table.clear()
 
     def stats(self) -> dict[str, float]:
         """Return counts of look-ups and sizes.
@@ -372,6 +374,82 @@ class SegmentCache:
         self.disk_hits += 1
         self._remember(owner, segment, states)
         return states
+
+
+class StateTable:
+    """Last states of segments in one tensor, so that a request takes all of its states in one operation.
+
+    A `SegmentCache` owns it. The states are as the joint layers read them: with the features of items.
+
+    Args:
+        max_bytes: Most bytes to keep; a full table is emptied.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._watch = Watch()
+        self._lock = threading.RLock()
+        self._version: object | None = None
+        self._places: dict[tuple[int, ...], int] = {}
+        """Index of the last state of each segment."""
+        self._states: torch.Tensor | None = None
+        self._used = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._places, self._states, self._used = {}, None, 0
+
+    @torch.compiler.disable
+    def find(
+        self,
+        model: Network,
+        segments: Sequence[tuple[int, ...]],
+        make: Callable[[list[tuple[int, ...]]], tuple[torch.Tensor, list[int]]],
+        version: object | None = None,
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Return the table and, for each segment, the index of its last state.
+
+        Args:
+            model: The network.
+            segments: Ids of each segment.
+            make: Makes the states of new segments, one segment after another, and their numbers.
+            version: An object that is the same as at the last call only if no weight and no setting has changed since;
+                None = look at them.
+        """
+        with self._lock:
+            changed = self._watch.changed(model, [cast(nn.Module, model)]) if version is None else False
+            if changed or version is not self._version:
+                self.clear()
+            self._version, before = version, self._places
+            places, states = [*map(before.get, segments)], self._states
+        if states is not None and None not in places:
+            return states, np.array(places)
+        new = [*dict.fromkeys(ids for ids, place in zip(segments, places) if place is None)]
+        made, counts = make(new)
+        with self._lock:
+            if before is self._places and (self._used + len(made)) * made[0].nbytes <= self.max_bytes:
+                self._append(new, made, counts)
+                assert self._states is not None
+                return self._states, np.array([self._places[ids] for ids in segments])
+            self.clear()  # it is full, or another thread has emptied it
+        every = [*dict.fromkeys(segments)]
+        made, counts = make(every)
+        ends = dict(zip(every, (place - 1 for place in accumulate(counts))))
+        return made, np.array([ends[ids] for ids in segments])
+
+    def _append(self, new: list[tuple[int, ...]], made: torch.Tensor, counts: list[int]) -> None:
+        states, end = made[:0] if self._states is None else self._states, self._used + len(made)
+        if end > len(states):  # earlier callers keep the tensor that they have
+            larger = made.new_empty(max(end, 2 * len(states)), made.shape[1])
+            larger[: self._used] = states[: self._used]
+            states = larger
+        states[self._used : end] = made
+        self._places.update(zip(new, (self._used - 1 + place for place in accumulate(counts))))
+        self._states, self._used = states, end
 
 
 class Watch:
@@ -751,6 +829,7 @@ __all__ = [
     "PrefixMatches",
     "SegmentCache",
     "SegmentStore",
+    "StateTable",
     "UserStates",
     "Watch",
     "active_adapters",
