@@ -1781,7 +1781,8 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
     allowed = state.allowed(predicate)
     if state.share:
         users = torch.stack([each.user for each in asked])
-        scores = torch.cat((users @ state.base.T, users @ state.side.T), 1)
+        scores = users @ state.base.T
+        scores = torch.cat((scores, users @ state.side.T), 1) if len(state.side) else scores
         scores = scores if state.share == 1 else scores * state.share
     else:
         scores = torch.zeros(len(asked), len(state.live))
@@ -1790,12 +1791,11 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
     if state.read_texts is not None and all(len(each.evidence.reading) for each in asked):
         reading = np.stack([each.evidence.reading for each in asked]).astype(np.float32)
         scores += torch.from_numpy(reading) @ torch.from_numpy(state.read_texts).T
-    found = []
+    scores.masked_fill_(~allowed, -torch.inf)
+    found, total = [], int(allowed.sum())
     for each, own in zip(asked, scores):
-        kept = allowed.clone()
-        kept[each.left_out] = False
-        count = min(top_k, int(kept.sum()))
-        own = own.masked_fill_(~kept, -torch.inf)
+        count = min(top_k, total - int(allowed[each.left_out].sum()))
+        own[each.left_out] = -torch.inf
         found.append(_ranked(state, each, _finalists(state, each, own, count), count))
     return found
 

@@ -510,7 +510,8 @@ class M6RecConfig(PreTrainedConfig):
     @property
     def kind_token_ids(self) -> dict[str, int]:
         """Mapping from kind to the id of the token that opens a segment of that kind."""
-        return {kind: self.first_kind_token_id + index for index, kind in enumerate(KINDS)}
+        first = self.first_kind_token_id  # reading an attribute of a configuration is slow
+        return {kind: first + index for index, kind in enumerate(KINDS)}
 
     @property
     def structural_token_ids(self) -> list[int]:

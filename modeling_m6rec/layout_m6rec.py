@@ -7,8 +7,7 @@ user vector, M items of a row, H = hidden_size.
 The functions of the plan "flat" can be exported: they use `shape`, since `len` would fix sizes to the example's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from .configuration_m6rec import KINDS, M6RecConfig
 from .values_m6rec import IGNORE_INDEX
 
 KIND_NUMBER = {kind: index + 1 for index, kind in enumerate(KINDS)}
+EVENT, USER, CLOSES_EVENT = KIND_NUMBER["event"], KIND_NUMBER["user"], (0, KIND_NUMBER["now"])
+"""Numbers of kinds of segments: what opens an event, who the user is, and what ends the last event (0 = a marker)."""
 
 
 class Layout(NamedTuple):
@@ -542,80 +543,90 @@ class Rows(NamedTuple):
         )
 
 
+Piece = tuple[tuple[int, ...], int]
+"""Ids of a segment of a source, and its row of item embeddings, 0 = none."""
+
+
 class KeptSources(NamedTuple):
     """The tokens of B sources that are keys of the joint layers, n in the longest; see `kept_sources`."""
 
-    lay: Layout
-    """B x n."""
-    segment: np.ndarray
-    """B x n: number of a token's segment among the segments of all sources; 0 where absent."""
-    before_end: np.ndarray
-    """B x n: number of tokens of its segment after it; 0 where absent."""
-    closes: torch.Tensor
-    """B x n bool: last tokens of segments."""
-    reads: torch.Tensor
-    """B x n bool: tokens that `head_places` marks."""
+    tokens: torch.Tensor
+    """5 x B x n: kind, event, position, row of item embeddings and index of the state; 0 where absent."""
+    lengths: list[int]
+    """Number of tokens of each source."""
+    asked: Picked
+    """The tokens that `head_places` marks, B x m."""
     users: torch.Tensor
-    """B x E, what `user_places` returns."""
+    """B x E, what `user_places` returns, as indices among `asked`."""
 
 
-def kept_sources(sources: Sequence[Sequence[tuple[int, ...]]], config: M6RecConfig) -> KeptSources:
+def kept_sources(sources: Sequence[Sequence[Piece]], ends: Sequence[int], config: M6RecConfig) -> KeptSources:
     """Make the layout of the tokens of sources that stay, from their segments.
 
     This is what `layout`, `summary_keys`, `head_places` and `user_places` derive from the ids of rows that hold one
-    source each and no target, but only tokens that stay are visited, and most work is done per segment.
+    source each and no target, but only tokens that stay are visited.
 
     Args:
-        sources: For each row the ids of its segments; the first is [BOS'], the last [EOS'], all others end with [SEG].
-        config: Gives ids, `segment_summary` and `skipped_kinds`.
+        sources: For each row its segments; the first is [BOS'], the last [EOS'], all others end with [SEG].
+        ends: Index of the last state of each segment of all rows.
+        config: Gives ids, `segment_summary`, `skipped_kinds` and `joint_positions`.
     """
-    every, count = list(chain.from_iterable(sources)), np.array([len(own) for own in sources])
-    number, row = np.arange(len(every)), np.repeat(np.arange(len(sources)), count)
-    first = np.repeat(np.cumsum(count) - count, count)  # the first segment of each segment's row
-    length = np.array([len(ids) for ids in every])
-    kind = np.array([ids[0] for ids in every]) - config.first_kind_token_id + 1
-    marker = (kind < 1) | (kind > len(KINDS))
-    kind[marker] = 0
-    start = np.cumsum(length) - length
-    start -= start[first]
-    event = _events_of(kind, marker, first)
-    skip = np.isin(kind, [KIND_NUMBER[name] for name in config.skipped_kinds or ()])
-    most = length if config.segment_summary is None else np.where(marker, 1, config.segment_summary)
-    kept = np.where(skip, 0, np.minimum(length, most))
-
-    owner = np.repeat(number, kept)  # the segment of each token that stays
-    begin = np.cumsum(kept) - kept
-    order = np.arange(len(owner))
-    position = length[owner] - kept[owner] + order - begin[owner]
-    place = row[owner], order - begin[first][owner]
-    # The last [SEG] of each event, and of the head, which begins at [BOS'], gives a user vector.
-    reads = ~skip & ((event > 0) | (kind == KIND_NUMBER["user"])) | (number == first)
-    chosen = np.flatnonzero(reads)
-    chosen = chosen[np.append((row * len(every) + event)[chosen][1:] != (row * len(every) + event)[chosen][:-1], True)]
-    users = np.full((len(sources), int(np.bincount(row[chosen]).max())), -1)
-    users[row[chosen], np.arange(len(chosen)) - np.searchsorted(row[chosen], row[chosen])] = (
-        np.cumsum(kept) - 1 - begin[first]
-    )[chosen]
-
-    after = length[owner] - 1 - position
-    of_segments = [np.ones_like(number), kind, event, number - first + 1, number]
-    of_tokens = [position, start[owner] + position, after, after == 0, (after == 0) & reads[owner]]
-    table = np.zeros((10, len(sources), int(place[1].max()) + 1), np.int64)
-    for field, own in zip(table, [*(each[owner] for each in of_segments), *of_tokens]):
-        field[place] = own
-    fields = torch.from_numpy(table)
-    valid, zeros = fields[0].bool(), torch.zeros_like(fields[0])
-    lay = Layout(valid, valid, zeros.bool(), fields[0], zeros, *fields[1:4], *fields[5:7])
-    return KeptSources(lay, table[4], table[7], fields[8].bool(), fields[9].bool(), torch.from_numpy(users))
+    reader = _SourceReader(config)
+    last = iter(ends)
+    rows = [reader.read(pieces, last) for pieces in sources]
+    lengths = [len(tokens[0]) for tokens, _, _ in rows]
+    table = np.zeros((5, len(rows), max(lengths)), np.int64)
+    asked = np.full((len(rows), max(len(own) for _, own, _ in rows)), -1)
+    users = np.full((len(rows), max(len(own) for _, _, own in rows)), -1)
+    for number, (tokens, columns, places) in enumerate(rows):
+        table[:, number, : lengths[number]] = tokens
+        asked[number, : len(columns)] = columns
+        users[number, : len(places)] = places
+    columns = torch.from_numpy(asked)
+    picked = Picked(columns.clamp_min(0), columns >= 0)
+    return KeptSources(torch.from_numpy(table), lengths, picked, torch.from_numpy(users))
 
 
-def _events_of(kind: np.ndarray, marker: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Number the events of segments: [EVENT] opens one, which lasts until the next, [NOW] or a marker; 0 = none."""
-    number, opens = np.arange(len(kind)), kind == KIND_NUMBER["event"]
-    ends = marker | (kind == KIND_NUMBER["now"])
-    opened, ended = (np.maximum.accumulate(np.where(where, number, -1)) for where in (opens, ends))
-    met = np.cumsum(opens)
-    return (met - met[first]) * (opened > ended)
+class _SourceReader:
+    """Reads sources by segments; a loop over few segments is faster than array operations on them."""
+
+    def __init__(self, config: M6RecConfig) -> None:
+        kinds = config.kind_token_ids
+        self._numbers = {index: KIND_NUMBER[kind] for kind, index in kinds.items()}
+        self._skipped = {KIND_NUMBER[kind] for kind in config.skipped_kinds or ()}
+        self._summary, self._in_request = config.segment_summary, config.joint_positions == "request"
+
+    def read(self, pieces: Sequence[Piece], ends: Iterator[int]) -> tuple[list[list[int]], list[int], list[int]]:
+        """Return the five fields of the tokens that stay; the tokens to be asked; the places of users among these."""
+        tokens: list[list[int]] = [[] for _ in range(5)]
+        kinds, events, positions, memory, states = tokens
+        asked: list[int] = []
+        users: list[int] = []
+        start = event = met = group = 0
+        for (ids, row), end in zip(pieces, ends):
+            kind, length = self._numbers.get(ids[0], 0), len(ids)
+            if kind == EVENT:
+                met += 1
+                event = met
+            elif kind in CLOSES_EVENT:
+                event = 0
+            if kind not in self._skipped:
+                count = length if self._summary is None else min(length, self._summary)
+                for place in range(length - count, length):
+                    kinds.append(kind)
+                    events.append(event)
+                    positions.append(start + place if self._in_request else place)
+                    memory.append(0)
+                    states.append(end - length + 1 + place)
+                memory[-1] = row
+                if event or kind == USER or not start:
+                    # The last one of each event, and of the head, which begins at [BOS'], is a place of a user.
+                    if not users or event != group:
+                        users.append(len(asked))
+                    users[-1], group = len(asked), event
+                    asked.append(len(kinds) - 1)
+            start += length
+        return tokens, asked, users
 
 
 # ----------------------------------------------------------------------------------------------- where the heads read
@@ -758,6 +769,7 @@ __all__ = [
     "Layout",
     "Payloads",
     "Picked",
+    "Piece",
     "Rows",
     "SegmentKey",
     "attention_bias",

@@ -53,6 +53,7 @@ from .layout_m6rec import (
     Continuation,
     KeptTokens,
     Layout,
+    Piece,
     SegmentKey,
     gather_or_zero,
     item_layout,
@@ -631,8 +632,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
 
     def embed_users(
         self,
-        sources: Sequence[Sequence[tuple[int, ...]]],
-        item_embedding_ids: Sequence[Sequence[int]] | None,
+        sources: Sequence[Sequence[Piece]],
         segment_cache: SegmentCache,
         exit_layer: int | None = None,
         version: object | None = None,
@@ -642,14 +642,14 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         This is faster than `forward`, which derives from ids what the processor already knows.
 
         Args:
-            sources: For each row the ids of its segments: [BOS'], segments that end with [SEG], [EOS'].
-            item_embedding_ids: For each segment its row of item embeddings, 0 = none; None = none at all.
+            sources: For each row the ids of its segments, [BOS'], segments that end with [SEG], [EOS'], each with its
+                row of item embeddings.
             segment_cache: Cache of segment states.
             exit_layer: Number of joint layers to run; None = all.
             version: An object that stays the same while no weight and no setting changes; None = look at them.
         """
         (depth,) = self._exits(exit_layer, False, False)
-        states, count = self.model.read_sources(sources, item_embedding_ids, segment_cache, depth, version)
+        states, count = self.model.read_sources(sources, segment_cache, depth, version)
         vectors = learnt_user_vectors(self, states)
         return vectors[torch.arange(len(count), device=count.device), count - 1]
 

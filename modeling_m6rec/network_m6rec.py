@@ -30,7 +30,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -56,6 +55,7 @@ from .layout_m6rec import (
     Layout,
     Payloads,
     Picked,
+    Piece,
     Rows,
     SegmentKey,
     attention_bias,
@@ -326,7 +326,11 @@ def _whole_in_joint_layers(model: "M6RecModel", entered: JointInputs) -> list[in
 def _alike(lay: Layout, apart: Container[int] = ()) -> list[list[int]]:
     """Group rows, except those `apart`, so that padding sources and targets to the longest of a group is cheap."""
     target = (lay.target > 0).sum(1)
-    sizes = torch.stack((target, lay.valid.sum(1) - target), 1).tolist()
+    return _groups(torch.stack((target, lay.valid.sum(1) - target), 1).tolist(), apart)
+
+
+def _groups(sizes: Sequence[Sequence[int]], apart: Container[int] = ()) -> list[list[int]]:
+    """Do `_alike` by the numbers of tokens of each row's targets and source."""
     groups: list[list[int]] = []
     tokens, widest = 0, (0, 0)
     for row in sorted((row for row in range(len(sizes)) if row not in apart), key=sizes.__getitem__):
@@ -941,12 +945,7 @@ class M6RecModel(M6RecPreTrainedModel):
         return bank[torch.tensor(index, dtype=torch.long, device=bank.device)], counts
 
     def read_sources(
-        self,
-        sources: Sequence[Sequence[tuple[int, ...]]],
-        item_embedding_ids: Sequence[Sequence[int]] | None,
-        cache: SegmentCache,
-        exit_layer: int,
-        version: object | None = None,
+        self, sources: Sequence[Sequence[Piece]], cache: SegmentCache, exit_layer: int, version: object | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run rows that hold one source each, with causal history, by the plan "cached".
 
@@ -954,8 +953,7 @@ class M6RecModel(M6RecPreTrainedModel):
         of segments instead of tokens.
 
         Args:
-            sources: For each row the ids of its segments, see `kept_sources`.
-            item_embedding_ids: For each segment the row of item embeddings, 0 = none; None = none at all.
+            sources: For each row its segments, see `kept_sources`.
             cache: Cache of segment states.
             exit_layer: Number of joint layers to run.
             version: As of `StateTable.find`.
@@ -964,21 +962,28 @@ class M6RecModel(M6RecPreTrainedModel):
             B x E x H joint states at the places of users, zero where absent; and B, the number of places.
         """
         device = self.embed_kind.weight.device
-        kept = kept_sources(sources, self.config)
-        every = [ids for own in sources for ids in own]
+        every = [ids for own in sources for ids, _ in own]
         table, ends = cache.table.find(self, every, partial(self.last_rows, cache=cache), version)
-        lay = Layout(*(field.to(device) for field in kept.lay))
-        index = torch.from_numpy(np.maximum(ends[kept.segment] - kept.before_end, 0)).to(device)
-        states = gather_tokens(table[None], index.flatten()[None]).view(*index.shape, -1)
-        memory = None
-        if item_embedding_ids is not None:
-            rows = np.array([row for own in item_embedding_ids for row in own])[kept.segment]
-            memory = (torch.from_numpy(rows) * kept.closes).to(device)
-        reads = kept.reads.to(device)
-        entered = JointInputs(self.enter(states, lay, memory), lay, lay.valid, reads)
-        read, _ = joint_shared(self, entered, [exit_layer])
-        users = kept.users.to(device)
-        return gather_or_zero(read[-1], users), (users >= 0).sum(1)
+        kept = kept_sources(sources, ends, self.config)
+        kind, event, position, memory, place = kept.tokens.to(device)
+        states = table.index_select(0, place.flatten()).view(*place.shape, -1)
+        states = self._enter(states, kind, event, memory)
+        columns, present, users = (field.to(device) for field in (*kept.asked, kept.users))
+        groups = _groups([(0, length) for length in kept.lengths])
+        if len(groups) == 1:
+            groups = [sorted(groups[0])]
+        found = states.new_zeros(*users.shape, states.shape[-1])
+        for rows in groups:
+            own = slice(None) if len(groups) == 1 else rows
+            width, most = max(kept.lengths[row] for row in rows), int(present[own].sum(1).max())
+            bias = states.new_full((width, width), torch.finfo(states.dtype).min).triu_(1)
+            asked = Picked(columns[own, :most], present[own, :most])
+            bias = bias.expand(len(rows), 1, -1, -1)
+            (read,) = self.joint_stage(
+                states[own, :width], position[own, :width], bias, [exit_layer], output_mask=asked
+            )
+            found[own] = gather_or_zero(self.norm(read), users[own])
+        return found, (users >= 0).sum(1)
 
     @torch.compiler.disable
     def add_to_bank(self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor) -> torch.Tensor:
@@ -1007,8 +1012,13 @@ class M6RecModel(M6RecPreTrainedModel):
 
     def enter(self, states: torch.Tensor, lay: Layout, item_embedding_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Make the input of the joint layers: add kind, event ordinal and item features to B x Q x H segment states."""
-        event = lay.event.clamp_max(self.config.max_events)
-        states = self.add_to_items(states + self.embed_kind(lay.kind) + self.embed_event(event), item_embedding_ids)
+        return self._enter(states, lay.kind, lay.event, item_embedding_ids)
+
+    def _enter(
+        self, states: torch.Tensor, kind: torch.Tensor, event: torch.Tensor, item_embedding_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        event = event.clamp_max(self.config.max_events)
+        states = self.add_to_items(states + self.embed_kind(kind) + self.embed_event(event), item_embedding_ids)
         return functional.dropout(self.entry_norm(states), self.config.entry_dropout, self.training)
 
     def joint_positions(self, lay: Layout) -> torch.Tensor:
@@ -1032,7 +1042,7 @@ class M6RecModel(M6RecPreTrainedModel):
         exits: Sequence[int],
         shared: Sequence[SharedKeys] | None = None,
         first: int = 0,
-        output_mask: torch.Tensor | None = None,
+        output_mask: torch.Tensor | Picked | None = None,
         local_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> list[torch.Tensor]:
@@ -1040,20 +1050,22 @@ class M6RecModel(M6RecPreTrainedModel):
 
         Runs from joint layer `first`, counted from 0, to the last exit. `shared` holds a user's keys in each of these
         layers. With `output_mask` (B x Q bool) the last layer computes these tokens only and sets all others to zero.
-        `local_bias` is the bias of `local_layers`; None = `bias`.
+        If the tokens are picked already, only their states are returned. `local_bias` is the bias of `local_layers`;
+        None = `bias`.
         """
         rotaries, biases = self._rotaries(states, positions), [bias, bias if local_bias is None else local_bias]
         results, start, tokens, asked = [], self.config.num_segment_layers, states.shape[1], None
         for index in range(first, exits[-1]):
-            if output_mask is not None and index + 1 == exits[-1] and not output_mask.all():
-                asked = pick(torch.where(output_mask, 0, -1), 1)
+            picked = isinstance(output_mask, Picked)
+            if output_mask is not None and index + 1 == exits[-1] and (picked or not output_mask.all()):
+                asked = output_mask if picked else pick(torch.where(output_mask, 0, -1), 1)
                 biases = [gather_tokens(each[:, 0], asked.columns)[:, None] for each in biases]
                 kwargs["output_mask"] = asked.columns
             own = None if shared is None else shared[index - first]
             layer, local = start + index, start + index in self.local_layers
             states = self.layer(layer)(states, rotaries[local], biases[local], layer_idx=layer, shared=own, **kwargs)
             if index + 1 in exits:
-                results.append(states if asked is None else asked.back(states, tokens))
+                results.append(states if asked is None or asked is output_mask else asked.back(states, tokens))
         return results
 
     @capture_outputs

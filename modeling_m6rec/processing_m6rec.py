@@ -718,6 +718,8 @@ class M6RecProcessor(ProcessorMixin):
         self._ids = tokenizer.structural_ids
         self.options = self._ids["num_options"] if options is True else int(options)
         self._check()
+        slot = tokenizer.slot_token_id
+        self._markers = self._ids if slot is None else {**self._ids, "slot_token_id": slot}
         self._kinds = {kind: self._ids["first_kind_token_id"] + place for place, kind in enumerate(KINDS)}
         self._wording = RequestFormatter(self.template, self.item_rows)
         self._names = ItemNames(self._wording)
@@ -1011,9 +1013,7 @@ class M6RecProcessor(ProcessorMixin):
             return [found[text] for text in texts]
 
         limits = (self.max_length, self.truncation_stride, self.max_segment)
-        slot = self.tokenizer.slot_token_id
-        markers = self._ids if slot is None else {**self._ids, "slot_token_id": slot}
-        fitter = Truncator(markers, self._kinds, encode, self._decode, *limits)
+        fitter = Truncator(self._markers, self._kinds, encode, self._decode, *limits)
         return [fitter.read(draft) for draft in drafts]
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -40,7 +40,7 @@ from .catalogue_m6rec import (
 )
 from .configuration_m6rec import M6RecConfig
 from .item_features_m6rec import Evidence
-from .layout_m6rec import Layout, Picked
+from .layout_m6rec import Layout, Picked, Piece
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
 from .values_m6rec import KnownItem, normalize_id, short
@@ -89,7 +89,7 @@ class EncodedRequest:
     """How sure all answers must be for the last joint layers to be left out; None = these are never left out."""
     exit_layer: int | None = None
     """The joint layer that gave the answers; None = the scorer's."""
-    pieces: Sequence[tuple[tuple[int, ...], int]] = ()
+    pieces: Sequence[Piece] = ()
     """If there are no targets, the ids of each segment of the source, and its row of item embeddings."""
 
     def rows(self, chosen: Sequence[int], most_targets: int | None, most_tokens: int | None) -> list[Tokens]:
@@ -133,8 +133,8 @@ class Scorer:
         self.model, self.processor, self.segment_cache, self.exit_layer = model, processor, segment_cache, exit_layer
         self.version = version
         self.config = model.config
-        self._opener, self._kinds = self.config.bos_token_id, frozenset(self.config.kind_token_ids.values())
-        self._text = self.config.kind_token_ids["text"]
+        self.kinds = self.config.kind_token_ids
+        self._opener, self._kinds, self._text = self.config.bos_token_id, {*self.kinds.values()}, self.kinds["text"]
         self.virtual = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
         self.plan = {"plan": "cached", "segment_cache": segment_cache, "user_states": user_states}
         self.plan = {} if self.virtual else self.plan
@@ -217,11 +217,10 @@ class Scorer:
         if not self._by_segments:
             return self._user_vectors([each.source for each in encoded])
         found: list[Any] = [None] * len(encoded)
-        ends = (self.config.source_token_id,), (self.config.source_end_token_id,)
+        opens, ends = ((index,) for index in (self.config.source_token_id, self.config.source_end_token_id))
         for part in _sorted_batches([each.source for each in encoded]):
-            sources = [[ends[0], *(ids for ids, _ in encoded[row].pieces), ends[1]] for row in part]
-            rows = [[0, *(item for _, item in encoded[row].pieces), 0] for row in part]
-            vectors = self.model.embed_users(sources, rows, self.segment_cache, self.exit_layer, self.version)
+            sources = [[(opens, 0), *encoded[row].pieces, (ends, 0)] for row in part]
+            vectors = self.model.embed_users(sources, self.segment_cache, self.exit_layer, self.version)
             vectors = vectors.float().cpu()
             if not vectors.isfinite().all():
                 raise ValueError(BROKEN)
@@ -770,7 +769,7 @@ class Query:
     details: list[list[float]] = field(default_factory=list)
     """I values of each returned candidate."""
     vectors: torch.Tensor | None = None
-    """N x D vectors of the returned items, for retrieval."""
+    """N x D vectors of the returned items, for reasons of retrieval."""
     past: list[Past | None] | None = None
     """If evidence is used, what it reads of each encoded event, the last one last; None = an event of a verb only."""
     profile: list[Past] = field(default_factory=list)
@@ -860,7 +859,7 @@ class Ranker:
             logger.warning_once("task 'retrieval' does not read the statistics of candidates (`stats`)")
         if config.history_attention != "causal":
             return
-        moment = config.kind_token_ids["now"]
+        moment = self.scorer.kinds["now"]
         if any(moment in each.source.ids for each in encoded):
             logger.warning_once(
                 "task 'retrieval' does not read `now`: with causal history the user is read after the last event, "
@@ -1094,7 +1093,8 @@ class Ranker:
     def _choose_found(self, catalogue: CatalogueView, query: Query, pairs: list[tuple[str, float]]) -> None:
         query.candidates = [Candidate(_known(catalogue, name), name) for name, _ in pairs]
         query.best = self._chosen(query, [(place, score) for place, (_, score) in enumerate(pairs)])
-        query.vectors = catalogue.vectors([pairs[place][0] for place, _ in query.best])
+        if query.wishes.explain:
+            query.vectors = catalogue.vectors([pairs[place][0] for place, _ in query.best])
 
     def _reach(self, query: Query) -> int | None:
         """Return the number of items to rank, from which those of the answer are chosen; None = all."""

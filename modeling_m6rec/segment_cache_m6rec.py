@@ -257,7 +257,7 @@ class SegmentCache:
         """Register the model for the next calls; states in memory are dropped if the model or its weights changed."""
         with self._lock:
             if self._watch.changed(model, model.segment_modules()) or self._owner is None:
-                self.clear()
+                self._clear_states()  # the table notices changes itself
                 digest = b"" if self._store is None else _digest(model)
                 self._owner = Owner(digest, model.config.hidden_size, model.embed_kind.weight.device)
             return self._owner
@@ -296,10 +296,13 @@ class SegmentCache:
 
     def clear(self) -> None:
         """Drop all states in memory and their owner."""
+        self._clear_states()
+        self.table.clear()
+
+    def _clear_states(self) -> None:
         with self._lock:
             self._states.clear()
             self.num_bytes, self._owner = 0, None
-        self.table.clear()
 
     def stats(self) -> dict[str, float]:
         """Return counts of look-ups and sizes.
@@ -410,7 +413,7 @@ class StateTable:
         segments: Sequence[tuple[int, ...]],
         make: Callable[[list[tuple[int, ...]]], tuple[torch.Tensor, list[int]]],
         version: object | None = None,
-    ) -> tuple[torch.Tensor, np.ndarray]:
+    ) -> tuple[torch.Tensor, list[int]]:
         """Return the table and, for each segment, the index of its last state.
 
         Args:
@@ -427,19 +430,19 @@ class StateTable:
             self._version, before = version, self._places
             places, states = [*map(before.get, segments)], self._states
         if states is not None and None not in places:
-            return states, np.array(places)
+            return states, places
         new = [*dict.fromkeys(ids for ids, place in zip(segments, places) if place is None)]
         made, counts = make(new)
         with self._lock:
             if before is self._places and (self._used + len(made)) * made[0].nbytes <= self.max_bytes:
                 self._append(new, made, counts)
                 assert self._states is not None
-                return self._states, np.array([self._places[ids] for ids in segments])
+                return self._states, [self._places[ids] for ids in segments]
             self.clear()  # it is full, or another thread has emptied it
         every = [*dict.fromkeys(segments)]
         made, counts = make(every)
         ends = dict(zip(every, (place - 1 for place in accumulate(counts))))
-        return made, np.array([ends[ids] for ids in segments])
+        return made, [ends[ids] for ids in segments]
 
     def _append(self, new: list[tuple[int, ...]], made: torch.Tensor, counts: list[int]) -> None:
         states, end = made[:0] if self._states is None else self._states, self._used + len(made)

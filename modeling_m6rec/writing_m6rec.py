@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
@@ -362,13 +363,27 @@ class Writer:
 
     def __init__(self, model: Model, processor: Any, guard: Guard | None = None) -> None:
         self.model, self.processor, self.config, self.guard = model, processor, model.config, guard
-        self.slot: int | None = processor.tokenizer.slot_token_id
-        config, tokenizer = model.config, processor.tokenizer
-        others = {*tokenizer.all_special_ids} - {*config.structural_token_ids, config.eos_token_id}
-        self._ends = [config.eos_token_id, *sorted(others - {self.slot})]
+
+    @cached_property
+    def slot(self) -> int | None:
+        """Id of [SLOT], if the vocabulary has it."""
+        index: int | None = self.processor.tokenizer.slot_token_id
+        return index
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Ids that end a text."""
+        end = self.config.eos_token_id
+        others = {*self.processor.tokenizer.all_special_ids} - {*self.config.structural_token_ids, end}
+        return [end, *sorted(others - {self.slot})]
+
+    @cached_property
+    def _forbidden(self) -> list[tuple[int, ...]]:
+        """Ids of the guard's words, alone and after a space."""
+        tokenizer, guard = self.processor.tokenizer, self.guard
         words = [space + word for word in (() if guard is None else guard.words) for space in ("", " ")]
         spelt = {tuple(ids) for ids in tokenizer.encode_texts(words) if ids} if words else set()
-        self._forbidden = sorted(ids for ids in spelt if tokenizer.unk_token_id not in ids)
+        return sorted(ids for ids in spelt if tokenizer.unk_token_id not in ids)
 
     def write(self, requests: Sequence[str | Mapping[str, Any]], task: str, **options: Any) -> list[list[Written]]:
         """Write texts.
@@ -810,7 +825,8 @@ class WritingAnswers:
         queries = ranker.queries(requests, wishes)
         answers = [ranker.rows(query) for query in queries]
         told = [place for place, own in enumerate(wishes) if own.explain == "text"]
-        self._explain([queries[place] for place in told], [answers[place] for place in told], [{} for _ in told])
+        if told or self.options:
+            self._explain([queries[place] for place in told], [answers[place] for place in told], [{} for _ in told])
         return answers
 
     def _explanations(self, requests: Sequence[str | Mapping[str, Any]], wishes: Sequence[Wishes]) -> list[Answer]:
