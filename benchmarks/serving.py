@@ -2,11 +2,14 @@
 
     python benchmarks/serving.py m6rec-ml100k --stages
     python benchmarks/serving.py m6rec-ml100k --against OTHER_CHECKOUT --rounds 15
-    python benchmarks/serving.py m6rec-ml100k --service --seconds 30 --output benchmarks/results/serving.json
+    python benchmarks/serving.py m6rec-ml100k --all --against OTHER_CHECKOUT --items items.csv --seconds 60 --kills 20 \
+        --output benchmarks/results/serving.json
 
 One thread; requests have 20 events of items that are given by their ids, and all texts are encoded before. With
 `--against`, two processes answer the same requests alternately, round by round, so that a busy machine slows both: the
-ratio of their medians is the result. `--service` starts `m6rec serve` and puts load on it from another process.
+ratio of their medians is the result. `--all` also starts `m6rec serve`, puts load on it from this process for
+`--seconds` each, kills it, and writes the file of results; with `--items` (a table with `item_id` and `title`, such as
+the 12,101 products of Amazon Beauty) also on an untrained model with two joint layers 384 wide, whose texts are cached.
 """
 
 import argparse
@@ -16,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +157,8 @@ def stages(model: str, batch_size: int) -> dict[str, float]:
     found.watch(type(recommend.processor), "read_many", "read texts")
     found.watch(ranking_m6rec.Ranker, "described", "complete items")
     found.watch(ranking_m6rec.Ranker, "_query", "leave out seen items")
-    found.watch(type(recommend.model), "forward", "network")
+    for name in ("embed_users", "forward"):
+        found.watch(type(recommend.model), name, "network")
     found.watch(catalogue_m6rec.CatalogueView, "search", "search")
     found.watch(ranking_m6rec.Ranker, "rows", "write rows")
     found.watch(Watch, "changed", "look at weights")
@@ -177,48 +182,134 @@ def stages(model: str, batch_size: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------- service
 
 
-def memory(process: int) -> float:
-    """Return the resident memory of a process and its children in MB."""
-    import psutil
+def wide_model(folder: Path, items: Path) -> Path:
+    """Make an untrained model of the shape of the recipe `beauty`, with a catalogue, unless the folder has one.
 
-    parent = psutil.Process(process)
-    return sum(own.memory_info().rss for own in [parent, *parent.children(recursive=True)]) / 2**20
+    Its one segment layer stands for MiniLM's six: texts are cached, so that their cost does not count.
+    """
+    import pandas
+    import torch
+
+    from m6rec import (
+        Catalogue,
+        M6RecConfig,
+        M6RecForRecommendation,
+        M6RecProcessor,
+        M6RecTokenizer,
+        RecommendationPipeline,
+    )
+
+    if (folder / "config.json").is_file():
+        return folder
+    table = pandas.read_csv(items, dtype=str).dropna(subset=["title"])
+    rows = table[["item_id", "title"]].to_dict("records")
+    tokenizer = M6RecTokenizer.train(table["title"], vocab_size=8000)
+    places = {row["item_id"]: place for place, row in enumerate(rows, 1)}
+    own = M6RecProcessor.from_template(tokenizer, max_length=4000, max_events=50, item_rows=places)
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 384, "embedding_size": 384, "intermediate_size": 1536}
+    size |= {"num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 32}
+    size |= {"num_hidden_layers": 3, "num_hidden_groups": 3, "num_joint_layers": 2}
+    size |= {"max_position_embeddings": 4096, "attn_implementation": "eager"}
+    config = M6RecConfig(
+        **{**size, "gated_mlp": False, "segment_pooling": "mean", "segment_summary": 1, "skipped_kinds": ["event"]},
+        **{"bow_embeddings": True, "tfidf_weight": 0.6, "embedding_dim": 128, "num_item_embeddings": len(rows)},
+        **tokenizer.structural_ids,
+    )
+    model = M6RecForRecommendation(config).eval()
+    model.model.word_sketch.fit(own.encode_items(rows))
+    catalogue = Catalogue.from_dataset(rows, model, own)
+    RecommendationPipeline(model=model, processor=own, device="cpu", catalogue=catalogue).save_pretrained(folder)
+    return folder
 
 
-def serve(model: str, seconds: float, options: list[str], loads: dict[str, list[str]]) -> dict[str, Any]:
-    """Start a service, put loads on it one after the other, and return their reports."""
+def one_event_more(model: str, users: int = 20) -> dict[str, float]:
+    """Return milliseconds of a request with 49 events, and of one with one event more, whose states are kept."""
+    from m6rec.train.answering.loading import load_pipeline
+
+    recommend = load_pipeline(model, user_states=True)
+    ids = list(recommend.catalogue.snapshot())
+    recommend.warm(progress=False)
+    first: list[float] = []
+    more: list[float] = []
+    for user in range(users):
+        history = [{"item": {"item_id": ids[(7 * user + 13 * place) % len(ids)]}} for place in range(50)]
+        for times, length in ((first, 49), (more, 50)):
+            begin = time.process_time()
+            recommend({"history": history[:length]})
+            times.append(time.process_time() - begin)
+    found = {"history_of_49_ms": first, "one_event_more_ms": more}
+    return {name: round(1000 * statistics.median(times), 2) for name, times in found.items()}
+
+
+def slope(samples: list[tuple[float, float]]) -> float:
+    """Fit MB a minute to (minute, MB) samples, without the first quarter, in which caches fill."""
+    own = samples[len(samples) // 4 :]
+    middle, mean = (statistics.fmean(values) for values in zip(*own))
+    spread = sum((minute - middle) ** 2 for minute, _ in own)
+    return round(sum((minute - middle) * (size - mean) for minute, size in own) / spread, 2) if spread else 0.0
+
+
+def under_load(model: Any, loads: dict[str, dict[str, Any]], options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Start a service, put loads on it one after the other, and return their reports with memory and load average."""
+    from _service import Running, load
+
     reports: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        port = str(8500 + os.getpid() % 1000)
-        code = "import sys; from m6rec.train.cli import main; sys.exit(main())"
-        words = ["serve", model, "--store", f"{folder}/events.sqlite", "--port", port, "--token", "secret", *options]
-        service = subprocess.Popen([sys.executable, "-c", code, *words], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        address = f"http://127.0.0.1:{port}"
-        try:
-            _await(address, service)
-            for name, given in loads.items():
-                before, begin = memory(service.pid), time.monotonic()
-                command = [sys.executable, str(ROOT / "examples" / "load_test.py"), address, "--seconds", str(seconds)]
-                done = subprocess.run([*command, *given], check=True, capture_output=True, text=True)
-                minutes = (time.monotonic() - begin) / 60
-                slope = round((memory(service.pid) - before) / minutes, 2)
-                reports[name] = {**json.loads(done.stdout), "rss_slope_mb_per_min": slope}
-                print(name, json.dumps(reports[name]), flush=True)
-        finally:
-            service.terminate()
-            service.wait(60)
+    with tempfile.TemporaryDirectory() as folder, Running(model, f"{folder}/events.sqlite", 1, options) as service:
+        service.wait()
+        for name, given in loads.items():
+            samples, done, begin = [], threading.Event(), time.monotonic()
+
+            def watch(samples: Any = samples, done: Any = done, begin: float = begin) -> None:
+                while not done.wait(1):
+                    samples.append(((time.monotonic() - begin) / 60, service.megabytes()))
+
+            watching = threading.Thread(target=watch)
+            watching.start()
+            report = load(service, **given)
+            done.set()
+            watching.join()
+            reports[name] = {**report, "seconds": given["seconds"], "load_average": round(os.getloadavg()[0], 1)}
+            reports[name] |= {"rss_slope_mb_per_min": slope(samples)} if len(samples) > 3 else {}
+            print(name, json.dumps(reports[name]), flush=True)
+        service.stop()
     return reports
 
 
-def _await(address: str, service: subprocess.Popen) -> None:
-    while service.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/ready", timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise SystemExit("the service does not start")
+def serve(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure the service: saturation, a fixed rate, overload, kills, and the wide model."""
+    from _service import kill_under_load
+
+    seconds, quarter = given.seconds, given.seconds / 4
+    loads: dict[str, dict[str, Any]] = {
+        "64 clients": {"clients": 64, "seconds": seconds},
+        "100 a second": {"clients": 16, "seconds": seconds / 2, "rate": 100},
+        "64 clients, event then answer": {"clients": 64, "seconds": seconds / 2, "token": "secret"},
+        "200 clients": {"clients": 200, "seconds": quarter},
+    }
+    single = {"64 clients, without batches": {"clients": 64, "seconds": quarter}}
+    found = under_load(given.model, loads) | under_load(given.model, single, ("--batch-size", "1"))
+    results: dict[str, Any] = {"loads": found}
+    if given.items:
+        folder = wide_model(given.wide, given.items)
+        results["beauty_one_event_more"] = one_event_more(str(folder))
+        wide = {"12,101 products, 50 events": {"clients": 64, "seconds": seconds / 2, "events": 50}}
+        found |= under_load(folder, wide)
+        results["beauty_rps"] = found[next(iter(wide))]["requests_per_second"]
+    if given.kills:
+        with tempfile.TemporaryDirectory() as store:
+            results["kills"] = {"kills": given.kills, **kill_under_load(given.model, f"{store}/s.sqlite", given.kills)}
+        results["lost"] = results["kills"]["lost"] + results["kills"]["torn"]
+    strange = [Counter(own["statuses"]) for own in found.values()]
+    return {
+        "saturation_rps": found["64 clients"]["requests_per_second"],
+        "p99_ms_at_saturation": found["64 clients"]["p99_ms"],
+        "p99_ms_at_100_rps": found["100 a second"]["p99_ms"],
+        "errors": sum(count for own in strange for status, count in own.items() if status not in ("200", "429")),
+        "stale": sum(own["stale"] for own in found.values()),
+        "rss_slope_mb_per_min": found["64 clients"].get("rss_slope_mb_per_min"),
+        **results,
+    }
 
 
 def main() -> None:
@@ -229,34 +320,30 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rounds-of-stdin", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--service", action="store_true")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each load")
+    parser.add_argument("--all", action="store_true", help="also the service; writes all figures")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the longest load; others are shorter")
+    parser.add_argument("--kills", type=int, default=20, help="of workers and of the service while events are written")
+    parser.add_argument("--items", type=Path, help="table of the wide model's products")
+    parser.add_argument("--wide", type=Path, default=Path("runs/wide"), help="folder of the wide model, made if absent")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.rounds_of_stdin:
         answer_rounds(given.model)
         return
-    results: dict[str, Any] = {}
-    if given.stages:
+    results: dict[str, Any] = {"load_average_before": round(os.getloadavg()[0], 1)}
+    if given.stages or given.all:
         results["stages_ms"] = {str(size): stages(given.model, size) for size in (1, BATCH)}
         print(json.dumps(results["stages_ms"], indent=1))
     if given.against:
         now, then = compare(given.model, [ROOT, given.against], given.rounds)
-        ratio = {"single_ratio": round(then["median_ms"] / now["median_ms"], 2)}
-        ratio["batch64_ratio"] = round(now["batch64_rps"] / then["batch64_rps"], 2)
-        results["against"] = {"now": now, "then": then, **ratio}
-        print(json.dumps(results["against"], indent=1))
-    if given.service:
-        full = {
-            "64 clients": ["--clients", "64"],
-            "64 clients, event then answer": ["--clients", "64", "--token", "secret"],
-            "100 a second": ["--clients", "16", "--rate", "100"],
-            "200 clients": ["--clients", "200"],
-        }
-        results["service"] = serve(given.model, given.seconds, [], full)
-        alone = {"64 clients, without batches": full["64 clients"]}
-        results["service"] |= serve(given.model, given.seconds, ["--batch-size", "1"], alone)
+        results |= {"median_ms": now["median_ms"], "single_ratio": round(then["median_ms"] / now["median_ms"], 2)}
+        results["batch64_ratio"] = round(now["batch64_rps"] / then["batch64_rps"], 2)
+        results["against"] = {"now": now, "then": then}
+        print(json.dumps({name: own for name, own in results.items() if name != "stages_ms"}, indent=1), flush=True)
+    if given.all:
+        results |= serve(given)
     if given.output:
+        results["load_average_after"] = round(os.getloadavg()[0], 1)
         given.output.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -52,8 +52,8 @@ class Connection:
 class Load:
     """What the clients have seen."""
 
-    def __init__(self, address: str, token: str, seed: int) -> None:
-        self.address, self.token, self.seed = address, token, seed
+    def __init__(self, address: str, token: str, seed: int, pairs: float) -> None:
+        self.address, self.token, self.seed, self.pairs = address, token, seed, pairs
         self.seconds: list[float] = []
         self.statuses: Counter[int] = Counter()
         self.stale = 0
@@ -83,7 +83,8 @@ class Load:
         if self.token:
             await connection.post("/events", [{"user_id": user, **event} for event in history]) if history else None
         due = time.monotonic() + (rng.random() / rate if rate else 0)
-        while time.monotonic() < until:
+        while time.monotonic() < until and self.pairs > 0:
+            self.pairs -= 1
             if rate:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 due += 1 / rate
@@ -134,7 +135,7 @@ class Load:
 
 async def run(address: str, clients: int, seconds: float, token: str, **more: float) -> dict:
     """Put load on a service; returns the report."""
-    load = Load(address, token, int(more.get("seed", 0)))
+    load = Load(address, token, int(more.get("seed", 0)), more.get("pairs", float("inf")))
     await load.find_items()
     begin = time.monotonic()
     rate = more.get("rate", 0.0) / clients
@@ -153,8 +154,9 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=20, help="events of a history at the start")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second of all clients; 0: closed loop")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", type=float, default=float("inf"), help="end after so many rounds of all clients")
     given = parser.parse_args()
-    more = {"events": given.events, "rate": given.rate, "seed": given.seed}
+    more = {"events": given.events, "rate": given.rate, "seed": given.seed, "pairs": given.pairs}
     print(json.dumps(asyncio.run(run(given.address, given.clients, given.seconds, given.token, **more)), indent=1))
 
 

@@ -228,7 +228,11 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request")
     command.add_argument("--max-events", type=int, default=1000, metavar="N", help="most events that a request gives")
     command.add_argument("--max-candidates", type=int, default=1000, metavar="N", help="most candidates of a request")
-    command.add_argument("--no-user-states", action="store_true", help="compute every history from its start")
+    command.add_argument(
+        "--user-states",
+        action=argparse.BooleanOptionalAction,
+        help="keep states of histories between requests; default: where the joint layers are wide",
+    )
     command.add_argument("--retention-days", type=float, metavar="D", help="events are deleted after; default: never")
     command.add_argument("--digest", action="store_true", help="print the model's digest for /reload, and end")
     command.set_defaults(overrides=[])
@@ -456,7 +460,7 @@ def _serve(options: argparse.Namespace) -> None:
         model=options.model,
         store=options.store,
         token=options.token or os.environ.get(TOKEN, ""),
-        user_states=not options.no_user_states,
+        user_states=options.user_states,
         retention_days=options.retention_days,
         threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers)),
         **{name: getattr(options, name) for name in names},

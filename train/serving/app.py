@@ -73,11 +73,12 @@ class Worker:
 
     Args:
         settings: The settings.
+        owns_process: As of `Service`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, owns_process: bool = False) -> None:
         self.settings, self.metrics = settings, Metrics()
-        self.service = Service(settings, Store(settings.store))
+        self.service = Service(settings, Store(settings.store), owns_process)
         self._thread = ThreadPoolExecutor(1, "m6rec-model")
         self._others = ThreadPoolExecutor(2, "m6rec-store")
         wait = settings.wait_ms / 1000
@@ -169,12 +170,12 @@ def from_environment() -> FastAPI:
     """Make the application of a worker."""
     settings = Settings(**json.loads(os.environ[ENVIRONMENT]))
     torch.set_num_threads(settings.threads)
-    return make_app(settings)
+    return make_app(settings, owns_process=True)
 
 
-def make_app(settings: Settings) -> FastAPI:
+def make_app(settings: Settings, owns_process: bool = False) -> FastAPI:
     """Make the application of a service."""
-    worker = Worker(settings)
+    worker = Worker(settings, owns_process)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

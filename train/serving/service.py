@@ -4,6 +4,7 @@ All workers of a service read one store. A worker applies the store's changes be
 a request's user when it answers, so that an answer contains every write that was acknowledged before it was asked for.
 """
 
+import gc
 import json
 import logging
 import threading
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...pipeline_m6rec import RecommendationPipeline
+from ...segment_cache_m6rec import UserStates
 from ...values_m6rec import check_size, normalize_id, short, time_seconds
 from ..answering.loading import load_pipeline
 from ..answering.offline import fingerprint
@@ -20,6 +22,9 @@ from .store import Change, Store, user_name
 
 logger = logging.getLogger(__name__)
 
+WIDE = 1 << 17
+"""Joint layers times squared width above which states of histories are kept: two layers of 384 are above it, one of 256
+is below. With narrower layers, looking a history up costs about as much as computing it."""
 MAX_ITEMS = 10_000
 """Items or events of one request."""
 
@@ -47,7 +52,7 @@ class Settings:
         max_body: Most bytes of a request.
         max_events: Most events of a history that a request may give.
         max_candidates: Most candidates of a request.
-        user_states: Keep the states of users' histories, so that a new event costs little.
+        user_states: Keep the states of users' histories, so that a new event costs little; None = if this saves time.
         retention_days: Days after which events are deleted; None = never.
         threads: Threads that a worker computes with.
     """
@@ -62,7 +67,7 @@ class Settings:
     max_body: int = 1 << 20
     max_events: int = 1000
     max_candidates: int = 1000
-    user_states: bool = True
+    user_states: bool | None = None
     retention_days: float | None = None
     threads: int = 1
 
@@ -80,6 +85,12 @@ class Settings:
         return json.dumps(asdict(self))
 
 
+def has_wide_joint_layers(model: Any) -> bool:
+    """Whether computing a history again costs more than finding and copying its kept states."""
+    config = model.config
+    return not model.reads_sources or config.num_joint_layers * config.hidden_size**2 > WIDE
+
+
 class Loaded:
     """A model that answers, and the number of the last change that its catalogue contains.
 
@@ -94,7 +105,9 @@ class Loaded:
 
     def __init__(self, model: str, settings: Settings) -> None:
         self.name = model
-        self.recommend = load_pipeline(model, user_states=settings.user_states)
+        self.recommend = load_pipeline(model, user_states=bool(settings.user_states))
+        if settings.user_states is None and has_wide_joint_layers(self.recommend.model):
+            self.recommend.user_states = UserStates()
         if self.recommend.catalogue is None:
             raise ValueError(f"{model!r} has no catalogue to recommend from: serve a model that has one")
         self.digest = fingerprint(self.recommend)
@@ -153,10 +166,11 @@ class Service:
     Args:
         settings: The settings.
         store: The store.
+        owns_process: Whether nothing else runs in the process, so that its garbage collection may be configured.
     """
 
-    def __init__(self, settings: Settings, store: Store) -> None:
-        self.settings, self.store = settings, store
+    def __init__(self, settings: Settings, store: Store, owns_process: bool = False) -> None:
+        self.settings, self.store, self.owns_process = settings, store, owns_process
         self._loaded: Loaded | None = None
         self._loading = threading.Lock()
         self._wanted: tuple[str, str] | None = None  # model and digest of the newest change of the model
@@ -205,6 +219,11 @@ class Service:
                 raise Conflict(f"the model {model!r} has the digest {new.digest}, not {digest}")
             new.apply(self.store.changes(0))
             new.warm()
+            if self.owns_process:
+                # A full collection visits all objects of model and catalogue, which stay: requests would wait for it.
+                gc.unfreeze()
+                gc.collect()
+                gc.freeze()
             return new
 
     def sync(self) -> None:

@@ -6,15 +6,16 @@ import random
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.serving.app import make_app
-from m6rec.train.serving.service import Settings
-from tests.fast import examples
+from m6rec.train.serving.service import Settings, has_wide_joint_layers
+from tests.fast import examples, some
 from tests.train.serving.client import TOKEN, Client, serving
 
 
@@ -150,21 +151,30 @@ KEYS = ["user_id", "user", "history", "candidates", "now", "facts", "text", "tas
 KEYS += ["block", "boost", "diversity", "exit_confidence", "exclude_seen", "item", "item_id", "event", "timestamp"]
 
 
-@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.sampled_from(["/recommend", "/score", "/explain", "/events", "/items", "/reload"]),
-    st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4) | JSON,
-)
-def test_no_body_ends_in_an_error_of_the_server(client, path, body):
-    status, _, content = client("POST", path, json.dumps(body).encode(), TOKEN)
-    assert status in (200, 409, 413, 422) and json.loads(content)
+@pytest.mark.parametrize("block", some(range(34), [0]))
+def test_no_request_ends_in_an_error_of_the_server(client, block):
+    """All blocks together send more than 10,000 requests; hypothesis becomes slower with each one of a block."""
+    quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "database": None}
 
+    @seed(block)
+    @settings(max_examples=examples(250), **quiet)
+    @given(
+        st.sampled_from(["/recommend", "/score", "/explain", "/events", "/items", "/reload"]),
+        st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4) | JSON,
+    )
+    def bodies(path, body):
+        status, _, content = client("POST", path, json.dumps(body).encode(), TOKEN)
+        assert status in (200, 409, 413, 422) and json.loads(content)
 
-@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["/similar/", "/items/", "/users/"]), st.text(st.characters(exclude_categories=["Cs"])))
-def test_no_path_ends_in_an_error_of_the_server(client, path, name):
-    method = "GET" if path == "/similar/" else "DELETE"
-    assert client(method, path + name, b"", TOKEN)[0] in (200, 404, 405, 422)
+    @seed(block)
+    @settings(max_examples=examples(60), **quiet)
+    @given(st.sampled_from(["/similar/", "/items/", "/users/"]), st.text(st.characters(exclude_categories=["Cs"])))
+    def paths(path, name):
+        method = "GET" if path == "/similar/" else "DELETE"
+        assert client(method, path + name, b"", TOKEN)[0] in (200, 404, 405, 422)
+
+    bodies()
+    paths()
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}])
@@ -261,12 +271,22 @@ def test_nothing_of_a_deleted_user_stays(served, tmp_path):
         loaded = client.worker.service.loaded.recommend
         assert len(loaded.user_states) and secret in str(loaded.processor._texts)
         assert (await client.call("DELETE", "/users/ann", None, TOKEN))[0] == 200
-        assert not len(loaded.user_states) and not len(loaded.segment_cache)
+        assert not len(loaded.user_states) and not len(loaded.segment_cache) and not len(loaded.segment_cache.table)
         assert secret not in str(loaded.processor._texts) and "ann herself" not in str(loaded.processor._texts)
         assert not [path for path in tmp_path.iterdir() if secret.encode() in path.read_bytes()]
         assert (await client.post("/recommend", {"user_id": "ann", "top_k": 3}))["items"]
 
-    check(served, tmp_path, test)
+    check(served, tmp_path, test, user_states=True)
+
+
+def test_states_of_histories_are_kept_where_joint_layers_are_wide_or_users_are_read_by_ids():
+    def model(reads_sources, layers, width):
+        return SimpleNamespace(
+            reads_sources=reads_sources, config=SimpleNamespace(num_joint_layers=layers, hidden_size=width)
+        )
+
+    assert not has_wide_joint_layers(model(True, 1, 128)) and not has_wide_joint_layers(model(True, 1, 256))
+    assert has_wide_joint_layers(model(True, 2, 384)) and has_wide_joint_layers(model(False, 1, 128))
 
 
 def test_old_events_are_deleted(served, tmp_path):
