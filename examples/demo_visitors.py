@@ -26,10 +26,17 @@ class Crowd:
         self.statuses: Counter[int] = Counter()
         self.strange = 0
         """Products of others that a visitor has seen."""
+        self.errors: list[str] = []
 
     def visit(self, number: int) -> None:
-        """Be one visitor."""
-        draw, connection = random.Random(number), http.client.HTTPConnection(self.place, timeout=60)
+        """Be one visitor, until an error."""
+        try:
+            self._visit(number)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            self.errors.append(f"visitor {number}: {error}")
+
+    def _visit(self, number: int) -> None:
+        draw, connection = random.Random(number), http.client.HTTPConnection(self.place, timeout=120)
         about = self.ask(connection, "/api/about")
         items = [item["item_id"] for item in about["starters"]]
         history: list[str] = []
@@ -70,7 +77,7 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("--visitors", type=int, default=20)
     parser.add_argument("--clicks", type=int, default=20)
-    parser.add_argument("--pause", type=float, default=2.0, metavar="S")
+    parser.add_argument("--pause", type=float, default=5.0, metavar="S")
     given = parser.parse_args()
     crowd = Crowd(given.address, given.clicks, given.pause)
     visitors = [threading.Thread(target=crowd.visit, args=(number,)) for number in range(given.visitors)]
@@ -81,7 +88,7 @@ def main() -> None:
     times = sorted(crowd.milliseconds)
     found = {"lists": len(times), "expected": given.visitors * given.clicks, "statuses": dict(crowd.statuses)}
     found |= {"median_ms": round(statistics.median(times), 1), "p95_ms": round(times[int(0.95 * len(times))], 1)}
-    print(json.dumps({**found, "products_of_others": crowd.strange}))
+    print(json.dumps({**found, "products_of_others": crowd.strange, "errors": crowd.errors}))
 
 
 if __name__ == "__main__":

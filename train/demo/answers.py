@@ -20,7 +20,7 @@ MAX_EVENTS, MAX_PRODUCTS, MAX_TEXT = 50, 20, 300
 """Limits of a request: events of a history, invented products, characters of a text."""
 LISTED = 10
 """Items of a list."""
-RANKED = 2000
+RANKED = 300
 """Items within which an invented product is looked for; below them its rank is unknown."""
 FOUND = 8
 """Items that a search returns."""
@@ -159,8 +159,8 @@ class Demo:
         Returns:
             `products`, text and id of each invented product; and `readings`: for each weight `{"weight", "factors",
             "ms", "rows", "products"}`. A row has `rank`, `item`, `item_id`, `score`, `new` and `cold`. `products` has
-            the row of each invented product that is not in the history; its `rank` is None below the first RANKED
-            items. `factors` are by what the `parts` of `reasons` are multiplied in this reading.
+            the row of each invented product that is not in the history; below the first RANKED items its `rank` and
+            `score` are None. `factors` are by what the `parts` of `reasons` are multiplied in this reading.
 
         Raises:
             ValueError: The state is invalid; the message names the place.
@@ -174,14 +174,16 @@ class Demo:
     def _reading(self, visit: Visit, weight: float) -> dict[str, Any]:
         began = time.perf_counter()
         request = {"history": self._history(visit), "task": "retrieval"}
-        wanted = {product_id(text) for text in visit.products} - visit.history.keys()
+        wanted = {own: text for text in visit.products if (own := product_id(text)) not in visit.history}
         with self._lock:
             recommend = self._weighed(visit.products, weight)
             rows = recommend(request, top_k=RANKED if wanted else LISTED)
-            far = sorted(wanted - {row["item_id"] for row in rows})
-            low = recommend(request, top_k=len(far), filter={"item_id": far}) if far else []
         products = [self._row(row) for row in rows if row["item_id"] in wanted]
-        products += [{**self._row(row), "rank": None} for row in low]
+        near = {row["item_id"] for row in products}
+        below = {"rank": None, "score": None, "new": True, "cold": True}
+        products += [
+            {"item_id": item_id, "item": wanted[item_id], **below} for item_id in wanted if item_id not in near
+        ]
         learnt, others = factors(weight)
         reading = {"weight": weight, "factors": {name: learnt if name == "learnt" else others for name in PARTS}}
         ms = round(1000 * (time.perf_counter() - began), 1)

@@ -15,7 +15,7 @@ from ..config.recipe import RECIPE_FILE, load_saved
 from ..data.log import read_log
 from .answers import Demo, add_evidence
 from .event import click_event
-from .server import make_app
+from .server import KEEP_ALIVE, make_app
 
 
 def load_demo(
@@ -58,7 +58,8 @@ def demo(shown: Demo, host: str, port: int, say: Callable[[str], object]) -> Non
     app = make_app(shown)
     seconds = time.time() - psutil.Process().create_time()
     say(f"awake after {seconds:.1f} s at http://{host}:{port}")
-    uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning")
+    options: dict[str, Any] = {"access_log": False, "log_level": "warning", "timeout_keep_alive": KEEP_ALIVE}
+    uvicorn.run(app, host=host, port=port, **options)
 
 
 def parse_event(text: str) -> dict[str, Any]:

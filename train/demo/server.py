@@ -17,6 +17,8 @@ MOST = 1 << 16
 """Largest body in bytes."""
 WAITING = 64
 """Requests that wait or are answered at once; the page tries again after a 503."""
+KEEP_ALIVE = 75
+"""Seconds that a visitor's connection stays open between two clicks."""
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
 
 
@@ -108,4 +110,4 @@ def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(text, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
 
 
-__all__ = ["make_app"]
+__all__ = ["KEEP_ALIVE", "make_app"]

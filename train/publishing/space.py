@@ -110,11 +110,12 @@ def main() -> None:
     from transformers import pipeline
 
     from m6rec_demo.answers import Demo
-    from m6rec_demo.server import make_app
+    from m6rec_demo.server import KEEP_ALIVE, make_app
 
     recommend = pipeline("recommendation", model=SETTINGS["model"], trust_remote_code=True, device="cpu")
     app = make_app(Demo(recommend, SETTINGS["event"], SETTINGS["model"]))
-    uvicorn.run(app, host="0.0.0.0", port=int(os.environ.get("PORT", SETTINGS["port"])), access_log=False)
+    options = {"access_log": False, "timeout_keep_alive": KEEP_ALIVE}
+    uvicorn.run(app, host="0.0.0.0", port=int(os.environ.get("PORT", SETTINGS["port"])), **options)
 
 
 if __name__ == "__main__":
@@ -250,7 +251,7 @@ def _send(
         api.create_repo(space, private=private or None, exist_ok=True, space_sdk=sdk, **kind)
         there = api.list_repo_files(space, **kind)
         gone = [file for file in there if file.startswith(replaced) and file not in files]
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(file, own.encode() if isinstance(own, str) else own) for file, own in files.items()),
             *map(CommitOperationDelete, gone),
         ]

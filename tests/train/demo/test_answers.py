@@ -119,7 +119,8 @@ def test_the_rank_of_a_product_is_its_place_in_the_whole_ranking(demo, recommend
     assert [row["rank"] for row in reading["products"]] == [place]
     monkeypatch.setattr(answers, "RANKED", place - 1)
     (reading,) = demo.lists(visit(products=[TENT], weights=[0.5]))["readings"]
-    assert [row["rank"] for row in reading["products"]] == [None] and reading["products"][0]["item"] == TENT
+    (row,) = reading["products"]
+    assert (row["rank"], row["score"], row["item"], row["item_id"]) == (None, None, TENT, product_id(TENT))
 
 
 def test_texts_and_products_may_be_in_the_history(demo):

@@ -236,7 +236,7 @@ function drawRow(row, list) {
   const more = button("+", () => add(event), { label: say("add", row.item), className: "small", focus: `add ${list} ${row.item_id}` });
   const made = element("li", { dataset: { key: `${list} ${row.item_id}` }, className: marked ? "marked" : "" });
   made.append(element("span", { className: "rank" }, `${rank}`), why, moved(row, list), more);
-  const score = element("span", { className: "number", title: say("score") }, row.score.toFixed(3));
+  const score = element("span", { className: "number", title: say("score") }, row.score === null ? "" : row.score.toFixed(3));
   const line = element("span", { className: "bars", dataset: { bar: list, item: row.item_id } });
   fillBar(line);
   made.append(element("span", { className: "line" }, line, score));
