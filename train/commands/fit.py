@@ -100,7 +100,8 @@ class Measured:
         if run is not None:
             cosines = rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
             scores[OWN] = combined(cosines, alone, share)
-        scores |= Untrained(self.writer, self.texts, self.split, plain(arguments), seed).scores(examples, "test")
+        rows = plain(arguments, self.split, len(self.texts))
+        scores |= Untrained(self.writer, self.texts, self.split, rows, seed).scores(examples, "test")
         if share:
             scores["evidence"] = alone
         if run is not None and share != NETWORK_ONLY:

@@ -322,7 +322,8 @@ class EvaluationArguments:
     successive: bool = False
     """With the protocol `time`, predict each event after the quantile from all events before it, not only the last."""
     baselines: list[str] | None = None
-    """Names of BASELINES that reports of retrieval compare with the model. None: all, `ease` up to 5,000 items."""
+    """Names of BASELINES that reports of retrieval compare with the model. None: all, `ease` up to 5,000 items
+    or users."""
     valid_fraction: float = 0.1
     """Share of the events used for validation, in time order."""
     test_fraction: float = 0.1

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ...item_features_m6rec import WIDTH, Evidence, Sparse, Transitions, Words, recent
 from ...values_m6rec import WORD
@@ -19,7 +20,7 @@ TABLED = 16_384
 ROWS_AT_ONCE = 1024
 """Number of rows of a table computed together."""
 EASE_ITEMS = 25_000
-"""Maximum number of items for EASE; its matrices then take 7.5 GB."""
+"""Side of the largest square table that EASE computes; its matrices then take 7.5 GB."""
 
 Histories = Iterable[Sequence[int] | np.ndarray]
 
@@ -188,37 +189,75 @@ class NeighboursAndWords:
 class Ease:
     """EASE (Steck 2019): the linear model between items without self-weights, in closed form.
 
-    An item's score is the sum of the weights from each distinct item of the history.
+    An item's score is the sum of the weights from each distinct item of the history. The closed form inverts a matrix
+    of M x M, or with fewer histories than items one of N x N (Woodbury's identity); the scores are the same.
 
     Args:
-        together: Number of users who have met both of two items: M x M; see `met_together`.
+        sequences: Items of each of the N training histories, as rows of the catalogue.
+        num_items: M.
         strength: Ridge penalty.
 
     Raises:
-        ValueError: There are too many items: the closed form inverts a matrix of M x M.
+        ValueError: There are too many histories and items.
     """
 
-    def __init__(self, together: np.ndarray, strength: float) -> None:
-        refuse_large_ease(len(together))
-        weights = torch.from_numpy(together.copy())
-        weights.diagonal().add_(strength)
-        weights = torch.cholesky_inverse(torch.linalg.cholesky(weights))
-        weights /= -weights.diagonal().clone()
-        weights.fill_diagonal_(0)
-        self.weights = weights.numpy()
+    def __init__(self, sequences: Histories, num_items: int, strength: float) -> None:
+        refuse_large_ease(len(sequences), num_items)
+        self.num_items, self.strength = num_items, strength
+        self._weights = self._readers = None
+        if len(sequences) < num_items:
+            self._invert_histories(sequences)
+        else:
+            weights = _ridge_inverse(met_together(sequences, num_items), strength)
+            weights /= -weights.diagonal().clone()
+            weights.fill_diagonal_(0)
+            self._weights = weights.numpy()
+
+    def _invert_histories(self, sequences: Histories) -> None:
+        """Prepare the scores from the inverse for histories, K = (X X' + strength)^-1, with X of N x M."""
+        rows = [np.unique(np.asarray(sequence, dtype=int)) for sequence in sequences]
+        owners = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+        items = np.concatenate([np.empty(0, dtype=int), *rows])
+        order = np.argsort(items, kind="stable")
+        starts = np.searchsorted(items[order], np.arange(self.num_items + 1))
+        self._readers = np.split(owners[order], starts[1:-1])
+        inverse = _ridge_inverse(met_together(self._readers, len(rows)), self.strength)
+        self._loads = functional.embedding_bag(
+            torch.from_numpy(owners[order]), inverse, torch.from_numpy(starts[:-1]), mode="sum"
+        )
+        """K X, transposed: M x N."""
+        own = torch.zeros(self.num_items)
+        own.index_add_(0, torch.from_numpy(items), self._loads[torch.from_numpy(items), torch.from_numpy(owners)])
+        self._scale = 1 - own
 
     def scores(self, histories: Histories) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         distinct = [np.unique(np.asarray(history, dtype=int)) for history in histories]
-        return summed_rows(self.weights, [(items, np.ones(len(items))) for items in distinct])
+        if self._weights is not None:
+            return summed_rows(self._weights, [(items, np.ones(len(items))) for items in distinct])
+        shared = np.zeros((len(distinct), self._loads.shape[1]), dtype=np.float32)
+        for user, items in enumerate(distinct):
+            met = np.concatenate([np.empty(0, dtype=int), *(self._readers[item] for item in items)])
+            shared[user] = np.bincount(met, minlength=shared.shape[1])
+        found = (torch.from_numpy(shared) @ self._loads.T) / self._scale
+        for user, items in enumerate(distinct):  # without self-weights
+            found[user, items] += 1 - 1 / self._scale[items]
+        return found.numpy()
 
 
-def refuse_large_ease(num_items: int) -> None:
+def _ridge_inverse(gram: np.ndarray, strength: float) -> torch.Tensor:
+    """Invert a Gram matrix plus a ridge penalty."""
+    matrix = torch.from_numpy(gram)
+    matrix.diagonal().add_(strength)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def refuse_large_ease(num_histories: int, num_items: int) -> None:
     """Raise if EASE would take too much memory and time."""
-    if num_items > EASE_ITEMS:
+    if min(num_histories, num_items) * num_items > EASE_ITEMS**2:
         raise ValueError(
-            f"EASE inverts a matrix of all items by all items, and {num_items:,} items are more than {EASE_ITEMS:,}: "
-            "leave ease out of evaluation.baselines"
+            f"EASE keeps a table of {num_items:,} items by as many items, or by {num_histories:,} histories if these "
+            f"are fewer; this is more than {EASE_ITEMS:,} by {EASE_ITEMS:,}: leave ease out of evaluation.baselines"
         )
 
 

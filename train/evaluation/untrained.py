@@ -19,7 +19,6 @@ from .baselines import (
     NeighboursAndWords,
     RecentPopularity,
     SimilarText,
-    met_together,
     popularity_scores,
     refuse_large_ease,
 )
@@ -33,7 +32,9 @@ TUNED_CELLS = 30_000_000
 """Maximum number of scores (users times items) on which settings are chosen, but at least `LEAST_USERS` users."""
 LEAST_USERS = 200
 EASE_UNASKED = 5_000
-"""Maximum number of items for which EASE is computed by default: its time is cubic in the number of items."""
+"""Maximum number of items, or of users, for which EASE is computed by default: its time is cubic in the smaller one."""
+EASE_CELLS = 25_000 * EASE_UNASKED
+"""Maximum size of its table by default, the smaller number times the number of items: 500 MB."""
 STRENGTHS = (300.0, 100.0, 1000.0)
 DAY = 86_400.0
 HALF_LIVES = (30 * DAY, 3 * DAY, 10 * DAY, 100 * DAY, 300 * DAY)
@@ -43,9 +44,16 @@ PLAIN = ("popularity", "similar_text", "neighbours_and_words")
 """Rows without settings, computed within seconds."""
 
 
-def plain(arguments: EvaluationArguments) -> EvaluationArguments:
-    """Select the rows without settings, unless rows are named."""
-    return dataclasses.replace(arguments, baselines=arguments.baselines or list(PLAIN))
+def plain(arguments: EvaluationArguments, split: Split, num_items: int) -> EvaluationArguments:
+    """Select the rows without settings, and EASE where it is quick, unless rows are named."""
+    quick = [*PLAIN, "ease"] if ease_is_quick(split, num_items) else list(PLAIN)
+    return dataclasses.replace(arguments, baselines=arguments.baselines or quick)
+
+
+def ease_is_quick(split: Split, num_items: int) -> bool:
+    """Return whether EASE takes only seconds, and little memory."""
+    smaller = min(split.train["user_id"].nunique(), num_items)
+    return smaller <= EASE_UNASKED and smaller * num_items <= EASE_CELLS
 
 
 class Learnt:
@@ -104,11 +112,11 @@ class Untrained:
         """Return the requested rows that can be computed."""
         named, size = self.arguments.baselines, len(self.texts)
         if named is not None and "ease" in named:
-            refuse_large_ease(size)
+            refuse_large_ease(self.split.train["user_id"].nunique(), size)
         wanted = [name for name in BASELINES if named is None or name in named]
-        if named is None and size > EASE_UNASKED:
+        if named is None and not ease_is_quick(self.split, size):
             logger.info(
-                "ease is left out of the table: %s items; evaluation.baselines asks for it by name", f"{size:,}"
+                "ease is left out of the table: %s items; name it in evaluation.baselines to compute it", f"{size:,}"
             )
             wanted.remove("ease")
         if "recent_popularity" in wanted and not has_times(self.split.train):
@@ -186,10 +194,9 @@ class Untrained:
     @cached_property
     def strength(self) -> float:
         """The chosen ridge penalty of EASE."""
-        together = met_together(self.before.sequences, len(self.texts))
 
         def value(strength: float) -> float:
-            rule = Ease(together, strength)
+            rule = Ease(self.before.sequences, len(self.texts), strength)
             return self.trial.value(lambda part: rule.scores(self.valid.histories[part]))
 
         return best(STRENGTHS, value) if len(self.trial) else STRENGTHS[0]
@@ -236,7 +243,7 @@ class Untrained:
         return learnt.transitions
 
     def _ease(self, learnt: Learnt, examples: RankingExamples) -> Scores:
-        rule = Ease(met_together(learnt.sequences, len(self.texts)), self.strength)
+        rule = Ease(learnt.sequences, len(self.texts), self.strength)
         return Scores(lambda part: rule.scores(examples.histories[part]), {"strength": self.strength})
 
 

@@ -127,7 +127,8 @@ def train_with_evidence(
     examples = evaluation.ranking_examples(run.writer, run.processor, run.split, "valid", arguments, recipe.seed)
     own = evidence_scores(run, examples, settings, "valid")
     # Measured before the training, since after it there is no time left.
-    others = Untrained(run.writer, run.texts, run.split, plain(recipe.evaluation), recipe.seed)
+    rows = plain(recipe.evaluation, run.split, len(run.texts))
+    others = Untrained(run.writer, run.texts, run.split, rows, recipe.seed)
     untrained = gains_of({"evidence": own, **others.scores(examples, "valid")}, run, examples)
     run.collator.evidence = evidence_of_loss(run, settings).scores
     figures, budget = ValidationMetrics(run, examples, own), TimeBudget(deadline, say)

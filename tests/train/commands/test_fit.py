@@ -19,6 +19,7 @@ from m6rec.train.config.recipe import load_recipe, load_saved
 from m6rec.train.data.splits import order
 from m6rec.train.evaluation.evidence import Evidence
 from m6rec.train.evaluation.tables import tables as printed
+from m6rec.train.evaluation.untrained import PLAIN
 from m6rec.train.runs import with_evidence
 from m6rec.train.runs.with_evidence import NETWORK_ONLY
 from tests.train.world import figures, recipe_of, write_tables
@@ -297,7 +298,7 @@ def test_a_better_network_is_kept_with_evidence(trained):
         assert {row["item_id"]: row["score"] for row in both} == pytest.approx(expected, abs=1e-5)
         assert [row["item_id"] for row in answer] == table.query("user_id == @user")["item_id"].tolist()
     written = json.loads((folder / "metrics.json").read_text())["retrieval"]
-    assert set(written) == {"m6rec", "popularity", "similar_text", "neighbours_and_words", "evidence", "network"}
+    assert set(written) == {"m6rec", *PLAIN, "ease", "evidence", "network"}
     assert written["m6rec"]["verdict"]["baseline"] != "network", "the network is trained"
     lines = printed({"retrieval": written}).splitlines()
     assert next(line for line in lines if line.startswith("network ")).endswith("]"), "with its interval"

@@ -143,17 +143,18 @@ def test_last_items_score_alike_with_a_table_and_without(learnt, asked, second, 
         np.testing.assert_allclose(last.aged((0.0, 2.0)).scores(asked), aged, atol=1e-6)
 
 
-def test_ease_is_the_ridge_regression_of_each_item_on_the_others(monkeypatch):
-    met = np.random.default_rng(0).random((40, 7)) < 0.4
-    together = met_together([np.flatnonzero(own) for own in met], 7)
-    np.testing.assert_array_equal(together, met.astype(float).T @ met)
-    scores = Ease(together, 2.5).scores([np.array([0, 3, 3]), np.array([6]), []])
+@pytest.mark.parametrize("users", [40, 7, 4], ids=["more users", "as many", "fewer users"])
+def test_ease_is_the_ridge_regression_of_each_item_on_the_others(users, monkeypatch):
+    met = np.random.default_rng(0).random((users, 7)) < 0.4
+    sequences = [np.flatnonzero(own) for own in met]
+    np.testing.assert_array_equal(met_together(sequences, 7), met.astype(float).T @ met)
+    scores = Ease([*sequences[:-1], [*sequences[-1]] * 2], 7, 2.5).scores([np.array([0, 3, 3]), np.array([6]), []])
     weights = np.zeros((7, 7))
     for item in range(7):
         others = np.delete(np.arange(7), item)
         known = met[:, others].astype(float)
         weights[others, item] = np.linalg.solve(known.T @ known + 2.5 * np.eye(6), known.T @ met[:, item])
     np.testing.assert_allclose(scores, [weights[0] + weights[3], weights[6], np.zeros(7)], atol=1e-5)
-    monkeypatch.setattr(baselines, "EASE_ITEMS", 6)
-    with pytest.raises(ValueError, match="7 items are more than 6: leave ease out of"):
-        Ease(together, 2.5)
+    monkeypatch.setattr(baselines, "EASE_ITEMS", 5)
+    with pytest.raises(ValueError, match=r"7 items by .*more than 5 by 5: leave ease out of"):
+        Ease(sequences, 7, 2.5)
