@@ -53,7 +53,7 @@ MOST_DROPPED = 0.5
 """Maximum share of unusable events."""
 MANY_EVENTS = 100_000
 """Number of events above which the advice is not to collect more events (our choice)."""
-FIRST_SHARE = 0.55
+FIRST_SHARE = 0.5
 """Share of the time for training in which epochs are chosen, if the network is then trained again with the gap."""
 STALE_FROM = 5
 """Median number of events per user from which validation is `stale`: third last events are then not learnt."""

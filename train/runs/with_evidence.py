@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ NETWORK_ONLY = float("inf")
 """The weight of a network without evidence."""
 VALIDATION_USERS = 2_000
 """Maximum number of users on which epochs and shares are chosen."""
+MORE_USERS = 10_000
+"""Maximum number of users on which a network is compared with evidence, if fewer show no clear difference."""
+CLOSE = 0.9
+"""Untrained rows with less than this share of the best row's value are not compared on more users."""
 LOSS_WEIGHT = 0.6
 """Weight of evidence relative to the cosine in the loss (chosen on Amazon Beauty)."""
 PATIENCE = 3
@@ -56,12 +60,17 @@ class ValidationMetrics:
 
     Args:
         run: The run in training.
-        examples: The held-out events.
-        evidence: Scores of evidence for them.
+        settings: Settings of the evidence.
+        max_users: Maximum number of users, drawn by the run's seed.
     """
 
-    def __init__(self, run: Run, examples: RankingExamples, evidence: Scores) -> None:
-        self.run, self.examples, self.evidence = run, examples, evidence
+    def __init__(self, run: Run, settings: EvidenceSettings, max_users: int) -> None:
+        self.run, recipe = run, run.recipe
+        arguments = dataclasses.replace(recipe.evaluation, max_users=max_users)
+        self.examples = evaluation.ranking_examples(
+            run.writer, run.processor, run.split, "valid", arguments, recipe.seed
+        )
+        self.evidence = evidence_scores(run, self.examples, settings, "valid")
 
     def __call__(self) -> dict[str, float]:
         """Return the metrics by name."""
@@ -77,6 +86,15 @@ class ValidationMetrics:
         exclude = run.recipe.evaluation.exclude_seen
         ranks = evaluation.ranks_of_sums([self.evidence, cosines], weights, examples, exclude)
         return {share: ndcg_gains(own, evaluation.COMPARED_AT) for share, own in ranks.items()}
+
+    def untrained(self, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Return each event's NDCG@10 for the evidence, and for the other untrained rows, or those of the names."""
+        run = self.run
+        arguments = plain(run.recipe.evaluation, run.split, len(run.texts))
+        kept = [name for name in arguments.baselines or () if names is None or name in names]
+        arguments = dataclasses.replace(arguments, baselines=kept)
+        others = Untrained(run.writer, run.texts, run.split, arguments, run.recipe.seed)
+        return gains_of({"evidence": self.evidence, **others.scores(self.examples, "valid")}, run, self.examples)
 
 
 def combined(cosines: Scores, evidence: Scores, share: float) -> Scores:
@@ -123,15 +141,10 @@ def train_with_evidence(
     """
     check_best_metric(recipe)
     run = prepare(recipe, log=log)
-    arguments = dataclasses.replace(recipe.evaluation, max_users=recipe.evaluation.max_users or VALIDATION_USERS)
-    examples = evaluation.ranking_examples(run.writer, run.processor, run.split, "valid", arguments, recipe.seed)
-    own = evidence_scores(run, examples, settings, "valid")
-    # Measured before the training, since after it there is no time left.
-    rows = plain(recipe.evaluation, run.split, len(run.texts))
-    others = Untrained(run.writer, run.texts, run.split, rows, recipe.seed)
-    untrained = gains_of({"evidence": own, **others.scores(examples, "valid")}, run, examples)
+    figures = ValidationMetrics(run, settings, recipe.evaluation.max_users or VALIDATION_USERS)
+    untrained = figures.untrained()  # before the training, since after it there is no time left
     run.collator.evidence = evidence_of_loss(run, settings).scores
-    figures, budget = ValidationMetrics(run, examples, own), TimeBudget(deadline, say)
+    budget = TimeBudget(deadline, say)
     more: list[TrainerCallback] = [budget]
     if recipe.training.get("load_best_model_at_end"):
         more.append(EarlyStoppingCallback(PATIENCE))
@@ -141,8 +154,13 @@ def train_with_evidence(
     for checkpoint in recipe.output_dir.glob("checkpoint-*"):  # the best checkpoint is in memory
         shutil.rmtree(checkpoint)
     gains = figures.gains()
-    share = best_share(gains)
-    found = compare("ndcg@10", {OWN: chosen_elsewhere(gains, recipe.seed), **untrained}, seed=recipe.seed)
+    found = compared(gains, untrained, recipe.seed)
+    known = run.split.valid["user_id"].nunique()
+    if unclear(found) and not recipe.evaluation.max_users and known > VALIDATION_USERS:
+        say(f"{found['difference']:+.4f} {found['metric']} on {VALIDATION_USERS:,} users is not clear: drawing more")
+        figures = ValidationMetrics(run, settings, MORE_USERS)
+        gains, untrained = figures.gains(), figures.untrained(close_rows(untrained))
+        found = compared(gains, untrained, recipe.seed)
     state = trainer.state
     best = state.best_global_step if recipe.training.get("load_best_model_at_end") else state.global_step
     facts = {
@@ -152,7 +170,27 @@ def train_with_evidence(
         "out of time": budget.out_of_time or budget.planned is not None,
         "ndcg@10 by weight of the cosine": {str(each): float(value.mean()) for each, value in gains.items()},
     }
-    return Outcome(run, share, found, facts)
+    return Outcome(run, best_share(gains), found, facts)
+
+
+def compared(gains: Mapping[float, np.ndarray], untrained: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """Compare a network, combined with evidence by the best share, with the best untrained row."""
+    return compare("ndcg@10", {OWN: chosen_elsewhere(gains, seed), **untrained}, seed=seed)
+
+
+def unclear(found: Mapping[str, Any]) -> bool:
+    """Return whether a comparison is in favour of the network, but not clearly."""
+    return found["difference"] > 0 and not found["better"]
+
+
+def close_rows(untrained: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the rows that may be the best ones on more users.
+
+    >>> close_rows({"evidence": np.full(3, 0.5), "popularity": np.full(3, 0.1), "ease": np.full(3, 0.48)})
+    ['evidence', 'ease']
+    """
+    values = {name: float(own.mean()) for name, own in untrained.items()}
+    return [name for name, value in values.items() if value >= CLOSE * max(values.values())]
 
 
 def train_with_gap(

@@ -246,7 +246,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     paths = tables(folder)
     data = {"interactions": paths["events"], "items": paths["items"]}
-    found, said, looked_up = {}, [], []
+    found, said, looked_up, looks = {}, [], [], {True: [], False: []}
 
     class Evidence(with_evidence.FoldedEvidence):
         def scores(self, users, histories):
@@ -256,10 +256,18 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(with_evidence, "FoldedEvidence", Evidence)
         patch.setattr(with_evidence, "best_share", lambda gains, where=slice(None): 0.5)
+        patch.setattr(with_evidence, "VALIDATION_USERS", 6)
+        patch.setattr(with_evidence, "MORE_USERS", 9)
+        patch.setattr(with_evidence, "close_rows", lambda untrained: ["evidence", "popularity"])
         for kept in (True, False):
-            compared = {**dict.fromkeys(("value", "baseline_value", "difference"), 0.0), "interval": [0.0, 0.0]}
-            result = {"metric": "ndcg@10", "baseline": "evidence", "better": kept, **compared}
-            patch.setattr(with_evidence, "compare", lambda *given, result=result, **more: result)
+            figures = {"value": 0.0, "baseline_value": 0.0, "difference": 0.001, "interval": [0.0, 0.0]}
+            result = {"metric": "ndcg@10", "baseline": "evidence", "better": kept, **figures}
+
+            def compare(metric, values, seed, result=result, kept=kept):
+                looks[kept].append({name: len(own) for name, own in values.items()})
+                return result
+
+            patch.setattr(with_evidence, "compare", compare)
             recipe = load_recipe(recipe_of(data, folder / str(kept)))
 
             click = {"user_id": "a", "item_id": "p1", "timestamp": "2024-07-01"}
@@ -273,7 +281,13 @@ def trained(tmp_path_factory):
             fit_recommender(recipe, 30, say)
             found[kept] = folder / str(kept)
     assert len(set(looked_up)) > 10, "the loss sees the evidence"
-    return found, said
+    return found, said, looks
+
+
+def test_a_network_that_is_not_clearly_better_is_compared_on_more_users(trained):
+    rows = ["m6rec", "evidence", *PLAIN, "ease"]
+    first = dict.fromkeys(rows, 6)
+    assert trained[2] == {True: [first], False: [first, dict.fromkeys(["m6rec", "evidence", "popularity"], 9)]}
 
 
 def test_a_better_network_is_kept_with_evidence(trained):
@@ -307,7 +321,7 @@ def test_a_better_network_is_kept_with_evidence(trained):
 
 
 def test_another_network_is_not_kept(trained):
-    folders, said = trained
+    folders, said, _ = trained
     decisions = json.loads((folders[False] / "fit.json").read_text())
     assert decisions["kept"] == "evidence" and decisions["network"]["steps"] == 2
     assert "trained again" not in decisions["network"]
