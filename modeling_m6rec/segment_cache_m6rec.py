@@ -312,11 +312,12 @@ class SegmentCache:
             folder also `disk_bytes` (at the last sweep, plus writes since), `disk_damaged` (files with a wrong digest)
             and `disk_failures` (reads and writes that the system refused).
         """
-        asked = self.hits + self.misses
+        hits = self.hits + self.table.hits
+        asked = hits + self.misses
         found: dict[str, float] = {
-            "hits": self.hits,
+            "hits": hits,
             "misses": self.misses,
-            "hit_rate": self.hits / asked if asked else 0.0,
+            "hit_rate": hits / asked if asked else 0.0,
             "segments": len(self),
             "bytes": self.num_bytes,
         }
@@ -396,7 +397,7 @@ class StateTable:
         self._places: dict[tuple[int, ...], int] = {}
         """Index of the last state of each segment."""
         self._states: torch.Tensor | None = None
-        self._used = 0
+        self._used = self.hits = 0
 
     def __len__(self) -> int:
         return len(self._places)
@@ -429,6 +430,7 @@ class StateTable:
                 self.clear()
             self._version, before = version, self._places
             places, states = [*map(before.get, segments)], self._states
+            self.hits += len(segments) - places.count(None)
         if states is not None and None not in places:
             return states, places
         new = [*dict.fromkeys(ids for ids, place in zip(segments, places) if place is None)]
