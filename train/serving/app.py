@@ -84,13 +84,16 @@ class Worker:
         wait = settings.wait_ms / 1000
         most, room = settings.batch_size, settings.max_waiting
         self._answers = Batcher(self.service.answer, self._thread, most, wait, room, self.metrics.batches.observe)
-        # Events that arrive together become one transaction: each costs a wait for the disk.
+        # Events that arrive together are checked together, with one look at the changes of other workers, and written in
+        # one transaction: each costs a wait for the disk.
+        self._checks = Batcher(self.service.check_events, self._thread, 1024, 0.0, room)
         self._events = Batcher(self._write_events, self._others, 1024, 0.0, room)
         self._tasks: list[asyncio.Task] = []
 
     async def start(self) -> None:
         """Begin to load the model, and answer as soon as it is warm."""
         self._answers.start()
+        self._checks.start()
         self._events.start()
         create = asyncio.get_running_loop().create_task
         self._tasks = [create(self._load()), create(self._follow()), create(self._expire())]
@@ -101,6 +104,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._answers.stop()
+        await self._checks.stop()
         await self._events.stop()
         self._thread.shutdown()
         self._others.shutdown()
@@ -132,7 +136,8 @@ class Worker:
 
     async def write_events(self, given: Any) -> int:
         """Check and write events; returns their number."""
-        events = await self.model(self.service.check_events, given)
+        self.service.loaded  # noqa: B018  raises an error otherwise
+        events = await self._checks.submit(given, self.settings.timeout)
         await self._events.submit(events, self.settings.timeout)
         self.metrics.events.inc(len(events))
         return len(events)

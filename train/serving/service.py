@@ -299,17 +299,22 @@ class Service:
 
     # ----------------------------------------------------------------------------------------------------------- writes
 
-    def check_events(self, events: Any) -> list[tuple[str, dict[str, Any]]]:
-        """Check events: mappings in the form of a history's events, with a `user_id` each.
+    def check_events(self, several: Sequence[Any]) -> list[Any]:
+        """Check the events of several requests: mappings in the form of a history's events, with a `user_id` each.
 
         Returns:
-            User id and event of each.
-
-        Raises:
-            ValueError: One of them is invalid; the message names its place.
-            TypeError: One has the wrong type.
+            For each request, user id and event of each; or its error, which names the place.
         """
         self.sync()
+        found: list[Any] = []
+        for events in several:
+            try:
+                found.append(self._checked_events(events))
+            except (ValueError, TypeError) as error:
+                found.append(error)
+        return found
+
+    def _checked_events(self, events: Any) -> list[tuple[str, dict[str, Any]]]:
         loaded, found = self.loaded, []
         for place, event in _numbered(events, "events"):
             check_size(event, place)

@@ -185,6 +185,21 @@ def test_only_who_has_the_token_writes(client, headers):
     assert client("POST", "/recommend", b'{"user": "x"}', headers)[0] == 200
 
 
+def test_events_that_arrive_together_are_refused_by_themselves(served, tmp_path):
+    async def test(client):
+        looks, slow = [], client.worker.service.sync
+        client.worker.service.sync = lambda: looks.append(1) or slow()
+        given = [click("ann", f"p{number}") if number % 3 else {"user_id": "ann"} for number in range(30)]
+        found = await asyncio.gather(*[client.call("POST", "/events", event, TOKEN) for event in given])
+        assert [status for status, _ in found] == [200 if number % 3 else 422 for number in range(30)]
+        assert all("events[0]" in content["error"] for status, content in found if status == 422)
+        assert len(looks) < 10
+        rows = (await client.post("/explain", {"user_id": "ann", "top_k": 1}))["items"]
+        assert {own["item_id"] for own in rows[0]["because"]} == {f"p{n}" for n in range(30) if n % 3}
+
+    check(served, tmp_path, test)
+
+
 def test_two_workers_are_one_service(served, tmp_path):
     """Each write is in every answer that is asked for afterwards, whichever worker gives it."""
 
