@@ -84,8 +84,8 @@ class Worker:
         wait = settings.wait_ms / 1000
         most, room = settings.batch_size, settings.max_waiting
         self._answers = Batcher(self.service.answer, self._thread, most, wait, room, self.metrics.batches.observe)
-        # Events that arrive together are checked together, with one look at the changes of other workers, and written in
-        # one transaction: each costs a wait for the disk.
+        # Events that arrive together are checked together, with one look at the changes of other workers, and written
+        # in one transaction: each costs a wait for the disk.
         self._checks = Batcher(self.service.check_events, self._thread, 1024, 0.0, room)
         self._events = Batcher(self._write_events, self._others, 1024, 0.0, room)
         self._tasks: list[asyncio.Task] = []
