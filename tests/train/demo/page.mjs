@@ -20,7 +20,7 @@ try {
   page.on("pageerror", (error) => errors.push(error.message));
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
   page.on("request", (request) => request.url().startsWith(address) || request.url().startsWith("data:") || elsewhere.push(request.url()));
-  await page.setViewport({ width: 1360, height: 1000 });
+  await page.setViewport({ width: 1360, height: 1060 });
   await page.goto(address);
   let count = 0;
   // Wait until the lists and the reasons of the last action are shown.
@@ -42,7 +42,8 @@ try {
 
   for (const word of words) {
     await page.type("#search", word);
-    await page.waitForFunction((text) => document.querySelector("#found li")?.textContent.toLowerCase().includes(text.toLowerCase()), {}, word);
+    const whole = (text) => [...document.querySelectorAll("#found li")].at(-1)?.textContent.includes(`“${text}”`);
+    if (word !== words[0]) await page.waitForFunction(whole, {}, word); // the first time Enter comes at once
     seen.found = await texts("#found li");
     await page.keyboard.press("Enter");
     await settled();
@@ -67,6 +68,9 @@ try {
   await settled();
   seen.note = await texts("#products .note");
   seen.invented = await texts("#readings .badge.new");
+  await page.click("#readings .list:last-child li:nth-child(2) .small");
+  await settled();
+  seen.note_after = await texts("#products .note");
   await page.click("#readings .list:last-child li:first-child .text");
   seen.chosen = await page.$eval("#bars", (each) => each.textContent);
   await picture("desktop");

@@ -16,7 +16,8 @@ const page = {
   about: null,
   answer: null, // the lists that are shown
   reasons: new Map(), // item id -> its parts, and by key of an event what it contributed
-  before: [new Map(), new Map()], // item id -> rank in the lists before
+  latest: [], // for each list that is shown, item id -> rank
+  before: [], // the same of the lists before
   running: false,
   wanted: null, // when the newest state was wanted that was not yet asked for
 };
@@ -171,9 +172,10 @@ function badge(kind) {
 
 function drawLists(answer, start) {
   page.answer = answer;
+  page.before = page.latest;
+  page.latest = answer.readings.map(({ rows, products }) => new Map([...rows, ...products].map((row) => [row.item_id, row.rank])));
   drawReadings();
   drawProducts();
-  page.before = answer.readings.map(({ rows, products }) => new Map([...rows, ...products].map((row) => [row.item_id, row.rank])));
   const all = performance.now() - start;
   const server = answer.readings.reduce((sum, reading) => sum + reading.ms, 0);
   byId("latency").className = "";
@@ -212,7 +214,7 @@ function drawReading(reading, list) {
   choice.setAttribute("aria-label", say("reading"));
   choice.addEventListener("change", () => {
     state.readings[list] = choice.value;
-    page.before[list] = new Map();
+    page.latest[list] = new Map(); // rows of different readings do not move
     update();
   });
   const silent = state.readings[list] === "evidence" && state.history.length === 0;
@@ -258,10 +260,7 @@ function moved(row, list) {
 
 function choose(list, item_id) {
   state.chosen = { list, item_id };
-  const before = page.before; // nothing has moved since
-  page.before = [new Map(), new Map()];
   drawReadings();
-  page.before = before;
   redraw(drawHistory, byId("history"));
 }
 
@@ -287,7 +286,7 @@ function forget(text, item_id) {
 
 // ------------------------------------------------------------------------------------------------------ the search
 
-const search = { hits: [], active: -1, turn: 0 };
+const search = { hits: [], words: "", active: -1, turn: 0 };
 
 async function find() {
   const words = byId("search").value.trim();
@@ -300,7 +299,7 @@ async function find() {
   if (turn !== search.turn) return;
   const invented = state.products.filter((text) => text.toLowerCase().includes(words.toLowerCase())).map((text) => ({ text }));
   search.hits = [...hits, ...invented, ...(invented.some((own) => own.text === words) ? [] : [{ text: words, raw: true }])];
-  search.active = 0;
+  Object.assign(search, { words, active: 0 });
   drawFound();
 }
 
@@ -325,7 +324,7 @@ function drawFound() {
 
 function close() {
   search.turn++;
-  search.hits = [];
+  Object.assign(search, { hits: [], words: "" });
   drawFound();
 }
 
@@ -336,10 +335,12 @@ function take(place) {
   add(hit);
 }
 
-function onKey(event) {
-  const count = search.hits.length;
+async function onKey(event) {
   if (event.key === "Escape") close();
-  if (!count) return;
+  const known = () => byId("search").value.trim() === search.words;
+  if (event.key === "Enter" && !known()) await find(); // someone typed faster than the answers came
+  const count = search.hits.length;
+  if (!count || (event.key === "Enter" && !known())) return;
   if (event.key === "ArrowDown" || event.key === "ArrowUp") {
     event.preventDefault();
     search.active = (search.active + (event.key === "ArrowDown" ? 1 : count - 1)) % count;
@@ -389,7 +390,7 @@ byId("language").addEventListener("click", () => {
   update();
 });
 byId("search").addEventListener("input", () => find().catch(fail));
-byId("search").addEventListener("keydown", onKey);
+byId("search").addEventListener("keydown", (event) => onKey(event).catch(fail));
 byId("search").addEventListener("blur", close);
 byId("clear").addEventListener("click", () => {
   state.history = [];

@@ -42,9 +42,11 @@ export function bar(parts, least, most, names, label = "") {
     piece.style.width = `${(100 * Math.abs(value)) / span}%`;
     made.append(piece);
   }
-  const zero = element("span", { className: "zero" });
-  zero.style.left = `${(100 * (0 - least)) / span}%`;
-  made.append(zero);
+  if (least < 0) {
+    const zero = element("span", { className: "zero" });
+    zero.style.left = `${(100 * (0 - least)) / span}%`;
+    made.append(zero);
+  }
   return made;
 }
 
