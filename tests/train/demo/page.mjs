@@ -75,6 +75,13 @@ try {
   seen.chosen = await page.$eval("#bars", (each) => each.textContent);
   await picture("desktop");
 
+  seen.tasks = await texts("#tasks button");
+  if (seen.tasks.length) {
+    await page.click("#tasks button:last-child");
+    await page.waitForFunction(() => document.getElementById("written").textContent.length > 1);
+    seen.written = await page.$eval("#written", (each) => each.textContent);
+    await picture("writing", { fullPage: true });
+  }
   await page.select("#readings .list:last-child select", "learnt");
   await settled();
   const learnt = await list(2);

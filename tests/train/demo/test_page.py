@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.demo.test_server import demo, port  # noqa: F401 - fixtures
+from m6rec import Evidence
+from m6rec.train.demo.answers import Demo
+from tests.train.demo.test_answers import EVENTS, make
+from tests.train.demo.test_server import running
 
 MODULES = os.environ.get("M6REC_BROWSER_MODULES", "")
 """A folder in which `npm install --ignore-scripts @sparticuz/chromium puppeteer-core` was run."""
@@ -16,14 +19,17 @@ PRODUCT = "a jacket for hiking, hooded, 2031"
 
 
 @pytest.mark.slow
-def test_a_person_plays_with_it(port):  # noqa: F811
+def test_a_person_plays_with_it():
     modules = Path(MODULES) / "node_modules"
     if not MODULES or not modules.is_dir() or shutil.which("node") is None:
         pytest.skip("no browser: see docs/guides/demo.md for M6REC_BROWSER_MODULES")
-    script, address = Path(__file__).with_name("page.mjs"), f"http://127.0.0.1:{port}/"
-    words = ["hooded", "bottle"]
-    command = ["node", str(script), address, str(modules), "-", PRODUCT, *words]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    script, words = Path(__file__).with_name("page.mjs"), ["hooded", "bottle"]
+    shown = Demo(
+        make(Evidence(learnt=0.7), EVENTS, trained_tasks=["retrieval", "writing"]), {"event": "bought"}, "shop"
+    )
+    with running(shown) as port:
+        command = ["node", str(script), f"http://127.0.0.1:{port}/", str(modules), "-", PRODUCT, *words]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["errors"] == [] and seen["elsewhere"] == [] and not seen["overflows"]
@@ -36,4 +42,6 @@ def test_a_person_plays_with_it(port):  # noqa: F811
     assert left["history"] == clicked["history"][1:] and left["list"] != clicked["list"] and seen["focus"]
     assert "by Both" in seen["note"][0] and 2 >= len(seen["invented"]) >= 1 and "(Both)" in seen["chosen"]
     assert seen["same_at_the_end"] and seen["same_at_the_start"]
+    assert seen["tasks"] == ["Why the first item?", "What do I search for next?", "Reply", "What comes next?"]
+    assert seen["written"].count(" · ") == 2  # three items
     assert seen["chinese"] == "你的历史" and seen["cleared"] == []

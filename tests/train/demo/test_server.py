@@ -1,5 +1,6 @@
 """A demo over HTTP: twenty visitors at once, each with products of their own; its page; what it refuses."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -52,8 +53,9 @@ def demo():
     return Demo(make(Evidence(learnt=0.7), EVENTS), {"event": "bought"}, "shop")
 
 
-@pytest.fixture(scope="module")
-def port(demo):
+@contextlib.contextmanager
+def running(demo):
+    """Serve a demo; yields the port."""
     own = uvicorn.Server(uvicorn.Config(make_app(demo), host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=own.run, daemon=True)
     thread.start()
@@ -62,6 +64,12 @@ def port(demo):
     yield own.servers[0].sockets[0].getsockname()[1]
     own.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def port(demo):
+    with running(demo) as found:
+        yield found
 
 
 def test_twenty_visitors_at_once_see_their_own_products_only(port, demo):
@@ -133,22 +141,14 @@ def test_too_many_at_once_are_sent_away_for_a_second(demo, monkeypatch):
             assert leave.wait(60)
             return []
 
-    own = uvicorn.Server(uvicorn.Config(make_app(Slow()), host="127.0.0.1", port=0, log_level="warning"))
-    thread = threading.Thread(target=own.run, daemon=True)
-    thread.start()
-    while not own.started:
-        time.sleep(0.02)
-    place = own.servers[0].sockets[0].getsockname()[1]
-    with ThreadPoolExecutor(1) as pool:
+    with running(Slow()) as place, ThreadPoolExecutor(1) as pool:
         first = pool.submit(Visitor(place).ask, "/api/items?q=a")
         assert entered.wait(60)
         status, headers, text = Visitor(place).raw("/api/items?q=b")
         assert status == 503 and headers["retry-after"] == "1" and "try again" in text
         leave.set()
         assert first.result(60) == (200, [])
-    assert Visitor(place).ask("/api/items?q=c") == (200, [])
-    own.should_exit = True
-    thread.join(10)
+        assert Visitor(place).ask("/api/items?q=c") == (200, [])
 
 
 def test_both_languages_say_everything():
