@@ -1,6 +1,6 @@
 """What m6rec writes: explanations of clothing, films in conversations, constrained decoding, speed.
 
-    python benchmarks/writing.py [--backbone DIR] [--data DIR] [--parts explanations conversation trie speed]
+    python benchmarks/writing.py [--backbone DIR] [--data DIR] [--parts explanations conversation trie speed chinese]
 
 `explanations`: a converted SmolLM2-135M-Instruct (DIR: the model in Transformers' form) is tuned on reviews of
 clothing as in benchmarks/writing_late.py, once with all layers joint and twice with 4 joint layers. Each is measured on
@@ -15,12 +15,16 @@ last eight turns: by texts alone, and with the films that the dev part names as 
 is chosen on one half of dev, with the other half counted). `trie` and `speed` repeat the figures of benchmarks/trie.py
 and benchmarks/generation_speed.py, if their results exist.
 
+`chinese`: bits a character of `--texts` reviews of food deliveries, of the backbone and of the same model converted
+with all layers joint; a model's tokens do not matter to it.
+
 Parts that are not run keep their earlier figures in benchmarks/results/writing.json, which is also the last printed
-line.
+line; `commands` there says how each part was run last, and what was never measured is null.
 """
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -30,6 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from _dialogues import Turn, films, recalls, turns
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -213,7 +218,51 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"speed": {rows: own["ratio"] for rows, own in found.items()}}
 
 
-PARTS = {"explanations": explanations, "conversation": conversation, "trie": trie, "speed": speed}
+def chinese(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Bits a character of Chinese reviews, untuned: the backbone, and the converted model."""
+    if options.backbone is None:
+        return
+    reviews = pandas.read_csv(options.data / "chinese-reviews/waimai_10k.csv")["review"].astype(str)
+    texts = reviews[reviews.str.len().between(20, 60)].sample(options.texts, random_state=0).tolist()
+    tokenizer = AutoTokenizer.from_pretrained(options.backbone)
+    source = AutoModelForCausalLM.from_pretrained(options.backbone, dtype=torch.float32).eval()
+    models = {"backbone": source, "all joint": M6RecForRecommendation.from_backbone(source, tokenizer=tokenizer)}
+    found = {name: bits_a_character(model.eval(), tokenizer, texts) for name, model in models.items()}
+    yield {"chinese_bits": {**found, "texts": len(texts)}}
+
+
+@torch.no_grad()
+def bits_a_character(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """Return the bits that a model needs for a character; the first token of a text is given."""
+    bits = 0.0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        logp = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        bits -= float(logp.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
+    return bits / sum(map(len, texts))
+
+
+def command_of(part: str, options: argparse.Namespace) -> str:
+    """Return the command that runs a part as it was run, without folders of this machine."""
+    words = ["python benchmarks/writing.py --parts", part]
+    if part in ("explanations", "chinese") and options.backbone:
+        words += ["--backbone DIR --texts", str(options.texts)]
+    if part == "explanations" and options.backbone:
+        models = " ".join(f'"{name}"' for name in options.models)
+        words += [f"--steps {options.steps} --reviews {options.reviews} --models {models} --seeds"]
+        words += [*map(str, options.seeds), *["--bf16"] * options.bf16]
+    return " ".join(words)
+
+
+PARTS = {
+    "explanations": explanations,
+    "conversation": conversation,
+    "trie": trie,
+    "speed": speed,
+    "chinese": chinese,
+}
+FIGURES = ("late_cost", "source_gain", "usr", "rows", "trie", "speed", "conversation", "chinese_bits")
+"""What the parts are to measure."""
 
 
 def main() -> None:
@@ -236,9 +285,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    result = dict.fromkeys(FIGURES) | {"commands": {}} | result
     for part in options.parts:
         for known in PARTS[part](options):
             result |= known
+            result["commands"][part] = command_of(part, options)
             options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(result, ensure_ascii=False))
 
