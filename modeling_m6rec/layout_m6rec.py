@@ -578,9 +578,9 @@ def kept_sources(sources: Sequence[Sequence[Piece]], ends: Sequence[int], config
     table = np.zeros((5, len(rows), max(lengths)), np.int64)
     asked = np.full((len(rows), max(len(own) for _, own, _ in rows)), -1)
     users = np.full((len(rows), max(len(own) for _, _, own in rows)), -1)
-    for number, (tokens, columns, places) in enumerate(rows):
+    for number, (tokens, own, places) in enumerate(rows):
         table[:, number, : lengths[number]] = tokens
-        asked[number, : len(columns)] = columns
+        asked[number, : len(own)] = own
         users[number, : len(places)] = places
     columns = torch.from_numpy(asked)
     picked = Picked(columns.clamp_min(0), columns >= 0)

@@ -329,7 +329,7 @@ def _alike(lay: Layout, apart: Container[int] = ()) -> list[list[int]]:
     return _groups(torch.stack((target, lay.valid.sum(1) - target), 1).tolist(), apart)
 
 
-def _groups(sizes: Sequence[Sequence[int]], apart: Container[int] = ()) -> list[list[int]]:
+def _groups(sizes: Sequence[Any], apart: Container[int] = ()) -> list[list[int]]:
     """Do `_alike` by the numbers of tokens of each row's targets and source."""
     groups: list[list[int]] = []
     tokens, widest = 0, (0, 0)
@@ -1054,11 +1054,12 @@ class M6RecModel(M6RecPreTrainedModel):
         None = `bias`.
         """
         rotaries, biases = self._rotaries(states, positions), [bias, bias if local_bias is None else local_bias]
-        results, start, tokens, asked = [], self.config.num_segment_layers, states.shape[1], None
+        results, start, tokens = [], self.config.num_segment_layers, states.shape[1]
+        asked: Picked | None = None
         for index in range(first, exits[-1]):
-            picked = isinstance(output_mask, Picked)
-            if output_mask is not None and index + 1 == exits[-1] and (picked or not output_mask.all()):
-                asked = output_mask if picked else pick(torch.where(output_mask, 0, -1), 1)
+            if index + 1 == exits[-1]:
+                asked = _asked(output_mask)
+            if asked is not None:
                 biases = [gather_tokens(each[:, 0], asked.columns)[:, None] for each in biases]
                 kwargs["output_mask"] = asked.columns
             own = None if shared is None else shared[index - first]
@@ -1348,6 +1349,13 @@ class M6RecModel(M6RecPreTrainedModel):
                 "the cache ends inside text that must be read at once (a given segment, a bidirectional source or "
                 "document): begin a chunk where that text ends, or pass the whole row without a cache"
             )
+
+
+def _asked(output_mask: torch.Tensor | Picked | None) -> Picked | None:
+    """Pick the tokens whose last states are needed; None = all."""
+    if output_mask is None or isinstance(output_mask, Picked):
+        return output_mask
+    return None if output_mask.all() else pick(torch.where(output_mask, 0, -1), 1)
 
 
 def _widen(field: torch.Tensor, tokens: int) -> torch.Tensor:

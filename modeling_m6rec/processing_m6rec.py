@@ -432,7 +432,8 @@ class Truncator:
 
     def _encoded(self, segment: Segment) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """Return the ids of a segment: those before its text, of the text, and after it."""
-        head, tail = self._heads[segment.kind], () if segment.written else self._segment_end
+        head: Sequence[int] = self._heads[segment.kind]
+        tail = () if segment.written else self._segment_end
         if segment.lead:
             head = (*head, *self.encode([segment.lead])[0])
         if segment.kind == "option":  # the parts are tokens, not text

@@ -431,8 +431,9 @@ class StateTable:
             self._version, before = version, self._places
             places, states = [*map(before.get, segments)], self._states
             self.hits += len(segments) - places.count(None)
-        if states is not None and None not in places:
-            return states, places
+        known = [place for place in places if place is not None]
+        if states is not None and len(known) == len(places):
+            return states, known
         new = [*dict.fromkeys(ids for ids, place in zip(segments, places) if place is None)]
         made, counts = make(new)
         with self._lock:
