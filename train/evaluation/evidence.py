@@ -12,6 +12,7 @@ from ...item_features_m6rec import Evidence as Rule
 from ...item_features_m6rec import Reader, ReadTexts, Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
 from .baselines import LastItems
+from .log_weights import LEARNT, LogFacts
 from .reports import COMPARED_AT
 from .tuning import counted
 
@@ -260,7 +261,7 @@ def popularity(sequences: Iterable[Sequence[int] | np.ndarray], num_items: int) 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen settings, and their gain over the defaults on the events used for the choice."""
+    """The chosen settings, and their gain over the default on the events used for the choice."""
 
     settings: EvidenceSettings
     events: int
@@ -270,16 +271,38 @@ class Choice:
     default_value: float
     tried: int
     """Number of settings compared."""
+    default: str = "rule"
+    """What `settings` are unless others are clearly better: `rule`, the row `neighbours_and_words`, or `other logs`,
+    weights learnt over several other logs."""
+
+
+LEARNT_BELOW = 20_000
+"""Number of events below which weights learnt over other logs are the default. With more, they are tried like others:
+the log's own events then decide (docs/experiments.md)."""
+
+
+def learnt_settings(words: Words, sequences: Sequence[np.ndarray]) -> EvidenceSettings:
+    """Return the settings that other logs suggest for a log, by its facts.
+
+    Args:
+        words: Words of the M items.
+        sequences: Items of each user's known events, in order, as rows of the catalogue.
+    """
+    facts = LogFacts.of(words, sequences)
+    alike, popular = LEARNT.of(facts)
+    fields = {**LEARNT.structure(facts), "recency": LEARNT.recency}
+    return EvidenceSettings(**fields, words=round(alike, 3), popularity=round(popular, 4))
 
 
 def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclude_seen: bool, seed: int = 0) -> Choice:
-    """Choose settings for a log: the defaults unless others are clearly better.
+    """Choose settings for a log: a default unless others are clearly better.
 
-    The last event (or events) of users are ranked from the events before, with the events of the other folds counted:
-    fold by fold, until there are as many events as can be ranked in seconds. The chosen settings have the largest gain
-    of NDCG@10 over the defaults minus `SURELY` standard errors of the gain, so that noise of few users changes nothing.
-    First pairing and ageing of events are chosen, with the weight of words; then popularity, and re-visits if seen
-    items are recommended.
+    The default of a log with fewer than `LEARNT_BELOW` events is what other logs suggest for it (`learnt_settings`),
+    that of a larger one is the rule. The last event (or events) of users are ranked from the events before, with the
+    events of the other folds counted: fold by fold, until there are as many events as can be ranked in seconds. The
+    chosen settings have the largest gain of NDCG@10 over the default minus `SURELY` standard errors of the gain, so
+    that noise of few users changes nothing. First pairing and ageing of events are chosen, with the weight of words;
+    then popularity, and re-visits if seen items are recommended.
 
     Args:
         texts: Text of each of the M items.
@@ -287,10 +310,13 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
         exclude_seen: Leave out items that a user has met before.
         seed: Seed of the draw.
     """
+    words = Words.of(texts)
+    learnt, rule = learnt_settings(words, sequences), EvidenceSettings()
+    is_small = sum(map(len, sequences)) < LEARNT_BELOW
+    default, name = (learnt, "other logs") if is_small else (rule, "rule")
     folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
     if not folds:
-        return Choice(EvidenceSettings(), 0, float("nan"), float("nan"), 0)
-    words = Words.of(texts)
+        return Choice(default, 0, float("nan"), float("nan"), 0, name)
     trials = [_Trial(words, len(texts), *fold, exclude_seen) for fold in folds]
     users = np.unique(np.concatenate([trial.users for trial in trials]), return_inverse=True)[1]
     gains: dict[EvidenceSettings, np.ndarray] = {}
@@ -298,17 +324,16 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
     def measure(settings: EvidenceSettings) -> None:
         gains[settings] = np.concatenate([trial.gains(settings) for trial in trials])
 
-    default = EvidenceSettings()
-    for settings in _structures(sequences):
+    for settings in ([learnt] if _is_affordable(learnt, sequences) else []) + [*_structures(sequences)]:
         measure(settings)
     best = _clearly_best(gains, default, users)
-    for name, weights in REFINEMENTS.items():
-        if name != "again" or not exclude_seen:
+    for weight_of, weights in REFINEMENTS.items():
+        if weight_of != "again" or not exclude_seen:
             for weight in weights:
-                changed: dict[str, Any] = {name: weight}
+                changed: dict[str, Any] = {weight_of: weight}
                 measure(dataclasses.replace(best, **changed))
             best = _clearly_best(gains, default, users)
-    return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains))
+    return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains), name)
 
 
 def _folds(
@@ -346,11 +371,18 @@ def _folds(
 
 
 def _structures(sequences: Sequence[np.ndarray]) -> Iterator[EvidenceSettings]:
-    lengths = np.array([len(sequence) for sequence in sequences])
     for fields in STRUCTURES:
-        pairs = np.minimum(lengths, len(fields.get("steps", RULE.steps))).astype(float) @ lengths
-        if fields.get("steps") is None or pairs <= MOST_PAIRS:
-            yield from (EvidenceSettings(**fields, words=weight) for weight in WORD_WEIGHTS)
+        for weight in WORD_WEIGHTS:
+            settings = EvidenceSettings(**fields, words=weight)
+            if _is_affordable(settings, sequences):
+                yield settings
+
+
+def _is_affordable(settings: EvidenceSettings, sequences: Sequence[np.ndarray]) -> bool:
+    """Return whether the pairs of events are few enough for settings to be tried; those of the rule always are."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    pairs = np.minimum(lengths, len(settings.steps)).astype(float) @ lengths
+    return settings.steps == RULE.steps or bool(pairs <= MOST_PAIRS)
 
 
 def _clearly_best(
@@ -439,4 +471,12 @@ class _Trial:
         return self._parts[name]
 
 
-__all__ = ["Choice", "Evidence", "EvidenceSettings", "FoldedEvidence", "choose_evidence", "popularity"]
+__all__ = [
+    "Choice",
+    "Evidence",
+    "EvidenceSettings",
+    "FoldedEvidence",
+    "choose_evidence",
+    "learnt_settings",
+    "popularity",
+]

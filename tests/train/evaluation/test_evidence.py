@@ -17,6 +17,7 @@ from m6rec.train.evaluation.evidence import (
     EvidenceSettings,
     FoldedEvidence,
     choose_evidence,
+    learnt_settings,
     popularity,
 )
 from m6rec.train.metrics import ndcg_at_k, target_ranks
@@ -131,8 +132,9 @@ def test_the_defaults_stay_where_nothing_is_better():
     texts = [f"w{rng.integers(9)} v{rng.integers(9)}" for _ in range(200)]
     histories = [rng.integers(0, 200, 4) for _ in range(20)]
     found = choose_evidence(texts, histories, exclude_seen=False)
-    assert found.settings == EvidenceSettings() and found.value == found.default_value
-    assert choose_evidence(texts, [np.array([3])] * 5, exclude_seen=True).settings == EvidenceSettings()
+    assert found.settings == learnt_settings(Words.of(texts), histories) and found.value == found.default_value
+    alone = [np.array([3])] * 5
+    assert choose_evidence(texts, alone, exclude_seen=True).settings == learnt_settings(Words.of(texts), alone)
 
 
 def test_re_visits_are_found():

@@ -1,0 +1,250 @@
+"""Events of several logs ranked by grids of weights, at several numbers of counted events; used by open_domain.py."""
+
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fit_logs
+import numpy as np
+import torch
+
+from m6rec.item_features_m6rec import WIDTH, Evidence, Reader, ReadTexts, Transitions, Words, recent
+from m6rec.train.config.arguments import EvaluationArguments
+from m6rec.train.data.log import DataArguments, Log, read_log
+from m6rec.train.data.splits import hold_out
+from m6rec.train.evaluation.evidence import popularity
+from m6rec.train.evaluation.log_weights import NEAR, SECOND_BELOW, WIDE, LogFacts
+from m6rec.train.evaluation.reports import RankingExamples, learnt_sequences, ranking_examples
+from m6rec.train.evaluation.tuning import falling
+from m6rec.train.metrics import ndcg_gains
+from m6rec.train.rows.examples import RequestWriter
+
+COUNTS = (0, 100, 1000, 10_000, None)
+"""Numbers of counted events; None = all."""
+USERS = 400
+"""Number of users of each draw whose event is ranked."""
+RECENCIES = (Evidence().recency, falling(10, 0.7), falling(12, 0.8))
+STRUCTURES: tuple[dict[str, Any], ...] = (WIDE, NEAR)
+WORDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+POPULARITY = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+DENSE = 4000
+"""Number of items up to which counts are a dense table."""
+ALL_RANKED = 500
+"""Number of items up to which the grid ranks all items."""
+TIE_BREAK = 1e-6
+RULE, WORDS_ALONE, READER_ALONE = "rule", "words", "reader"
+
+
+def _known(name: str) -> Callable[[Path], Log]:
+    return lambda data: read_log(DataArguments(source=name, directory=str(data / name)))
+
+
+def _tables(make: Callable[[Path], fit_logs.Tables], columns: dict[str, str]) -> Callable[[Path], Log]:
+    def log(data: Path) -> Log:
+        with tempfile.TemporaryDirectory() as folder:
+            places = [f"{folder}/events.csv", f"{folder}/items.csv"]
+            for table, place in zip(make(data), places):
+                table.to_csv(place, index=False)
+            own = DataArguments("tables", interactions=places[0], items=places[1], columns=columns, drop_invalid=True)
+            return read_log(own)
+
+    return log
+
+
+GIFTS = {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime", "rating": "overall"}
+LOGS: dict[str, tuple[str, Callable[[Path], Log]]] = {
+    "gift-cards": ("shuffled", _tables(fit_logs.gift_cards, GIFTS)),
+    "ml-100k": ("shuffled", _known("ml-100k")),
+    "lastfm": ("published", _tables(fit_logs.lastfm, {"user_id": "userID", "item_id": "artistID"})),
+    "amazon-beauty": ("time", _known("amazon-beauty")),
+}
+"""Protocol and reader of each log."""
+
+
+class Cell(NamedTuple):
+    """One draw of a part of a log, with some events counted."""
+
+    facts: LogFacts
+    grid: np.ndarray
+    """Structures x recencies x weights of words x weights of popularity x U: NDCG@10 of each ranked event."""
+    fixed: dict[str, np.ndarray]
+    """Name of an untrained row -> U: NDCG@10."""
+    missed: float
+    """Largest difference of a mean between all items and the candidates that the grid ranks, for the rule."""
+
+    def save(self, path: Path) -> None:
+        """Write it into a file."""
+        np.savez(path, facts=np.array(self.facts), grid=self.grid, missed=self.missed, **self.fixed)
+
+    @classmethod
+    def load(cls, path: Path) -> "Cell":
+        """Read it from a file."""
+        found = np.load(path)
+        events, *others = found["facts"].tolist()
+        fixed = {name: found[name] for name in (RULE, WORDS_ALONE, READER_ALONE)}
+        return cls(LogFacts(int(events), *others), found["grid"], fixed, float(found["missed"]))
+
+
+def cells(name: str, data: Path, seeds: Sequence[int]) -> Iterator[tuple[str, Cell]]:
+    """Rank events of a log: name of a cell (part, seed, number of counted events) and the cell."""
+    protocol, read = LOGS[name]
+    log = read(data)
+    writer = RequestWriter(log)
+    texts = [" ".join(text for field, text in item.items() if field != "item_id") for item in writer.items]
+    asking = Asking(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
+    arguments = EvaluationArguments(max_users=USERS)
+    if protocol == "time":
+        arguments = dataclasses.replace(arguments, protocol="time", validate="time")
+    for seed, part in itertools.product(seeds, ("valid", "test")):
+        split = hold_out(log.interactions, protocol, "time" if protocol == "time" else "stale", seed)
+        examples = ranking_examples(writer, None, split, part, arguments, seed)
+        sequences = learnt_sequences(writer, split, part, arguments)
+        asked = asking.asked(examples)
+        for count in COUNTS:
+            if count is None or count < sum(map(len, sequences)):
+                yield f"{part}_{seed}_{'all' if count is None else count}", asked.cell(drawn(sequences, count, seed))
+
+
+def drawn(sequences: Sequence[np.ndarray], count: int | None, seed: int) -> list[np.ndarray]:
+    """Draw users until they have `count` events; the last one's later events are left out."""
+    found, left = [], count
+    for user in np.random.default_rng(seed).permutation(len(sequences)).tolist():
+        if left == 0:
+            break
+        found.append(sequences[user][:left])
+        left = None if left is None else left - len(found[-1])
+    return found
+
+
+@dataclasses.dataclass
+class Asking:
+    """The texts of a catalogue."""
+
+    words: Words
+    reading: ReadTexts
+
+    def asked(self, examples: RankingExamples) -> "Asked":
+        """Compare the texts of all items with those of users' last items, for each recency."""
+        shape, vectors = (len(examples.users), len(self.words.live)), torch.from_numpy(self.reading.vectors)
+        shares, alike = [], []
+        for recency in RECENCIES:
+            own = recent(examples.histories, Evidence(recency=recency))
+            shares.append(torch.from_numpy(own.dense(*shape)).float())
+            alike.append(torch.from_numpy(self.words.likeness(self.words.vectors(own)).dense(*shape)).float())
+        seen = torch.zeros(shape, dtype=torch.bool)
+        for user, history in enumerate(examples.histories):
+            seen[user, torch.from_numpy(np.asarray(history))] = True
+        read = (shares[0] @ vectors) @ vectors.T
+        return Asked(self.words, shares, alike, read, seen, torch.from_numpy(examples.targets))
+
+
+@dataclasses.dataclass
+class Asked:
+    """Users whose next event is ranked: U users, M items."""
+
+    words: Words
+    shares: list[torch.Tensor]
+    """U x M for each recency: weights of the user's last items."""
+    alike: list[torch.Tensor]
+    """U x M for each recency: scores by words."""
+    read: torch.Tensor
+    """U x M: scores by the reader."""
+    seen: torch.Tensor
+    targets: torch.Tensor
+
+    def cell(self, sequences: list[np.ndarray]) -> Cell:
+        """Rank the events by all weights of the grid, with some histories counted."""
+        facts, size = LogFacts.of(self.words, sequences), self.seen.shape[1]
+        popular = torch.from_numpy(popularity(sequences, size)).float().expand_as(self.seen)
+        rule = Evidence()
+        plain = self._after(sequences, rule, 0) + rule.words * self.alike[0] + TIE_BREAK * popular
+        fixed = {
+            RULE: self._gains(plain),
+            WORDS_ALONE: self._gains(self.alike[0] + TIE_BREAK * popular),
+            READER_ALONE: self._gains(self.read + TIE_BREAK * popular),
+        }
+        second = 0.4 if facts.events < SECOND_BELOW else 0.0
+        rules = [Evidence(**own, second=second) for own in STRUCTURES]
+        after = [[self._after(sequences, own, age) for age in range(len(RECENCIES))] for own in rules]
+        places = self._candidates(after, popular, plain)
+        chosen = places.clamp_min(0)
+        there = places >= 0
+        popular = popular.gather(1, chosen)
+        grid = np.empty((len(STRUCTURES), len(RECENCIES), len(WORDS), len(POPULARITY), len(places)), np.float32)
+        for structure, age in itertools.product(range(len(STRUCTURES)), range(len(RECENCIES))):
+            follow, alike = (own.gather(1, chosen) for own in (after[structure][age], self.alike[age]))
+            for row, column in itertools.product(range(len(WORDS)), range(len(POPULARITY))):
+                scores = follow + WORDS[row] * alike + (POPULARITY[column] + TIE_BREAK) * popular
+                grid[structure, age, row, column] = _first_gains(scores.masked_fill(~there, -torch.inf))
+        narrow = _first_gains(plain.gather(1, chosen).masked_fill(~there, -torch.inf))
+        return Cell(facts, grid, fixed, abs(float(narrow.mean() - fixed[RULE].mean())))
+
+    def _after(self, sequences: list[np.ndarray], rule: Evidence, age: int) -> torch.Tensor:
+        """Score all items by transitions: U x M."""
+        table = _table(sequences, self.seen.shape[1], rule)
+        first = (table @ self.shares[age].T.contiguous()).T
+        return first + rule.second * (table @ first.T.contiguous()).T if rule.second else first
+
+    def _gains(self, scores: torch.Tensor) -> np.ndarray:
+        """Return the NDCG@10 of each user's target among all items."""
+        users = torch.arange(len(self.targets))
+        own = scores[users, self.targets].clone()
+        scores = scores.masked_fill(self.seen, -torch.inf)
+        scores[users, self.targets] = own
+        equal = (scores == own[:, None]).sum(1) - 1
+        return _ndcg(1 + (scores > own[:, None]).sum(1) + equal / 2)
+
+    def _candidates(self, after: list[list[torch.Tensor]], popular: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        """Choose the items of each user that the grid ranks, the target first, padded by -1.
+
+        In a large catalogue these are the first of each kind of evidence and of several sums.
+        """
+        users, size = self.seen.shape
+        chosen = torch.full((users, size), size <= ALL_RANKED)
+        if size > ALL_RANKED:
+            parts = [plain, popular + 1e-4 * self.alike[1]]
+            for age, alike in enumerate(self.alike):
+                parts += [alike + weight * popular for weight in (1e-3, 0.1)]
+                parts += [own[age] + weight * alike + 1e-3 * popular for own in after for weight in (0.0, 0.2, 1.0)]
+                parts += [own[age] + 0.1 * popular for own in after]
+            for scores in parts:
+                chosen.scatter_(1, scores.masked_fill(self.seen, -1).topk(40).indices, True)
+        chosen &= ~self.seen
+        chosen.scatter_(1, self.targets[:, None], False)
+        places = torch.full((users, 1 + int(chosen.sum(1).max())), -1)
+        places[:, 0] = self.targets
+        for user in range(users):
+            own = chosen[user].nonzero()[:, 0]
+            places[user, 1 : 1 + len(own)] = own
+        return places
+
+
+def _table(sequences: list[np.ndarray], size: int, rule: Evidence) -> torch.Tensor:
+    """Return the transposed matrix P of a rule: M x M."""
+    transitions = Transitions.fit(sequences, size, rule)
+    keys, totals = transitions.counts()
+    first, second = np.divmod(keys, WIDTH)
+    scale = np.maximum(transitions.out[first] * transitions.unit, 1) ** rule.out_power
+    scale *= np.maximum(transitions.into[second] * transitions.unit, 1) ** rule.in_power
+    values = torch.from_numpy(totals * transitions.unit / scale).float()
+    if size <= DENSE:
+        table = torch.zeros(size, size)
+        table[torch.from_numpy(second), torch.from_numpy(first)] = values
+        return table
+    order = np.lexsort((first, second))
+    starts = np.concatenate(([0], np.cumsum(np.bincount(second, minlength=size))))
+    rows, columns = torch.from_numpy(starts), torch.from_numpy(first[order])
+    return torch.sparse_csr_tensor(rows, columns, values[torch.from_numpy(order)], (size, size))
+
+
+def _first_gains(scores: torch.Tensor) -> np.ndarray:
+    """Return the NDCG@10 of the first column: U."""
+    own, others = scores[:, :1], scores[:, 1:]
+    return _ndcg(1 + (others > own).sum(1) + (others == own).sum(1) / 2)
+
+
+def _ndcg(ranks: torch.Tensor) -> np.ndarray:
+    return ndcg_gains(ranks.numpy().astype(float), 10).astype(np.float32)

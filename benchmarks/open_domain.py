@@ -1,0 +1,200 @@
+"""Weights of evidence learnt over several logs, tested on a log that was left out, from 0 to all of its events.
+
+python benchmarks/open_domain.py [--data DIR] [--work DIR] [--logs gift-cards ml-100k lastfm amazon-beauty]
+
+Each log is ranked in three draws: 400 users, whose next event is predicted from their own events before it, by full
+ranking, seen items left out; the order of ties; and the users whose events, 100, 1,000, 10,000 or all, are counted.
+Gift cards and MovieLens: the last event of each user, ties shuffled; Last.fm has no times, and a drawn order; Beauty:
+the last purchase after the quantile .9 of all times, and counted is what was bought before it.
+
+For each log the weights (`LogWeights`) are learnt on the validation events of the three others: the mean share of what
+the best weights of each log and number of events reach there. They are tested on the test events of the log left out,
+next to the rule, to words and the reader alone, and to weights tuned on all validation events of the log itself at the
+same number of events, which a log of that size does not have. The last step learns the shipped weights over all logs.
+
+With --work, ranked events are kept in a folder, and a log whose events are there is not ranked again. Writes
+benchmarks/results/open_domain.json and docs/open_domain.png; the last line printed is the same JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from _open_logs import COUNTS, LOGS, POPULARITY, READER_ALONE, RECENCIES, RULE, WORDS, WORDS_ALONE, Cell, cells
+
+from m6rec.train.evaluation.log_weights import LogWeights
+from m6rec.train.metrics import bootstrap_interval
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RESULTS = Path(__file__).parent / "results" / "open_domain.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "open_domain.png"
+MINUTES = 6
+SEEDS = (0, 1, 2)
+EVENTS = ["all" if count is None else str(count) for count in COUNTS]
+LEARNT, TUNED = "learnt over other logs", "tuned on own validation"
+FORM: dict[str, tuple[float, ...]] = {
+    "words": (0.2, 0.3, 0.5, 0.7, 1.0, 1.4),
+    "likeness": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "words_falling": (0.0, 0.15, 0.3, 0.5),
+    "popularity": (0.0, 1.0, 2.0, 3.0, 6.0),
+    "ratio": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "popularity_falling": (0.0, 0.5, 1.0, 1.5),
+    "near_from": (0.0, 8.0, math.inf),
+}
+STARTS = 6
+Table = dict[tuple[str, str, str, int], Cell]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("M6REC_DATA", "../shared/data")))
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--logs", nargs="*", choices=LOGS, default=[*LOGS])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options = parser.parse_args()
+    print(f"time budget: {MINUTES} minutes", flush=True)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        table = ranked(options.logs, options.data, options.work or Path(folder))
+    result = {"missed": max(cell.missed for cell in table.values()), "logs": {}}
+    for name in options.logs:
+        weights = learnt([other for other in options.logs if other != name], table)
+        result["logs"][name] = tested(name, table, weights)
+        print(json.dumps({name: result["logs"][name]}), flush=True)
+    result["shipped"] = dataclasses.asdict(learnt(options.logs, table))
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    draw(result["logs"], options.picture)
+    print(json.dumps(result))
+
+
+def ranked(names: Iterable[str], data: Path, folder: Path) -> Table:
+    """Rank the events of logs, or read them from the folder."""
+    folder.mkdir(exist_ok=True, parents=True)
+    table = {}
+    for name in names:
+        if not any(folder.glob(f"{name}_*.npz")):
+            for key, cell in cells(name, data, SEEDS):
+                cell.save(folder / f"{name}_{key}.npz")
+        for path in sorted(folder.glob(f"{name}_*.npz")):
+            part, seed, count = path.stem.removeprefix(f"{name}_").split("_")
+            table[name, count, part, int(seed)] = Cell.load(path)
+    return table
+
+
+def learnt(names: Sequence[str], table: Table) -> LogWeights:
+    """Learn weights on the validation events of some logs, from several starts, one number at a time."""
+    counts = {name: [count for count in EVENTS[1:] if (name, count, "valid", 0) in table] for name in names}
+    means = {key: cell.grid.mean(-1) for key, cell in table.items() if key[0] in counts and key[2] == "valid"}
+    best = {
+        (name, count): sum(means[name, count, "valid", seed] for seed in SEEDS).max()
+        for name in names
+        for count in counts[name]
+    }
+    known: dict[tuple[float, ...], float] = {}
+    options = [*FORM.values(), tuple(range(len(RECENCIES)))]
+
+    def value(chosen: tuple[float, ...]) -> float:
+        if chosen not in known:
+            weights, shares = weights_of(chosen), []
+            for name in names:
+                own = []
+                for count in counts[name]:
+                    keys = [(name, count, "valid", seed) for seed in SEEDS]
+                    own.append(sum(means[key][place(weights, table[key])] for key in keys) / best[name, count])
+                shares.append(np.mean(own))
+            known[chosen] = float(np.mean(shares))
+        return known[chosen]
+
+    generator = np.random.default_rng(0)
+    for _ in range(STARTS):
+        chosen = tuple(own[generator.integers(len(own))] for own in options)
+        before = None
+        while chosen != before:
+            before = chosen
+            for number, own in enumerate(options):
+                chosen = max((chosen[:number] + (each,) + chosen[number + 1 :] for each in own), key=value)
+    return weights_of(max(known, key=known.__getitem__))
+
+
+def weights_of(chosen: tuple[float, ...]) -> LogWeights:
+    """Make weights of the numbers of the form and of the place of a recency."""
+    return LogWeights(**dict(zip(FORM, chosen[:-1])), recency=RECENCIES[int(chosen[-1])])
+
+
+def place(weights: LogWeights, cell: Cell) -> tuple[int, int, int, int]:
+    """Return the place in a grid that is nearest to the weights for a log."""
+    words, popular = weights.of(cell.facts)
+    structure = int(cell.facts.density >= weights.near_from)
+    return structure, RECENCIES.index(weights.recency), nearest(WORDS, words), nearest(POPULARITY, popular)
+
+
+def nearest(options: Sequence[float], value: float) -> int:
+    """Return the place of the option with the nearest ratio to a value; below a third of the smallest, that is 0.
+
+    >>> nearest((0.0, 0.01, 0.1), 0.002), nearest((0.0, 0.01, 0.1), 0.05)
+    (0, 2)
+    """
+    return min(range(len(options)), key=lambda place: abs(math.log(max(options[place], 0.001) / max(value, 0.001))))
+
+
+def tested(name: str, table: Table, weights: LogWeights) -> dict[str, Any]:
+    """Measure the rows on the test events of a log, at each number of events."""
+    found: dict[str, Any] = {"weights": dataclasses.asdict(weights), "events": {}}
+    for count in EVENTS:
+        if (name, count, "test", 0) not in table:
+            continue
+        valid, test = ([table[name, count, part, seed] for seed in SEEDS] for part in ("valid", "test"))
+        mean = sum(cell.grid.mean(-1) for cell in valid)
+        tuned = np.unravel_index(int(mean.argmax()), mean.shape)
+        rows = {row: [cell.fixed[row] for cell in test] for row in (RULE, WORDS_ALONE, READER_ALONE)}
+        rows[TUNED] = [cell.grid[tuned] for cell in test]
+        rows[LEARNT] = [cell.grid[place(weights, cell)] for cell in test]
+        every = {row: np.concatenate(own) for row, own in rows.items()}
+        found["events"][count] = {
+            "counted": test[0].facts.events,
+            "ndcg@10": {row: float(own.mean()) for row, own in every.items()},
+            "by draw": {row: [float(each.mean()) for each in own] for row, own in rows.items()},
+            "weights": {"words": weights.of(test[0].facts)[0], "popularity": weights.of(test[0].facts)[1]},
+            "difference": {row: difference(every[LEARNT], every[row]) for row in (RULE, TUNED)},
+        }
+    return found
+
+
+def difference(own: np.ndarray, other: np.ndarray) -> list[float]:
+    """Return the difference of means, and its 95% interval."""
+    return [float((own - other).mean()), *map(float, bootstrap_interval(own - other))]
+
+
+def draw(logs: dict[str, Any], path: Path) -> None:
+    """Draw NDCG@10 against the number of counted events, a picture for each log."""
+    figure, axes = plt.subplots(1, len(logs), figsize=(3.2 * len(logs), 3.4), constrained_layout=True, squeeze=False)
+    rows = {RULE: "o--", TUNED: "s:", READER_ALONE: "-", LEARNT: "o-"}
+    for axis, (name, found) in zip(axes[0], logs.items()):
+        counts = [own["counted"] for own in found["events"].values()]
+        places = [max(count, 10) for count in counts]
+        for row, style in rows.items():
+            axis.plot(places, [own["ndcg@10"][row] for own in found["events"].values()], style, label=row, ms=4)
+        axis.set(title=name, xscale="log", xlabel="counted events")
+        axis.set_xticks(places, ["0" if not count else f"{count:,}" for count in counts], rotation=45, fontsize=8)
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("NDCG@10 on the log left out")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    main()
