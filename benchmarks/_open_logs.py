@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +88,8 @@ class Cell(NamedTuple):
         return cls(LogFacts(int(events), *others), found["grid"], fixed, float(found["missed"]))
 
 
-def cells(name: str, data: Path, seeds: Sequence[int]) -> Iterator[tuple[str, Cell]]:
-    """Rank events of a log: name of a cell (part, seed, number of counted events) and the cell."""
+def cells(name: str, data: Path, seeds: Sequence[int], known: Container[str] = ()) -> Iterator[tuple[str, Cell]]:
+    """Rank events of a log: name of a cell (part, seed, number of counted events) and the cell, but for known names."""
     protocol, read = LOGS[name]
     log = read(data)
     writer = RequestWriter(log)
@@ -99,13 +99,16 @@ def cells(name: str, data: Path, seeds: Sequence[int]) -> Iterator[tuple[str, Ce
     if protocol == "time":
         arguments = dataclasses.replace(arguments, protocol="time", validate="time")
     for seed, part in itertools.product(seeds, ("valid", "test")):
+        names = {f"{part}_{seed}_{'all' if count is None else count}": count for count in COUNTS}
+        if all(cell in known for cell in names):
+            continue
         split = hold_out(log.interactions, protocol, "time" if protocol == "time" else "stale", seed)
         examples = ranking_examples(writer, None, split, part, arguments, seed)
         sequences = learnt_sequences(writer, split, part, arguments)
         asked = asking.asked(examples)
-        for count in COUNTS:
-            if count is None or count < sum(map(len, sequences)):
-                yield f"{part}_{seed}_{'all' if count is None else count}", asked.cell(drawn(sequences, count, seed))
+        for cell, count in names.items():
+            if cell not in known and (count is None or count < sum(map(len, sequences))):
+                yield cell, asked.cell(drawn(sequences, count, seed))
 
 
 def drawn(sequences: Sequence[np.ndarray], count: int | None, seed: int) -> list[np.ndarray]:
@@ -160,7 +163,11 @@ class Asked:
         facts, size = LogFacts.of(self.words, sequences), self.seen.shape[1]
         popular = torch.from_numpy(popularity(sequences, size)).float().expand_as(self.seen)
         rule = Evidence()
-        plain = self._after(sequences, rule, 0) + rule.words * self.alike[0] + TIE_BREAK * popular
+        plain = (
+            self._after(_table(sequences, size, rule), rule.second, 0)
+            + rule.words * self.alike[0]
+            + TIE_BREAK * popular
+        )
         fixed = {
             RULE: self._gains(plain),
             WORDS_ALONE: self._gains(self.alike[0] + TIE_BREAK * popular),
@@ -168,7 +175,8 @@ class Asked:
         }
         second = 0.4 if facts.events < SECOND_BELOW else 0.0
         rules = [Evidence(**own, second=second) for own in STRUCTURES]
-        after = [[self._after(sequences, own, age) for age in range(len(RECENCIES))] for own in rules]
+        tables = [_table(sequences, size, own) for own in rules]
+        after = [[self._after(table, second, age) for age in range(len(RECENCIES))] for table in tables]
         places = self._candidates(after, popular, plain)
         chosen = places.clamp_min(0)
         there = places >= 0
@@ -182,11 +190,10 @@ class Asked:
         narrow = _first_gains(plain.gather(1, chosen).masked_fill(~there, -torch.inf))
         return Cell(facts, grid, fixed, abs(float(narrow.mean() - fixed[RULE].mean())))
 
-    def _after(self, sequences: list[np.ndarray], rule: Evidence, age: int) -> torch.Tensor:
+    def _after(self, table: torch.Tensor, second: float, age: int) -> torch.Tensor:
         """Score all items by transitions: U x M."""
-        table = _table(sequences, self.seen.shape[1], rule)
         first = (table @ self.shares[age].T.contiguous()).T
-        return first + rule.second * (table @ first.T.contiguous()).T if rule.second else first
+        return first + second * (table @ first.T.contiguous()).T if second else first
 
     def _gains(self, scores: torch.Tensor) -> np.ndarray:
         """Return the NDCG@10 of each user's target among all items."""

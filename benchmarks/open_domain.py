@@ -12,7 +12,7 @@ the best weights of each log and number of events reach there. They are tested o
 next to the rule, to words and the reader alone, and to weights tuned on all validation events of the log itself at the
 same number of events, which a log of that size does not have. The last step learns the shipped weights over all logs.
 
-With --work, ranked events are kept in a folder, and a log whose events are there is not ranked again. Writes
+With --work, ranked events are kept in a folder, and those that are there are not ranked again. Writes
 benchmarks/results/open_domain.json and docs/open_domain.png; the last line printed is the same JSON.
 """
 
@@ -84,8 +84,9 @@ def ranked(names: Iterable[str], data: Path, folder: Path) -> Table:
     folder.mkdir(exist_ok=True, parents=True)
     table = {}
     for name in names:
-        if not any(folder.glob(f"{name}_*.npz")):
-            for key, cell in cells(name, data, SEEDS):
+        known = {path.stem.removeprefix(f"{name}_") for path in folder.glob(f"{name}_*.npz")}
+        if not all(f"{part}_{seed}_all" in known for part in ("valid", "test") for seed in SEEDS):
+            for key, cell in cells(name, data, SEEDS, known):
                 cell.save(folder / f"{name}_{key}.npz")
         for path in sorted(folder.glob(f"{name}_*.npz")):
             part, seed, count = path.stem.removeprefix(f"{name}_").split("_")

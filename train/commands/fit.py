@@ -303,6 +303,7 @@ def choose(fitting: Fitting) -> Choice:
     fitting.catalogue = _keep_untrained(fitting, choice.settings)
     fitting.keep()
     command = f"m6rec recommend {fitting.folder} --user ID"
+    fitting.note(f"weights of the evidence: {choice.origin}")
     fitting.note(f"a first recommender is there: {command}")
     return choice
 

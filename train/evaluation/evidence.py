@@ -275,10 +275,17 @@ class Choice:
     """What `settings` are unless others are clearly better: `rule`, the row `neighbours_and_words`, or `other logs`,
     weights learnt over several other logs."""
 
+    @property
+    def origin(self) -> str:
+        """Where the settings come from, in words."""
+        if self.events and self.value != self.default_value:
+            return f"chosen on {self.events:,} held-out events"
+        return "learnt over other logs" if self.default == "other logs" else "those of the rule"
+
 
 LEARNT_BELOW = 20_000
-"""Number of events below which weights learnt over other logs are the default. With more, they are tried like others:
-the log's own events then decide (docs/experiments.md)."""
+"""Number of events below which weights learnt over other logs are the default, unless the rule ranks the held-out
+events better. With more they are tried like others: the log's own events then decide (docs/experiments.md)."""
 
 
 def learnt_settings(words: Words, sequences: Sequence[np.ndarray]) -> EvidenceSettings:
@@ -297,12 +304,12 @@ def learnt_settings(words: Words, sequences: Sequence[np.ndarray]) -> EvidenceSe
 def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclude_seen: bool, seed: int = 0) -> Choice:
     """Choose settings for a log: a default unless others are clearly better.
 
-    The default of a log with fewer than `LEARNT_BELOW` events is what other logs suggest for it (`learnt_settings`),
-    that of a larger one is the rule. The last event (or events) of users are ranked from the events before, with the
-    events of the other folds counted: fold by fold, until there are as many events as can be ranked in seconds. The
-    chosen settings have the largest gain of NDCG@10 over the default minus `SURELY` standard errors of the gain, so
-    that noise of few users changes nothing. First pairing and ageing of events are chosen, with the weight of words;
-    then popularity, and re-visits if seen items are recommended.
+    The default of a log with fewer than `LEARNT_BELOW` events is what other logs suggest for it (`learnt_settings`) or
+    the rule, whichever ranks the held-out events better; that of a larger one is the rule. The last event (or events)
+    of users are ranked from the events before, with the events of the other folds counted: fold by fold, until there
+    are as many events as can be ranked in seconds. The chosen settings have the largest gain of NDCG@10 over the
+    default minus `SURELY` standard errors of the gain, so that noise of few users changes nothing. First pairing and
+    ageing of events are chosen, with the weight of words; then popularity, and re-visits if seen items are recommended.
 
     Args:
         texts: Text of each of the M items.
@@ -313,10 +320,10 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
     words = Words.of(texts)
     learnt, rule = learnt_settings(words, sequences), EvidenceSettings()
     is_small = sum(map(len, sequences)) < LEARNT_BELOW
-    default, name = (learnt, "other logs") if is_small else (rule, "rule")
     folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
     if not folds:
-        return Choice(default, 0, float("nan"), float("nan"), 0, name)
+        nothing = float("nan")
+        return Choice(learnt if is_small else rule, 0, nothing, nothing, 0, "other logs" if is_small else "rule")
     trials = [_Trial(words, len(texts), *fold, exclude_seen) for fold in folds]
     users = np.unique(np.concatenate([trial.users for trial in trials]), return_inverse=True)[1]
     gains: dict[EvidenceSettings, np.ndarray] = {}
@@ -326,6 +333,9 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
 
     for settings in ([learnt] if _is_affordable(learnt, sequences) else []) + [*_structures(sequences)]:
         measure(settings)
+    default, name = rule, "rule"
+    if is_small and gains[learnt].mean() >= gains[rule].mean():
+        default, name = learnt, "other logs"
     best = _clearly_best(gains, default, users)
     for weight_of, weights in REFINEMENTS.items():
         if weight_of != "again" or not exclude_seen:

@@ -125,15 +125,15 @@ class LogWeights:
 
 LEARNT = LogWeights(
     words=0.5,
-    likeness=0.5,
+    likeness=0.25,
     words_falling=0.5,
     popularity=3.0,
-    ratio=0.5,
-    popularity_falling=1.0,
+    ratio=1.0,
+    popularity_falling=1.5,
     recency=falling(12, 0.8),
     near_from=8.0,
 )
-"""Weights learnt on validation events of all four logs of `benchmarks/open_domain.py`."""
+"""Learnt on validation events of MovieLens-100K, Amazon Beauty, Last.fm and gift cards (docs/experiments.md)."""
 
 
 __all__ = ["LEARNT", "NEAR", "SECOND_BELOW", "WIDE", "LogFacts", "LogWeights"]

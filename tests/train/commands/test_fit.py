@@ -58,6 +58,7 @@ def test_columns_are_said_and_kept(fitted):
     assert "a first recommender is there" in said and "neighbours_and_words" in said
     decisions = json.loads((folder / "fit.json").read_text())
     assert decisions["kept"] == "evidence" and decisions["log"]["users"] == 40
+    assert "weights of the evidence: " in said and decisions["evidence"]["default"] in ("rule", "other logs")
     assert decisions["columns"]["items not read"] == {"link": "addresses"}
     assert decisions["seen items"] == "left out" and decisions["seconds"]["first recommender"] > 0
 
