@@ -35,7 +35,7 @@ DENSE = 4000
 ALL_RANKED = 500
 """Number of items up to which the grid ranks all items."""
 TIE_BREAK = 1e-6
-RULE, WORDS_ALONE, READER_ALONE = "rule", "words", "reader"
+RULE, WORDS_ONLY, READER_ONLY = "rule", "words", "reader"
 
 
 def _known(name: str) -> Callable[[Path], Log]:
@@ -84,7 +84,7 @@ class Cell(NamedTuple):
         """Read it from a file."""
         found = np.load(path)
         events, *others = found["facts"].tolist()
-        fixed = {name: found[name] for name in (RULE, WORDS_ALONE, READER_ALONE)}
+        fixed = {name: found[name] for name in (RULE, WORDS_ONLY, READER_ONLY)}
         return cls(LogFacts(int(events), *others), found["grid"], fixed, float(found["missed"]))
 
 
@@ -94,7 +94,7 @@ def cells(name: str, data: Path, seeds: Sequence[int], known: Container[str] = (
     log = read(data)
     writer = RequestWriter(log)
     texts = [" ".join(text for field, text in item.items() if field != "item_id") for item in writer.items]
-    asking = Asking(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
+    catalogue = Texts(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
     arguments = EvaluationArguments(max_users=USERS)
     if protocol == "time":
         arguments = dataclasses.replace(arguments, protocol="time", validate="time")
@@ -105,10 +105,10 @@ def cells(name: str, data: Path, seeds: Sequence[int], known: Container[str] = (
         split = hold_out(log.interactions, protocol, "time" if protocol == "time" else "stale", seed)
         examples = ranking_examples(writer, None, split, part, arguments, seed)
         sequences = learnt_sequences(writer, split, part, arguments)
-        asked = asking.asked(examples)
+        users = catalogue.compared(examples)
         for cell, count in names.items():
             if cell not in known and (count is None or count < sum(map(len, sequences))):
-                yield cell, asked.cell(drawn(sequences, count, seed))
+                yield cell, users.cell(drawn(sequences, count, seed))
 
 
 def drawn(sequences: Sequence[np.ndarray], count: int | None, seed: int) -> list[np.ndarray]:
@@ -123,13 +123,13 @@ def drawn(sequences: Sequence[np.ndarray], count: int | None, seed: int) -> list
 
 
 @dataclasses.dataclass
-class Asking:
+class Texts:
     """The texts of a catalogue."""
 
     words: Words
     reading: ReadTexts
 
-    def asked(self, examples: RankingExamples) -> "Asked":
+    def compared(self, examples: RankingExamples) -> "Users":
         """Compare the texts of all items with those of users' last items, for each recency."""
         shape, vectors = (len(examples.users), len(self.words.live)), torch.from_numpy(self.reading.vectors)
         shares, alike = [], []
@@ -141,11 +141,11 @@ class Asking:
         for user, history in enumerate(examples.histories):
             seen[user, torch.from_numpy(np.asarray(history))] = True
         read = (shares[0] @ vectors) @ vectors.T
-        return Asked(self.words, shares, alike, read, seen, torch.from_numpy(examples.targets))
+        return Users(self.words, shares, alike, read, seen, torch.from_numpy(examples.targets))
 
 
 @dataclasses.dataclass
-class Asked:
+class Users:
     """Users whose next event is ranked: U users, M items."""
 
     words: Words
@@ -170,8 +170,8 @@ class Asked:
         )
         fixed = {
             RULE: self._gains(plain),
-            WORDS_ALONE: self._gains(self.alike[0] + TIE_BREAK * popular),
-            READER_ALONE: self._gains(self.read + TIE_BREAK * popular),
+            WORDS_ONLY: self._gains(self.alike[0] + TIE_BREAK * popular),
+            READER_ONLY: self._gains(self.read + TIE_BREAK * popular),
         }
         second = 0.4 if facts.events < SECOND_BELOW else 0.0
         rules = [Evidence(**own, second=second) for own in STRUCTURES]

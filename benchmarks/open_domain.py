@@ -9,8 +9,8 @@ the last purchase after the quantile .9 of all times, and counted is what was bo
 
 For each log the weights (`LogWeights`) are learnt on the validation events of the three others: the mean share of what
 the best weights of each log and number of events reach there. They are tested on the test events of the log left out,
-next to the rule, to words and the reader alone, and to weights tuned on all validation events of the log itself at the
-same number of events, which a log of that size does not have. The last step learns the shipped weights over all logs.
+next to the rule, words only, the reader only, and weights tuned on all validation events of the log itself at the same
+number of events, which a log of that size does not have. The last step learns the shipped weights over all logs.
 
 With --work, ranked events are kept in a folder, and those that are there are not ranked again. Writes
 benchmarks/results/open_domain.json and docs/open_domain.png; the last line printed is the same JSON.
@@ -29,7 +29,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from _open_logs import COUNTS, LOGS, POPULARITY, READER_ALONE, RECENCIES, RULE, WORDS, WORDS_ALONE, Cell, cells
+from _open_logs import COUNTS, LOGS, POPULARITY, READER_ONLY, RECENCIES, RULE, WORDS, WORDS_ONLY, Cell, cells
 
 from m6rec.train.evaluation.log_weights import LogWeights
 from m6rec.train.metrics import bootstrap_interval
@@ -159,7 +159,7 @@ def tested(name: str, table: Table, weights: LogWeights) -> dict[str, Any]:
         valid, test = ([table[name, count, part, seed] for seed in SEEDS] for part in ("valid", "test"))
         mean = sum(cell.grid.mean(-1) for cell in valid)
         tuned = np.unravel_index(int(mean.argmax()), mean.shape)
-        rows = {row: [cell.fixed[row] for cell in test] for row in (RULE, WORDS_ALONE, READER_ALONE)}
+        rows = {row: [cell.fixed[row] for cell in test] for row in (RULE, WORDS_ONLY, READER_ONLY)}
         rows[TUNED] = [cell.grid[tuned] for cell in test]
         rows[LEARNT] = [cell.grid[place(weights, cell)] for cell in test]
         every = {row: np.concatenate(own) for row, own in rows.items()}
@@ -181,7 +181,7 @@ def difference(own: np.ndarray, other: np.ndarray) -> list[float]:
 def draw(logs: dict[str, Any], path: Path) -> None:
     """Draw NDCG@10 against the number of counted events, a picture for each log."""
     figure, axes = plt.subplots(1, len(logs), figsize=(3.2 * len(logs), 3.4), constrained_layout=True, squeeze=False)
-    rows = {RULE: "o--", TUNED: "s:", READER_ALONE: "-", LEARNT: "o-"}
+    rows = {RULE: "o--", TUNED: "s:", READER_ONLY: "-", LEARNT: "o-"}
     for axis, (name, found) in zip(axes[0], logs.items()):
         counts = [own["counted"] for own in found["events"].values()]
         places = [max(count, 10) for count in counts]

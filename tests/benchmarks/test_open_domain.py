@@ -15,7 +15,7 @@ from m6rec.train.metrics import ndcg_gains, target_ranks
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _open_logs
 import open_domain
-from _open_logs import POPULARITY, RECENCIES, RULE, STRUCTURES, WORDS, Asking, Cell, drawn
+from _open_logs import POPULARITY, RECENCIES, RULE, STRUCTURES, WORDS, Cell, Texts, drawn
 
 
 @pytest.mark.parametrize("all_ranked", [0, 500], ids=["candidates", "all items"])
@@ -27,15 +27,15 @@ def test_a_grid_ranks_as_evidence_does(monkeypatch, all_ranked):
     histories = [rng.choice(45, rng.integers(1, 7), replace=False) for _ in range(25)]
     targets = np.array([rng.choice(np.setdiff1d(np.arange(45), own)) for own in histories])
     examples = RankingExamples([*map(str, range(25))], [], histories, targets, np.zeros(25, bool))
-    asking = Asking(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
-    cell = asking.asked(examples).cell(counted)
+    catalogue = Texts(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
+    cell = catalogue.compared(examples).cell(counted)
 
     def gains(settings):
         ranks = target_ranks(Evidence(texts, counted, settings).scores(histories), targets, histories)
         return ndcg_gains(ranks, 10)
 
     assert cell.fixed[RULE] == pytest.approx(gains(EvidenceSettings()), abs=1e-6)
-    assert cell.missed == 0 and cell.facts == LogFacts.of(asking.words, counted)
+    assert cell.missed == 0 and cell.facts == LogFacts.of(catalogue.words, counted)
     for structure, age, words, popular in ((0, 0, 2, 0), (1, 1, 4, 3), (0, 2, 6, 5), (1, 2, 0, 1)):
         own = EvidenceSettings(
             **STRUCTURES[structure],

@@ -134,8 +134,8 @@ def test_the_defaults_stay_where_nothing_is_better():
     found = choose_evidence(texts, histories, exclude_seen=False)
     defaults = {"rule": EvidenceSettings(), "other logs": learnt_settings(Words.of(texts), histories)}
     assert found.settings == defaults[found.default] and found.value == found.default_value
-    alone = [np.array([3])] * 5
-    assert choose_evidence(texts, alone, exclude_seen=True).settings == learnt_settings(Words.of(texts), alone)
+    single = [np.array([3])] * 5
+    assert choose_evidence(texts, single, exclude_seen=True).settings == learnt_settings(Words.of(texts), single)
 
 
 def test_re_visits_are_found():

@@ -69,24 +69,24 @@ def test_a_sparse_log_counts_wide_pairs_and_a_large_one_no_second_order():
 
 def test_a_small_log_takes_the_weights_of_other_logs_and_a_large_one_the_rule(monkeypatch):
     """Nothing is measured where no event can be held out."""
-    alone = [np.array([3])] * 5
-    learnt = learnt_settings(Words.of(TEXTS), alone)
-    found = choose_evidence(TEXTS, alone, exclude_seen=True)
+    single = [np.array([3])] * 5
+    learnt = learnt_settings(Words.of(TEXTS), single)
+    found = choose_evidence(TEXTS, single, exclude_seen=True)
     assert found.settings == learnt and found.origin == "learnt over other logs" and found.events == 0
     assert learnt.steps == WIDE["steps"] and 0 < learnt.words < LEARNT.words and learnt.popularity > 0
     monkeypatch.setattr(evidence, "LEARNT_BELOW", 5)
-    found = choose_evidence(TEXTS, alone, exclude_seen=True)
+    found = choose_evidence(TEXTS, single, exclude_seen=True)
     assert found.settings == EvidenceSettings() and found.origin == "those of the rule"
 
 
 @pytest.mark.parametrize("follows", [True, False], ids=["order", "favourites"])
 def test_the_better_of_the_two_is_the_default_of_a_small_log(follows):
-    """In a series order is all, which the rule counts; where a few items are met by all, popularity ranks better."""
+    """In a series order is all, which the rule counts; where all end with the same items, popularity is better."""
     rng = np.random.default_rng(0)
-    starts = rng.integers(0, 60, 40)
-    series = [np.arange(start, start + 6) % 60 for start in starts]
-    favourites = [np.append(start, rng.permutation(4) + 56) for start in rng.integers(0, 56, 40)]
-    found = choose_evidence([f"w{item}" for item in range(60)], series if follows else favourites, exclude_seen=True)
+    series = [np.arange(start, start + 6) % 60 for start in rng.integers(0, 60, 40)]
+    favourites = [np.append(rng.choice(60, 4, replace=False), rng.integers(60, 64)) for _ in range(40)]
+    texts = [f"w{item}" for item in range(60 if follows else 64)]
+    found = choose_evidence(texts, series if follows else favourites, exclude_seen=True)
     assert found.default == ("rule" if follows else "other logs")
 
 
