@@ -47,7 +47,7 @@ class LogFacts(NamedTuple):
         >>> words = Words.of(["red shoes", "blue shoes", "green tea", "black tea"])
         >>> facts = LogFacts.of(words, [np.array([0, 1, 0, 1] * 10), np.array([2, 3] * 20)])
         >>> facts.events, facts.density, round(facts.likeness, 2), round(facts.concentration, 2)
-        (80, 20.0, 0.16, 0.48)
+        (80, 20.0, 0.21, 0.48)
         """
         size, items = len(words.live), np.concatenate([np.empty(0, int), *sequences])
         counts = np.bincount(items, minlength=size)
