@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoProcessor
 
-from m6rec import RecommendationPipeline
+from m6rec import RecommendationPipeline, SegmentCache
 from m6rec.onnx_model import MANIFEST, OnnxModel, export_onnx
 from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.commands.export import export
@@ -37,6 +38,8 @@ from m6rec.train.evaluation.reports import ranking_examples
 from m6rec.train.metrics.ranking import target_ranks
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import finetune
+from m6rec.train.runs.pruning import prune
+from m6rec.tuning import load_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "edge.json"
@@ -74,13 +77,34 @@ def student(teacher: str, output: Path, seed: int) -> dict[str, Any]:
 
 
 def pruned(teacher: str, start: Path, output: Path, seed: int) -> dict[str, Any]:
-    """The recipe that goes on from a student, until four fifths of all its weights are zero."""
+    """The recipe that goes on from a student, until four fifths of its trained weights are zero."""
     recipe = student(teacher, output, seed)
-    recipe["model"] = {"checkpoint": str(start), "attention": "eager", "item_embeddings": True}
+    recipe["model"] = {
+        **{"checkpoint": str(start), "attention": "eager"},
+        **{"freeze_segments": True, "item_embeddings": True},
+    }
     recipe["tuning"] = {"pruning": 0.8}
-    recipe["training"] |= {"num_train_epochs": 3, "lr_scheduler_type": "linear", "eval_strategy": "no"}
+    recipe["training"] |= {"num_train_epochs": 2, "lr_scheduler_type": "linear", "eval_strategy": "no"}
     recipe["training"] |= {"save_total_limit": 1}
     return recipe
+
+
+def prune_frozen(source: Path, target: Path) -> None:
+    """Save a student with four fifths of its frozen weights, token embeddings and segment layers, set to zero.
+
+    They were drawn and never trained, so that nothing has to adapt but the layers above, which are trained next.
+    """
+    model, processor = load_model(str(source), dtype="float32"), AutoProcessor.from_pretrained(source)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    prune(model, 0.8)
+    model.model.freeze_segments()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(before[name])
+    model.requires_grad_(True)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
 
 
 def main() -> None:
@@ -121,9 +145,10 @@ def trained(options: argparse.Namespace, kind: str, seed: int, more: list[str]) 
     """The folder of a student, or of a pruned student, which is trained unless it is there."""
     place = options.work / f"{kind}-{seed}"
     if not (place / "metrics.json").is_file():
-        start = options.work / f"student-{seed}"
         recipe = student(options.teacher, place, seed)
         if kind == "pruned":
+            start = options.work / f"start-{seed}"
+            prune_frozen(options.work / f"student-{seed}", start)
             recipe = pruned(options.teacher, start, place, seed)
         finetune(load_recipe(recipe, more))
     return place
@@ -157,12 +182,14 @@ class Test:
     def ndcg(self, model: Any, vectors: torch.Tensor, exit_layer: int | None) -> float:
         """NDCG@10 of a model by its user vectors and M x D item vectors."""
         rows, users = self.examples.rows, []
+        how: dict[str, Any] = {}
+        if not isinstance(model, OnnxModel):
+            how = {"exit_layer": exit_layer, "return_logits": False, "plan": "cached", "segment_cache": SegmentCache()}
         for start in range(0, len(rows), BATCH):
             batch = self.run.processor.pad([dict(row) for row in rows[start : start + BATCH]])
             given = {name: batch[name] for name in ("input_ids", "attention_mask", "item_embedding_ids")}
-            layer = {} if isinstance(model, OnnxModel) else {"exit_layer": exit_layer, "return_logits": False}
             with torch.no_grad():
-                found = model(**given, **layer).user_vectors
+                found = model(**given, **how).user_vectors
             known = (~found.isnan().any(-1)).sum(1) - 1
             users.append(found[torch.arange(len(found)), known])
         scores = (torch.cat(users) @ vectors.T).double().numpy()
