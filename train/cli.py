@@ -507,10 +507,12 @@ def _push(options: argparse.Namespace) -> None:
 
         push_demo(options.model, options.name, print, options.private, options.dry_run, options.token)
     if options.web:
+        from .commands.export import export
         from .publishing.space import push_page
 
-        own = {name: getattr(options, name) for name in ("private", "dry_run", "token", "runtime")}
-        push_page(options.model, options.name, print, **own)
+        write = partial(export, options.model, target="web", weights="int8", runtime=options.runtime)
+        own = {name: getattr(options, name) for name in ("private", "dry_run", "token")}
+        push_page(write, options.name, print, **own)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ...model_cards import find_secrets
-from ..commands.export import export
 from ..demo import event
 from .check import own_secrets
 
@@ -171,22 +170,18 @@ def push_demo(
         say(f"give {space} a secret HF_TOKEN that may read {name}, in its settings")
 
 
-def page_files(
-    folder: str | Path, name: str, place: Path, runtime: str | None, say: Callable[[str], object]
-) -> dict[str, str | Path]:
-    """Export the page of a model with 8-bit weights, and return the files of its Space: path -> file, or its text.
+def page_files(write: Callable[[Path], object], name: str, place: Path) -> dict[str, str | Path]:
+    """Write the page of a model, and return the files of its Space: path -> file, or its text.
 
     Args:
-        folder: The model's folder.
+        write: Writes the page into a folder.
         name: The model's name on the Hub.
-        place: Folder that is written.
-        runtime: A folder with the files of onnxruntime-web; None = npm downloads them.
-        say: Prints a line.
+        place: The folder.
 
     Raises:
-        ValueError: The model cannot be exported, or a text of its catalogue holds a secret.
+        ValueError: A text of the catalogue holds a secret.
     """
-    export(str(folder), place, "web", "int8", runtime=runtime, say=say)
+    write(place)
     known = [*own_secrets()]
     for path in (place / "model").glob("*.json"):
         if found := find_secrets(path.read_text(encoding="utf-8"), known):
@@ -196,39 +191,37 @@ def page_files(
 
 
 def push_page(
-    folder: str | Path,
+    write: Callable[[Path], object],
     name: str,
     say: Callable[[str], object],
     *,
     private: bool = False,
     dry_run: bool = False,
     token: str | None = None,
-    runtime: str | None = None,
 ) -> None:
     """Publish the static Space `NAME-web`, the page that recommends in a browser, in one commit.
 
     Args:
-        folder: The model's folder.
+        write: Writes the page into a folder.
         name: The model's name on the Hub, `org/name`.
         say: Prints a line.
         private: Make a Space that only its owners see.
         dry_run: Write the files into a temporary folder only.
         token: Token of the Hub. None: the one of `hf auth login` or HF_TOKEN.
-        runtime: A folder with the files of onnxruntime-web; None = npm downloads them.
 
     Raises:
-        ValueError: The model cannot be exported, or a text of its catalogue holds a secret.
+        ValueError: A text of the catalogue holds a secret.
         OSError: The Hub refuses the commit, or cannot be reached.
     """
     space = f"{name}-web"
     if dry_run:
         place = Path(tempfile.mkdtemp(prefix="m6rec-space-"))
-        card = page_files(folder, name, place, runtime, say)["README.md"]
+        card = page_files(write, name, place)["README.md"]
         (place / "README.md").write_text(str(card), encoding="utf-8", newline="\n")
         say(f"the files of the Space {space} lie in {place}")
         return
     with tempfile.TemporaryDirectory() as scratch:
-        files = page_files(folder, name, Path(scratch) / "page", runtime, say)
+        files = page_files(write, name, Path(scratch) / "page")
         url = _send(HfApi(token=token), space, files, private, "static", OF_PAGE)
     say(f"the page is published as {url}")
 

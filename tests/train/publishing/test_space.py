@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from m6rec import Evidence
 from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.cli import main
+from m6rec.train.commands.export import export
 from m6rec.train.demo.command import load_demo
 from m6rec.train.publishing.push import push
 from m6rec.train.publishing.space import CODE, REQUIREMENTS, push_demo, push_page, space_files, write_space
@@ -159,7 +161,7 @@ def test_a_page_is_pushed_as_a_static_space(counted, hub, capsys):  # noqa: F811
     space = hub.repositories["org/films-web"]
     old = {name: hub.keep(b"", False) for name in ("vendor/ort.wasm.min.mjs", "notes.md")}
     space.commit("main", {**space.files("main"), **old})
-    push_page(counted, "org/films", quiet)
+    push_page(partial(export, str(counted), target="web"), "org/films", quiet)
     assert hub.files("org/films-web").keys() - {".gitattributes"} == names | {"notes.md"}
 
 
@@ -169,5 +171,5 @@ def test_a_page_with_a_secret_is_not_pushed(films, hub):  # noqa: F811
     recommend.catalogue.add([{"item_id": "9", "title": "hf_" + "aB3" * 12}], recommend.model, recommend.processor)
     recommend.catalogue.save(films / "catalogue")
     with pytest.raises(ValueError, match=r"items\.json of the page holds .*: remove it"):
-        push_page(films, "org/films", quiet)
+        push_page(partial(export, str(films), target="web"), "org/films", quiet)
     assert not hub.repositories
