@@ -92,6 +92,7 @@ FETCH = "RUN python app.py --fetch\n"
 APP = '''"""Starts the demo: python app.py. With --fetch the model is downloaded only."""
 
 import json
+import os
 import sys
 from pathlib import Path
 

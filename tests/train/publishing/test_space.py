@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import uvicorn
 import yaml
 
 from m6rec import Evidence
@@ -83,6 +85,22 @@ def test_a_private_space_asks_for_a_secret(films, hub):  # noqa: F811
     said = []
     push_demo(films, "org/films", said.append, True, False, None)
     assert hub.repositories["org/films-demo"].private and "secret HF_TOKEN" in said[-1]
+
+
+def test_its_program_serves_the_model(films, tmp_path, monkeypatch):
+    space = write_space(space_files(films, "org/films"), tmp_path / "space")
+    settings = json.loads((space / "settings.json").read_text()) | {"model": str(films)}
+    (space / "settings.json").write_text(json.dumps(settings))
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.append((app, options)))
+    monkeypatch.syspath_prepend(str(space))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.delenv("PORT", raising=False)
+    runpy.run_path(str(space / "app.py"), run_name="__main__")
+    ((app, options),) = served
+    assert options["port"] == 7860 and options["host"] == "0.0.0.0" and app.title == "m6rec demo"
+    for name in [name for name in sys.modules if name.partition(".")[0] == CODE]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.slow
