@@ -68,8 +68,8 @@ def _cosines(words: Words, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the cosine of each pair of rows: P."""
     places, width = np.arange(len(first)), len(words.rarity)
     vectors = [words.vectors(Sparse(places, rows, np.ones(len(rows)))) for rows in (first, second)]
-    keys = [own.users * width + own.items for own in vectors]
-    common, one, other = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    keys, others = (own.users * width + own.items for own in vectors)
+    common, one, other = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
     return np.bincount(common // width, vectors[0].values[one] * vectors[1].values[other], len(first))
 
 
