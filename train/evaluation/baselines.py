@@ -201,10 +201,10 @@ class Ease:
         ValueError: There are too many histories and items.
     """
 
-    def __init__(self, sequences: Histories, num_items: int, strength: float) -> None:
+    def __init__(self, sequences: Sequence[Sequence[int] | np.ndarray], num_items: int, strength: float) -> None:
         refuse_large_ease(len(sequences), num_items)
         self.num_items, self.strength = num_items, strength
-        self._weights = self._readers = None
+        self._weights: np.ndarray | None = None
         if len(sequences) < num_items:
             self._invert_histories(sequences)
         else:
