@@ -87,8 +87,12 @@ class Running:
 
     def children(self) -> list[psutil.Process]:
         """Return the workers, if there are several."""
-        found = psutil.Process(self.process.pid).children()
-        return [child for child in found if "resource_tracker" not in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # killed, and not collected yet
+                if "resource_tracker" not in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def megabytes(self) -> float:
         """Return the resident memory of all processes."""
