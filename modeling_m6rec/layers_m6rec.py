@@ -127,10 +127,9 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     if torch.is_grad_enabled():  # in-place writes to parts of a tensor are slow to differentiate
         first, second = states.chunk(2, -1)
         return states * cos + torch.cat((-second, first), -1) * sin
-    turned = states * cos
-    (first, second), (of_first, of_second), (left, right) = (part.chunk(2, -1) for part in (states, sin, turned))
-    left.addcmul_(second, of_first, value=-1)
-    right.addcmul_(first, of_second)
+    half, turned = states.shape[-1] // 2, states * cos
+    turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
     return turned
 
 
@@ -273,7 +272,7 @@ class M6RecAttention(nn.Module):
         """Choose the function; `writes` = the queries are one token of each row that is written with a cache."""
         name = self.config._attn_implementation
         # An exported graph must accept all lengths. For a single query the library's function is the faster one.
-        short = not writes and key.shape[2] <= SHORT and not torch.compiler.is_exporting()
+        short = not torch.compiler.is_exporting() and not writes and key.shape[2] <= SHORT
         if short and name == "sdpa" and key.device.type == "cpu":
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)

@@ -155,6 +155,9 @@ class OnnxModel(M6RecPreTrainedModel):
         fingerprint: Fingerprint of the exported model.
     """
 
+    reads_sources = False
+    """Users are embedded from rows of ids."""
+
     def __init__(self, config: M6RecConfig, sessions: Mapping[str, Any], fingerprint: str = "") -> None:
         super().__init__(config)
         self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)  # gives device and number type

@@ -53,7 +53,7 @@ event contributed, invent a product and watch it enter.
 
 选择或输入历史，比较两种解读，查看每个事件的贡献，虚构一件商品并看它上榜。
 
-It was made by `m6rec push --demo`. A visitor's history stays in their tab; the Space keeps none.
+It was made by `m6rec push MODEL NAME --demo`. A visitor's history stays in their tab; the Space keeps none.
 """
 PAGE_CARD = """---
 title: {title}
@@ -72,7 +72,7 @@ short_description: Recommendations computed in your browser
 [{name}](https://huggingface.co/{name}) in a browser tab: model and catalogue are downloaded once, and everything is
 computed in the tab. 模型与商品目录只下载一次，全部计算在浏览器中完成。
 
-It was made by `m6rec push --web`. Nothing that a visitor does leaves the tab.
+It was made by `m6rec push MODEL NAME --web`. Nothing that a visitor does leaves the tab.
 """
 OF_PAGE = ("m6rec/", "model/", "vendor/")
 """Folders of a page, of which an earlier push may have left files."""
