@@ -52,8 +52,11 @@ class Connection:
 class Load:
     """What the clients have seen."""
 
-    def __init__(self, address: str, token: str, seed: int, pairs: float) -> None:
-        self.address, self.token, self.seed, self.pairs = address, token, seed, pairs
+    def __init__(self, address: str, token: str, **more: float) -> None:
+        self.address, self.token, self.seed = address, token, int(more.get("seed", 0))
+        self.pairs = more.get("pairs", float("inf"))
+        self.events, self.growth = int(more.get("events", 20)), max(1, int(more.get("growth", 1)))
+        self.unread = bool(more.get("unread", False))
         self.seconds: list[float] = []
         self.statuses: Counter[int] = Counter()
         self.stale = 0
@@ -68,18 +71,22 @@ class Load:
             raise SystemExit(f"{self.address} does not answer: {answer}")
         self.items = [row["item_id"] for row in answer["items"]]
 
-    async def client(self, number: int, events: int, until: float, rate: float) -> None:
+    def event(self, rng: random.Random) -> dict:
+        """Return an event of an item of the catalogue, or of a text that the service has never read."""
+        item = rng.choice(self.items)
+        return {"item": {"title": f"{item} {rng.getrandbits(64)}"} if self.unread else {"item_id": item}}
+
+    async def client(self, number: int, until: float, rate: float) -> None:
         """Ask until the time is over.
 
         Args:
             number: Number of the client.
-            events: Events of its history at the start.
             until: Time of `time.monotonic` of the end.
             rate: Requests a second of this client; 0 = as many as are answered.
         """
         rng, connection = random.Random(f"{self.seed} {number}"), Connection(self.address, self.token)
         user = f"load-{self.seed}-{number}"
-        history = [{"item": {"item_id": item}} for item in rng.choices(self.items, k=events)]
+        history = [self.event(rng) for _ in range(self.events)]
         if self.token:
             await connection.post("/events", [{"user_id": user, **event} for event in history]) if history else None
         due = time.monotonic() + (rng.random() / rate if rate else 0)
@@ -88,16 +95,17 @@ class Load:
             if rate:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 due += 1 / rate
-            item = rng.choice(self.items)
+            event = self.event(rng)
             if self.token:
-                if await self._timed(connection, "/events", {"user_id": user, "item": {"item_id": item}}) is None:
+                if await self._timed(connection, "/events", {"user_id": user, **event}) is None:
                     continue
                 # Only this item may be recommended, and the user has just seen it.
-                wishes = {"filter": {"item_id": item}, "exclude_seen": True}
+                wishes = {"filter": event["item"], "exclude_seen": True}
                 answer = await self._timed(connection, "/recommend", {"user_id": user, **wishes})
                 self.stale += answer is not None and bool(answer["items"])
             else:
-                history = [*history[-events:], {"item": {"item_id": item}}]
+                full = len(history) >= self.events + self.growth
+                history = [*(history[len(history) - self.events :] if full else history), event]
                 await self._timed(connection, "/recommend", {"history": history, "top_k": 10})
         connection.close()
 
@@ -135,12 +143,11 @@ class Load:
 
 async def run(address: str, clients: int, seconds: float, token: str, **more: float) -> dict:
     """Put load on a service; returns the report."""
-    load = Load(address, token, int(more.get("seed", 0)), more.get("pairs", float("inf")))
+    rate = more.pop("rate", 0.0) / clients
+    load = Load(address, token, **more)
     await load.find_items()
     begin = time.monotonic()
-    rate = more.get("rate", 0.0) / clients
-    events = int(more.get("events", 20))
-    await asyncio.gather(*[load.client(number, events, begin + seconds, rate) for number in range(clients)])
+    await asyncio.gather(*[load.client(number, begin + seconds, rate) for number in range(clients)])
     return load.report(time.monotonic() - begin)
 
 
@@ -152,12 +159,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--token", default="", help="write events, too, and count stale answers")
     parser.add_argument("--events", type=int, default=20, help="events of a history at the start")
+    parser.add_argument("--growth", type=int, default=1, help="events by which a history grows before it loses as many")
+    parser.add_argument("--unread", action="store_true", help="events are texts that the service has never read")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second of all clients; 0: closed loop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=float, default=float("inf"), help="end after so many rounds of all clients")
     given = parser.parse_args()
-    more = {"events": given.events, "rate": given.rate, "seed": given.seed, "pairs": given.pairs}
-    print(json.dumps(asyncio.run(run(given.address, given.clients, given.seconds, given.token, **more)), indent=1))
+    if given.token and given.unread:
+        parser.error("--unread with --token: whether an answer is stale is seen by the ids of items")
+    print(json.dumps(asyncio.run(run(**vars(given))), indent=1))
 
 
 if __name__ == "__main__":
