@@ -15,11 +15,12 @@ from m6rec.item_features_m6rec import WIDTH, Evidence, Reader, ReadTexts, Transi
 from m6rec.train.config.arguments import EvaluationArguments
 from m6rec.train.data.log import DataArguments, Log, read_log
 from m6rec.train.data.splits import hold_out
-from m6rec.train.evaluation.evidence import popularity
-from m6rec.train.evaluation.log_weights import NEAR, SECOND_BELOW, WIDE, LogFacts
+from m6rec.train.evaluation.evidence import LEARNT_BELOW, choose_evidence, popularity
+from m6rec.train.evaluation.evidence import Evidence as Untrained
+from m6rec.train.evaluation.log_weights import NEAR, SECOND_BELOW, WIDE, LogFacts, LogWeights
 from m6rec.train.evaluation.reports import RankingExamples, learnt_sequences, ranking_examples
 from m6rec.train.evaluation.tuning import falling
-from m6rec.train.metrics import ndcg_gains
+from m6rec.train.metrics import ndcg_gains, target_ranks
 from m6rec.train.rows.examples import RequestWriter
 
 COUNTS = (0, 100, 1000, 10_000, None)
@@ -90,25 +91,71 @@ class Cell(NamedTuple):
 
 def cells(name: str, data: Path, seeds: Sequence[int], known: Container[str] = ()) -> Iterator[tuple[str, Cell]]:
     """Rank events of a log: name of a cell (part, seed, number of counted events) and the cell, but for known names."""
+    places = {
+        (seed, part): {f"{part}_{seed}_{number_name(count)}": count for count in COUNTS}
+        for seed, part in itertools.product(seeds, ("valid", "test"))
+    }
+    missing = [place for place, names in places.items() if not all(cell in known for cell in names)]
+    catalogue = None
+    for draw in draws(name, data, missing):
+        catalogue = catalogue or Texts(Words.of(draw.texts), ReadTexts.of(Reader.of(None), draw.texts))
+        users = catalogue.compared(draw.examples)
+        for cell, count in places[draw.seed, draw.part].items():
+            if cell not in known and (count is None or count < draw.events):
+                yield cell, users.cell(drawn(draw.sequences, count, draw.seed))
+
+
+def number_name(count: int | None) -> str:
+    """Return the name of a number of counted events."""
+    return "all" if count is None else str(count)
+
+
+class Draw(NamedTuple):
+    """One draw of a part of a log."""
+
+    seed: int
+    part: str
+    texts: list[str]
+    examples: RankingExamples
+    sequences: list[np.ndarray]
+    """Items of each user's events that may be counted."""
+
+    @property
+    def events(self) -> int:
+        """Number of events that may be counted."""
+        return sum(map(len, self.sequences))
+
+
+def draws(name: str, data: Path, places: Sequence[tuple[int, str]]) -> Iterator[Draw]:
+    """Draw users of a log, and shuffle ties, for some seeds and parts."""
     protocol, read = LOGS[name]
     log = read(data)
     writer = RequestWriter(log)
     texts = [" ".join(text for field, text in item.items() if field != "item_id") for item in writer.items]
-    catalogue = Texts(Words.of(texts), ReadTexts.of(Reader.of(None), texts))
     arguments = EvaluationArguments(max_users=USERS)
     if protocol == "time":
         arguments = dataclasses.replace(arguments, protocol="time", validate="time")
-    for seed, part in itertools.product(seeds, ("valid", "test")):
-        names = {f"{part}_{seed}_{'all' if count is None else count}": count for count in COUNTS}
-        if all(cell in known for cell in names):
-            continue
+    for seed, part in places:
         split = hold_out(log.interactions, protocol, "time" if protocol == "time" else "stale", seed)
         examples = ranking_examples(writer, None, split, part, arguments, seed)
-        sequences = learnt_sequences(writer, split, part, arguments)
-        users = catalogue.compared(examples)
-        for cell, count in names.items():
-            if cell not in known and (count is None or count < sum(map(len, sequences))):
-                yield cell, users.cell(drawn(sequences, count, seed))
+        yield Draw(seed, part, texts, examples, learnt_sequences(writer, split, part, arguments))
+
+
+def fitted(name: str, data: Path, seeds: Sequence[int], weights: LogWeights) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Rank test events of a log by the evidence that `m6rec fit` chooses at small numbers of counted events.
+
+    Returns:
+        Number of counted events by name, seed, and NDCG@10 of each ranked event: U.
+    """
+    for draw in draws(name, data, [(seed, "test") for seed in seeds]):
+        histories = draw.examples.histories
+        for count in COUNTS[1:]:
+            if min(count or draw.events, draw.events) < LEARNT_BELOW and (count or 0) < draw.events:
+                sequences = drawn(draw.sequences, count, draw.seed)
+                choice = choose_evidence(draw.texts, sequences, True, draw.seed, weights)
+                scores = Untrained(draw.texts, sequences, choice.settings).scores(histories)
+                ranks = target_ranks(scores, draw.examples.targets, histories)
+                yield number_name(count), draw.seed, ndcg_gains(ranks, 10)
 
 
 def drawn(sequences: Sequence[np.ndarray], count: int | None, seed: int) -> list[np.ndarray]:

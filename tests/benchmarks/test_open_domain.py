@@ -1,5 +1,7 @@
 """The grid of the benchmark over several logs against scores of the package, and what is learnt from it."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -8,14 +10,14 @@ import pytest
 
 from m6rec.item_features_m6rec import Reader, ReadTexts, Words
 from m6rec.train.evaluation.evidence import Evidence, EvidenceSettings
-from m6rec.train.evaluation.log_weights import LogFacts
+from m6rec.train.evaluation.log_weights import LEARNT, LogFacts, LogWeights
 from m6rec.train.evaluation.reports import RankingExamples
 from m6rec.train.metrics import ndcg_gains, target_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _open_logs
 import open_domain
-from _open_logs import POPULARITY, RECENCIES, RULE, STRUCTURES, WORDS, Cell, Texts, drawn
+from _open_logs import POPULARITY, RECENCIES, RULE, STRUCTURES, WORDS, Cell, Draw, Texts, drawn
 
 
 @pytest.mark.parametrize("all_ranked", [0, 500], ids=["candidates", "all items"])
@@ -68,9 +70,40 @@ def test_what_several_logs_agree_on_is_learnt_and_kept():
                     table[name, count, part, seed] = Cell(facts, grid, fixed, 0.0)
     weights = open_domain.learnt(["a"], table)
     assert open_domain.place(weights, table["b", "100", "test", 0]) == best
-    found = open_domain.tested("b", table, weights)["events"]["all"]
+    chosen = {"100": [np.full(2, 0.5)] * 3}
+    events = open_domain.tested("b", table, weights, chosen)["events"]
+    assert events["100"]["ndcg@10"]["as m6rec fit chooses"] == 0.5 and events["100"]["fitted to rule"][0] == 0.25
+    found = events["all"]
+    assert found["fitted to rule"] is None
     assert found["ndcg@10"]["learnt over other logs"] == found["ndcg@10"]["tuned on own validation"] == 1
     assert found["difference"]["rule"] == [0.75, 0.75, 0.75] and found["difference"]["tuned on own validation"][0] == 0
+
+
+def test_what_a_fit_chooses_is_ranked_once_and_kept(monkeypatch, tmp_path):
+    """Series: the next item is certain, and no weights but those of order are of use; 20 events show it."""
+    sequences = [np.arange(start, start + 6) % 30 for start in range(30)]
+    histories, targets = [np.array([7]), np.array([20, 21])], np.array([8, 22])
+    examples = RankingExamples(["a", "b"], [], histories, targets, np.zeros(2, bool))
+    asked = []
+
+    def draws(name, data, places):
+        for seed, part in places:
+            asked.append((name, seed, part))
+            yield Draw(seed, part, [f"w{item}" for item in range(30)], examples, sequences)
+
+    monkeypatch.setattr(_open_logs, "draws", draws)
+    for _ in range(2):
+        found = open_domain.as_fitted("log", tmp_path, LEARNT, tmp_path)
+    assert {count: len(own) for count, own in found.items()} == {"100": 3, "all": 3}, "180 events: no 1,000"
+    assert (np.concatenate(found["all"]) == 1).all()
+    assert asked == [("log", seed, "test") for seed in open_domain.SEEDS]
+    open_domain.as_fitted("log", tmp_path, dataclasses.replace(LEARNT, words=0.1), tmp_path)
+    assert len(asked) == 6, "other weights are ranked again"
+
+
+def test_the_shipped_weights_are_those_of_the_stored_results():
+    shipped = json.loads(open_domain.RESULTS.read_text())["shipped"]
+    assert LogWeights(**shipped | {"recency": tuple(shipped["recency"])}) == LEARNT
 
 
 def test_a_cell_survives_its_file(tmp_path):

@@ -12,7 +12,7 @@ from ...item_features_m6rec import Evidence as Rule
 from ...item_features_m6rec import Reader, ReadTexts, Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
 from .baselines import LastItems
-from .log_weights import LEARNT, LogFacts
+from .log_weights import LEARNT, LogFacts, LogWeights
 from .reports import COMPARED_AT
 from .tuning import counted
 
@@ -288,20 +288,27 @@ LEARNT_BELOW = 20_000
 events better. With more they are tried like others: the log's own events then decide (docs/experiments.md)."""
 
 
-def learnt_settings(words: Words, sequences: Sequence[np.ndarray]) -> EvidenceSettings:
+def learnt_settings(words: Words, sequences: Sequence[np.ndarray], weights: LogWeights = LEARNT) -> EvidenceSettings:
     """Return the settings that other logs suggest for a log, by its facts.
 
     Args:
         words: Words of the M items.
         sequences: Items of each user's known events, in order, as rows of the catalogue.
+        weights: What was learnt over the other logs.
     """
     facts = LogFacts.of(words, sequences)
-    alike, popular = LEARNT.of(facts)
-    fields = {**LEARNT.structure(facts), "recency": LEARNT.recency}
+    alike, popular = weights.of(facts)
+    fields = {**weights.structure(facts), "recency": weights.recency}
     return EvidenceSettings(**fields, words=round(alike, 3), popularity=round(popular, 4))
 
 
-def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclude_seen: bool, seed: int = 0) -> Choice:
+def choose_evidence(
+    texts: Sequence[str],
+    sequences: Sequence[np.ndarray],
+    exclude_seen: bool,
+    seed: int = 0,
+    weights: LogWeights = LEARNT,
+) -> Choice:
     """Choose settings for a log: a default unless others are clearly better.
 
     The default of a log with fewer than `LEARNT_BELOW` events is what other logs suggest for it (`learnt_settings`) or
@@ -316,9 +323,10 @@ def choose_evidence(texts: Sequence[str], sequences: Sequence[np.ndarray], exclu
         sequences: Items of each user's known events, in order, as rows of the catalogue.
         exclude_seen: Leave out items that a user has met before.
         seed: Seed of the draw.
+        weights: What was learnt over other logs.
     """
     words = Words.of(texts)
-    learnt, rule = learnt_settings(words, sequences), EvidenceSettings()
+    learnt, rule = learnt_settings(words, sequences, weights), EvidenceSettings()
     is_small = sum(map(len, sequences)) < LEARNT_BELOW
     folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
     if not folds:

@@ -124,11 +124,11 @@ class LogWeights:
 
 
 LEARNT = LogWeights(
-    words=0.5,
-    likeness=0.25,
-    words_falling=0.5,
-    popularity=3.0,
-    ratio=1.0,
+    words=0.7,
+    likeness=0.75,
+    words_falling=0.3,
+    popularity=2.0,
+    ratio=0.5,
     popularity_falling=1.5,
     recency=falling(12, 0.8),
     near_from=8.0,

@@ -74,6 +74,8 @@ def test_a_small_log_takes_the_weights_of_other_logs_and_a_large_one_the_rule(mo
     found = choose_evidence(TEXTS, single, exclude_seen=True)
     assert found.settings == learnt and found.origin == "learnt over other logs" and found.events == 0
     assert learnt.steps == WIDE["steps"] and 0 < learnt.words < LEARNT.words and learnt.popularity > 0
+    other = dataclasses.replace(LEARNT, words=2 * LEARNT.words)
+    assert choose_evidence(TEXTS, single, exclude_seen=True, weights=other).settings.words > learnt.words
     monkeypatch.setattr(evidence, "LEARNT_BELOW", 5)
     found = choose_evidence(TEXTS, single, exclude_seen=True)
     assert found.settings == EvidenceSettings() and found.origin == "those of the rule"
