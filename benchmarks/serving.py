@@ -14,7 +14,8 @@ Parts, all of them unless `--parts` names some:
 - `loads`: `m6rec serve` under load from this process: 64 clients for `--seconds`, others for a tenth of that.
 - `unbatched`, `cold`: 64 clients without batches across requests; with texts that were never read before.
 - `kills`: workers, and each fourth time the whole service, are killed while events are written.
-- `pairs`: pairs of an event and an answer that must contain it, with four workers.
+- `pairs`: pairs of an event and an answer that must contain it, with four workers; each request has a connection of its
+  own, so that any worker may take it.
 
 The file of results is written after each load and each part, and keeps what it held: parts may be run one by one.
 """
@@ -53,11 +54,11 @@ class Results:
         """Add or replace figures, print them, and write the file with the summary of all."""
         self.found |= figures
         self.found |= summary(self.found)
-        print(json.dumps(figures), flush=True)
         if self.path is not None:
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.found, indent=1) + "\n")
             partial.replace(self.path)
+        print(json.dumps(figures), flush=True)
 
     def put_in(self, name: str, **figures: Any) -> None:
         """Add figures to a group."""
@@ -231,9 +232,11 @@ def measure_pairs(results: Results, given: argparse.Namespace) -> None:
     """Count the answers of four workers that lack the event before them."""
     with tempfile.TemporaryDirectory() as store, Running(given.model, f"{store}/events.sqlite", 4) as service:
         service.wait()
-        report = load(service, 16, float("inf"), token="secret", events=3, pairs=given.pairs)
+        before = [sum(worker.cpu_times()[:2]) for worker in service.children()]
+        report = load(service, 16, float("inf"), token="secret", events=3, pairs=given.pairs, reconnect=True)
+        seconds = [round(sum(own.cpu_times()[:2]) - was, 1) for own, was in zip(service.children(), before)]
         service.stop()
-    results.put(pairs={"workers": 4, "pairs": given.pairs, **report})
+    results.put(pairs={"workers": 4, "pairs": given.pairs, "processor_seconds": seconds, **report})
 
 
 PARTS = {

@@ -17,12 +17,13 @@ from collections import Counter
 
 
 class Connection:
-    """One keep-alive connection."""
+    """One keep-alive connection; with `once`, a new one for each request, which any worker may take."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, once: bool = False) -> None:
         parts = urllib.parse.urlsplit(address)
         self._place = parts.hostname or "127.0.0.1", parts.port or 80
         self._head = f"Host: {self._place[0]}\r\nContent-Type: application/json\r\n"
+        self._head += "Connection: close\r\n" if once else ""
         self._token = f"Authorization: Bearer {token}\r\n" if token else ""
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
@@ -56,7 +57,7 @@ class Load:
         self.address, self.token, self.seed = address, token, int(more.get("seed", 0))
         self.pairs = more.get("pairs", float("inf"))
         self.events, self.growth = int(more.get("events", 20)), max(1, int(more.get("growth", 1)))
-        self.unread = bool(more.get("unread", False))
+        self.unread, self.reconnect = bool(more.get("unread", False)), bool(more.get("reconnect", False))
         self.seconds: list[float] = []
         self.statuses: Counter[int] = Counter()
         self.stale = 0
@@ -84,7 +85,8 @@ class Load:
             until: Time of `time.monotonic` of the end.
             rate: Requests a second of this client; 0 = as many as are answered.
         """
-        rng, connection = random.Random(f"{self.seed} {number}"), Connection(self.address, self.token)
+        rng = random.Random(f"{self.seed} {number}")
+        connection = Connection(self.address, self.token, self.reconnect)
         user = f"load-{self.seed}-{number}"
         history = [self.event(rng) for _ in range(self.events)]
         if self.token:
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=20, help="events of a history at the start")
     parser.add_argument("--growth", type=int, default=1, help="events by which a history grows before it loses as many")
     parser.add_argument("--unread", action="store_true", help="events are texts that the service has never read")
+    parser.add_argument("--reconnect", action="store_true", help="each request by a connection of its own")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second of all clients; 0: closed loop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=float, default=float("inf"), help="end after so many rounds of all clients")

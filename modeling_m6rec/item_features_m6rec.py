@@ -220,6 +220,10 @@ class ItemFeature:
         """Make its part of the vectors of rows: users, B x E x width, and items, B x M x width."""
         raise NotImplementedError
 
+    def user_vectors(self, network: Network, items: Sequence[Sequence[tuple[int, ...]]]) -> torch.Tensor:
+        """Make its part of the vectors of users, B x width, from the ids of each one's items, [ITEM] ... [SEG]."""
+        raise NotImplementedError
+
     def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
         """Make its part of the vectors of standalone items: M x width."""
         raise NotImplementedError
@@ -454,6 +458,21 @@ class Tfidf(ItemFeature):
         own = (_pick(total, last) - _pick(total, first)) / (last - first).clamp_min(1)[..., None]
         return own, config.tfidf_weight * words
 
+    def user_vectors(self, network: Network, items: Sequence[Sequence[tuple[int, ...]]]) -> torch.Tensor:
+        """Make the mean TF-IDF vector of each user's last items."""
+        last, end = [own[-TFIDF_ITEMS:] for own in items], network.config.segment_token_id
+        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(ids for own in last for ids in own))}
+        words = [(token, number) for ids, number in numbers.items() for token in ids[1:] if token != end]
+        sketch = self.module(network)
+        device = sketch.rarity.device
+        tokens, texts = torch.tensor(words, dtype=torch.long, device=device).view(-1, 2).T
+        sketches = sketch(tokens, texts, len(numbers), torch.ones_like(tokens, dtype=torch.bool))
+        owners = torch.tensor([user for user, own in enumerate(last) for _ in own], dtype=torch.long, device=device)
+        places = torch.tensor([numbers[ids] for own in last for ids in own], dtype=torch.long, device=device)
+        total = sketches.new_zeros(len(items), sketches.shape[-1]).index_add(0, owners, sketches[places])
+        counts = torch.tensor([max(1, len(own)) for own in last], device=device)
+        return total / counts[:, None]
+
     def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
         """Make the TF-IDF vectors of standalone items.
 
@@ -496,6 +515,10 @@ class ColdItemBias(ItemFeature):
         """Return 1 for users, and the bias or 0 for items."""
         users = torch.ones_like(rows.users, dtype=torch.float32)[..., None]
         return users, self._of(network, rows.items, rows.embedding_ids)
+
+    def user_vectors(self, network: Network, items: Sequence[Sequence[tuple[int, ...]]]) -> torch.Tensor:
+        """Return 1 for each user."""
+        return torch.ones(len(items), 1, device=network.embed_kind.weight.device)
 
     def item_vectors(self, network: Network, items: LoneItems) -> torch.Tensor:
         """Return the bias for new items, 0 for all other items."""

@@ -548,7 +548,7 @@ Piece = tuple[tuple[int, ...], int]
 
 
 class KeptSources(NamedTuple):
-    """The tokens of B sources that are keys of the joint layers, n in the longest; see `kept_sources`."""
+    """The tokens of B sources that are keys of the joint layers, n in the longest."""
 
     tokens: torch.Tensor
     """5 x B x n: kind, event, position, row of item embeddings and index of the state; 0 where absent."""
@@ -560,8 +560,32 @@ class KeptSources(NamedTuple):
     """B x E, what `user_places` returns, as indices among `asked`."""
 
 
-def kept_sources(sources: Sequence[Sequence[Piece]], ends: Sequence[int], config: M6RecConfig) -> KeptSources:
-    """Make the layout of the tokens of sources that stay, from their segments.
+class ReadSource(NamedTuple):
+    """The tokens of a source that stay."""
+
+    tokens: list[list[int]]
+    """Of each token its kind, event, position, row of item embeddings and index of the state."""
+    asked: list[int]
+    """The tokens that `head_places` marks."""
+    users: list[int]
+    """The places of users, as indices among `asked`."""
+    counts: list[int]
+    """The number of tokens that stay of each segment."""
+    last: int
+    """The segment of the last place of a user."""
+
+    def without(self, count: int) -> "ReadSource":
+        """Leave out the first tokens, and the places among them; the last place of a user must not be among them."""
+        if not count:
+            return self
+        gone = sum(place < count for place in self.asked)
+        asked = [place - count for place in self.asked[gone:]]
+        users = [place - gone for place in self.users if place >= gone]
+        return self._replace(tokens=[field[count:] for field in self.tokens], asked=asked, users=users)
+
+
+def source_tokens(sources: Sequence[Sequence[Piece]], ends: Sequence[int], config: M6RecConfig) -> list[ReadSource]:
+    """Find the tokens of sources that stay, from their segments.
 
     This is what `layout`, `summary_keys`, `head_places` and `user_places` derive from the ids of rows that hold one
     source each and no target, but only tokens that stay are visited.
@@ -571,17 +595,20 @@ def kept_sources(sources: Sequence[Sequence[Piece]], ends: Sequence[int], config
         ends: Index of the last state of each segment of all rows.
         config: Gives ids, `segment_summary`, `skipped_kinds` and `joint_positions`.
     """
-    reader = _SourceReader(config)
-    last = iter(ends)
-    rows = [reader.read(pieces, last) for pieces in sources]
-    lengths = [len(tokens[0]) for tokens, _, _ in rows]
+    reader, last = _SourceReader(config), iter(ends)
+    return [reader.read(pieces, last) for pieces in sources]
+
+
+def kept_sources(rows: Sequence[ReadSource]) -> KeptSources:
+    """Make tensors of the tokens of sources."""
+    lengths = [len(row.tokens[0]) for row in rows]
     table = np.zeros((5, len(rows), max(lengths)), np.int64)
-    asked = np.full((len(rows), max(len(own) for _, own, _ in rows)), -1)
-    users = np.full((len(rows), max(len(own) for _, _, own in rows)), -1)
-    for number, (tokens, own, places) in enumerate(rows):
-        table[:, number, : lengths[number]] = tokens
-        asked[number, : len(own)] = own
-        users[number, : len(places)] = places
+    asked = np.full((len(rows), max(len(row.asked) for row in rows)), -1)
+    users = np.full((len(rows), max(len(row.users) for row in rows)), -1)
+    for number, row in enumerate(rows):
+        table[:, number, : lengths[number]] = row.tokens
+        asked[number, : len(row.asked)] = row.asked
+        users[number, : len(row.users)] = row.users
     columns = torch.from_numpy(asked)
     picked = Picked(columns.clamp_min(0), columns >= 0)
     return KeptSources(torch.from_numpy(table), lengths, picked, torch.from_numpy(users))
@@ -596,22 +623,25 @@ class _SourceReader:
         self._skipped = {KIND_NUMBER[kind] for kind in config.skipped_kinds or ()}
         self._summary, self._in_request = config.segment_summary, config.joint_positions == "request"
 
-    def read(self, pieces: Sequence[Piece], ends: Iterator[int]) -> tuple[list[list[int]], list[int], list[int]]:
-        """Return the five fields of the tokens that stay; the tokens to be asked; the places of users among these."""
+    def read(self, pieces: Sequence[Piece], ends: Iterator[int]) -> ReadSource:
+        """Read one source."""
         tokens: list[list[int]] = [[] for _ in range(5)]
         kinds, events, positions, memory, states = tokens
         asked: list[int] = []
         users: list[int] = []
-        start = event = met = group = 0
-        for (ids, row), end in zip(pieces, ends):
+        counts: list[int] = []
+        start = event = met = group = last = 0
+        for number, ((ids, row), end) in enumerate(zip(pieces, ends)):
             kind, length = self._numbers.get(ids[0], 0), len(ids)
             if kind == EVENT:
                 met += 1
                 event = met
             elif kind in CLOSES_EVENT:
                 event = 0
-            if kind not in self._skipped:
-                count = length if self._summary is None else min(length, self._summary)
+            skipped = kind in self._skipped
+            count = 0 if skipped else length if self._summary is None else min(length, self._summary)
+            counts.append(count)
+            if not skipped:
                 for place in range(length - count, length):
                     kinds.append(kind)
                     events.append(event)
@@ -623,10 +653,10 @@ class _SourceReader:
                     # The last one of each event, and of the head, which begins at [BOS'], is a place of a user.
                     if not users or event != group:
                         users.append(len(asked))
-                    users[-1], group = len(asked), event
+                    users[-1], group, last = len(asked), event, number
                     asked.append(len(kinds) - 1)
             start += length
-        return tokens, asked, users
+        return ReadSource(tokens, asked, users, counts, last)
 
 
 # ----------------------------------------------------------------------------------------------- where the heads read
@@ -770,6 +800,7 @@ __all__ = [
     "Payloads",
     "Picked",
     "Piece",
+    "ReadSource",
     "Rows",
     "SegmentKey",
     "attention_bias",
@@ -797,6 +828,7 @@ __all__ = [
     "row_starts",
     "segment_mask",
     "skipped",
+    "source_tokens",
     "standalone_layout",
     "summary_keys",
     "target_ends",

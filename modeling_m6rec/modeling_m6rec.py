@@ -76,7 +76,7 @@ from .network_m6rec import (
     library_arguments,
     one_cache,
 )
-from .segment_cache_m6rec import SegmentCache, active_adapters, digest_weights
+from .segment_cache_m6rec import SegmentCache, UserStates, active_adapters, digest_weights
 from .values_m6rec import IGNORE_INDEX, label_field, short
 
 # -------------------------------------------------------------------------------------------- checkpoints of adapters
@@ -626,7 +626,6 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             config.history_attention == "causal"
             and bool(config.num_segment_layers)
             and not config.local_layers
-            and not features_at("vectors", config)
             and not self.training
         )
 
@@ -636,6 +635,7 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
         segment_cache: SegmentCache,
         exit_layer: int | None = None,
         version: object | None = None,
+        user_states: UserStates | None = None,
     ) -> torch.Tensor:
         """Embed users, B x D, each after the last event of its source: the last `user_vectors` of `forward`.
 
@@ -647,11 +647,17 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             segment_cache: Cache of segment states.
             exit_layer: Number of joint layers to run; None = all.
             version: An object that stays the same while no weight and no setting changes; None = look at them.
+            user_states: Cache of histories; None = no cache.
         """
         (depth,) = self._exits(exit_layer, False, False)
-        states, count = self.model.read_sources(sources, segment_cache, depth, version)
+        states, count, last = self.model.read_sources(sources, segment_cache, depth, version, user_states)
         vectors = learnt_user_vectors(self, states)
-        return vectors[torch.arange(len(count), device=count.device), count - 1]
+        parts = [vectors[torch.arange(len(count), device=count.device), count - 1]]
+        if features := features_at("vectors", self.config):
+            opens = self.config.kind_token_ids["item"]
+            items = [[ids for ids, _ in own[: end + 1] if ids[0] == opens] for own, end in zip(sources, last)]
+            parts += [feature.user_vectors(self.model, items) for feature in features]
+        return torch.cat(parts, -1)
 
     def _texts(
         self,

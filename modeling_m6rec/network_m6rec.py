@@ -72,6 +72,7 @@ from .layout_m6rec import (
     pick,
     read_by_text,
     segment_mask,
+    source_tokens,
     standalone_layout,
     summary_keys,
 )
@@ -945,45 +946,58 @@ class M6RecModel(M6RecPreTrainedModel):
         return bank[torch.tensor(index, dtype=torch.long, device=bank.device)], counts
 
     def read_sources(
-        self, sources: Sequence[Sequence[Piece]], cache: SegmentCache, exit_layer: int, version: object | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        sources: Sequence[Sequence[Piece]],
+        cache: SegmentCache,
+        exit_layer: int,
+        version: object | None = None,
+        users: UserStates | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Run rows that hold one source each, with causal history, by the plan "cached".
 
         The states are those of `forward` at the places of users, but the work outside the layers grows with the number
         of segments instead of tokens.
 
         Args:
-            sources: For each row its segments, see `kept_sources`.
+            sources: For each row its segments, see `source_tokens`.
             cache: Cache of segment states.
             exit_layer: Number of joint layers to run.
             version: As of `StateTable.find`.
+            users: Cache of histories, of which only new tokens are then computed; None = no cache.
 
         Returns:
-            B x E x H joint states at the places of users, zero where absent; and B, the number of places.
+            B x E x H joint states at the places of users, zero where absent; B, the number of places; and for each row
+            the segment of the last place. With `users`, places whose tokens are not computed again are absent.
         """
         device = self.embed_kind.weight.device
         every = [ids for own in sources for ids, _ in own]
         table, ends = cache.table.find(self, every, partial(self.last_rows, cache=cache), version)
-        kept = kept_sources(sources, ends, self.config)
+        read = source_tokens(sources, ends, self.config)
+        past = None if users is None else users.find_sources(self, sources, read, exit_layer, version)
+        kept = kept_sources(read if past is None else past.rest(read))
         kind, event, position, memory, place = kept.tokens.to(device)
         states = table.index_select(0, place.flatten()).view(*place.shape, -1)
         states = self._enter(states, kind, event, memory)
-        columns, present, users = (field.to(device) for field in (*kept.asked, kept.users))
+        columns, present, places = (field.to(device) for field in (*kept.asked, kept.users))
         groups = _groups([(0, length) for length in kept.lengths])
         if len(groups) == 1:
             groups = [sorted(groups[0])]
-        found = states.new_zeros(*users.shape, states.shape[-1])
+        found = states.new_zeros(*places.shape, states.shape[-1])
         for rows in groups:
+            known, new = ([], None) if past is None else (past.shared(rows), DynamicCache())
             own = slice(None) if len(groups) == 1 else rows
             width, most = max(kept.lengths[row] for row in rows), int(present[own].sum(1).max())
             bias = states.new_full((width, width), torch.finfo(states.dtype).min).triu_(1)
             asked = Picked(columns[own, :most], present[own, :most])
             bias = bias.expand(len(rows), 1, -1, -1)
-            (read,) = self.joint_stage(
-                states[own, :width], position[own, :width], bias, [exit_layer], output_mask=asked
+            (joint,) = self.joint_stage(
+                states[own, :width], position[own, :width], bias, [exit_layer], known or None, 0, asked, key_cache=new
             )
-            found[own] = gather_or_zero(self.norm(read), users[own])
-        return found, (users >= 0).sum(1)
+            found[own] = gather_or_zero(self.norm(joint), places[own])
+            if past is not None and new is not None:
+                layers = cast(list[_FilledLayer], new.layers[self.config.num_segment_layers :])
+                past.keep(rows, [SharedKeys(layer.keys, layer.values, None) for layer in layers], 0)
+        return found, (places >= 0).sum(1), [row.last for row in read]
 
     @torch.compiler.disable
     def add_to_bank(self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor) -> torch.Tensor:

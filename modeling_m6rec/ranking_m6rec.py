@@ -131,7 +131,7 @@ class Scorer:
         version: object | None = None,
     ) -> None:
         self.model, self.processor, self.segment_cache, self.exit_layer = model, processor, segment_cache, exit_layer
-        self.version = version
+        self.version, self.user_states = version, user_states
         self.config = model.config
         self.kinds = self.config.kind_token_ids
         self._opener, self._kinds, self._text = self.config.bos_token_id, {*self.kinds.values()}, self.kinds["text"]
@@ -139,7 +139,7 @@ class Scorer:
         self.plan = {"plan": "cached", "segment_cache": segment_cache, "user_states": user_states}
         self.plan = {} if self.virtual else self.plan
         compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
-        self._by_segments = not (self.virtual or compiled or user_states is not None) and model.reads_sources
+        self._by_segments = not (self.virtual or compiled) and model.reads_sources
         """Whether users are embedded from the segments of their sources."""
 
     def check(self, task: str, confidence: Any) -> None:
@@ -220,7 +220,9 @@ class Scorer:
         opens, ends = ((index,) for index in (self.config.source_token_id, self.config.source_end_token_id))
         for part in _sorted_batches([each.source for each in encoded]):
             sources = [[(opens, 0), *encoded[row].pieces, (ends, 0)] for row in part]
-            vectors = self.model.embed_users(sources, self.segment_cache, self.exit_layer, self.version)
+            vectors = self.model.embed_users(
+                sources, self.segment_cache, self.exit_layer, self.version, self.user_states
+            )
             vectors = vectors.float().cpu()
             if not vectors.isfinite().all():
                 raise ValueError(BROKEN)

@@ -37,7 +37,7 @@ from transformers.utils import logging
 from .atomic_m6rec import atomic_file
 from .configuration_m6rec import OF_LIBRARY, ROLES, M6RecConfig
 from .layers_m6rec import SharedKeys, all_modules, inference_mode
-from .layout_m6rec import KIND_NUMBER, Rows, SegmentKey
+from .layout_m6rec import KIND_NUMBER, Piece, ReadSource, Rows, SegmentKey
 from .values_m6rec import SIMPLE
 
 # --------------------------------------------------------------------------------------------- segment states on disk
@@ -639,6 +639,7 @@ class UserStates:
         self._index: dict[int, CachedPrefix] = {}
         self._watch = Watch()
         self._identity: object | None = None
+        self._version: object | None = None
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -673,10 +674,50 @@ class UserStates:
         if config.history_attention != "causal" or torch.is_grad_enabled() or model.training:
             return None
         with self._lock:
-            if self._watch.changed(model, [cast(nn.Module, model)]) or self._identity is None:
-                self.clear()
-                self._identity = object()
-            return PrefixMatches(self, model, rows, self._identity)
+            self._notice(model, None)
+            reader = _RowReader(model, rows)
+            matches = PrefixMatches(self, self._identity, reader.prefixes)
+            matches.reused = reader.mark(matches.segments)
+            return matches
+
+    @torch.compiler.disable
+    def find_sources(
+        self,
+        model: Network,
+        sources: Sequence[Sequence[Piece]],
+        read: Sequence[ReadSource],
+        depth: int,
+        version: object | None = None,
+    ) -> "PrefixMatches | None":
+        """Find the cached prefixes of sources that are given by their segments; None if nothing may be kept.
+
+        Args:
+            model: The network, with causal history and without local layers.
+            sources: For each row its segments.
+            read: The tokens of each row that stay.
+            depth: Number of joint layers that are run.
+            version: As of `StateTable.find`.
+        """
+        if torch.is_grad_enabled() or model.training:
+            return None
+        now, last = (model.config.kind_token_ids["now"],), (model.config.source_end_token_id,)
+        prefixes = []
+        for pieces, own in zip(sources, read):
+            count = next(number for number, (ids, _) in enumerate(pieces) if ids[:1] in (now, last))
+            counts = own.counts
+            prefixes.append(_Prefix(depth, _piece_bytes(pieces[:count]), counts[:count], own.last, sum(counts)))
+        with self._lock:
+            self._notice(model, version)
+            return PrefixMatches(self, self._identity, prefixes)
+
+    def _notice(self, model: Network, version: object | None) -> None:
+        """Drop all histories if the model has changed since the last call."""
+        if version is not None and version is self._version and self._identity is not None:
+            return
+        if self._watch.changed(model, [cast(nn.Module, model)]) or self._identity is None:
+            self.clear()
+            self._identity = object()
+        self._version = self._version if version is None else version
 
     def longest(self, data: bytes, numbers: Sequence[int], ends: Sequence[int]) -> tuple[CachedPrefix | None, int]:
         """Find the longest cached prefix of `data`, and the number of its boundaries that the prefix spans.
@@ -726,68 +767,132 @@ def _written(payload: bytes) -> bytes:
     return np.array((-1, len(payload)), np.int64).tobytes() + payload if payload else b""
 
 
-class PrefixMatches:
-    """Cached prefixes of the sources of one batch.
+class _Prefix(NamedTuple):
+    """The part of a source before [NOW] and the source's end, by its segments."""
+
+    depth: int
+    """Number of joint layers that are run."""
+    pieces: list[bytes]
+    """For each segment the ids and rows of item embeddings of its tokens, and its other content."""
+    counts: list[int]
+    """For each segment the number of its positions in the joint layers."""
+    last: int
+    """The segment with the last place of a user vector: it is computed again, since its state may be needed."""
+    positions: int
+    """Number of positions of the whole source."""
+
+
+def _piece_bytes(pieces: Sequence[Piece]) -> list[bytes]:
+    """Return for each segment the ids of its tokens with their rows of item embeddings."""
+    offsets = [0, *accumulate(len(ids) for ids, _ in pieces)]
+    table = np.zeros((offsets[-1], 2), np.int64)
+    table[:, 0] = [token for ids, _ in pieces for token in ids]
+    table[np.array(offsets[1:], int) - 1, 1] = [row for _, row in pieces]
+    data, width = table.tobytes(), 2 * table.itemsize
+    return [data[start * width : end * width] for start, end in pairwise(offsets)]
+
+
+class _RowReader:
+    """Reads the prefixes of rows, and which tokens these are.
 
     Args:
-        store: The cache.
         model: The network.
-        rows: The rows of the batch.
-        identity: Key of the model in `store`.
+        rows: The rows.
 
     Attributes:
-        reused: B x T bool, tokens that need not be computed again.
+        prefixes: For each row its prefix; None where nothing may be reused or kept.
     """
 
-    def __init__(self, store: UserStates, model: Network, rows: Rows, identity: object) -> None:
-        self._store, self._identity = store, identity
+    def __init__(self, model: Network, rows: Rows) -> None:
         lay, ids = rows.lay, rows.input_ids
         memory = torch.full_like(ids, -1) if rows.item_embedding_ids is None else rows.item_embedding_ids
         ends = lay.source & ((lay.kind == KIND_NUMBER["now"]) | (ids == model.config.source_end_token_id))
         read = (lay.event > 0) | (lay.kind == KIND_NUMBER["user"]) | (ids == model.config.source_token_id)
         fields = torch.stack((ids, memory, lay.segment, ends.long(), read.long(), rows.keys.long())).cpu().numpy()
-        source, depth = lay.source.cpu().numpy(), rows.exits[-1]
+        source = lay.source.cpu().numpy()
         strange = rows.hidden | (lay.valid & (lay.target == 0) & ~lay.source)
         if model.config.writes_from_source or rows.text_only is not None:
             strange = strange | lay.text  # it attends to more of the source than is kept
         if model.config.local_layers and ids.shape[1] > (model.config.local_window or 0):
             strange = torch.ones_like(strange)  # what a token attends to moves on with it
         differs = strange.any(1).tolist()
-        reused = np.zeros(source.shape, bool)
-        self._rows: list[PrefixMatch | None] = []
-        for row, tokens in enumerate(map(np.flatnonzero, source)):
+        self._depth, self._shape, self._device = rows.exits[-1], source.shape, ids.device
+        self._tokens = [*map(np.flatnonzero, source)]
+        self._bounds: list[list[int]] = [[0] for _ in self._tokens]
+        self.prefixes: list[_Prefix | None] = []
+        for row, tokens in enumerate(self._tokens):
             payloads = rows.payloads[row] if rows.payloads else {}
-            found = None if differs[row] or not len(tokens) else self._read(fields[:, row, tokens], depth, payloads)
-            beginning, count = found or (None, 0)
-            self._rows.append(beginning)
-            reused[row, tokens[:count]] = True
-        self.reused = torch.from_numpy(reused).to(ids.device)
+            may = not differs[row] and len(tokens)
+            self.prefixes.append(self._read(row, fields[:, row, tokens], payloads) if may else None)
 
-    def _read(self, fields: np.ndarray, depth: int, payloads: Mapping[int, bytes]) -> tuple[PrefixMatch, int] | None:
-        """Look up a source, 6 x S `ids`, `memory`, `segment`, `ends`, `read` and `keys`; also return reused tokens."""
-        store, (segment, ends, read, keys) = self._store, fields[2:]
+    def _read(self, row: int, fields: np.ndarray, payloads: Mapping[int, bytes]) -> _Prefix | None:
+        """Read a source, 6 x S `ids`, `memory`, `segment`, `ends`, `read` and `keys`."""
+        segment, ends, read, keys = fields[2:]
         starts = np.flatnonzero(np.diff(segment, prepend=-1))
         length = int(ends.argmax()) if ends.any() else len(ends)
         starts = starts[starts < length]
         if not len(starts):
             return None
-        bounds = [*starts.tolist(), length]
+        self._bounds[row] = [*starts.tolist(), length]
         tokens, width = fields[:2, :length].T.tobytes(), 2 * fields.itemsize
-        number, numbers, pieces = depth, [], []
-        for start, end in pairwise(bounds):
-            pieces.append(tokens[start * width : end * width] + _written(payloads.get(int(segment[start]), b"")))
-            number = hash((number, pieces[-1]))
-            numbers.append(number)
-        data, offsets = b"".join(pieces), [*accumulate(map(len, pieces))]
-        # The last place of a user vector is computed again: the request may need the state there.
+        pieces = [
+            tokens[start * width : end * width] + _written(payloads.get(int(segment[start]), b""))
+            for start, end in pairwise(self._bounds[row])
+        ]
         last = int(np.flatnonzero(read[starts])[-1]) if read[starts].any() else len(starts)
-        known, count = store.longest(data, numbers, offsets[:last])
-        reused = int(keys[: bounds[count]].sum())
+        counts = np.add.reduceat(keys[:length], starts).tolist()
+        return _Prefix(self._depth, pieces, counts, last, int(keys.sum()))
+
+    def mark(self, segments: Sequence[int]) -> torch.Tensor:
+        """Mark the tokens of the first segments of each source: B x T bool."""
+        marked = np.zeros(self._shape, bool)
+        for row, (tokens, bounds, count) in enumerate(zip(self._tokens, self._bounds, segments)):
+            marked[row, tokens[: bounds[count]]] = True
+        return torch.from_numpy(marked).to(self._device)
+
+
+class PrefixMatches:
+    """Cached prefixes of the sources of one batch.
+
+    Args:
+        store: The cache.
+        identity: Key of the model in `store`.
+        prefixes: For each row its prefix; None where nothing may be reused or kept.
+
+    Attributes:
+        segments: For each row the number of segments that need not be computed again.
+        reused: B x T bool, the tokens of these segments, if the rows are given by tokens.
+    """
+
+    reused: torch.Tensor
+
+    def __init__(self, store: UserStates, identity: object, prefixes: Sequence[_Prefix | None]) -> None:
+        self._store, self._identity = store, identity
+        self._rows: list[PrefixMatch | None] = []
+        self.segments: list[int] = []
+        for prefix in prefixes:
+            match, count = (None, 0) if prefix is None else self._look_up(prefix)
+            self._rows.append(match)
+            self.segments.append(count)
+
+    def _look_up(self, prefix: _Prefix) -> tuple[PrefixMatch, int]:
+        """Look a prefix up; also return the number of its segments that are kept."""
+        store, number, numbers = self._store, prefix.depth, []
+        for piece in prefix.pieces:
+            number = hash((number, piece))
+            numbers.append(number)
+        data, offsets = b"".join(prefix.pieces), [*accumulate(map(len, prefix.pieces))]
+        known, count = store.longest(data, numbers, offsets[: prefix.last])
+        reused = sum(prefix.counts[:count])
         store.hits += known is not None
         store.misses += known is None
         store.positions_reused += reused
-        store.positions_run += int(keys.sum()) - reused
-        return PrefixMatch(data, numbers, int(keys[:length].sum()), known, reused), bounds[count]
+        store.positions_run += prefix.positions - reused
+        return PrefixMatch(data, numbers, sum(prefix.counts), known, reused), count
+
+    def rest(self, read: Sequence[ReadSource]) -> list[ReadSource]:
+        """Return what has to be computed of sources."""
+        return [own.without(match.reused) if match else own for own, match in zip(read, self._rows)]
 
     @torch.compiler.disable
     def shared(self, rows: Sequence[int]) -> list[SharedKeys]:

@@ -219,7 +219,7 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
     command.add_argument("--port", type=int, default=8000)
     command.add_argument("--workers", type=int, default=1, metavar="N", help="processes; they share the store")
-    command.add_argument("--threads", type=int, metavar="N", help="threads of a worker; default: the CPUs are shared")
+    command.add_argument("--threads", type=int, default=1, metavar="N", help="threads of a worker's matrix products")
     command.add_argument("--token", help="token of requests that write; default: M6REC_TOKEN")
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="most requests answered together")
     command.add_argument("--wait-ms", type=float, default=2.0, metavar="MS", help="a request waits so long for others")
@@ -455,14 +455,13 @@ def _serve(options: argparse.Namespace) -> None:
     from .serving.service import Settings
 
     _refuse_overrides(options)
-    names = ("batch_size", "wait_ms", "max_waiting", "timeout", "max_body", "max_events", "max_candidates")
+    names = ("batch_size", "wait_ms", "max_waiting", "timeout", "max_body", "max_events", "max_candidates", "threads")
     settings = Settings(
         model=options.model,
         store=options.store,
         token=options.token or os.environ.get(TOKEN, ""),
         user_states=options.user_states,
         retention_days=options.retention_days,
-        threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers)),
         **{name: getattr(options, name) for name in names},
     )
     if options.digest:

@@ -9,6 +9,7 @@ import torch
 
 from m6rec import Catalogue, RecommendationPipeline, SegmentCache, formatting_m6rec, segment_cache_m6rec
 from m6rec.layout_m6rec import gather_tokens, latest, pick
+from m6rec.segment_cache_m6rec import UserStates
 from m6rec.values_m6rec import KnownItem
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, build, processor
 
@@ -211,7 +212,23 @@ KINDS_OF_MODELS = {
         **{"num_item_embeddings": 0, "position_embedding_type": "learned"},
         **{"joint_positions": "segment", "skipped_kinds": ["age"]},
     },
+    "words of the last items": {"tfidf_weight": 0.5, "segment_summary": 1},
+    "words, new items, no verbs": {"tfidf_weight": 0.5, "cold_item_bias": 0.3, "skipped_kinds": ["event"]},
 }
+
+
+def build_read(**more):
+    """Build a model that knows how rare words are."""
+    model = build(**more)
+    if more.get("tfidf_weight"):
+        model.model.word_sketch.fit(processor().encode_items(ITEMS))
+    return model
+
+
+def sources_of(model, readings):
+    """Return the segments of readings with the beginning and the end of a source."""
+    first, last = ((index,) for index in (model.config.source_token_id, model.config.source_end_token_id))
+    return [[(first, 0), *each.pieces, (last, 0)] for each in readings]
 
 
 def slow_users(model, own, readings):
@@ -225,19 +242,76 @@ def slow_users(model, own, readings):
 @pytest.mark.parametrize("name", KINDS_OF_MODELS)
 @pytest.mark.parametrize("time", ["gap", "ago"])
 def test_users_read_by_segments_are_those_read_by_ids(name, time):
-    model, own, cache = build(**KINDS_OF_MODELS[name]), processor(time=time, max_length=90), SegmentCache()
+    model, own, cache = build_read(**KINDS_OF_MODELS[name]), processor(time=time, max_length=90), SegmentCache()
     assert model.reads_sources
     for requests in (WHO, WHO[:1], WHO[::-1], WHO[2:3] * 3):
         readings = own.read_many(requests, "retrieval")
-        sources = [
-            [((model.config.source_token_id,), 0), *each.pieces, ((model.config.source_end_token_id,), 0)]
-            for each in readings
-        ]
+        sources = sources_of(model, readings)
         assert [[index for ids, _ in own for index in ids] for own in sources] == [each.input_ids for each in readings]
         with torch.no_grad():
             found = [model.embed_users(sources, cache) for _ in range(2)]
         torch.testing.assert_close(found[0], slow_users(model, own, readings), rtol=0, atol=1e-6)
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
+def test_histories_read_by_segments_go_on_from_what_was_read(name):
+    model, own = build_read(**KINDS_OF_MODELS[name]), processor(max_length=400)
+    cache, users, version = SegmentCache(), UserStates(), object()
+    events = [{"event": "clicked", "item": ITEMS[place % len(ITEMS)]} for place in range(9)]
+
+    def ask(requests, version=version, users=users):
+        readings = own.read_many(requests, "retrieval")
+        with torch.no_grad():
+            found = model.embed_users(sources_of(model, readings), cache, None, version, users)
+        torch.testing.assert_close(found, slow_users(model, own, readings), rtol=0, atol=5e-6)
+
+    def batch(sizes):
+        return [{"user": f"man {user}", "history": events[:size], "now": "spring"} for user, size in enumerate(sizes)]
+
+    ask(batch([3, 0, 8]))
+    assert (users.hits, users.positions_reused) == (0, 0) and len(users) == 3
+    ask(batch([4, 1, 8, 2]))  # one more, the first, none more, and a new user
+    assert users.hits == 3 and len(users) == 4
+    ran = users.positions_run
+    ask(batch([5]))
+    assert users.positions_run - ran <= users.positions_reused // 2
+    ask(batch([7, 9, 2, 3]))
+    ask([{**batch([7])[0], "history": [*events[:3], *events[5:9]]}])  # another history with the same beginning
+    ask(WHO)
+    hits = users.hits
+    ask([batch([7, 9])[1]])
+    assert users.hits == hits + 1
+    users.clear()
+    ask(batch([5]))
+    assert users.hits == hits + 1
+
+
+def test_a_change_of_weights_is_noticed_by_kept_histories_read_by_segments_and_by_ids():
+    model, own, users, cache = build(segment_summary=1), processor(), UserStates(), SegmentCache()
+    request = {"history": [{"event": "clicked", "item": ITEMS[place]} for place in range(4)]}
+    reading = own.read_many([request], "retrieval")
+    batch = own.pad([{"input_ids": reading[0].input_ids, "item_embedding_ids": reading[0].item_embedding_ids}])
+
+    def ask(version):
+        found = model.embed_users(sources_of(model, reading), cache, None, version, users)
+        torch.testing.assert_close(found, slow_users(model, own, reading), rtol=0, atol=5e-6)
+
+    with torch.no_grad():
+        first, second = object(), object()
+        ask(first)
+        model(**batch, plan="cached", segment_cache=cache, user_states=users)
+        ask(first)
+        assert users.hits == 2  # by ids and by segments are one
+        model.model.norm.weight.mul_(1.5)
+        model.model.layers[-1].self_attn.k_proj.weight.mul_(1.5)
+        ask(second)
+        assert users.hits == 2
+        model.model.layers[-1].self_attn.k_proj.weight.mul_(1.5)
+        model(**batch, plan="cached", segment_cache=cache, user_states=users)
+        assert users.hits == 2
+        ask(object())
+        assert users.hits == 3
 
 
 def test_answers_of_users_read_by_segments_are_bitwise_those_read_by_ids(monkeypatch):
@@ -252,9 +326,7 @@ def test_answers_of_users_read_by_segments_are_bitwise_those_read_by_ids(monkeyp
     assert found == [slow(request, explain=True) for request in WHO]
 
 
-@pytest.mark.parametrize(
-    "more", [{"history_attention": "bidirectional"}, {"tfidf_weight": 0.3}, {"local_layers": [2], "local_window": 4}]
-)
+@pytest.mark.parametrize("more", [{"history_attention": "bidirectional"}, {"local_layers": [2], "local_window": 4}])
 def test_other_models_read_users_by_ids(more):
     assert not build(**more).reads_sources
 

@@ -95,7 +95,8 @@ def test_an_explained_answer_computes_one_layout_for_each_batch_of_rows(counter,
             counter.watch(module, "layout")
     counter.watch(network_m6rec.M6RecModel, "forward")
     recommend(REQUEST, task=task, explain=True)
-    assert len(counter.calls["layout"]) == len(counter.calls["forward"]) == 2
+    # The first of the two batches of task "retrieval" is read by the segments of the history.
+    assert len(counter.calls["layout"]) == len(counter.calls["forward"]) == (1 if task == "retrieval" else 2)
 
 
 @pytest.mark.parametrize("time", ["gap", "ago"])

@@ -1,7 +1,8 @@
 """Requests that arrive together are answered together.
 
-While a batch is being answered, the next one gathers. A batch begins as soon as the worker is free and either enough
-requests are waiting or the first has waited long enough. Waiting requests are bounded in number and time.
+While a batch is being answered, the next one gathers. A batch begins as soon as the worker is free and either as many
+requests are waiting as were answered before, or the first has waited long enough. Waiting requests are bounded in
+number and time.
 """
 
 import asyncio
@@ -44,7 +45,7 @@ class Batcher:
             raised where the value was given.
         executor: Executor of `work`.
         most: Largest number of values of a batch.
-        wait: Seconds that the first value of a batch waits for others.
+        wait: Seconds that the first value of a batch waits at most for others.
         room: Largest number of values that wait or are processed; more are refused by `Busy`.
         seen: Called with the size of each batch.
     """
@@ -62,6 +63,7 @@ class Batcher:
         self._seen = seen
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._pace = 0.0  # seconds of a value, a moving average
+        self._expected = most
         self.size = 0
         """Number of values that wait or are processed."""
         self._loop: asyncio.Task | None = None
@@ -108,6 +110,7 @@ class Batcher:
             if not batch:
                 continue
             self._seen(len(batch))
+            self._expected = len(batch)
             begin = time.monotonic()
             values = [entry.value for entry in batch]
             try:
@@ -125,13 +128,16 @@ class Batcher:
                     entry.result.set_result(result)
 
     async def _gather(self) -> list[_Waiting]:
-        """Wait for the first value, then for others; leave out those for which nobody waits any more."""
+        """Wait for the first value, then for others; leave out those for which nobody waits any more.
+
+        A batch waits for as many as were in the batch before: where values come one by one, none is waited for.
+        """
         batch = [await self._queue.get()]
         until = time.monotonic() + self._wait
         while len(batch) < self._most:
             if self._queue.empty():
                 left = until - time.monotonic()
-                if left <= 0:
+                if left <= 0 or len(batch) >= self._expected:
                     break
                 try:
                     batch.append(await asyncio.wait_for(self._queue.get(), left))

@@ -66,6 +66,31 @@ def test_the_first_waits_for_others():
     run(test, wait=10.0, most=3)
 
 
+def test_a_batch_waits_for_as_many_as_were_in_the_one_before():
+    async def test(batcher, work):
+        for values in (range(4), range(4, 8)):  # those of the second come one after the other
+            tasks = []
+            for value in values:
+                tasks.append(asyncio.create_task(batcher.submit(value, 30)))
+                await asyncio.sleep(0.01 if value >= 4 else 0)
+            await asyncio.gather(*tasks)
+        assert work.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    run(test, wait=10.0, most=4)
+
+
+def test_values_that_come_one_by_one_are_not_waited_for():
+    async def test(batcher, work):
+        for value in range(100, 140):
+            assert await batcher.submit(value, 30) == 2 * value
+        assert work.batches == [[value] for value in range(100, 140)]
+
+    async def whole(batcher, work):
+        await asyncio.wait_for(test(batcher, work), 30)  # 40 s if each waited
+
+    run(whole, wait=1.0)
+
+
 def test_an_error_goes_to_whom_it_belongs():
     async def test(batcher, work):
         found = await asyncio.gather(*[batcher.submit(value, 30) for value in (1, 13, 2)], return_exceptions=True)

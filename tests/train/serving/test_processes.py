@@ -28,7 +28,7 @@ def running(folder, store, workers):
 @pytest.mark.parametrize("pairs", some([100, 10_000], [100]))
 def test_every_answer_of_four_workers_contains_the_events_written_before_it(served, tmp_path, pairs):
     with running(served, tmp_path / "events.sqlite", 4) as service:
-        found = load(service, 16, 3600.0, token="secret", events=3, pairs=pairs)
+        found = load(service, 16, 3600.0, token="secret", events=3, pairs=pairs, reconnect=True)
     assert set(found["statuses"]) == {"200"} and found["stale"] == 0 and found["requests"] >= 2 * pairs
 
 

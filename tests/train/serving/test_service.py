@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from m6rec.train.answering.loading import load_pipeline
+from m6rec.train.cli import main
+from m6rec.train.serving import command
 from m6rec.train.serving.app import make_app
 from m6rec.train.serving.service import Settings, has_wide_joint_layers
 from tests.fast import examples, some
@@ -292,6 +294,14 @@ def test_nothing_of_a_deleted_user_stays(served, tmp_path):
         assert (await client.post("/recommend", {"user_id": "ann", "top_k": 3}))["items"]
 
     check(served, tmp_path, test, user_states=True)
+
+
+@pytest.mark.parametrize(("words", "threads"), [([], 1), (["--threads", "3"], 3)])
+def test_a_worker_computes_with_one_thread_unless_it_is_given_more(monkeypatch, words, threads):
+    found = []
+    monkeypatch.setattr(command, "serve", lambda settings, *_: found.append(settings.threads))
+    assert main(["serve", "a-model", *words]) == 0
+    assert found == [threads]
 
 
 def test_states_of_histories_are_kept_where_joint_layers_are_wide_or_users_are_read_by_ids():
