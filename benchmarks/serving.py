@@ -11,7 +11,8 @@ Parts, all of them unless `--parts` names some:
   ratio of their medians is the result.
 - `wide`: an untrained model with two joint layers 384 wide over the products of `--items` (a table with `item_id` and
   `title`, such as the 12,101 products of Amazon Beauty), whose texts are cached.
-- `loads`: `m6rec serve` under load from this process: 64 clients for `--seconds`, others for a tenth of that.
+- `rate`: `m6rec serve` with 100 requests a second from this process, for a tenth of `--seconds`.
+- `loads`: with 64 clients for `--seconds`; with 200, and with 64 that write events, for a tenth of that.
 - `unbatched`, `cold`: 64 clients without batches across requests; with texts that were never read before.
 - `kills`: workers, and each fourth time the whole service, are killed while events are written.
 - `pairs`: pairs of an event and an answer that must contain it, with four workers; each request has a connection of its
@@ -193,11 +194,15 @@ def measure_wide(results: Results, given: argparse.Namespace) -> None:
     under_load(results, folder, {"wide model, histories that grow": growing})
 
 
+def measure_rate(results: Results, given: argparse.Namespace) -> None:
+    """Measure a fixed rate."""
+    under_load(results, given.model, {"100 a second": {"clients": 16, "seconds": given.seconds / 10, "rate": 100}})
+
+
 def measure_loads(results: Results, given: argparse.Namespace) -> None:
-    """Measure a fixed rate, saturation, answers after events, and overload."""
+    """Measure saturation, answers after events, and overload."""
     tenth = given.seconds / 10
     loads: dict[str, dict[str, Any]] = {
-        "100 a second": {"clients": 16, "seconds": tenth, "rate": 100},
         "64 clients": {"clients": 64, "seconds": given.seconds},
         "64 clients, event then answer": {"clients": 64, "seconds": tenth, "token": "secret"},
         "200 clients": {"clients": 200, "seconds": tenth},
@@ -243,6 +248,7 @@ PARTS = {
     "stages": measure_stages,
     "against": measure_against,
     "wide": measure_wide,
+    "rate": measure_rate,
     "loads": measure_loads,
     "unbatched": measure_unbatched,
     "cold": measure_cold,
