@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTED = 180
+STARTED = 600
 """Seconds within which a service must start."""
 
 spec = importlib.util.spec_from_file_location("load_test", ROOT / "examples" / "load_test.py")

@@ -839,9 +839,10 @@ class _RowReader:
             tokens[start * width : end * width] + _written(payloads.get(int(segment[start]), b""))
             for start, end in pairwise(self._bounds[row])
         ]
-        last = int(np.flatnonzero(read[starts])[-1]) if read[starts].any() else len(starts)
-        counts = np.add.reduceat(keys[:length], starts).tolist()
-        return _Prefix(self._depth, pieces, counts, last, int(keys.sum()))
+        counts = np.add.reduceat(keys[:length], starts)
+        places = np.flatnonzero((read[starts] > 0) & (counts > 0))  # a segment of `skipped_kinds` is none
+        last = int(places[-1]) if len(places) else len(starts)
+        return _Prefix(self._depth, pieces, counts.tolist(), last, int(keys.sum()))
 
     def mark(self, segments: Sequence[int]) -> torch.Tensor:
         """Mark the tokens of the first segments of each source: B x T bool."""

