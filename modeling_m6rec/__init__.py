@@ -19,7 +19,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .catalogue_m6rec import Catalogue
-    from .item_features_m6rec import Evidence
+    from .item_features_m6rec import Evidence, ItemWeights
     from .pipeline_m6rec import RecommendationPipeline
     from .processing_m6rec import M6RecProcessor
     from .ranking_m6rec import Guard
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LAZY = {
     "Catalogue": "m6rec.catalogue_m6rec",
     "Evidence": "m6rec.item_features_m6rec",
+    "ItemWeights": "m6rec.item_features_m6rec",
     "Guard": "m6rec.ranking_m6rec",
     "M6RecDataCollator": "m6rec.train.rows.collator",
     "M6RecProcessor": "m6rec.processing_m6rec",
@@ -94,6 +95,7 @@ __all__ = [
     "Catalogue",
     "Evidence",
     "Guard",
+    "ItemWeights",
     "M6RecConfig",
     "M6RecDataCollator",
     "M6RecForRecommendation",

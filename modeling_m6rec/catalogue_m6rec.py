@@ -41,6 +41,7 @@ from .item_features_m6rec import (
     EventLog,
     Evidence,
     Histories,
+    ItemWeights,
     Reader,
     ReadTexts,
     Sparse,
@@ -199,6 +200,8 @@ class KeptEvidence:
     log: EventLog
     reading: ReadTexts | None = None
     """One row for each item; None = evidence does not compare texts."""
+    linear: ItemWeights | None = None
+    """Weights of the linear model by number; None = there are none."""
 
 
 def write_catalogue(
@@ -481,6 +484,9 @@ def _write_evidence(evidence: KeptEvidence, fresh: Path) -> None:
     if evidence.reading is not None:
         tensors |= {"token_starts": evidence.reading.starts, "token_columns": evidence.reading.columns}
         evidence.reading.reader.save(fresh / READER_FILE)
+    if evidence.linear is not None:
+        linear = evidence.linear
+        tensors |= {"linear_starts": linear.starts, "linear_columns": linear.columns, "linear_values": linear.values}
     save_file({name: torch.from_numpy(np.ascontiguousarray(own)) for name, own in tensors.items()}, fresh / EVIDENCE)
     pyarrow, events = _arrow(), log.events
     ids = {number: user for user, number in log.numbers.items()}
@@ -538,7 +544,24 @@ def _read_evidence(files: Mapping[str, BufferedReader], folder: Path, manifest: 
     transitions = replace(counted.adding(Counts(keys, totals), len(names), end), met=met)
     known = {word: number for number, word in enumerate(vocabulary)}
     words = Words(known, starts, columns, np.ones(manifest["count"], bool))
-    return KeptEvidence(words, transitions, names, log, _read_reading(files, folder, found, rule, words.live))
+    reading = _read_reading(files, folder, found, rule, words.live)
+    return KeptEvidence(words, transitions, names, log, reading, _read_linear(path, found, rule, len(names)))
+
+
+def _read_linear(path: Path, found: Mapping[str, np.ndarray], rule: Evidence, count: int) -> ItemWeights | None:
+    """Read the weights of the linear model, if there are any."""
+    if "linear_starts" not in found and not rule.linear:
+        return None
+    try:
+        starts, columns = (_column_of(found[f"linear_{name}"], "i8") for name in ("starts", "columns"))
+        values = _column_of(found["linear_values"], "f4")
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    fits = 1 <= len(starts) <= count + 1 and starts[0] == 0 and starts[-1] == len(columns) == len(values)
+    fits = fits and bool((np.diff(starts) >= 0).all() and ((columns >= 0) & (columns < count)).all())
+    if not (fits and np.isfinite(values).all()):
+        raise _damaged(path, "its linear_starts, linear_columns and linear_values do not fit the rest")
+    return ItemWeights(starts, columns, values)
 
 
 def _read_reading(
@@ -1070,6 +1093,8 @@ class Counted:
     """M, row of each of these items, -1 = not in the catalogue."""
     reading: ReadTexts | None = None
     """One row for each row of the catalogue; None = texts are not compared."""
+    linear: ItemWeights | None = None
+    """Weights of the linear model by number; None = there are none."""
 
     @classmethod
     def of(cls, rule: Evidence, ids: Sequence[str], texts: Sequence[str], reader: Reader | None) -> "Counted":
@@ -1087,7 +1112,7 @@ class Counted:
         names = list(kept.names)
         rows = np.array([places.get(name, -1) for name in names], np.int64)
         numbers = {name: number for number, name in enumerate(names)}
-        own = cls(kept.words, kept.transitions, names, numbers, rows, kept.reading)
+        own = cls(kept.words, kept.transitions, names, numbers, rows, kept.reading, kept.linear)
         new, every = own.numbering(ids)  # files of other origin may lack some
         new.rows[every] = np.arange(len(ids))
         return new
@@ -1149,11 +1174,14 @@ class Counted:
         )
 
     def _after(self, known: Sparse) -> Sparse:
-        """Score rows by transitions, for users with these weighted items by number."""
+        """Score rows by transitions, re-visits and the linear model, for users with these weighted items by number."""
         after = self.transitions.after(known if self.rule.transitions else known.known(0))
         several = [after._replace(values=self.rule.transitions * after.values)]
         if self.rule.again:
             several.append(known._replace(values=self.rule.again * known.values))
+        if self.rule.linear and self.linear is not None:
+            followed = self.linear.follow(known, len(self.rows))
+            several.append(followed._replace(values=self.rule.linear * followed.values))
         users, numbers, values = (np.concatenate(parts) for parts in zip(*several))
         here = self.rows[numbers] >= 0
         return Sparse.of(users[here], self.rows[numbers[here]], values[here], max(len(self.words.live), 1))
@@ -1266,7 +1294,7 @@ class UserEvidence:
     """The terms that evidence adds to the scores of rows for one user."""
 
     after: Support
-    """By transitions, of all rows where they are not 0."""
+    """By transitions, re-visits and the linear model, of all rows where they are not 0."""
     counted: Counted | None = None
     """The evidence of all rows."""
     words: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -1285,9 +1313,9 @@ class UserEvidence:
 
     @cached_property
     def most(self) -> float:
-        """Upper bound of all terms."""
+        """Upper bound of the absolute values of all terms."""
         read = float(np.linalg.norm(self.reading))
-        return max(float(self.after.scores.max(initial=0.0)) + self._bound(self.words, self.weights), read)
+        return max(float(np.abs(self.after.scores).max(initial=0.0)) + self._bound(self.words, self.weights), read)
 
     def support(self, most: float) -> tuple[Support, float]:
         """Find rows by transitions and by the user's rarest words.
@@ -1661,6 +1689,9 @@ class CatalogueView:
             digest.update(numbers.astype("<i8").tobytes())
         if counted.reading is not None:
             digest.update(counted.reading.reader.digest.encode())
+        if counted.linear is not None:
+            for own in (counted.linear.starts, counted.linear.columns, counted.linear.values):
+                digest.update(own.tobytes())
         return digest.hexdigest()
 
     def _of_users(self, histories: Sequence[Sequence[Any]] | None, count: int) -> list[UserEvidence]:
@@ -1717,7 +1748,7 @@ class EvidenceScores(NamedTuple):
     words: np.ndarray
     """E x M, by each of E events."""
     transitions: np.ndarray
-    """E x M, by each of E events; `again` is included."""
+    """E x M, by each of E events; `again` and `linear` are included."""
     texts: np.ndarray
     """E x M, by each of E events."""
     popularity: np.ndarray
@@ -2142,7 +2173,11 @@ class Catalogue(CatalogueView):
     # ------------------------------------------------------------------------------------------------------- evidence
 
     def set_evidence(
-        self, evidence: Evidence | None, processor: Any = None, reader: Reader | str | Path | None = None
+        self,
+        evidence: Evidence | None,
+        processor: Any = None,
+        reader: Reader | str | Path | None = None,
+        item_weights: ItemWeights | None = None,
     ) -> None:
         """Enable evidence, change its settings, or disable it.
 
@@ -2156,10 +2191,13 @@ class Catalogue(CatalogueView):
                 texts.
             reader: The reader that compares texts, if `texts` of the evidence is above 0, or its file; None = the
                 catalogue's own, else the package's.
+            item_weights: Weights of a linear model, with a row and a column for each item of the catalogue, in its
+                order; they are required if `linear` of the evidence is above 0 and the catalogue has none. None = the
+                catalogue's own.
 
         Raises:
-            ValueError: If `learnt` is above 0 without vectors, the processor is missing, or events to count again are
-                missing.
+            ValueError: If `learnt` is above 0 without vectors, `linear` is above 0 without item weights, the processor
+                is missing, or events to count again are missing.
         """
         with self._lock:
             state = self._state
@@ -2171,20 +2209,17 @@ class Catalogue(CatalogueView):
                     self._home.journal = None
                 self._state, self._log = replace(state, counted=None), None
                 return
-            if evidence.learnt and not state.share and state.count:
-                raise ValueError(
-                    f"learnt={evidence.learnt}, but the catalogue has no vectors, since learnt was 0: call "
-                    f"encode(model, processor, learnt={evidence.learnt}), which makes them"
-                )
+            _check_parts(evidence, state, item_weights)
             if state.counted is None:
                 state = _compacted(state)
                 texts = item_texts(processor, state.items[: state.count])
                 own = Reader.of(reader) if evidence.texts else None
                 counted = Counted.of(evidence, state.ids[: state.count], texts, own)
+                counted = _weighted(counted, state, item_weights)
                 self._log, self._state = EventLog(evidence), replace(state, counted=counted)
                 return
             counted, log = self._ruled(evidence), self._evidence_log()
-            counted = self._reading(counted, processor, reader)
+            counted = _weighted(self._reading(counted, processor, reader), state, item_weights)
             if evidence.counting != state.counted.rule.counting:
                 if not log.is_complete:
                     raise ValueError(
@@ -2409,6 +2444,7 @@ class Catalogue(CatalogueView):
             counted.names[: len(counted.rows)],
             self._evidence_log(),
             counted.reading,
+            counted.linear,
         )
         write(evidence=kept)
         if home is not None and home.journal is not None:
@@ -2455,6 +2491,34 @@ class Catalogue(CatalogueView):
                 logger.warning_once(f"the catalogue in {directory} is searched exactly: {error}")
                 catalogue._state = replace(catalogue._state, wanted=wanted)
         return catalogue
+
+
+def _check_parts(evidence: Evidence, state: State, item_weights: ItemWeights | None) -> None:
+    """Raise an error if evidence weights what a catalogue does not have."""
+    if evidence.learnt and not state.share and state.count:
+        raise ValueError(
+            f"learnt={evidence.learnt}, but the catalogue has no vectors, since learnt was 0: call "
+            f"encode(model, processor, learnt={evidence.learnt}), which makes them"
+        )
+    if evidence.linear and item_weights is None and (state.counted is None or state.counted.linear is None):
+        raise ValueError(
+            f"linear={evidence.linear}, but the catalogue has no weights between items: give item_weights, or set "
+            "linear=0"
+        )
+
+
+def _weighted(counted: Counted, state: State, item_weights: ItemWeights | None) -> Counted:
+    """Return evidence with the weights of a linear model, whose rows are the items of a catalogue in their order."""
+    if item_weights is None:
+        return counted
+    ids = [state.ids[row] for row in state.live_rows()]
+    if item_weights.num_items != len(ids):
+        raise ValueError(
+            f"item_weights has {item_weights.num_items:,} rows, and the catalogue {len(ids):,} items: give a row for "
+            "each item, in the order of the catalogue"
+        )
+    numbers = np.array([counted.numbers[item_id] for item_id in ids], np.int64)
+    return replace(counted, linear=item_weights.numbered(numbers))
 
 
 @dataclass

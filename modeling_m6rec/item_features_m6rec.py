@@ -592,10 +592,11 @@ class Evidence:
     """Settings of a catalogue's ranking by counted events and words, in addition to the learnt score.
 
     The score of item j is `learnt` times the cosine of the user's and the item's vector, plus a sum over the user's
-    last items i, where the k-th last has the weight `recency[k]`, of four terms: `words` times the cosine of the
+    last items i, where the k-th last has the weight `recency[k]`, of these terms: `words` times the cosine of the
     TF-IDF vectors of i and j, and 1 + `unseen` times that if j has no events; `texts` times the cosine of their vectors
-    by a static reader; `transitions` times P(i, j) + `second` (P P)(i, j); and `again` if j is i; plus `popularity`
-    times log(1 + events of j), scaled to 1 for the most frequent item. Texts of the user that name no item are compared
+    by a static reader; `transitions` times P(i, j) + `second` (P P)(i, j); `again` if j is i; and `linear` times the
+    weight B(i, j) of a linear model of histories (`ItemWeights`); plus `popularity` times log(1 + events of j), scaled
+    to 1 for the most frequent item. Texts of the user that name no item are compared
     with j by `words` and `texts` as well: what the user searched for or wrote, with the weight `queries` times
     `recency[k]` after k later items and texts, and what the user is, with the weight `profile`. Here
 
@@ -616,6 +617,7 @@ class Evidence:
         transitions: Weight of transitions.
         popularity: Weight of popularity, equal for all users.
         again: Weight of the user's own last items, if known items may be recommended again.
+        linear: Weight of a linear model between items; above 0, the catalogue has its `ItemWeights`.
         queries: Weight of a text of the history, such as a search, relative to an item of the same age.
         profile: Weight of the description of the user, and of facts, relative to the last item.
         recency: Weights of a history's last items, the last one first; earlier items have no weight.
@@ -634,6 +636,7 @@ class Evidence:
     transitions: float = 1.0
     popularity: float = 0.0
     again: float = 0.0
+    linear: float = 0.0
     queries: float = 1.0
     profile: float = 0.3
     recency: tuple[float, ...] = (1.0, 0.6, 0.4, 0.3, 0.2)
@@ -1013,6 +1016,66 @@ class Transitions:
             owner, column = np.divmod(found.keys, self.num_items)
             total = found.totals
         return Sparse.of(users[owner], column, weights[owner] * (total * self.unit), self.num_items)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemWeights:
+    """Weights between items of a linear model of histories: a sparse M x M table by rows.
+
+    An item's score is the sum of its weights in the rows of a history's items. They are learnt, as the network's are:
+    counting further events does not change them.
+
+    Source: EASE (Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019), with few weights of each row.
+
+    Attributes:
+        starts: M + 1, places of each row's entries.
+        columns: Item of each entry; those of one row ascend.
+        values: Weight of each entry, float32; weights may be negative.
+
+    >>> ItemWeights.of_rows(np.array([[1], [0], [0]]), np.float32([[0.5], [0.25], [-0.5]])).follow(
+    ...     Sparse(np.array([0, 0]), np.array([0, 2]), np.array([1.0, 0.5])), 3).dense(1, 3).tolist()
+    [[-0.25, 0.5, 0.0]]
+    """
+
+    starts: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of_rows(cls, columns: np.ndarray, values: np.ndarray) -> "ItemWeights":
+        """Make weights from the columns and values of M rows with equally many entries each: M x E; 0 = no entry."""
+        order = np.argsort(columns, axis=1)
+        columns, values = (np.take_along_axis(own, order, 1) for own in (columns, values))
+        kept = values != 0
+        starts = np.concatenate(([0], np.cumsum(kept.sum(1))))
+        return cls(starts, columns[kept].astype(np.int64), values[kept].astype(np.float32))
+
+    @property
+    def num_items(self) -> int:
+        """M."""
+        return len(self.starts) - 1
+
+    def follow(self, shares: Sparse, width: int) -> Sparse:
+        """Multiply weights of users at items with the table; items are below `width`, those from M on have no row."""
+        known = shares.known(self.num_items)
+        low, high = self.starts[known.items], self.starts[known.items + 1]
+        parts = [NOTHING]
+        for part in known.groups(high - low):
+            lengths = (high - low)[part]
+            places = _stretches(low[part], lengths)
+            users, weights = (np.repeat(own[part], lengths) for own in (known.users, known.values))
+            parts.append(Sparse.of(users, self.columns[places], weights * self.values[places], width))
+        return Sparse(*(np.concatenate(own) for own in zip(*parts)))
+
+    def numbered(self, numbers: np.ndarray) -> "ItemWeights":
+        """Return the weights with other, distinct numbers of the M items."""
+        size = int(numbers.max(initial=-1)) + 1
+        lengths = np.zeros(size, np.int64)
+        lengths[numbers] = np.diff(self.starts)
+        rows = np.repeat(numbers, np.diff(self.starts))
+        columns = numbers[self.columns]
+        order = np.lexsort((columns, rows))
+        return ItemWeights(np.concatenate(([0], np.cumsum(lengths))), columns[order], self.values[order])
 
 
 class EventLog:

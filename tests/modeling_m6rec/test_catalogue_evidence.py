@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import types
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save
 
 from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
 from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, TEXTS_ONLY, Past
-from m6rec.item_features_m6rec import Evidence, Postings, Reader
+from m6rec.item_features_m6rec import Evidence, ItemWeights, Postings, Reader
 from tests.fast import examples
 from tests.modeling_m6rec.conversion.backbones import own_tokenizer
 from tests.modeling_m6rec.faults import finish, fork
@@ -58,9 +59,25 @@ def embedded(monkeypatch):
     monkeypatch.setattr(catalogue_m6rec, "embed", embed)
 
 
+LINEAR = np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)
+LINEAR[np.random.default_rng(2).random((6, 6)) < 0.3] = 0
+"""Weights of a linear model from each of the first six items to each of them; they stay when items go and come."""
+
+
 def make(count=10, rule=RULE):
     items = [item(number) for number in range(count)]
-    return Catalogue.from_dataset(items, MODEL, PROCESSOR, evidence=rule, reader=READER)
+    without = rule and replace(rule, linear=0.0)
+    catalogue = Catalogue.from_dataset(items, MODEL, PROCESSOR, evidence=without, reader=READER)
+    if rule and rule.linear:
+        catalogue.set_evidence(rule, item_weights=weights(count))
+    return catalogue
+
+
+def weights(count):
+    """`LINEAR` for a catalogue of `count` items, in the order of their numbers."""
+    table = np.zeros((count, count), np.float32)
+    table[:6, :6] = LINEAR[:count, :count]
+    return ItemWeights.of_rows(np.tile(np.arange(count), (count, 1)), table)
 
 
 def users(count=3, seed=0):
@@ -130,6 +147,9 @@ def slow_weights(rule, history):
         yield past, {"item": recency, "query": rule.queries * recency, "profile": rule.profile}[past.kind]
 
 
+NUMBERS = {f"i{number}": number for number in range(6)}
+
+
 def slow_scores(rule, items, events, user, history):
     """All scores by dense matrices; `items` by id."""
     texts = [each["title"] for each in items.values()]
@@ -151,6 +171,8 @@ def slow_scores(rule, items, events, user, history):
             words = rule.words if met[names.index(name)] else rule.words * (1 + rule.unseen)
             score += weight * words * float(read(text or "") @ read(own["title"]))
             score += weight * rule.texts * float(read_static(text or "") @ read_static(own["title"]))
+            if {past.item_id, name} <= {*NUMBERS}:
+                score += weight * rule.linear * float(LINEAR[NUMBERS[past.item_id], NUMBERS[name]])
             if past.item_id in names:
                 score += weight * follows[names.index(past.item_id), names.index(name)]
         scores[name] = score
@@ -174,7 +196,9 @@ RULES = [
     Evidence(learnt=0.2, words=0.0, texts=0.7, queries=0.6, profile=1.5),
     Evidence(learnt=0.0, texts=0.4, popularity=0.1),
     Evidence(learnt=0.5, unseen=0.7),
+    Evidence(learnt=0.2, linear=0.8, again=0.3),
 ]
+NAMES = ["rule", "untrained", "decay", "other", "texts", "both", "unseen", "linear"]
 number = st.integers(0, 12)
 batch = st.lists(st.tuples(st.sampled_from("abc"), number, st.integers(0, 200)), max_size=5)
 titled = st.lists(st.tuples(number, st.sampled_from(TITLES)), max_size=3, unique_by=lambda own: own[0])
@@ -200,7 +224,7 @@ SIZES = {"EXTRA": [0, 16], "MORE": [0, 96], "EXACT_SHARE": [1, 0.3], "POSTINGS":
 
 
 @pytest.mark.parametrize("kind", [None, "flat"])
-@pytest.mark.parametrize("rule", RULES, ids=["rule", "untrained", "decay", "other", "texts", "both", "unseen"])
+@pytest.mark.parametrize("rule", RULES, ids=NAMES)
 @settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_searches_are_those_of_dense_matrices(kind, rule, data, tmp_path_factory):
@@ -404,9 +428,9 @@ def test_an_untrained_catalogue_gets_vectors_later():
     assert catalogue.search(users(), 5, histories=[["i0"]] * 3) == expected.search(users(), 5, histories=[["i0"]] * 3)
 
 
-@pytest.mark.parametrize("texts", [0.0, 0.6])
-def test_evidence_scores_sum_to_what_search_adds(texts):
-    catalogue = make(rule=Evidence(learnt=0, popularity=0.5, again=0.3, texts=texts))
+@pytest.mark.parametrize(("texts", "linear"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.7)])
+def test_evidence_scores_sum_to_what_search_adds(texts, linear):
+    catalogue = make(rule=Evidence(learnt=0, popularity=0.5, again=0.3, texts=texts, linear=linear))
     catalogue.observe([event(user, number, number) for user in "abc" for number in range(3)])
     history = ["i0", Past(None, "tea pot"), "i2", Past("gone", "red"), "i1", "i2", "i0"]
     history = [Past(None, "a red tea", "profile"), *history[:5], Past(None, "a hat", "query"), *history[5:]]
@@ -441,6 +465,27 @@ def test_texts_are_switched_on_and_off(tmp_path):
     assert catalogue._state.counted.reading is None
     catalogue.save(tmp_path / "plain")
     assert not (tmp_path / "plain" / "reader.safetensors").exists()
+
+
+def test_weights_of_a_linear_model_are_learnt_elsewhere(tmp_path):
+    catalogue, rule = make(6, Evidence(learnt=0)), Evidence(learnt=0, transitions=0, words=0, linear=2.0)
+    with pytest.raises(ValueError, match="no weights between items: give item_weights, or set linear=0"):
+        catalogue.set_evidence(rule)
+    with pytest.raises(ValueError, match="item_weights has 5 rows, and the catalogue 6 items"):
+        catalogue.set_evidence(rule, item_weights=weights(5))
+    before = catalogue.evidence_digest()
+    catalogue.set_evidence(rule, item_weights=weights(6))
+    found = catalogue.search(top_k=6, histories=[["i1", "i4"]])
+    expected = 2 * (LINEAR[4].astype(float) + 0.6 * LINEAR[1].astype(float))
+    assert dict(found[0]) == pytest.approx({f"i{number}": own for number, own in enumerate(expected)}, abs=1e-7)
+    catalogue.set_evidence(replace(rule, linear=1.0))  # they stay, and events do not change them
+    catalogue.set_evidence(rule)
+    catalogue.observe([event("a", 1, 1), event("a", 5, 2)])
+    assert catalogue.search(top_k=6, histories=[["i1", "i4"]]) == found
+    digest = catalogue.evidence_digest()
+    assert digest != before
+    catalogue.set_evidence(rule, item_weights=ItemWeights.of_rows(np.arange(6)[:, None], np.ones((6, 1))))
+    assert catalogue.evidence_digest() != digest
 
 
 # ---------------------------------------------------------------------------------------------------- without a model
@@ -691,6 +736,28 @@ def test_forged_events_are_refused(tmp_path, column):
         forge(tmp_path / "catalogue", EVENTS, sink.getvalue().to_pybytes())
         with pytest.raises(ValueError, match=f"{EVENTS} is damaged"):
             Catalogue.load(tmp_path / "catalogue")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("linear_starts", lambda own: own.flip(0)),
+        ("linear_starts", lambda own: own[:0]),
+        ("linear_columns", lambda own: own + 1000),
+        ("linear_columns", lambda own: own.float()),
+        ("linear_values", lambda own: own[1:]),
+        ("linear_values", lambda own: own * float("nan")),
+        ("linear_values", None),
+    ],
+)
+def test_forged_item_weights_are_refused(tmp_path, tensor, value):
+    make(rule=Evidence(learnt=0.5, linear=1.0)).save(tmp_path / "catalogue")
+    tensors = load_file(tmp_path / "catalogue" / EVIDENCE)
+    changed = {} if value is None else {tensor: value(tensors[tensor]).contiguous()}
+    tensors = {name: own for name, own in tensors.items() if name != tensor} | changed
+    forge(tmp_path / "catalogue", EVIDENCE, save(tensors))
+    with pytest.raises(ValueError, match=f"{EVIDENCE} is damaged"):
+        Catalogue.load(tmp_path / "catalogue")
 
 
 @pytest.mark.parametrize("wrong", [{"words": -1}, {"unknown": 1}, {"steps": []}])

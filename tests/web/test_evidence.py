@@ -1,5 +1,6 @@
 """The page ranks by what a catalogue has counted exactly as the pipeline does, with or without the model."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from m6rec import Catalogue, Evidence, RecommendationPipeline
+from m6rec import Catalogue, Evidence, ItemWeights, RecommendationPipeline
 from m6rec.train.commands.export import export
 from m6rec.train.commands.page_evidence import Packed, evidence_files
 from tests.modeling_m6rec.shop import ITEMS
@@ -21,12 +22,19 @@ EVENTS = [
     if (user + step * step) % 9 != 2  # i2 has no events, i8 is not in the catalogue
 ]
 WHOLE = Evidence(learnt=0, popularity=0.1, again=0.2, unseen=0.5, half_life=5000.0)
+LINEAR = Evidence(learnt=0, again=0.3, linear=0.8)
 PLAIN = Evidence(learnt=0, words=0, second=0, recency=(1.0,))
 NEW = {"title": "a steel tent", "category": "outdoor"}
 
 
 def recommender(rule):
-    catalogue = Catalogue.from_dataset(ITEMS, MODEL, PROCESSOR, progress=False, evidence=rule)
+    catalogue = Catalogue.from_dataset(
+        ITEMS, MODEL, PROCESSOR, progress=False, evidence=dataclasses.replace(rule, linear=0.0)
+    )
+    if rule.linear:
+        table = np.random.default_rng(0).normal(size=(len(ITEMS), 3))
+        columns = [np.random.default_rng(row).permutation(len(ITEMS))[:3] for row in range(len(ITEMS))]
+        catalogue.set_evidence(rule, item_weights=ItemWeights.of_rows(np.array(columns), table))
     catalogue.observe(EVENTS)
     catalogue.remove(["i7"])  # rows of later items get other numbers, and i7 stays counted
     return RecommendationPipeline(model=MODEL, processor=PROCESSOR, device="cpu", catalogue=catalogue)
@@ -81,7 +89,7 @@ def compared(recommend, page, tmp_path, bound):
     same(scored([found["after"]])[0], recommend(requests()[0], top_k=9), bound)
 
 
-@pytest.mark.parametrize("rule", [WHOLE, PLAIN], ids=["whole", "plain"])
+@pytest.mark.parametrize("rule", [WHOLE, PLAIN, LINEAR], ids=["whole", "plain", "linear"])
 def test_a_page_without_a_model_ranks_by_evidence_as_the_pipeline(rule, tmp_path):
     recommend = recommender(rule)
     said = []
@@ -118,6 +126,7 @@ def test_arrays_are_small_and_exact():
         "small": np.array([3, 255]),
         "large": np.array([1 << 20]),
         "none": np.empty(0),
+        "single": np.float32([0.1, -0.7]),
     }
     for name, values in given.items():
         packed.put(name, values)
@@ -125,7 +134,7 @@ def test_arrays_are_small_and_exact():
     kinds = {name: places[name]["type"] for name in places}
     assert kinds == {
         **{"few.table": "float64", "few.places": "uint8", "many": "float64"},
-        **{"small": "uint8", "large": "uint32", "none": "float64"},
+        **{"small": "uint8", "large": "uint32", "none": "float64", "single": "float32"},
     }
     for place in places.values():
         assert place["start"] % 8 == 0

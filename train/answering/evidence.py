@@ -1,6 +1,7 @@
 """The evidence that a fit has chosen: what its folder says of it, and the catalogue that answers by it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,15 @@ def count_log(
         model: The model in whose folder the catalogue will be; it is not read.
         processor: Its processor.
     """
-    catalogue = Catalogue.from_dataset(items, model, PlainWording(processor), evidence=settings.catalogue_rule)
+    rule, events = settings.catalogue_rule, log_events(recipe, log)
+    without = replace(rule, linear=0.0)
+    catalogue = Catalogue.from_dataset(items, model, PlainWording(processor), evidence=without)
     catalogue.set_exclude_seen(recipe.evaluation.exclude_seen)
-    catalogue.observe(log_events(recipe, log))
+    catalogue.observe(events)
+    if settings.linear:
+        rows = pandas.Series({item_id: row for row, item_id in enumerate(catalogue.snapshot())})
+        sequences = [own.to_numpy() for _, own in events["item_id"].map(rows).groupby(events["user_id"], sort=False)]
+        catalogue.set_evidence(rule, item_weights=settings.item_weights(sequences, len(rows)))
     return catalogue
 
 

@@ -1,7 +1,7 @@
 """`m6rec fit`: fits the best recommender to two tables, within a time limit.
 
-First evidence, within seconds: transitions, words, popularity. Then a network, which is kept, with or without the
-evidence, only if it is better on validation.
+First evidence, within seconds: transitions, words, popularity, a linear model. Then a network, which is kept, with or
+without the evidence, only if it is better on validation.
 
 m6rec fit events.csv items.csv runs/shop
 """
@@ -337,7 +337,7 @@ def add_cosine(catalogue: Catalogue, folder: Path, share: float) -> None:
     """
     loaded = load_pipeline(str(folder))
     if share == NETWORK_ONLY:
-        none: dict[str, Any] = dict.fromkeys(("words", "texts", "transitions", "popularity", "again"), 0.0)
+        none: dict[str, Any] = dict.fromkeys(("words", "texts", "transitions", "popularity", "again", "linear"), 0.0)
         assert catalogue.evidence is not None
         catalogue.set_evidence(dataclasses.replace(catalogue.evidence, **none))
     learnt = 1.0 if share == NETWORK_ONLY else share

@@ -32,12 +32,15 @@ class Packed:
 
         Args:
             name: The name.
-            values: Whole numbers of at least 0, which get the narrowest type; or fractions, as float64, or as places in
-                a table of the different ones if that is smaller.
+            values: Whole numbers of at least 0, which get the narrowest type; or fractions: those of float32 as they
+                are, others as float64, or as places in a table of the different ones if that is smaller.
         """
         if values.dtype.kind in "iu":
             most = int(values.max(initial=0))
             self._append(name, next(kind for kind in WHOLE if most <= np.iinfo(kind).max), values)
+            return
+        if values.dtype == np.float32:
+            self._append(name, "float32", values)
             return
         table, places = np.unique(values, return_inverse=True)
         if len(table) <= FEW and len(table) < len(values) / 2:
@@ -79,6 +82,12 @@ def evidence_files(counted: Counted) -> tuple[dict[str, Any], bytes, list[str]]:
     arrays.put("pair_totals", totals * transitions.unit)
     arrays.put("out", np.maximum(transitions.out * transitions.unit, 1) ** rule.out_power)
     arrays.put("into", np.maximum(transitions.into * transitions.unit, 1) ** rule.in_power)
+    if rule.linear and counted.linear is not None:
+        linear = counted.linear
+        places = np.minimum(np.arange(count + 1), linear.num_items)
+        arrays.put("linear_starts", linear.starts[places])
+        arrays.put("linear_items", linear.columns)
+        arrays.put("linear_values", linear.values)
     arrays.put("popular", counted.popular)
     arrays.put("word_weights", counted.word_weights(np.arange(len(words.live))))
     arrays.put("word_starts", words.starts)

@@ -308,7 +308,8 @@ def weighed(rule: Any, weight: float) -> Any:
         weight: 0 = evidence alone, 1 = the learnt part alone, `BOTH` = the settings as they are.
     """
     learnt, others = factors(weight)
-    terms = {name: others * getattr(rule, name) for name in ("words", "texts", "transitions", "popularity", "again")}
+    names = ("words", "texts", "transitions", "popularity", "again", "linear")
+    terms = {name: others * getattr(rule, name) for name in names}
     return replace(rule, learnt=learnt * rule.learnt, **terms)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ...item_features_m6rec import WIDTH, Evidence, Sparse, Transitions, Words, recent
+from ...item_features_m6rec import WIDTH, Evidence, ItemWeights, Sparse, Transitions, Words, recent
 from ...values_m6rec import WORD
 
 TABLED = 16_384
@@ -21,6 +21,14 @@ ROWS_AT_ONCE = 1024
 """Number of rows of a table computed together."""
 EASE_ITEMS = 25_000
 """Side of the largest square table that EASE computes; its matrices then take 7.5 GB."""
+EASE_QUICK = 5_000
+"""Maximum number of items, or of histories, for which EASE is quick: its time is cubic in the smaller one."""
+EASE_CELLS = 25_000 * EASE_QUICK
+"""Maximum size of its table then, the smaller number times the number of items: 500 MB."""
+STRENGTHS = (300.0, 100.0, 30.0, 1000.0)
+"""Ridge penalties of EASE that are tried; the first is the default."""
+ENTRIES = 200
+"""Weights of an item that a catalogue keeps of EASE."""
 
 Histories = Iterable[Sequence[int] | np.ndarray]
 
@@ -204,17 +212,17 @@ class Ease:
     def __init__(self, sequences: Sequence[Sequence[int] | np.ndarray], num_items: int, strength: float) -> None:
         refuse_large_ease(len(sequences), num_items)
         self.num_items, self.strength = num_items, strength
-        self._weights: np.ndarray | None = None
+        self._weights: torch.Tensor | None = None
         if len(sequences) < num_items:
             self._invert_histories(sequences)
         else:
             weights = _ridge_inverse(met_together(sequences, num_items), strength)
             weights /= -weights.diagonal().clone()
             weights.fill_diagonal_(0)
-            self._weights = weights.numpy()
+            self._weights = weights
 
     def _invert_histories(self, sequences: Histories) -> None:
-        """Prepare the scores from the inverse for histories, K = (X X' + strength)^-1, with X of N x M."""
+        """Prepare the weights from the inverse for histories, K = (X X' + strength)^-1, with X of N x M."""
         rows = [np.unique(np.asarray(sequence, dtype=int)) for sequence in sequences]
         owners = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
         items = np.concatenate([np.empty(0, dtype=int), *rows])
@@ -222,27 +230,60 @@ class Ease:
         starts = np.searchsorted(items[order], np.arange(self.num_items + 1))
         self._readers = np.split(owners[order], starts[1:-1])
         inverse = _ridge_inverse(met_together(self._readers, len(rows)), self.strength)
-        self._loads = functional.embedding_bag(
+        loads = functional.embedding_bag(
             torch.from_numpy(owners[order]), inverse, torch.from_numpy(starts[:-1]), mode="sum"
         )
-        """K X, transposed: M x N."""
         own = torch.zeros(self.num_items)
-        own.index_add_(0, torch.from_numpy(items), self._loads[torch.from_numpy(items), torch.from_numpy(owners)])
+        own.index_add_(0, torch.from_numpy(items), loads[torch.from_numpy(items), torch.from_numpy(owners)])
         self._scale = 1 - own
+        self._loads = loads.T.contiguous()
+        """K X: N x M."""
+
+    def rows(self, items: np.ndarray) -> torch.Tensor:
+        """Return the weights from each of D items to all items: D x M in float32."""
+        places = torch.from_numpy(items)
+        if self._weights is not None:
+            return self._weights[places]
+        readers = [self._readers[item] for item in items.tolist()]
+        starts = np.cumsum([0, *map(len, readers)])[:-1]
+        flat = torch.from_numpy(np.concatenate([np.empty(0, dtype=int), *readers]))
+        found = functional.embedding_bag(flat, self._loads, torch.from_numpy(starts), mode="sum") / self._scale
+        found[torch.arange(len(items)), places] = 0  # without self-weights
+        return found
 
     def scores(self, histories: Histories) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         distinct = [np.unique(np.asarray(history, dtype=int)) for history in histories]
+        owners = np.repeat(np.arange(len(distinct)), [len(own) for own in distinct])
+        items = np.concatenate([np.empty(0, dtype=int), *distinct])
+        return self.weighed(Sparse(owners, items, np.ones(len(items))), len(distinct))
+
+    def weighed(self, shares: Sparse, count: int) -> np.ndarray:
+        """Score all items for `count` users with these weighted items: U x M in float32."""
+        owners, items, weights = (torch.from_numpy(own) for own in shares)
+        loads = torch.zeros(count, self.num_items)
+        loads[owners, items] = weights.float()
         if self._weights is not None:
-            return summed_rows(self._weights, [(items, np.ones(len(items))) for items in distinct])
-        shared = np.zeros((len(distinct), self._loads.shape[1]), dtype=np.float32)
-        for user, items in enumerate(distinct):
-            met = np.concatenate([np.empty(0, dtype=int), *(self._readers[item] for item in items)])
-            shared[user] = np.bincount(met, minlength=shared.shape[1])
-        found = (torch.from_numpy(shared) @ self._loads.T) / self._scale
-        for user, items in enumerate(distinct):  # without self-weights
-            found[user, items] += 1 - 1 / self._scale[items]
-        return found.numpy()
+            return (loads @ self._weights).numpy()
+        found = (self._shared(shares, count) @ self._loads) / self._scale
+        return (found + loads * (1 - 1 / self._scale)).numpy()  # without self-weights
+
+    def _shared(self, shares: Sparse, count: int) -> torch.Tensor:
+        """Return the summed weights of the items that each user has in common with each history: U x N."""
+        found = np.zeros((count, len(self._loads)), dtype=np.float32)
+        for owner, item, weight in zip(*(own.tolist() for own in shares)):
+            found[owner, self._readers[item]] += weight
+        return torch.from_numpy(found)
+
+    def table(self, entries: int = ENTRIES) -> ItemWeights:
+        """Return the weights of each item with the largest absolute values, `entries` for each row at most."""
+        columns, values = [], []
+        for start in range(0, self.num_items, ROWS_AT_ONCE):
+            rows = self.rows(np.arange(start, min(start + ROWS_AT_ONCE, self.num_items)))
+            kept = rows.abs().topk(min(entries, self.num_items), dim=1).indices
+            columns.append(kept.numpy())
+            values.append(rows.gather(1, kept).numpy())
+        return ItemWeights.of_rows(np.concatenate(columns), np.concatenate(values))
 
 
 def _ridge_inverse(gram: np.ndarray, strength: float) -> torch.Tensor:
@@ -250,6 +291,12 @@ def _ridge_inverse(gram: np.ndarray, strength: float) -> torch.Tensor:
     matrix = torch.from_numpy(gram)
     matrix.diagonal().add_(strength)
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def ease_is_quick(num_histories: int, num_items: int) -> bool:
+    """Return whether EASE takes only seconds, and little memory."""
+    smaller = min(num_histories, num_items)
+    return smaller <= EASE_QUICK and smaller * num_items <= EASE_CELLS
 
 
 def refuse_large_ease(num_histories: int, num_items: int) -> None:
@@ -324,6 +371,7 @@ __all__ = [
     "NeighboursAndWords",
     "RecentPopularity",
     "SimilarText",
+    "ease_is_quick",
     "met_together",
     "popularity_scores",
     "refuse_large_ease",

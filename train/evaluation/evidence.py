@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ...item_features_m6rec import Evidence as Rule
-from ...item_features_m6rec import Reader, ReadTexts, Sparse, Transitions, Words, recent
+from ...item_features_m6rec import ItemWeights, Reader, ReadTexts, Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
-from .baselines import LastItems
+from .baselines import STRENGTHS, Ease, LastItems, ease_is_quick
 from .log_weights import LEARNT, LogFacts, LogWeights
 from .reports import COMPARED_AT
 from .tuning import counted
@@ -27,7 +27,13 @@ SCORES_AT_ONCE = 1 << 19
 MOST_PAIRS = 10_000_000
 """Maximum number of pairs of events for wide neighbourhoods: they take 40 bytes a pair."""
 WORD_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0)
-REFINEMENTS = {"popularity": (0.03, 0.1, 0.3, 1.0), "again": (0.1, 0.3, 1.0, 3.0), "unseen": (0.25, 0.5, 1.0)}
+REFINEMENTS: tuple[tuple[dict[str, Any], ...], ...] = (
+    tuple({"linear": weight, "strength": strength} for strength in STRENGTHS for weight in (0.3, 1.0, 3.0, 10.0)),
+    tuple({"popularity": weight} for weight in (0.03, 0.1, 0.3, 1.0)),
+    tuple({"again": weight} for weight in (0.1, 0.3, 1.0, 3.0)),
+    tuple({"unseen": weight} for weight in (0.25, 0.5, 1.0)),
+)
+"""Changes of the chosen settings, tried one group after the other."""
 SURELY = 2.0
 """Number of standard errors by which a difference must exceed zero."""
 FOLDS = 5
@@ -62,6 +68,10 @@ class EvidenceSettings:
     """Weight of the user's own last items, if seen items are recommended."""
     unseen: float = 0.0
     """Additional weight of words for items without events, relative to `words`."""
+    linear: float = 0.0
+    """Weight of a linear model between items (EASE)."""
+    strength: float = STRENGTHS[0]
+    """Its ridge penalty."""
 
     @property
     def rule(self) -> Rule:
@@ -82,7 +92,12 @@ class EvidenceSettings:
     @property
     def catalogue_rule(self) -> Rule:
         """How a catalogue ranks by it alone: no model is read."""
-        return dataclasses.replace(self.rule, learnt=0.0, popularity=self.popularity + TIE_BREAK, again=self.again)
+        more: dict[str, Any] = {"popularity": self.popularity + TIE_BREAK, "again": self.again, "linear": self.linear}
+        return dataclasses.replace(self.rule, learnt=0.0, **more)
+
+    def item_weights(self, sequences: Sequence[Sequence[int] | np.ndarray], num_items: int) -> ItemWeights | None:
+        """Return the weights of the linear model for a catalogue of M items; None if it does not count."""
+        return Ease(sequences, num_items, self.strength).table() if self.linear else None
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
@@ -130,6 +145,7 @@ class Evidence:
         self.reading = ReadTexts.of(Reader.of(None), texts) if self.settings.texts else None
         self.popularity = popularity(sequences, len(texts))
         self.word_weights = word_weights(self.settings, self.popularity)
+        self.item_weights = self.settings.item_weights(sequences, len(texts))
 
     def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
@@ -140,6 +156,8 @@ class Evidence:
         if self.reading is not None:
             vectors = self.reading.vectors
             found += own.texts * (shares.dense(*shape) @ vectors) @ vectors.T
+        if self.item_weights is not None:
+            found += own.linear * self.item_weights.follow(shares, shape[1]).dense(*shape)
         return found + (own.popularity + TIE_BREAK) * self.popularity
 
 
@@ -182,10 +200,11 @@ class FoldedEvidence:
         transitions = counted(own.rule, sequences, size)
         popular = popularity(sequences, size)
         weights = torch.from_numpy(word_weights(own, popular)).float()
-        counts = _Counted(transitions, None, weights, torch.from_numpy(own.popularity * popular).float())
+        ease = Ease(sequences, size, own.strength) if own.linear else None
+        counts = _Counted(transitions, ease, None, weights, torch.from_numpy(own.popularity * popular).float())
         if transitions.table is None:
             return counts
-        return counts._replace(table=self._rows(counts, np.arange(size)))
+        return counts._replace(table=self._rows(counts, np.arange(size)), ease=None)
 
     def _rows(self, own: "_Counted", items: np.ndarray) -> torch.Tensor:
         """Return the evidence for each item after each of `items`: D x M."""
@@ -196,6 +215,8 @@ class FoldedEvidence:
             rows.addcmul_(torch.from_numpy(self.words.rows(items)), own.word_weights)
         places = torch.from_numpy(items)
         rows[torch.arange(len(items)), places] += self.settings.again
+        if own.ease is not None:
+            rows.add_(own.ease.rows(items), alpha=self.settings.linear)
         return rows.addmm_(self.reading[places], self.reading.T, alpha=self.settings.texts)
 
     def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> torch.Tensor:
@@ -237,6 +258,8 @@ class _Counted(NamedTuple):
     """Events of all folds but one."""
 
     transitions: LastItems
+    ease: Ease | None
+    """The linear model; None if it does not count, or is in the table."""
     table: torch.Tensor | None
     """M x M: evidence for each item after one item; None if there are too many items."""
     word_weights: torch.Tensor
@@ -316,7 +339,8 @@ def choose_evidence(
     of users are ranked from the events before, with the events of the other folds counted: fold by fold, until there
     are as many events as can be ranked in seconds. The chosen settings have the largest gain of NDCG@10 over the
     default minus `SURELY` standard errors of the gain, so that noise of few users changes nothing. First pairing and
-    ageing of events are chosen, with the weight of words; then popularity, and re-visits if seen items are recommended.
+    ageing of events are chosen, with the weight of words; then a linear model between items (EASE) if it is quick,
+    popularity, and re-visits if seen items are recommended.
 
     Args:
         texts: Text of each of the M items.
@@ -345,10 +369,11 @@ def choose_evidence(
     if is_small and gains[learnt].mean() >= gains[rule].mean():
         default, name = learnt, "other logs"
     best = _clearly_best(gains, default, users)
-    for weight_of, weights in REFINEMENTS.items():
-        if weight_of != "again" or not exclude_seen:
-            for weight in weights:
-                changed: dict[str, Any] = {weight_of: weight}
+    left_out = {"again"} if exclude_seen else set()
+    left_out |= set() if ease_is_quick(len(sequences), len(texts)) else {"linear"}
+    for group in REFINEMENTS:
+        if not left_out & group[0].keys():
+            for changed in group:
                 measure(dataclasses.replace(best, **changed))
             best = _clearly_best(gains, default, users)
     return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains), name)
@@ -441,6 +466,7 @@ class _Trial:
         self._seen = np.concatenate([np.empty(0, int), *seen])
         self._structure: Any = None
         self._parts: dict[str, np.ndarray] = {}
+        self._linear: tuple[Any, np.ndarray] = (None, np.empty(0))
 
     def gains(self, own: EvidenceSettings) -> np.ndarray:
         """Return each event's NDCG."""
@@ -454,6 +480,8 @@ class _Trial:
             terms.append((word_weights(own, self.popularity).astype(np.float32), alike))
         if own.again:
             terms.append((own.again, self._part("again", lambda: self._shares)))
+        if own.linear:
+            terms.append((own.linear, self._linearly(own)))
         popular, ranks = (own.popularity + TIE_BREAK) * self.popularity, []
         at_once = max(SCORES_AT_ONCE // self.num_items, 1)
         for start in range(0, len(self.targets), at_once):
@@ -482,6 +510,13 @@ class _Trial:
             self._shares = recent(self.histories, own.rule)
             self._following = self._transitions.follow(self._shares)
             self._parts, self._structure = {}, structure
+
+    def _linearly(self, own: EvidenceSettings) -> np.ndarray:
+        """Score all items by the linear model, with all its weights."""
+        if self._linear[0] != (own.strength, own.recency):
+            ease = Ease(self.sequences, self.num_items, own.strength)
+            self._linear = (own.strength, own.recency), ease.weighed(self._shares, len(self.targets))
+        return self._linear[1]
 
     def _part(self, name: str, make: Callable[[], Sparse]) -> np.ndarray:
         if name not in self._parts:

@@ -14,11 +14,13 @@ from ..data.splits import Split, has_times
 from ..rows.examples import RequestWriter
 from ..rows.held_out import learnt_before
 from .baselines import (
+    STRENGTHS,
     Ease,
     LastItems,
     NeighboursAndWords,
     RecentPopularity,
     SimilarText,
+    ease_is_quick,
     popularity_scores,
     refuse_large_ease,
 )
@@ -31,11 +33,6 @@ TUNED_USERS = 2000
 TUNED_CELLS = 30_000_000
 """Maximum number of scores (users times items) on which settings are chosen, but at least `LEAST_USERS` users."""
 LEAST_USERS = 200
-EASE_UNASKED = 5_000
-"""Maximum number of items, or of users, for which EASE is computed by default: its time is cubic in the smaller one."""
-EASE_CELLS = 25_000 * EASE_UNASKED
-"""Maximum size of its table by default, the smaller number times the number of items: 500 MB."""
-STRENGTHS = (300.0, 100.0, 1000.0)
 DAY = 86_400.0
 HALF_LIVES = (30 * DAY, 3 * DAY, 10 * DAY, 100 * DAY, 300 * DAY)
 
@@ -46,14 +43,8 @@ PLAIN = ("popularity", "similar_text", "neighbours_and_words")
 
 def plain(arguments: EvaluationArguments, split: Split, num_items: int) -> EvaluationArguments:
     """Select the rows without settings, and EASE where it is quick, unless rows are named."""
-    quick = [*PLAIN, "ease"] if ease_is_quick(split, num_items) else list(PLAIN)
+    quick = [*PLAIN, "ease"] if ease_is_quick(split.train["user_id"].nunique(), num_items) else list(PLAIN)
     return dataclasses.replace(arguments, baselines=arguments.baselines or quick)
-
-
-def ease_is_quick(split: Split, num_items: int) -> bool:
-    """Return whether EASE takes only seconds, and little memory."""
-    smaller = min(split.train["user_id"].nunique(), num_items)
-    return smaller <= EASE_UNASKED and smaller * num_items <= EASE_CELLS
 
 
 class Learnt:
@@ -111,10 +102,11 @@ class Untrained:
     def _wanted(self) -> list[str]:
         """Return the requested rows that can be computed."""
         named, size = self.arguments.baselines, len(self.texts)
+        users = self.split.train["user_id"].nunique()
         if named is not None and "ease" in named:
-            refuse_large_ease(self.split.train["user_id"].nunique(), size)
+            refuse_large_ease(users, size)
         wanted = [name for name in BASELINES if named is None or name in named]
-        if named is None and not ease_is_quick(self.split, size):
+        if named is None and not ease_is_quick(users, size):
             logger.info(
                 "ease is left out of the table: %s items; name it in evaluation.baselines to compute it", f"{size:,}"
             )

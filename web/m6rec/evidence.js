@@ -6,7 +6,7 @@ import { isMissing } from "./wording.js";
 
 const UNSPACED = "\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff";
 const WORD = new RegExp(`[${UNSPACED}]|(?:(?![${UNSPACED}])[\\p{L}\\p{N}_])+`, "gu");
-const TYPES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float64: Float64Array };
+const TYPES = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array, float64: Float64Array };
 
 // The different words of a text, in their order.
 export function wordsOf(text) {
@@ -43,6 +43,9 @@ export class Evidence {
       this[name] = unpack(manifest.arrays, content, name);
     }
     this.rule = manifest.rule;
+    for (const name of this.rule.linear ? ["linear_starts", "linear_items", "linear_values"] : []) {
+      this[name] = unpack(manifest.arrays, content, name);
+    }
     this.items = manifest.items;
     this.outside = new Map(Object.entries(manifest.outside));
     this.vocabulary = new Map(vocabulary.map((word, number) => [word, number]));
@@ -105,7 +108,7 @@ export class Evidence {
     return { after: this.after(weighed), words: this.words(weighed) };
   }
 
-  // The terms of transitions and of the user's own items: one number for each row.
+  // The terms of transitions, of the user's own items and of the linear model: one number for each row.
   after(weighed) {
     const known = new Float64Array(this.items);
     const own = new Float64Array(this.count);
@@ -123,11 +126,25 @@ export class Evidence {
         found[item] = transitions * (next ? first[item] + second * next[item] : first[item]);
       }
     }
+    const linear = this.rule.linear ? this.linear(known) : null;
     return Float64Array.from(own, (value, row) => {
       const number = this.numbers[row] - 1;
       const passed = number >= 0 ? found[number] : 0;
-      return again && value ? passed + again * value : passed;
+      const repeated = again && value ? passed + again * value : passed;
+      return linear && number >= 0 ? repeated + this.rule.linear * linear[number] : repeated;
     });
+  }
+
+  // Weights of items, multiplied with the table of the linear model.
+  linear(weights) {
+    const found = new Float64Array(this.items);
+    for (let item = 0; item < this.items; item++) {
+      if (!weights[item]) continue;
+      for (let place = this.linear_starts[item]; place < this.linear_starts[item + 1]; place++) {
+        found[this.linear_items[place]] += weights[item] * this.linear_values[place];
+      }
+    }
+    return found;
   }
 
   // Weights of items, moved on by one step of transitions.

@@ -17,7 +17,7 @@ from m6rec.train.cli import main
 from m6rec.train.commands.fit import add_cosine, fit_recommender
 from m6rec.train.config.recipe import load_recipe, load_saved
 from m6rec.train.data.splits import order
-from m6rec.train.evaluation.evidence import Evidence
+from m6rec.train.evaluation.evidence import Choice, Evidence, EvidenceSettings
 from m6rec.train.evaluation.tables import tables as printed
 from m6rec.train.evaluation.untrained import PLAIN
 from m6rec.train.runs import with_evidence
@@ -105,10 +105,25 @@ def asked_of(shop, user):
     return {"history": [{"item": {"item_id": name}, "timestamp": time} for name, time in events]}
 
 
-def test_the_library_pipeline_answers_by_evidence_as_every_other_way(fitted, capsys):
-    folder, _ = fitted
+@pytest.fixture(scope="module")
+def with_linear(tmp_path_factory):
+    """A folder that was fitted without training, with a linear model among the evidence."""
+    folder = tmp_path_factory.mktemp("linear")
+    paths = tables(folder)
+    choice = Choice(EvidenceSettings(linear=2.0, strength=3.0, popularity=0.2), 9, 0.2, 0.1, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m6rec.train.commands.fit.choose_evidence", lambda *_: choice)
+        assert main(["fit", paths["events"], paths["items"], str(folder / "shop"), "--minutes", "0"]) == 0
+    return folder / "shop"
+
+
+@pytest.mark.parametrize("which", ["fitted", "with_linear"])
+def test_the_library_pipeline_answers_by_evidence_as_every_other_way(which, request, capsys):
+    made = request.getfixturevalue(which)
+    folder = made if which == "with_linear" else made[0]
     shop, recommend = Recommender(folder), pipeline("recommendation", model=str(folder))
     assert recommend.catalogue.evidence.learnt == 0
+    assert recommend.catalogue.evidence.linear == (2.0 if which == "with_linear" else 0.0)
     expected = log_scores(shop)
     users = list(expected)[:20]
     answers = recommend([asked_of(shop, user) for user in users], top_k=5)
@@ -120,6 +135,7 @@ def test_the_library_pipeline_answers_by_evidence_as_every_other_way(fitted, cap
         left = {name: score for name, score in expected[user].items() if name not in seen}
         assert [row["score"] for row in answer] == pytest.approx(sorted(left.values(), reverse=True)[:5], abs=1e-9)
         assert [row["score"] for row in answer] == pytest.approx([left[row["item_id"]] for row in answer], abs=1e-9)
+    capsys.readouterr()
     assert main(["recommend", str(folder), "--user", users[3], "--top-k", "5"]) == 0
     printed = [row["item_id"] for row in json.loads(capsys.readouterr().out)]
     assert printed == [row["item_id"] for row in answers[3]]

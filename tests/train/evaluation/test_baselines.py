@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec.item_features_m6rec import Evidence, Transitions, Words
+from m6rec.item_features_m6rec import Evidence, Sparse, Transitions, Words
 from m6rec.train.evaluation import baselines
 from m6rec.train.evaluation.baselines import (
     Ease,
@@ -155,6 +155,17 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(users, monkeypa
         known = met[:, others].astype(float)
         weights[others, item] = np.linalg.solve(known.T @ known + 2.5 * np.eye(6), known.T @ met[:, item])
     np.testing.assert_allclose(scores, [weights[0] + weights[3], weights[6], np.zeros(7)], atol=1e-5)
+    ease, some = Ease(sequences, 7, 2.5), np.array([4, 1])
+    np.testing.assert_allclose(ease.rows(some), weights[some], atol=1e-5)
+    shares = Sparse(np.array([0, 0, 1]), np.array([2, 5, 2]), np.array([0.5, 1.0, 3.0]))
+    np.testing.assert_allclose(ease.weighed(shares, 2), [0.5 * weights[2] + weights[5], 3 * weights[2]], atol=1e-5)
+    monkeypatch.setattr(baselines, "ROWS_AT_ONCE", 3)
+    every = Sparse(np.arange(7), np.arange(7), np.ones(7))
+    np.testing.assert_allclose(ease.table(6).follow(every, 7).dense(7, 7), weights, atol=1e-5)
+    two = ease.table(2).follow(every, 7).dense(7, 7)
+    largest = np.sort(np.abs(weights), axis=1)[:, -2:]
+    np.testing.assert_allclose(np.sort(np.abs(two), axis=1)[:, -2:], largest, atol=1e-5)
+    np.testing.assert_array_equal((two != 0).sum(1), np.minimum((np.abs(weights) > 1e-9).sum(1), 2))
     monkeypatch.setattr(baselines, "EASE_ITEMS", 5)
     with pytest.raises(ValueError, match=r"7 items by .*more than 5 by 5: leave ease out of"):
         Ease(sequences, 7, 2.5)

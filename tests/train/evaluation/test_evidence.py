@@ -31,7 +31,9 @@ SETTINGS = [
     EvidenceSettings(**WIDE, recency=(1.0,) * 50, words=1.0, popularity=0.3),
     EvidenceSettings(recency=(1.0,), words=0.0, second=0.0, again=2.0),
     EvidenceSettings(unseen=0.5, texts=0.4),
+    EvidenceSettings(linear=0.7, strength=2.0, recency=(1.0, 0.5)),
 ]
+NAMES = ["rule", "wide", "again", "unseen", "linear"]
 
 
 def slow_scores(own, learnt, history):
@@ -49,19 +51,22 @@ def slow_scores(own, learnt, history):
     words = Words.of(TEXTS)
     every = np.arange(len(TEXTS))
     vectors = words.vectors(Sparse(every, every, np.ones(len(TEXTS)))).dense(len(TEXTS), len(words.rarity))
+    known = np.array([[item in each for item in range(6)] for each in learnt] or [[False] * 6]).astype(float)
+    inverse = np.linalg.inv(known.T @ known + own.strength * np.eye(6))
+    linear = own.linear * (np.eye(6) - inverse / np.diag(inverse))
     met = np.log1p(np.bincount([item for known in learnt for item in known], minlength=6))
     scores = (own.popularity + 1e-6) * met / max(met.max(), 1e-12)
     for age, item in enumerate(reversed(history)):
         if age < len(own.recency):
             alike = own.words * np.where(met > 0, 1, 1 + own.unseen) * (vectors @ vectors[item])
             added = follows[item] + own.second * follows[item] @ follows + alike
-            added += own.texts * READ @ READ[item]
+            added += own.texts * READ @ READ[item] + linear[item]
             added[item] += own.again
             scores = scores + own.recency[age] * added
     return scores
 
 
-@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again", "unseen"])
+@pytest.mark.parametrize("own", SETTINGS, ids=NAMES)
 @settings(max_examples=examples(30), deadline=None)
 @given(learnt=sequences, asked=sequences)
 def test_scores_are_those_of_a_loop(own, learnt, asked):
@@ -73,7 +78,7 @@ def test_scores_are_those_of_a_loop(own, learnt, asked):
 
 
 @pytest.mark.parametrize("tabled", [True, False])
-@pytest.mark.parametrize("own", SETTINGS, ids=["rule", "wide", "again", "unseen"])
+@pytest.mark.parametrize("own", SETTINGS, ids=NAMES)
 def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own, tabled, monkeypatch):
     monkeypatch.setattr(baselines, "TABLED", 6 if tabled else 5)
     rng = np.random.default_rng(0)
@@ -125,6 +130,25 @@ def test_what_is_clearly_better_is_chosen():
     found = choose_evidence(texts, histories, exclude_seen=False)
     assert found.settings.words > 0 and len(found.settings.recency) > 5 and found.value > found.default_value + 0.05
     assert found.events == 40 * 4 and found.tried > 10
+
+
+def tastes(rng, users=100, items=40, dimensions=4, length=10):
+    """Histories without an order: each user takes the items that are nearest to a taste, with noise."""
+    places, found = rng.normal(size=(items, dimensions)), []
+    popular = -np.log1p(rng.permutation(items))
+    for _ in range(users):
+        liked = 3 * places @ rng.normal(size=dimensions) + popular + rng.gumbel(size=items)
+        found.append(rng.permutation(np.argsort(-liked)[:length]))
+    return found
+
+
+def test_a_linear_model_is_chosen_where_order_says_nothing(monkeypatch):
+    texts, log = [f"item {number}" for number in range(40)], tastes(np.random.default_rng(0))
+    choice = choose_evidence(texts, log, exclude_seen=True)
+    assert choice.settings.linear > 0
+    monkeypatch.setattr(baselines, "EASE_QUICK", 39)
+    without = choose_evidence(texts, log, exclude_seen=True)
+    assert without.settings.linear == 0 and without.value < choice.value
 
 
 def test_the_defaults_stay_where_nothing_is_better():

@@ -126,7 +126,7 @@ def test_where_nothing_is_held_out_for_validation_the_first_settings_are_taken(r
 
 
 def test_ease_is_left_out_of_large_catalogues_unless_it_is_named(run, monkeypatch, caplog):
-    monkeypatch.setattr("m6rec.train.evaluation.untrained.EASE_UNASKED", 3)
+    monkeypatch.setattr("m6rec.train.evaluation.baselines.EASE_QUICK", 3)
     with caplog.at_level("INFO"):
         rows = untrained_rows(run.writer, run.texts, run.split, "test", EvaluationArguments(ks=[5]), seed=0)
     assert "ease" not in rows and "ease is left out" in caplog.text
