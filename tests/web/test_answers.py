@@ -44,7 +44,7 @@ def test_the_folder_is_complete_and_loads_nothing_from_elsewhere(shop, runtime, 
     page = tmp_path / "page"
     assert any("catalogue of 8 items" in line for line in said)
     found = {str(path.relative_to(page)) for path in page.rglob("*") if path.is_file()}
-    code = {f"m6rec/{path.name}" for path in CODE.glob("*.js")} | {"index.html", "app.js", "style.css"}
+    code = {f"m6rec/{path.name}" for path in CODE.glob("*.js")} | {"index.html", "app.js", "base.css", "style.css"}
     model = {"reader.onnx", "joint.onnx", "tokenizer.json", "items.json", "vectors.bin", "manifest.json"}
     assert found == code | {f"model/{name}" for name in model} | {f"vendor/{name}" for name in RUNTIME_FILES}
     policy = re.search(r'Content-Security-Policy"\s+content="([^"]+)"', (page / "index.html").read_text())[1]

@@ -22,6 +22,8 @@ from .page_evidence import evidence_files
 
 PAGE = Path(__file__).resolve().parents[2] / "web"
 """The files of the page."""
+BASE = Path(__file__).resolve().parents[1] / "demo" / "page" / "base.css"
+"""The style that it shares with the demo."""
 
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 """What the page needs of onnxruntime-web."""
@@ -63,6 +65,7 @@ def write_page(
     shutil.copytree(
         PAGE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "__pycache__", "package.json")
     )
+    shutil.copy(BASE, folder)
     own, files = folder / "model", {}
     own.mkdir()
     manifest = _manifest(recommend, catalogue, weights)

@@ -112,8 +112,9 @@ def test_the_page_loads_nothing_from_elsewhere(port):
     assert status == 200 and headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in headers["content-security-policy"]
     named = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert named == ["data:,", "style.css", "app.js"]
-    for name, kind in (("style.css", "text/css"), ("app.js", "text/javascript"), ("texts.js", "text/javascript")):
+    assert named == ["data:,", "base.css", "style.css", "app.js"]
+    for name in ("base.css", "style.css", "app.js", "texts.js"):
+        kind = "text/css" if name.endswith("css") else "text/javascript"
         status, headers, text = Visitor(port).raw(f"/{name}")
         assert status == 200 and headers["content-type"].startswith(kind) and "http" not in text
     assert Visitor(port).raw("/answers.py")[0] == 404

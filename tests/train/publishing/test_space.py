@@ -27,7 +27,7 @@ from tests.quickstart_model import quickstart_folder  # noqa: F401 - a fixture
 from tests.test_repository import ROOT
 from tests.train.publishing.test_push import hub, quiet  # noqa: F401 - a fixture
 
-PAGE = {f"{CODE}/page/{name}" for name in ("app.js", "index.html", "style.css", "texts.js", "view.js")}
+PAGE = {f"{CODE}/page/{name}" for name in ("app.js", "base.css", "index.html", "style.css", "texts.js", "view.js")}
 FILES = {"README.md", "Dockerfile", "requirements.txt", "app.py", "settings.json", *PAGE}
 FILES |= {f"{CODE}/{name}" for name in ("__init__.py", "answers.py", "server.py")}
 
