@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,9 @@ EXPIRY = 3600.0
 """Seconds between two deletions of old events."""
 FOLLOWING = 1.0
 """Seconds between two looks at the changes of other workers, while no request comes."""
+CLOSED = 0.02
+"""Share of answers after which a worker of several closes the connection. Connections that are made together are all
+taken by one worker, and would stay with it; the next connection of a client is taken by a worker that is free."""
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -47,7 +51,8 @@ class Metrics:
     """What a worker counts; with several workers in files that all of them read (`PROMETHEUS_MULTIPROC_DIR`)."""
 
     def __init__(self) -> None:
-        self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self.shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        """Whether there are other workers."""
         self._registry = CollectorRegistry()
         more: dict[str, Any] = {"registry": self._registry}
         self.requests = Counter("m6rec_requests", "Requests.", ["endpoint", "status"], **more)
@@ -61,7 +66,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all counts of all workers in the format of Prometheus."""
-        if not self._shared:
+        if not self.shared:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)
@@ -228,6 +233,8 @@ def _route(
         status, content, headers = await _handle(worker, request, run, body is not None, writes)
         worker.metrics.requests.labels(name, str(status)).inc()
         worker.metrics.seconds.labels(name).observe(time.monotonic() - begin)
+        if worker.metrics.shared and random.random() < CLOSED:
+            headers["Connection"] = "close"
         return Response(json.dumps(content, allow_nan=False), status, headers, "application/json")
 
     parameters = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from m6rec.train.answering.loading import load_pipeline
 from m6rec.train.cli import main
-from m6rec.train.serving import command
+from m6rec.train.serving import app, command
 from m6rec.train.serving.app import make_app
 from m6rec.train.serving.service import Settings, has_wide_joint_layers
 from tests.fast import examples, some
@@ -312,6 +312,21 @@ def test_states_of_histories_are_kept_where_joint_layers_are_wide_or_users_are_r
 
     assert not has_wide_joint_layers(model(True, 1, 128)) and not has_wide_joint_layers(model(True, 1, 256))
     assert has_wide_joint_layers(model(True, 2, 384)) and has_wide_joint_layers(model(False, 1, 128))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_of_several_workers_closes_some_connections(served, tmp_path, monkeypatch, shared):
+    async def test(client):
+        client.worker.metrics.shared = shared
+        found = []
+        for number in (0.5, 0.0, 0.9):
+            monkeypatch.setattr(app.random, "random", lambda number=number: number)
+            status, headers, _ = await client.raw("POST", "/recommend", b'{"user": "x"}')
+            assert status == 200
+            found.append(headers.get("connection"))
+        assert found == [None, "close" if shared else None, None]
+
+    check(served, tmp_path, test)
 
 
 def test_old_events_are_deleted(served, tmp_path):
