@@ -21,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = 600
-"""Seconds within which a service must start."""
+"""Seconds within which a service must start, and end."""
 
 spec = importlib.util.spec_from_file_location("load_test", ROOT / "examples" / "load_test.py")
 assert spec is not None and spec.loader is not None
@@ -110,7 +110,7 @@ class Running:
     def stop(self) -> int:
         """Tell it to end, and return its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(STARTED)
 
 
 def load(service: Running, clients: int, seconds: float, **more: Any) -> dict[str, Any]:

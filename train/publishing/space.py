@@ -31,7 +31,7 @@ REQUIREMENTS = (
     "pyarrow>=21.0.0",
     "Jinja2>=3.1.2",
     "fastapi>=0.115.0",
-    "uvicorn>=0.30.0",
+    "uvicorn>=0.37.0",
 )
 """What the model's code and the demo's code import; `tests/train/publishing/test_space.py` compares with setup.cfg."""
 CARD = """---

@@ -13,6 +13,9 @@ from .service import Loaded, Settings
 from .store import Store
 from .tables import export_events, export_items, import_events
 
+HUNG = 60
+"""Seconds without a sign of life after which a worker is killed and replaced. A worker that shares a busy machine, or
+imports torch there, may be silent for longer than uvicorn's five seconds."""
 TOKEN = "M6REC_TOKEN"
 """Environment variable with the token of requests that write."""
 
@@ -49,6 +52,7 @@ def serve(settings: Settings, host: str, port: int, workers: int, say: Callable[
             access_log=False,  # addresses name users
             log_level="warning",
             timeout_graceful_shutdown=int(settings.timeout) + 5,
+            timeout_worker_healthcheck=HUNG,
         )
 
 

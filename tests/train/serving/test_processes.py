@@ -32,6 +32,17 @@ def test_every_answer_of_four_workers_contains_the_events_written_before_it(serv
     assert set(found["statuses"]) == {"200"} and found["stale"] == 0 and found["requests"] >= 2 * pairs
 
 
+def test_a_worker_that_does_not_run_for_a_while_is_not_replaced(served, tmp_path):
+    with running(served, tmp_path / "events.sqlite", 2) as service:
+        before = {worker.pid for worker in service.children()}
+        stopped = service.children()[0]
+        stopped.suspend()
+        time.sleep(8)  # more than the five seconds of uvicorn
+        stopped.resume()
+        assert {worker.pid for worker in service.children()} == before
+        assert service.post("/recommend", {"user": "a man", "top_k": 1})[0] == 200
+
+
 def test_what_was_taken_is_answered_before_the_end(served, tmp_path):
     with running(served, tmp_path / "events.sqlite", 1) as service:
         answers, begun = [], threading.Barrier(9)
