@@ -15,9 +15,9 @@ from m6rec.item_features_m6rec import WIDTH, Evidence, Reader, ReadTexts, Transi
 from m6rec.train.config.arguments import EvaluationArguments
 from m6rec.train.data.log import DataArguments, Log, read_log
 from m6rec.train.data.splits import hold_out
-from m6rec.train.evaluation.evidence import LEARNT_BELOW, choose_evidence, popularity
+from m6rec.train.evaluation.evidence import LEARNT_BELOW, EvidenceSettings, choose_evidence, learnt_settings, popularity
 from m6rec.train.evaluation.evidence import Evidence as Untrained
-from m6rec.train.evaluation.log_weights import NEAR, SECOND_BELOW, WIDE, LogFacts, LogWeights
+from m6rec.train.evaluation.log_weights import NEAR, POPULARITY, SECOND_BELOW, WIDE, WORDS, LogFacts, LogWeights
 from m6rec.train.evaluation.reports import RankingExamples, learnt_sequences, ranking_examples
 from m6rec.train.evaluation.tuning import falling
 from m6rec.train.metrics import ndcg_gains, target_ranks
@@ -29,8 +29,6 @@ USERS = 400
 """Number of users of each draw whose event is ranked."""
 RECENCIES = (Evidence().recency, falling(10, 0.7), falling(12, 0.8))
 STRUCTURES: tuple[dict[str, Any], ...] = (WIDE, NEAR)
-WORDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-POPULARITY = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 DENSE = 4000
 """Number of items up to which counts are a dense table."""
 ALL_RANKED = 500
@@ -125,6 +123,12 @@ class Draw(NamedTuple):
         """Number of events that may be counted."""
         return sum(map(len, self.sequences))
 
+    def gains(self, sequences: list[np.ndarray], settings: EvidenceSettings) -> np.ndarray:
+        """Return the NDCG@10 of each ranked event among all items, with some histories counted: U."""
+        histories = self.examples.histories
+        scores = Untrained(self.texts, sequences, settings).scores(histories)
+        return ndcg_gains(target_ranks(scores, self.examples.targets, histories), 10)
+
 
 def draws(name: str, data: Path, places: Sequence[tuple[int, str]]) -> Iterator[Draw]:
     """Draw users of a log, and shuffle ties, for some seeds and parts."""
@@ -141,21 +145,25 @@ def draws(name: str, data: Path, places: Sequence[tuple[int, str]]) -> Iterator[
         yield Draw(seed, part, texts, examples, learnt_sequences(writer, split, part, arguments))
 
 
-def fitted(name: str, data: Path, seeds: Sequence[int], weights: LogWeights) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Rank test events of a log by the evidence that `m6rec fit` chooses at small numbers of counted events.
+def fitted(
+    name: str, data: Path, seeds: Sequence[int], weights: LogWeights
+) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """Rank test events of a log, among all items, with weights learnt over other logs.
 
     Returns:
-        Number of counted events by name, seed, and NDCG@10 of each ranked event: U.
+        Number of counted events by name; NDCG@10 of each ranked event (U) with these weights; and with those that
+        `m6rec fit` chooses, if there are some events, but fewer than 20,000.
     """
     for draw in draws(name, data, [(seed, "test") for seed in seeds]):
-        histories = draw.examples.histories
-        for count in COUNTS[1:]:
-            if min(count or draw.events, draw.events) < LEARNT_BELOW and (count or 0) < draw.events:
-                sequences = drawn(draw.sequences, count, draw.seed)
+        words = Words.of(draw.texts)
+        for count in COUNTS:
+            if (count or 0) >= draw.events:
+                continue
+            sequences, chosen = drawn(draw.sequences, count, draw.seed), None
+            if 0 < sum(map(len, sequences)) < LEARNT_BELOW:
                 choice = choose_evidence(draw.texts, sequences, True, draw.seed, weights)
-                scores = Untrained(draw.texts, sequences, choice.settings).scores(histories)
-                ranks = target_ranks(scores, draw.examples.targets, histories)
-                yield number_name(count), draw.seed, ndcg_gains(ranks, 10)
+                chosen = draw.gains(sequences, choice.settings)
+            yield number_name(count), draw.gains(sequences, learnt_settings(words, sequences, weights)), chosen
 
 
 def drawn(sequences: Sequence[np.ndarray], count: int | None, seed: int) -> list[np.ndarray]:

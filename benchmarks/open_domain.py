@@ -113,15 +113,21 @@ def ranked(names: Iterable[str], data: Path, folder: Path) -> Table:
 
 
 def as_fitted(name: str, data: Path, weights: LogWeights, folder: Path) -> dict[str, list[np.ndarray]]:
-    """Rank test events as `m6rec fit` does, or read them: number of counted events -> NDCG@10 in each draw."""
+    """Rank test events with weights learnt over other logs and as `m6rec fit` does, or read them.
+
+    Returns:
+        Row and number of counted events, such as "learnt over other logs, 100" -> NDCG@10 in each draw.
+    """
     digest = hashlib.sha256(repr(weights).encode()).hexdigest()[:12]
     path = folder / f"fitted-{digest}_{name}.npz"
     if not path.exists():
         own: dict[str, list[np.ndarray]] = {}
-        for count, _, gains in fitted(name, data, SEEDS, weights):
-            own.setdefault(count, []).append(gains)
-        np.savez(path, **{count: np.stack(several) for count, several in own.items()})
-    return {count: [*several] for count, several in np.load(path).items()}
+        for count, learnt, chosen in fitted(name, data, SEEDS, weights):
+            own.setdefault(f"{LEARNT}, {count}", []).append(learnt)
+            if chosen is not None:
+                own.setdefault(f"{FITTED}, {count}", []).append(chosen)
+        np.savez(path, **{row: np.stack(several) for row, several in own.items()})
+    return {row: [*several] for row, several in np.load(path).items()}
 
 
 def learnt(names: Sequence[str], table: Table) -> LogWeights:
@@ -165,19 +171,10 @@ def weights_of(chosen: tuple[float, ...]) -> LogWeights:
 
 
 def place(weights: LogWeights, cell: Cell) -> tuple[int, int, int, int]:
-    """Return the place in a grid that is nearest to the weights for a log."""
+    """Return the place in a grid of the weights for a log."""
     words, popular = weights.of(cell.facts)
     structure = int(cell.facts.density >= weights.near_from)
-    return structure, RECENCIES.index(weights.recency), nearest(WORDS, words), nearest(POPULARITY, popular)
-
-
-def nearest(options: Sequence[float], value: float) -> int:
-    """Return the place of the option with the nearest ratio to a value; below a third of the smallest, that is 0.
-
-    >>> nearest((0.0, 0.01, 0.1), 0.002), nearest((0.0, 0.01, 0.1), 0.05)
-    (0, 2)
-    """
-    return min(range(len(options)), key=lambda place: abs(math.log(max(options[place], 0.001) / max(value, 0.001))))
+    return structure, RECENCIES.index(weights.recency), WORDS.index(words), POPULARITY.index(popular)
 
 
 def tested(name: str, table: Table, weights: LogWeights, chosen: dict[str, list[np.ndarray]]) -> dict[str, Any]:
@@ -191,8 +188,7 @@ def tested(name: str, table: Table, weights: LogWeights, chosen: dict[str, list[
         tuned = np.unravel_index(int(mean.argmax()), mean.shape)
         rows = {row: [cell.fixed[row] for cell in test] for row in (RULE, WORDS_ONLY, READER_ONLY)}
         rows[TUNED] = [cell.grid[tuned] for cell in test]
-        rows[LEARNT] = [cell.grid[place(weights, cell)] for cell in test]
-        rows |= {FITTED: chosen[count]} if count in chosen else {}
+        rows |= {row: chosen[f"{row}, {count}"] for row in (LEARNT, FITTED) if f"{row}, {count}" in chosen}
         every = {row: np.concatenate(own) for row, own in rows.items()}
         found["events"][count] = {
             "counted": test[0].facts.events,

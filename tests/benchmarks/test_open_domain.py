@@ -70,7 +70,8 @@ def test_what_several_logs_agree_on_is_learnt_and_kept():
                     table[name, count, part, seed] = Cell(facts, grid, fixed, 0.0)
     weights = open_domain.learnt(["a"], table)
     assert open_domain.place(weights, table["b", "100", "test", 0]) == best
-    chosen = {"100": [np.full(2, 0.5)] * 3}
+    chosen = {f"learnt over other logs, {count}": [np.ones(2)] * 3 for count in ("0", "100", "all")}
+    chosen["as m6rec fit chooses, 100"] = [np.full(2, 0.5)] * 3
     events = open_domain.tested("b", table, weights, chosen)["events"]
     assert events["100"]["ndcg@10"]["as m6rec fit chooses"] == 0.5 and events["100"]["fitted to rule"][0] == 0.25
     found = events["all"]
@@ -94,8 +95,10 @@ def test_what_a_fit_chooses_is_ranked_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(_open_logs, "draws", draws)
     for _ in range(2):
         found = open_domain.as_fitted("log", tmp_path, LEARNT, tmp_path)
-    assert {count: len(own) for count, own in found.items()} == {"100": 3, "all": 3}, "180 events: no 1,000"
-    assert (np.concatenate(found["all"]) == 1).all()
+    rows = {"learnt over other logs": ("0", "100", "all"), "as m6rec fit chooses": ("100", "all")}
+    assert {*found} == {f"{row}, {count}" for row, counts in rows.items() for count in counts}, "180 events: no 1,000"
+    assert [len(own) for own in found.values()] == [3] * 5
+    assert (np.concatenate(found["as m6rec fit chooses, all"]) == 1).all()
     assert asked == [("log", seed, "test") for seed in open_domain.SEEDS]
     open_domain.as_fitted("log", tmp_path, dataclasses.replace(LEARNT, words=0.1), tmp_path)
     assert len(asked) == 6, "other weights are ranked again"

@@ -322,7 +322,7 @@ def learnt_settings(words: Words, sequences: Sequence[np.ndarray], weights: LogW
     facts = LogFacts.of(words, sequences)
     alike, popular = weights.of(facts)
     fields = {**weights.structure(facts), "recency": weights.recency}
-    return EvidenceSettings(**fields, words=round(alike, 3), popularity=round(popular, 4))
+    return EvidenceSettings(**fields, words=alike, popularity=popular)
 
 
 def choose_evidence(

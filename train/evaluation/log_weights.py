@@ -6,6 +6,7 @@ any two items, and how much events concentrate on the same items. `benchmarks/op
 this form and tests them on a log that was left out.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,13 +92,28 @@ NEAR: dict[str, Any] = {"steps": falling(5, 0.9)}
 """Pairs of items within five steps."""
 
 
+WORDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Weights of words that are compared."""
+POPULARITY = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Weights of popularity that are compared."""
+
+
+def nearest(options: Sequence[float], value: float) -> float:
+    """Return the option with the nearest ratio to a value; 0 counts as 0.001.
+
+    >>> nearest((0.0, 0.01, 0.1), 0.002), nearest((0.0, 0.01, 0.1), 0.05)
+    (0.0, 0.1)
+    """
+    return min(options, key=lambda own: abs(math.log(max(own, 0.001) / max(value, 0.001))))
+
+
 @dataclass(frozen=True)
 class LogWeights:
     """Weights as a function of the facts of a log.
 
     words = `words` * (likeness / 0.05) ** `likeness` * (1 + density) ** -`words_falling`, and
     popularity = `popularity` * words * (concentration / likeness) ** `ratio` * (1 + density) ** -`popularity_falling`,
-    both relative to transitions.
+    both relative to transitions, and both as the nearest of `WORDS` and `POPULARITY`, which were compared.
     """
 
     words: float
@@ -115,7 +131,8 @@ class LogWeights:
         """Return the weights of words and of popularity."""
         words = self.words * (facts.likeness / 0.05) ** self.likeness * (1 + facts.density) ** -self.words_falling
         popular = self.popularity * words * (facts.concentration / facts.likeness) ** self.ratio
-        return words, popular * (1 + facts.density) ** -self.popularity_falling
+        popular *= (1 + facts.density) ** -self.popularity_falling
+        return nearest(WORDS, words), nearest(POPULARITY, popular)
 
     def structure(self, facts: LogFacts) -> dict[str, Any]:
         """Return how pairs are counted, and how much second-order transitions count."""
@@ -136,4 +153,4 @@ LEARNT = LogWeights(
 """Learnt on validation events of MovieLens-100K, Amazon Beauty, Last.fm and gift cards (docs/experiments.md)."""
 
 
-__all__ = ["LEARNT", "NEAR", "SECOND_BELOW", "WIDE", "LogFacts", "LogWeights"]
+__all__ = ["LEARNT", "NEAR", "POPULARITY", "SECOND_BELOW", "WIDE", "WORDS", "LogFacts", "LogWeights"]

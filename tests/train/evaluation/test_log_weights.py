@@ -15,10 +15,12 @@ from m6rec.train.evaluation.log_weights import (
     LEARNT,
     LIKENESS_PAIRS,
     NEAR,
+    POPULARITY,
     SECOND_BELOW,
     USUAL_CONCENTRATION,
     USUAL_LIKENESS,
     WIDE,
+    WORDS,
     LogFacts,
 )
 
@@ -46,14 +48,22 @@ def test_facts_are_those_of_loops_over_pairs():
 
 
 def test_words_count_more_where_consecutive_items_are_alike_and_less_in_a_dense_log():
-    plain = LogFacts(100, 1.0, 0.05, 0.01)
-    words, popular = LEARNT.of(plain)
-    assert words == pytest.approx(LEARNT.words * 2**-LEARNT.words_falling)
-    ratio = (0.01 / 0.05) ** LEARNT.ratio
-    assert popular == pytest.approx(LEARNT.popularity * words * ratio * 2**-LEARNT.popularity_falling)
-    names = LEARNT.of(plain._replace(likeness=0.001))
-    assert names[0] < words and names[1] / names[0] > popular / words
-    assert LEARNT.of(plain._replace(density=20.0))[0] < words
+    own = dataclasses.replace(LEARNT, words=1.0, likeness=1.0, words_falling=1.0, popularity=1.0, ratio=1.0)
+    own = dataclasses.replace(own, popularity_falling=2.0)
+    plain = LogFacts(100, 1.0, 0.08, 0.16)  # words .8 = .08 / .05 / 2; popularity .4 = words * 2 / 4, nearest .3
+    assert own.of(plain) == (0.8, 0.3)
+    assert own.of(plain._replace(likeness=0.04)) == (0.4, 0.3), "(.4, .4): fewer words, as much popularity"
+    assert own.of(plain._replace(density=7.0)) == (0.2, 0.01), "(.2, .00625): both fall with events per item"
+    assert own.of(plain._replace(concentration=1e-6))[1] == 0 and own.of(plain._replace(likeness=1e-4))[0] == min(WORDS)
+
+
+def test_what_other_logs_suggest_are_settings_of_evidence():
+    sequences = [np.array([0, 1]), np.array([2, 3])] * 30
+    facts = LogFacts.of(Words.of(TEXTS), sequences)
+    found = learnt_settings(Words.of(TEXTS), sequences)
+    assert (found.words, found.popularity) == LEARNT.of(facts) and found.recency == LEARNT.recency
+    assert (found.steps, found.second) == (NEAR["steps"] if facts.density >= LEARNT.near_from else WIDE["steps"], 0.4)
+    assert found.words in WORDS and found.popularity in POPULARITY
 
 
 def test_a_sparse_log_counts_wide_pairs_and_a_large_one_no_second_order():
