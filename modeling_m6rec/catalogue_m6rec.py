@@ -486,7 +486,8 @@ def _write_evidence(evidence: KeptEvidence, fresh: Path) -> None:
         evidence.reading.reader.save(fresh / READER_FILE)
     if evidence.linear is not None:
         linear = evidence.linear
-        tensors |= {"linear_starts": linear.starts, "linear_columns": linear.columns, "linear_values": linear.values}
+        tensors |= {"linear_starts": linear.starts, "linear_values": linear.values}
+        tensors["linear_columns"] = linear.columns.astype(np.int32)
     save_file({name: torch.from_numpy(np.ascontiguousarray(own)) for name, own in tensors.items()}, fresh / EVIDENCE)
     pyarrow, events = _arrow(), log.events
     ids = {number: user for user, number in log.numbers.items()}
@@ -553,15 +554,15 @@ def _read_linear(path: Path, found: Mapping[str, np.ndarray], rule: Evidence, co
     if "linear_starts" not in found and not rule.linear:
         return None
     try:
-        starts, columns = (_column_of(found[f"linear_{name}"], "i8") for name in ("starts", "columns"))
-        values = _column_of(found["linear_values"], "f4")
+        kinds = {"linear_starts": "i8", "linear_columns": "i4", "linear_values": "f4"}
+        starts, columns, values = (_column_of(found[name], kind) for name, kind in kinds.items())
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     fits = 1 <= len(starts) <= count + 1 and starts[0] == 0 and starts[-1] == len(columns) == len(values)
     fits = fits and bool((np.diff(starts) >= 0).all() and ((columns >= 0) & (columns < count)).all())
     if not (fits and np.isfinite(values).all()):
         raise _damaged(path, "its linear_starts, linear_columns and linear_values do not fit the rest")
-    return ItemWeights(starts, columns, values)
+    return ItemWeights(starts, columns.astype(np.int64), values)
 
 
 def _read_reading(
