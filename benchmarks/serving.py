@@ -12,6 +12,7 @@ Parts, all of them unless `--parts` names some:
 - `wide`: an untrained model with two joint layers 384 wide over the products of `--items` (a table with `item_id` and
   `title`, such as the 12,101 products of Amazon Beauty), whose texts are cached.
 - `rate`: `m6rec serve` with 100 requests a second from this process, for a tenth of `--seconds`.
+- `workers`: both, 64 clients and 100 requests a second, with two workers; with `--items` also the wide model.
 - `loads`: with 64 clients for `--seconds`; with 200, and with 64 that write events, for a tenth of that.
 - `unbatched`, `cold`: 64 clients without batches across requests; with texts that were never read before.
 - `kills`: workers, and each fourth time the whole service, are killed while events are written.
@@ -71,8 +72,8 @@ SUMMARY = {
     "saturation_rps": ("loads", "64 clients", "requests_per_second"),
     "p99_ms_at_saturation": ("loads", "64 clients", "p99_ms"),
     "rss_slope_mb_per_min": ("loads", "64 clients", "rss_slope_mb_per_min"),
-    "p99_ms_at_100_rps": ("loads", "100 a second", "p99_ms"),
-    "beauty_rps": ("loads", "wide model, histories that grow", "requests_per_second"),
+    "p99_ms_at_100_rps": ("loads", "100 a second, 2 workers", "p99_ms"),
+    "beauty_rps": ("loads", "wide model, histories that grow, 2 workers", "requests_per_second"),
     "beauty_one_event_more_ms": ("wide", "one_event_more_ms"),
 }
 """Where the figures of the summary stand in the results."""
@@ -147,9 +148,14 @@ def wide_model(folder: Path, items: Path) -> Path:
     return folder
 
 
-def under_load(results: Results, model: Any, loads: dict[str, dict[str, Any]], options: tuple[str, ...] = ()) -> None:
+def under_load(
+    results: Results, model: Any, loads: dict[str, dict[str, Any]], options: tuple[str, ...] = (), workers: int = 1
+) -> None:
     """Start a service and put loads on it one after the other; keep their reports, with memory and load average."""
-    with tempfile.TemporaryDirectory() as folder, Running(model, f"{folder}/events.sqlite", 1, options) as service:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Running(model, f"{folder}/events.sqlite", workers, options) as service,
+    ):
         service.wait()
         for name, given in loads.items():
             samples: list[tuple[float, float]] = []
@@ -197,6 +203,20 @@ def measure_wide(results: Results, given: argparse.Namespace) -> None:
 def measure_rate(results: Results, given: argparse.Namespace) -> None:
     """Measure a fixed rate."""
     under_load(results, given.model, {"100 a second": {"clients": 16, "seconds": given.seconds / 10, "rate": 100}})
+
+
+def measure_workers(results: Results, given: argparse.Namespace) -> None:
+    """Measure with two workers, which share the store."""
+    seconds = given.seconds / 10
+    loads: dict[str, dict[str, Any]] = {
+        "64 clients, 2 workers": {"clients": 64, "seconds": seconds},
+        "100 a second, 2 workers": {"clients": 16, "seconds": seconds, "rate": 100},
+    }
+    under_load(results, given.model, loads, workers=2)
+    if given.items:
+        growing = {"clients": 64, "seconds": seconds, "events": 50, "growth": 10}
+        folder = wide_model(given.wide, given.items)
+        under_load(results, folder, {"wide model, histories that grow, 2 workers": growing}, workers=2)
 
 
 def measure_loads(results: Results, given: argparse.Namespace) -> None:
@@ -249,6 +269,7 @@ PARTS = {
     "against": measure_against,
     "wide": measure_wide,
     "rate": measure_rate,
+    "workers": measure_workers,
     "loads": measure_loads,
     "unbatched": measure_unbatched,
     "cold": measure_cold,

@@ -33,7 +33,7 @@ def test_parts_that_are_run_one_by_one_share_a_file_and_its_summary(tmp_path):
     now, then = ({"median_ms": ms, "batch64_rps": rps} for ms, rps in ((2.0, 300.0), (5.0, 100.0)))
     Results(path).put(against={"now": now, "then": then})
     Results(path).put(kills={"kills": 4, "lost": 1, "torn": 2, "errors": 5})
-    Results(path).put_in("loads", **{"100 a second": {**REPORT, "p99_ms": 7.0}})
+    Results(path).put_in("loads", **{"100 a second, 2 workers": {**REPORT, "p99_ms": 7.0}})
     found = json.loads(path.read_text())
     assert (found["single_ratio"], found["batch64_ratio"], found["median_ms"]) == (2.5, 3.0, 2.0)
     assert (found["lost"], found["errors"], found["stale"]) == (3, 7, 2)
