@@ -81,7 +81,8 @@ class TimeBudget(TrainerCallback):
             self._seconds(max(state.max_steps - state.global_step, 0)),
         )
         figure = "" if value is None else f": {self.metric} {value:.4f} on validation"
-        self.say(f"epoch {state.epoch:.1f} of {state.max_steps / self._per_epoch:.1f}{figure}; {clock(left)} left")
+        rest = "out of time" if self.out_of_time else f"{clock(left)} left"
+        self.say(f"epoch {state.epoch:.1f} of {state.max_steps / self._per_epoch:.1f}{figure}; {rest}")
 
     def _seconds(self, steps: int) -> float:
         """Estimate the duration of steps and of the evaluations between them."""

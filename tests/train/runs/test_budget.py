@@ -65,6 +65,8 @@ def test_the_deadline_stops_a_training_that_becomes_slow(tmp_path):
     training.budget.on_step_end = become_slow
     found = training.run()
     assert found.budget.out_of_time and found.now < 60 + 31 + 5
+    found.budget.on_evaluate(found.args, found.state, found.control, metrics={"eval_ndcg@10": 0.5})
+    assert found.lines[-1].endswith("ndcg@10 0.5000 on validation; out of time")
 
 
 def test_shares():
