@@ -2263,7 +2263,8 @@ class Catalogue(CatalogueView):
     def forget(self, user_ids: Any) -> int:
         """Remove users' events from the evidence, as if they had never been counted.
 
-        The next `save` removes their events and ids from the folder's files.
+        The next `save` removes their events and ids from the folder's files. What was learnt from these events stays
+        until it is learnt again: weights of the network, and of a linear model (`ItemWeights`).
 
         Args:
             user_ids: The id of a user, or several.

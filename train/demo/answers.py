@@ -309,7 +309,8 @@ def weighed(rule: Any, weight: float) -> Any:
     """
     learnt, others = factors(weight)
     names = ("words", "texts", "transitions", "popularity", "again", "linear")
-    terms = {name: others * getattr(rule, name) for name in names}
+    # The code that came with a model may be older, and lack a term.
+    terms = {name: others * getattr(rule, name) for name in names if hasattr(rule, name)}
     return replace(rule, learnt=learnt * rule.learnt, **terms)
 
 

@@ -255,3 +255,12 @@ def test_writing_tasks_are_there_if_the_model_has_learnt_them():
         demo.write({**history, "task": "content"})
     with pytest.raises(ValueError, match="this model writes nothing"):
         Demo(make(trained_tasks=["retrieval"])).write({**history, "task": "query"})
+
+
+def test_settings_of_older_code_lack_a_term():
+    @dataclasses.dataclass(frozen=True)
+    class Older:
+        learnt: float = 0.5
+        words: float = 0.3
+
+    assert weighed(Older(), 1.0) == Older(learnt=0.5, words=0.0)
