@@ -38,7 +38,7 @@ from m6rec.train.evaluation.reports import ranking_examples
 from m6rec.train.metrics.ranking import target_ranks
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import finetune
-from m6rec.train.runs.pruning import prune
+from m6rec.train.runs.pruning import prunable, prune_least
 from m6rec.tuning import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +86,7 @@ def pruned(teacher: str, start: Path, output: Path, seed: int) -> dict[str, Any]
     recipe["tuning"] = {"pruning": 0.8}
     recipe["training"] |= {"num_train_epochs": 2, "lr_scheduler_type": "linear", "eval_strategy": "no"}
     recipe["training"] |= {"save_total_limit": 1}
+    recipe["evaluation"]["baselines"] = ["popularity"]  # the student's run has them all
     return recipe
 
 
@@ -95,13 +96,11 @@ def prune_frozen(source: Path, target: Path) -> None:
     They were drawn and never trained, so that nothing has to adapt but the layers above, which are trained next.
     """
     model, processor = load_model(str(source), dtype="float32"), AutoProcessor.from_pretrained(source)
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    prune(model, 0.8)
+    everything = dict(prunable(model))
     model.model.freeze_segments()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                weight.copy_(before[name])
+    trained = dict(prunable(model))
+    frozen = [weight.detach() for name, weight in everything.items() if name not in trained]
+    prune_least(frozen, [weight.abs() for weight in frozen], 0.8)
     model.requires_grad_(True)
     model.save_pretrained(target)
     processor.save_pretrained(target)
@@ -350,7 +349,8 @@ def in_browser(folder: Path, modules: Path, words: str) -> dict[str, Any]:
     command = ["node", str(script), str(ROOT / "web" / "m6rec"), str(folder), str(modules), "-", words]
     seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
     result = {"first_list_s": seen["first_list_ms"] / 1000, "ready_s": seen["ready_ms"] / 1000}
-    result |= {name: seen[name] for name in ("list_ms", "candidates100_ms", "new_item_ms") if seen[name] is not None}
+    times = ("list_ms", "new_item_ms", *(f"candidates100_{how}" for how in ("ms", "processor_ms", "second_ms")))
+    result |= {name: seen[name] for name in times if seen.get(name) is not None}
     return {name: round(value, 3) for name, value in result.items()}
 
 

@@ -124,7 +124,8 @@ def _frequencies(base: float, dim: int) -> torch.Tensor:
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate B x H x Q x D queries or keys by their positions."""
-    if torch.is_grad_enabled():  # in-place writes to parts of a tensor are slow to differentiate
+    # In-place writes to parts of a tensor are slow to differentiate, and become transpositions in an ONNX graph.
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
         first, second = states.chunk(2, -1)
         return states * cos + torch.cat((-second, first), -1) * sin
     half, turned = states.shape[-1] // 2, states * cos

@@ -414,7 +414,8 @@ def attention_bias(
     index = torch.arange(tokens, device=mask.device)
     mask = mask | (index[None] == index[tokens - rows :, None])
     mask = torch.nn.functional.pad(mask, (virtual, keys - virtual - tokens))
-    mask[..., :virtual] = see_virtual[..., None] if isinstance(see_virtual, torch.Tensor) else see_virtual
+    if virtual:
+        mask[..., :virtual] = see_virtual[..., None] if isinstance(see_virtual, torch.Tensor) else see_virtual
     if queries > rows:
         among_virtual = torch.ones(queries - rows, keys, dtype=torch.bool, device=mask.device).tril()
         mask = torch.cat((among_virtual.expand(mask.shape[0], -1, -1), mask), 1)

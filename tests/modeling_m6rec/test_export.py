@@ -50,6 +50,12 @@ def answer(model, part, batch):
         return torch.stack([own[~own[:, 0].isnan()][-1] for own in vectors])
 
 
+def writes_to_parts(program):
+    """The operations that write to a slice of a tensor, for which an ONNX graph transposes the whole tensor twice."""
+    names = [str(node.target) for node in program.graph.nodes]
+    return [name for name in names if name.startswith(("aten.copy_", "aten.fill_", "aten.addcmul_", "aten.slice_s"))]
+
+
 @pytest.mark.parametrize(
     ("part", "settings"),
     some(
@@ -59,9 +65,10 @@ def answer(model, part, batch):
 )
 def test_programs_answer_as_the_model(part, settings):
     model = build(SETTINGS[settings])
-    program = export_program(model, part).module()
+    program = export_program(model, part)
+    assert not writes_to_parts(program)
     for batch in batches(model, part):
-        close(program(**batch), answer(model, part, batch))
+        close(program.module()(**batch), answer(model, part, batch))
 
 
 @pytest.mark.slow

@@ -104,8 +104,8 @@ class TuningArguments:
     """Number of last checkpoints whose weights are averaged into the final weights, e.g. those of the last epochs
     (Vaswani et al. 2017). 1: the last weights, or the best ones with training.load_best_model_at_end."""
     pruning: float = 0.0
-    """Share of each matrix's weights that are zero at the end: the smallest become zero step by step, while the rest is
-    trained (method `full`). 0: no pruning."""
+    """Share of the weights of all trained matrices that are zero at the end: the least important for the trained tasks
+    become zero step by step, while the rest is trained (method `full`). 0: no pruning."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
