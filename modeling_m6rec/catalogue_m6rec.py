@@ -48,6 +48,7 @@ from .item_features_m6rec import (
     Transitions,
     Words,
     reads_item_rows,
+    stretches,
     vector_width,
 )
 from .layers_m6rec import inference_mode
@@ -971,6 +972,79 @@ POSTINGS, MORE = 4096, 96
 """With the first request to an index: entries of words' postings that are read, and extra rows if there are words."""
 
 
+MOSTLY_ZERO = 1 / 16
+"""A column is mostly zero if at most this share of its numbers is not."""
+ROWS_AT_ONCE = 1 << 16
+"""Rows of a matrix that are looked at together."""
+
+
+class Products:
+    """Computes products with all rows of a matrix.
+
+    Of columns that are mostly zero, such as those of hashed words, only the other numbers are read, and of these only
+    the columns in which a user is not zero. A matrix is taken apart at its first product; it must not change.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[torch.Tensor, _SparseColumns | None] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
+
+    def of(self, users: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Multiply B x D users and N x D rows: B x N, with the rounding of float32."""
+        made = self._made
+        if made is None or made[0] is not matrix:
+            made = self._made = matrix, _SparseColumns.of(matrix)
+        return users @ matrix.T if made[1] is None else made[1].products(users)
+
+
+@dataclass(frozen=True)
+class _SparseColumns:
+    """A matrix, N x D, taken apart: E numbers in S columns that are mostly zero, and the other columns."""
+
+    others: torch.Tensor
+    """Indices of the other columns."""
+    dense: torch.Tensor
+    """N x (D - S)."""
+    columns: torch.Tensor
+    """S indices."""
+    starts: np.ndarray
+    """S + 1, where the numbers of each column begin and end."""
+    rows: np.ndarray
+    """E."""
+    values: np.ndarray
+    """E."""
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> "_SparseColumns | None":
+        """Take a matrix apart; None if less than half of its columns are mostly zero."""
+        parts = matrix.split(ROWS_AT_ONCE)
+        filled = torch.stack([part.count_nonzero(0) for part in parts]).sum(0)
+        sparse = filled <= MOSTLY_ZERO * len(matrix)
+        if 2 * int(sparse.sum()) < matrix.shape[1]:
+            return None
+        columns, others = sparse.nonzero()[:, 0], (~sparse).nonzero()[:, 0]
+        found = [(ROWS_AT_ONCE * number, part[:, columns].numpy()) for number, part in enumerate(parts)]
+        entries = [(start, part, *part.nonzero()) for start, part in found]
+        rows = np.concatenate([start + own for start, _, own, _ in entries])
+        values = np.concatenate([part[own, places] for _, part, own, places in entries])
+        order = np.argsort(np.concatenate([places for *_, places in entries]), kind="stable")
+        starts = np.concatenate(([0], np.cumsum(filled[columns].numpy())))
+        return cls(others, matrix[:, others].contiguous(), columns, starts, rows[order], values[order])
+
+    def products(self, users: torch.Tensor) -> torch.Tensor:
+        """Multiply B x D users and the matrix: B x N."""
+        found = users[:, self.others] @ self.dense.T
+        for own, scores in zip(users[:, self.columns].numpy(), found.numpy()):
+            read = np.flatnonzero(own)
+            counts = np.diff(self.starts)[read]
+            entries = stretches(self.starts[read], counts)
+            weights = self.values[entries] * np.repeat(own[read], counts)
+            scores += np.bincount(self.rows[entries], weights, len(scores))
+        return found
+
+
 class Texts:
     """A processor's texts of rows' items; the text of each row is made once."""
 
@@ -1367,7 +1441,8 @@ class State:
     """The complete state of a catalogue at one moment.
 
     A row keeps its number until all rows are copied into a new base matrix. Later states share `ids`, `items`, `rows`,
-    `texts` and `tries`: they append to them and change no entry of the first N rows; all other fields are replaced.
+    `texts` and `tries`: they append to them and change no entry of the first N rows; all other fields are replaced,
+    but `products` is kept with `base`.
     """
 
     fingerprint: str
@@ -1390,6 +1465,8 @@ class State:
     """Kind and settings of the index, also without FAISS."""
     texts: Texts = field(default_factory=Texts)
     tries: Tries = field(default_factory=Tries)
+    products: Products = field(default_factory=Products)
+    """Products with `base`."""
     next_number: int = 0
     """Id of the next item that is a text: larger than every whole number that was ever an id."""
     counted: Counted | None = None
@@ -1813,7 +1890,7 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
     allowed = state.allowed(predicate)
     if state.share:
         users = torch.stack([each.user for each in asked])
-        scores = users @ state.base.T
+        scores = state.products.of(users, state.base)
         scores = torch.cat((scores, users @ state.side.T), 1) if len(state.side) else scores
         scores = scores if state.share == 1 else scores * state.share
     else:

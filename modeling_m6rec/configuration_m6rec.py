@@ -359,6 +359,10 @@ class M6RecConfig(PreTrainedConfig):
     trained_tasks: list[str] | None = None
     """Tasks whose heads have been trained; None = not recorded."""
 
+    if not TYPE_CHECKING:
+        # The library looks up other names and per-layer values at each read, of which there are none here.
+        __getattribute__ = object.__getattribute__
+
     def __post_init__(self, **kwargs: Any) -> None:
         self._set_renamed(kwargs)
         if self.num_key_value_heads is None:

@@ -331,6 +331,10 @@ class BagOfWords(ItemFeature):
         return module(ids.flatten()[:, None]).view(*ids.shape, -1)
 
 
+KEPT_SKETCHES = 4096
+"""Number of texts whose TF-IDF vectors are kept."""
+
+
 class HashedTfidf(nn.Module):
     """Hashed TF-IDF vectors of texts, with D dimensions.
 
@@ -350,6 +354,14 @@ class HashedTfidf(nn.Module):
         super().__init__()
         self.width = width
         self.register_buffer("rarity", torch.zeros(words))
+        self._kept: tuple[torch.Tensor, int, dict[tuple[int, ...], torch.Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def forget(self) -> None:
+        """Drop the vectors of texts that are kept."""
+        self._kept = None
 
     @property
     def is_fitted(self) -> bool:
@@ -396,6 +408,23 @@ class HashedTfidf(nn.Module):
         place = texts.masked_fill(~where, number) * self.width + (key >> 4) % self.width
         sketch = self.rarity.new_zeros((number + 1) * self.width).index_add(0, place.flatten(), steps.flatten())
         return functional.normalize(sketch.view(number + 1, self.width)[:number], dim=-1)
+
+    def of_texts(self, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Return the vectors of texts that are given by the ids of their words, M x D; requests repeat texts."""
+        if not texts or self.rarity.is_inference():
+            return self._of_texts(texts)
+        kept, version = self._kept, self.rarity._version
+        if kept is None or kept[0] is not self.rarity or kept[1] != version or len(kept[2]) > KEPT_SKETCHES:
+            kept = self._kept = self.rarity, version, {}
+        new = [text for text in dict.fromkeys(texts) if text not in kept[2]]
+        if new:
+            kept[2].update(zip(new, self._of_texts(new)))
+        return torch.stack([kept[2][text] for text in texts])
+
+    def _of_texts(self, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        words = [(word, number) for number, text in enumerate(texts) for word in text]
+        ids, places = torch.tensor(words, dtype=torch.long, device=self.rarity.device).view(-1, 2).T
+        return self(ids, places, len(texts), torch.ones_like(ids, dtype=torch.bool))
 
 
 class Tfidf(ItemFeature):
@@ -460,16 +489,11 @@ class Tfidf(ItemFeature):
 
     def user_vectors(self, network: Network, items: Sequence[Sequence[tuple[int, ...]]]) -> torch.Tensor:
         """Make the mean TF-IDF vector of each user's last items."""
-        last, end = [own[-TFIDF_ITEMS:] for own in items], network.config.segment_token_id
-        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(ids for own in last for ids in own))}
-        words = [(token, number) for ids, number in numbers.items() for token in ids[1:] if token != end]
-        sketch = self.module(network)
-        device = sketch.rarity.device
-        tokens, texts = torch.tensor(words, dtype=torch.long, device=device).view(-1, 2).T
-        sketches = sketch(tokens, texts, len(numbers), torch.ones_like(tokens, dtype=torch.bool))
+        last, sketch = [own[-TFIDF_ITEMS:] for own in items], self.module(network)
+        end, device = network.config.segment_token_id, sketch.rarity.device
+        texts = [ids[1:-1] if ids[-1] == end else ids[1:] for own in last for ids in own]
         owners = torch.tensor([user for user, own in enumerate(last) for _ in own], dtype=torch.long, device=device)
-        places = torch.tensor([numbers[ids] for own in last for ids in own], dtype=torch.long, device=device)
-        total = sketches.new_zeros(len(items), sketches.shape[-1]).index_add(0, owners, sketches[places])
+        total = sketch.rarity.new_zeros(len(items), sketch.width).index_add(0, owners, sketch.of_texts(texts))
         counts = torch.tensor([max(1, len(own)) for own in last], device=device)
         return total / counts[:, None]
 
@@ -547,6 +571,13 @@ ITEM_FEATURES: list[ItemFeature] = [EMBEDDINGS, BagOfWords(), Tfidf(), ColdItemB
 def features_at(place: str, config: M6RecConfig) -> list[ItemFeature]:
     """Return the features that act at a place of PLACES and that a configuration enables."""
     return [feature for feature in ITEM_FEATURES if place in feature.places and feature.is_on(config)]
+
+
+def forget_texts(model: nn.Module) -> None:
+    """Drop what features of a model keep of texts."""
+    for module in model.modules():
+        if isinstance(module, HashedTfidf):
+            module.forget()
 
 
 def feature_weights() -> tuple[str, ...]:
@@ -861,10 +892,10 @@ def recent(histories: Iterable[Sequence[int] | np.ndarray], rule: Evidence) -> S
     return Sparse.of(users, items, weights, int(items.max(initial=0)) + 1)
 
 
-def _stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the concatenated indices of ranges.
 
-    >>> _stretches(np.array([7, 2]), np.array([2, 3])).tolist()
+    >>> stretches(np.array([7, 2]), np.array([2, 3])).tolist()
     [7, 8, 2, 3, 4]
     """
     ends = np.cumsum(lengths)
@@ -1006,7 +1037,7 @@ class Transitions:
         owners, columns, totals = [_NONE.keys], [_NONE.keys], [_NONE.totals]
         for (keys, own), span in zip(self.levels, spans):
             low, high = (side[part] for side in span)
-            places = _stretches(low, high - low)
+            places = stretches(low, high - low)
             owners.append(np.repeat(np.arange(len(items)), high - low))
             columns.append(keys[places] & (WIDTH - 1))
             totals.append(own[places])
@@ -1062,7 +1093,7 @@ class ItemWeights:
         parts = [NOTHING]
         for part in known.groups(high - low):
             lengths = (high - low)[part]
-            places = _stretches(low[part], lengths)
+            places = stretches(low[part], lengths)
             users, weights = (np.repeat(own[part], lengths) for own in (known.users, known.values))
             parts.append(Sparse.of(users, self.columns[places], weights * self.values[places], width))
         return Sparse(*(np.concatenate(own) for own in zip(*parts)))
@@ -1300,7 +1331,7 @@ class Postings(NamedTuple):
         """Return indices into `words`, and for each index a row that contains the word."""
         known = np.flatnonzero(words < len(self.starts) - 1)
         low, high = self.starts[words[known]], self.starts[words[known] + 1]
-        return np.repeat(known, high - low), self.rows[_stretches(low, high - low)]
+        return np.repeat(known, high - low), self.rows[stretches(low, high - low)]
 
 
 def _more_rows(
@@ -1320,7 +1351,7 @@ def _some_rows(
     lengths = starts[index + 1] - starts[index]
     return (
         np.concatenate(([0], np.cumsum(lengths))),
-        columns[_stretches(starts[index], lengths)],
+        columns[stretches(starts[index], lengths)],
         np.ones(len(index), bool),
     )
 
@@ -1411,7 +1442,7 @@ class Words:
     def vectors(self, shares: Sparse) -> Sparse:
         """Return the users' vectors: sums of the vectors of weighted rows."""
         lengths = self.starts[shares.items + 1] - self.starts[shares.items]
-        words = self.columns[_stretches(self.starts[shares.items], lengths)]
+        words = self.columns[stretches(self.starts[shares.items], lengths)]
         weights = np.repeat(shares.values / self.norms[shares.items], lengths) * self.rarity[words]
         return Sparse.of(np.repeat(shares.users, lengths), words, weights, len(self.rarity))
 
@@ -1456,7 +1487,7 @@ class Words:
             places = np.flatnonzero(np.isin(rows, np.concatenate(having)))
         asked = rows[places]
         lengths = self.starts[asked + 1] - self.starts[asked]
-        columns = self.columns[_stretches(self.starts[asked], lengths)]
+        columns = self.columns[stretches(self.starts[asked], lengths)]
         found = np.minimum(np.searchsorted(words, columns), len(words) - 1)
         terms = np.where(words[found] == columns, weights[found] * self.rarity[columns], 0.0)
         owners = np.repeat(np.arange(len(asked)), lengths)
@@ -1679,7 +1710,9 @@ __all__ = [
     "feature_modules",
     "feature_weights",
     "features_at",
+    "forget_texts",
     "reads_item_rows",
     "recent",
+    "stretches",
     "vector_width",
 ]

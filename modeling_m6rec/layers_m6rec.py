@@ -21,6 +21,8 @@ from .layout_m6rec import gather_tokens
 
 SCORES_AT_ONCE = 1 << 19
 """Most attention scores to shared keys in one table: larger tables exceed the processor's cache."""
+MOST_KEPT = 8192
+"""Positions below this one are looked up in a table of cosines and sines."""
 SHORT = 32
 """Number of keys up to which eager attention is faster on CPUs than the fused kernel, which starts row by row."""
 
@@ -59,6 +61,9 @@ class M6RecRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
+        if hidden_states.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            # The same operations in one call; of narrower numbers it rounds the product with the weight otherwise.
+            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         wide = hidden_states.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden_states.dtype)
@@ -67,6 +72,15 @@ class M6RecRMSNorm(nn.Module):
 def make_norm(config: M6RecConfig, size: int) -> nn.Module:
     """Make the norm of the configuration."""
     return M6RecRMSNorm(size, config.norm_eps) if config.norm_type == "rms" else nn.LayerNorm(size, config.norm_eps)
+
+
+class _Table(NamedTuple):
+    """Cosines and sines of positions from 0, N x D each, and the frequencies that they were computed from."""
+
+    source: torch.Tensor
+    version: int
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
 class M6RecRotaryEmbedding(nn.Module):
@@ -82,6 +96,7 @@ class M6RecRotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = initialise(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self._table: _Table | None = None
 
     @staticmethod
     def kind_of(config: M6RecConfig) -> str:
@@ -93,14 +108,32 @@ class M6RecRotaryEmbedding(nn.Module):
         """Return D/2 inverse frequencies and the scale of the result."""
         return _frequencies(config.rope_parameters["rope_theta"], config.head_dim), 1.0
 
-    @torch.no_grad()
-    @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Convert B x Q positions to cosines and sines, B x 1 x Q x D each, in the type of `hidden_states`."""
+        may = self.rope_type == "default" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if may and position_ids.device.type == "cpu" and hidden_states.dtype == torch.float32 and position_ids.numel():
+            last = int(position_ids.max())
+            if last < MOST_KEPT and not self.get_buffer("inv_freq").is_inference():
+                return self._kept(position_ids, last)
+        return self._computed(hidden_states, position_ids)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def _computed(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.get_buffer("inv_freq").float()
         angles = torch.cat((angles, angles), -1)[:, None]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+    def _kept(self, position_ids: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look positions up to `last` up in a table, which is made again when the frequencies have changed."""
+        source, table = self.get_buffer("inv_freq"), self._table
+        if table is None or table.source is not source or table.version != source._version or last >= len(table.cos):
+            cos, sin = self._computed(source.float(), torch.arange(max(2 * last, 256))[None])
+            table = self._table = _Table(source, source._version, cos[0, 0], sin[0, 0])
+        (rows, size), index = position_ids.shape, position_ids.flatten()
+        cos, sin = (part.index_select(0, index).view(rows, 1, size, -1) for part in table[2:])
+        return cos, sin
 
 
 class M6RecLocalRotaryEmbedding(M6RecRotaryEmbedding):

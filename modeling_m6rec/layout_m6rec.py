@@ -548,6 +548,10 @@ Piece = tuple[tuple[int, ...], int]
 """Ids of a segment of a source, and its row of item embeddings, 0 = none."""
 
 
+QUERY_BLOCK, FEW = 32, 4
+"""Rounding on CPUs: attention computes queries in blocks, and a product of fewer rows than FEW is rounded otherwise."""
+
+
 class KeptSources(NamedTuple):
     """The tokens of B sources that are keys of the joint layers, n in the longest."""
 
@@ -555,10 +559,10 @@ class KeptSources(NamedTuple):
     """5 x B x n: kind, event, position, row of item embeddings and index of the state; 0 where absent."""
     lengths: list[int]
     """Number of tokens of each source."""
-    asked: Picked
-    """The tokens that `head_places` marks, B x m."""
-    users: torch.Tensor
-    """B x E, what `user_places` returns, as indices among `asked`."""
+    asked: torch.Tensor
+    """B x m indices of the last places that `head_places` marks: their last block, see `_last_block`."""
+    users: int
+    """Most places of users in a source, at most FEW."""
 
 
 class ReadSource(NamedTuple):
@@ -604,15 +608,25 @@ def kept_sources(rows: Sequence[ReadSource]) -> KeptSources:
     """Make tensors of the tokens of sources."""
     lengths = [len(row.tokens[0]) for row in rows]
     table = np.zeros((5, len(rows), max(lengths)), np.int64)
-    asked = np.full((len(rows), max(len(row.asked) for row in rows)), -1)
-    users = np.full((len(rows), max(len(row.users) for row in rows)), -1)
+    most = max(_last_block(len(row.asked)) for row in rows)
+    asked = np.empty((len(rows), most), np.int64)
     for number, row in enumerate(rows):
         table[:, number, : lengths[number]] = row.tokens
-        asked[number, : len(row.asked)] = row.asked
-        users[number, : len(row.users)] = row.users
-    columns = torch.from_numpy(asked)
-    picked = Picked(columns.clamp_min(0), columns >= 0)
-    return KeptSources(torch.from_numpy(table), lengths, picked, torch.from_numpy(users))
+        own = row.asked[-most:]
+        asked[number] = own[:1] * (most - len(own)) + own  # the first one stands for absent ones
+    users = min(FEW, max(len(row.users) for row in rows))
+    return KeptSources(torch.from_numpy(table), lengths, torch.from_numpy(asked), users)
+
+
+def _last_block(count: int) -> int:
+    """Return how many of so many queries are computed if only the last one is needed.
+
+    It is the last block of queries, so that the last one is rounded as if all were computed.
+
+    >>> [_last_block(count) for count in (1, 35, 36, 61, 68)]
+    [1, 35, 4, 29, 4]
+    """
+    return count if count < QUERY_BLOCK + FEW else (count - FEW) % QUERY_BLOCK + FEW
 
 
 class _SourceReader:

@@ -650,14 +650,13 @@ class M6RecForRecommendation(M6RecPreTrainedModel, GenerationMixin):
             user_states: Cache of histories; None = no cache.
         """
         (depth,) = self._exits(exit_layer, False, False)
-        states, count, last = self.model.read_sources(sources, segment_cache, depth, version, user_states)
-        vectors = learnt_user_vectors(self, states)
-        parts = [vectors[torch.arange(len(count), device=count.device), count - 1]]
+        states, last = self.model.read_sources(sources, segment_cache, depth, version, user_states)
+        parts = [learnt_user_vectors(self, states)[:, -1]]
         if features := features_at("vectors", self.config):
             opens = self.config.kind_token_ids["item"]
             items = [[ids for ids, _ in own[: end + 1] if ids[0] == opens] for own, end in zip(sources, last)]
             parts += [feature.user_vectors(self.model, items) for feature in features]
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def _texts(
         self,

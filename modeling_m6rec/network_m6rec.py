@@ -59,7 +59,6 @@ from .layout_m6rec import (
     Rows,
     SegmentKey,
     attention_bias,
-    gather_or_zero,
     gather_tokens,
     head_places,
     item_layout,
@@ -952,11 +951,11 @@ class M6RecModel(M6RecPreTrainedModel):
         exit_layer: int,
         version: object | None = None,
         users: UserStates | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    ) -> tuple[torch.Tensor, list[int]]:
         """Run rows that hold one source each, with causal history, by the plan "cached".
 
-        The states are those of `forward` at the places of users, but the work outside the layers grows with the number
-        of segments instead of tokens.
+        The states are those of `forward` at the last places of users, but the work outside the layers grows with the
+        number of segments instead of tokens, and the last layer computes no other states.
 
         Args:
             sources: For each row its segments, see `source_tokens`.
@@ -966,8 +965,8 @@ class M6RecModel(M6RecPreTrainedModel):
             users: Cache of histories, of which only new tokens are then computed; None = no cache.
 
         Returns:
-            B x E x H joint states at the places of users, zero where absent; B, the number of places; and for each row
-            the segment of the last place. With `users`, places whose tokens are not computed again are absent.
+            B x E x H joint states, the last one that of the user's last place, the others of tokens before it: their
+            number decides on CPUs how a product is rounded. And for each row the segment of the last place.
         """
         device = self.embed_kind.weight.device
         every = [ids for own in sources for ids, _ in own]
@@ -978,26 +977,30 @@ class M6RecModel(M6RecPreTrainedModel):
         kind, event, position, memory, place = kept.tokens.to(device)
         states = table.index_select(0, place.flatten()).view(*place.shape, -1)
         states = self._enter(states, kind, event, memory)
-        columns, present, places = (field.to(device) for field in (*kept.asked, kept.users))
+        asked = kept.asked.to(device)
         groups = _groups([(0, length) for length in kept.lengths])
         if len(groups) == 1:
             groups = [sorted(groups[0])]
-        found = states.new_zeros(*places.shape, states.shape[-1])
+        found = []
         for rows in groups:
             known, new = ([], None) if past is None else (past.shared(rows), DynamicCache())
             own = slice(None) if len(groups) == 1 else rows
-            width, most = max(kept.lengths[row] for row in rows), int(present[own].sum(1).max())
+            width = max(kept.lengths[row] for row in rows)
             bias = states.new_full((width, width), torch.finfo(states.dtype).min).triu_(1)
-            asked = Picked(columns[own, :most], present[own, :most])
             bias = bias.expand(len(rows), 1, -1, -1)
+            picked = Picked(asked[own], torch.ones_like(asked[own], dtype=torch.bool))
             (joint,) = self.joint_stage(
-                states[own, :width], position[own, :width], bias, [exit_layer], known or None, 0, asked, key_cache=new
+                states[own, :width], position[own, :width], bias, [exit_layer], known or None, 0, picked, key_cache=new
             )
-            found[own] = gather_or_zero(self.norm(joint), places[own])
+            found.append(self.norm(joint[:, -kept.users :]))
             if past is not None and new is not None:
                 layers = cast(list[_FilledLayer], new.layers[self.config.num_segment_layers :])
                 past.keep(rows, [SharedKeys(layer.keys, layer.values, None) for layer in layers], 0)
-        return found, (places >= 0).sum(1), [row.last for row in read]
+        last = [row.last for row in read]
+        if len(found) == 1:
+            return found[0], last
+        order = torch.tensor([row for rows in groups for row in rows], device=device).argsort()
+        return torch.cat(found)[order], last
 
     @torch.compiler.disable
     def add_to_bank(self, bank: torch.Tensor, segments: Sequence[SegmentKey], offsets: torch.Tensor) -> torch.Tensor:
@@ -1074,7 +1077,8 @@ class M6RecModel(M6RecPreTrainedModel):
             if index + 1 == exits[-1]:
                 asked = _asked(output_mask)
             if asked is not None:
-                biases = [gather_tokens(each[:, 0], asked.columns)[:, None] for each in biases]
+                several = biases[:1] if biases[0] is biases[1] else biases
+                biases = [gather_tokens(each[:, 0], asked.columns)[:, None] for each in several] * (3 - len(several))
                 kwargs["output_mask"] = asked.columns
             own = None if shared is None else shared[index - first]
             layer, local = start + index, start + index in self.local_layers

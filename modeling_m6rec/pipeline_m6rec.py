@@ -405,18 +405,23 @@ class RecommendationPipeline(Pipeline):
                 f"If that item is meant, give {{'item_id': {short(text)}}}, in a history within {{'item': ...}}"
             )
 
-    def warm(self, progress: bool = True) -> None:
-        """Encode the texts of all items of the catalogue into the segment cache.
+    def warm(self, progress: bool = True, item_ids: Sequence[Any] | None = None) -> None:
+        """Encode the texts of items of the catalogue into the segment cache.
 
         An item has the same segment in an event, as a candidate and standalone (except for "plausibility", where a
         candidate is written text), so that later requests need not encode items; see `segment_cache.stats()`.
+
+        Args:
+            progress: Show a progress bar if encoding takes more than two seconds.
+            item_ids: Ids of the items; None = all.
         """
         catalogue = self.catalogue
         if catalogue is None:
             raise ValueError("there are no items to read: give the pipeline a `catalogue`, or use SegmentCache.warm")
         now = catalogue.snapshot()
-        items = self.processor.encode_items([now.item(item_id) for item_id in now])
-        self.segment_cache.warm(self.model, [(0, tuple(ids)) for ids in items], progress)
+        items = self.processor.encode_items([now.item(each) for each in (now if item_ids is None else item_ids)])
+        version = self._version() if self.model.reads_sources else None
+        self.segment_cache.warm(self.model, [(0, tuple(ids)) for ids in items], progress, version)
 
     # -------------------------------------------------------------------------------------------------------- keeping
 

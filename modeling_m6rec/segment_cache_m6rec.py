@@ -24,6 +24,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -327,7 +328,11 @@ class SegmentCache:
         return found
 
     def warm(
-        self, model: nn.Module, segments: Iterable[SegmentKey | tuple[int, tuple[int, ...]]], progress: bool = True
+        self,
+        model: nn.Module,
+        segments: Iterable[SegmentKey | tuple[int, tuple[int, ...]]],
+        progress: bool = True,
+        version: object | None = None,
     ) -> None:
         """Encode segments now, so that later calls find them.
 
@@ -335,6 +340,7 @@ class SegmentCache:
             model: The network, or any model around it.
             segments: (mode, ids) or `SegmentKey` of each; an item is (0, its ids from `M6RecProcessor.encode_items`).
             progress: Show a progress bar if encoding takes more than two seconds.
+            version: As of `StateTable.find`; the states are then put into `table` as well, as far as there is room.
         """
         # Check classes, not instances: wrappers forward the methods of the network inside.
         network: Any = next((part for part in model.modules() if hasattr(type(part), "segment_modules")), None)
@@ -351,6 +357,9 @@ class SegmentCache:
                 batch = order[start : start + WARMED_AT_ONCE]
                 network.encode_segments(batch, self)
                 bar.update(len(batch))
+                given = [key.ids for key in batch if not key.mode and not key.payload]
+                if version is not None and given and self.table.has_room:
+                    self.table.find(network, given, partial(network.last_rows, cache=self), version)
         if len(self) < len(order) and self._store is None:
             logger.warning(
                 f"max_bytes={self.max_bytes} holds {len(self)} of {len(order)} texts: give more, or a folder"
@@ -401,6 +410,11 @@ class StateTable:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether at most half of the table is used."""
+        return self._states is None or 2 * self._used * self._states[0].nbytes <= self.max_bytes
 
     def clear(self) -> None:
         """Drop everything."""
@@ -483,22 +497,26 @@ def _identity(model: Any, modules: Iterable[nn.Module]) -> tuple:
     """Return a key that changes whenever the output of these modules could change."""
     parts = all_modules(modules)
     own = _weights(parts)
-    weights = tuple(
-        (weight.untyped_storage()._cdata, weight.storage_offset(), _writes(weight), weight.dtype) for weight in own
-    )
+    weights = [(each.untyped_storage()._cdata, each.storage_offset(), _writes(each), each.dtype) for each in own]
     tuned, device = _tuned(parts), own[0].device.type if own else "cpu"
-    merged = repr([getattr(part, "merged_adapters", None) for part in tuned])
-    return id(model), weights, _adapters(tuned), merged, _numbers(model.config, device), _settings(model.config)
+    merged = [repr(getattr(part, "merged_adapters", None)) for part in tuned]
+    return id(model), weights, _adapters(tuned), merged, _numbers(model.config, device), *_settings(model.config)
 
 
-def _settings(config: M6RecConfig) -> tuple:
-    """Return a key of all settings; `repr` of the simple ones, which are most, would take five times as long."""
-    return tuple((name, own if type(own) in SIMPLE else repr(own)) for name, own in vars(config).items())
+def _settings(config: M6RecConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return a key of all settings: a copy, and those that may change in place, such as lists, as texts."""
+    own = vars(config)
+    return own.copy(), [repr(value) for value in own.values() if type(value) not in SIMPLE]
 
 
 def _weights(parts: Iterable[nn.Module]) -> list[torch.Tensor]:
-    own = [weight for part in parts for weight in (*part._parameters.values(), *part._buffers.values())]
-    return [weight for weight in own if weight is not None]
+    own: list[torch.Tensor] = []
+    for part in parts:
+        if part._parameters:
+            own += [weight for weight in part._parameters.values() if weight is not None]
+        if part._buffers:
+            own += [weight for weight in part._buffers.values() if weight is not None]
+    return own
 
 
 def _writes(weight: torch.Tensor) -> Any:

@@ -179,6 +179,42 @@ def test_search_is_exact():
     assert [len(found) for found in catalogue.search(users(), 99)] == [len(ITEMS)] * 3
 
 
+@pytest.mark.parametrize("at_once", [7, 1 << 16])
+@pytest.mark.parametrize("sparse", [0, 7, 8, 16])
+def test_columns_that_are_mostly_zero_are_read_where_they_are_not(sparse, at_once, monkeypatch):
+    monkeypatch.setattr(catalogue_m6rec, "ROWS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(sparse)
+    matrix, users = torch.randn(40, 16, generator=generator), torch.randn(4, 16, generator=generator)
+    matrix[:, :sparse] *= (torch.arange(40)[:, None] + torch.arange(sparse)) % 20 == 3
+    matrix = matrix[:, torch.randperm(16, generator=generator)]
+    users[1, ::2], users[2] = 0, 0
+    products = catalogue_m6rec.Products()
+    taken = catalogue_m6rec._SparseColumns.of(matrix)
+    assert (taken is not None) == (sparse >= 8) and (taken is None or len(taken.columns) >= sparse)
+    for rows in (users, users[2:3]):
+        found = products.of(rows, matrix)
+        torch.testing.assert_close(found.double(), rows.double() @ matrix.double().T, rtol=0, atol=2e-6)
+    torch.testing.assert_close(products.of(users, 2 * matrix), 2 * users @ matrix.T, rtol=0, atol=2e-6)
+
+
+def test_search_by_hashed_words_is_exact():
+    items = [{"item_id": str(number), "title": f"{title} {number}"} for number, title in enumerate(TITLES * 4)]
+    model = build(tfidf_weight=0.5)
+    model.model.word_sketch.fit(PROCESSOR.encode_items(items))
+    catalogue = Catalogue.from_dataset(items, model, PROCESSOR)
+    state = catalogue.snapshot()._state
+    assert catalogue_m6rec._SparseColumns.of(state.base) is not None
+    vectors = dict(zip(catalogue, catalogue.vectors(list(catalogue))))
+    asked = torch.stack([(vectors["3"] + vectors["5"]) / 2, vectors["8"]])
+    for user, found in zip(asked, catalogue.search(asked, 9)):
+        same(found, slow_search(vectors, user, 9))
+    products = state.products
+    catalogue.add([{"item_id": "new", "title": f"{TITLES[0]} {TITLES[1]}"}], model, PROCESSOR)
+    assert catalogue.snapshot()._state.products is products
+    vectors["new"] = catalogue.vectors(["new"])[0]
+    same(catalogue.search(vectors["new"][None], 3)[0], slow_search(vectors, vectors["new"], 3))
+
+
 def test_exclude_and_filter():
     catalogue, vectors = make(), {item["item_id"]: vector(item) for item in ITEMS}
     sport = {item["item_id"] for item in ITEMS if item["category"] == "sport"}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from m6rec import M6RecConfig, M6RecForRecommendation
 from tests.modeling_m6rec.tiny import ALL, build
@@ -124,3 +125,12 @@ def test_the_number_of_outputs_is_refused_when_loading_too(tmp_path):
     assert M6RecConfig.from_pretrained(tmp_path, num_labels=10).num_labels == 10
     with pytest.raises(ValueError, match="num_labels=3"):
         M6RecConfig.from_pretrained(tmp_path, num_labels=3)
+
+
+def test_attributes_are_read_as_the_library_reads_them():
+    config = M6RecConfig.preset("tiny", vocab_size=99)
+    assert M6RecConfig.attribute_map == {} and not getattr(config, "is_heterogeneous", False)
+    for name in (*vars(config), "num_segment_layers", "kind_token_ids", "_attn_implementation", "to_dict"):
+        assert getattr(config, name) == PreTrainedConfig.__getattribute__(config, name)
+    with pytest.raises(AttributeError, match="absent"):
+        config.absent

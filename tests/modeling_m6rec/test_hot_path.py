@@ -7,7 +7,16 @@ import peft
 import pytest
 import torch
 
-from m6rec import Catalogue, RecommendationPipeline, SegmentCache, formatting_m6rec, segment_cache_m6rec
+from m6rec import (
+    Catalogue,
+    RecommendationPipeline,
+    SegmentCache,
+    formatting_m6rec,
+    item_features_m6rec,
+    layout_m6rec,
+    network_m6rec,
+    segment_cache_m6rec,
+)
 from m6rec.layout_m6rec import gather_tokens, latest, pick
 from m6rec.segment_cache_m6rec import UserStates
 from m6rec.values_m6rec import KnownItem
@@ -341,6 +350,30 @@ def test_answers_of_users_read_by_segments_are_bitwise_those_read_by_ids(monkeyp
     assert found == [slow(request, explain=True) for request in WHO]
 
 
+@pytest.mark.parametrize("more", [{"segment_summary": 1}, {"segment_summary": None, "num_joint_layers": 2}])
+def test_the_last_place_is_that_of_all_places(more, monkeypatch):
+    model, own, cache = build(**more), processor(max_events=80, max_length=1600), SegmentCache()
+    histories = [[{"item": ITEMS[place % len(ITEMS)]} for place in range(size)] for size in (*range(1, 14), 22, 40, 64)]
+    readings = own.read_many([{"user": "a man", "history": history} for history in histories], "retrieval")
+    sources, rows = sources_of(model, readings), []
+    joint_stage = network_m6rec.M6RecModel.joint_stage
+    monkeypatch.setattr(
+        network_m6rec.M6RecModel,
+        "joint_stage",
+        lambda *given, **named: [rows.append(own.shape[1]) or own for own in joint_stage(*given, **named)],
+    )
+
+    def ask():
+        with torch.no_grad():
+            return torch.cat([model.embed_users([source], cache) for source in sources])
+
+    found, computed = ask(), [*rows]
+    monkeypatch.setattr(layout_m6rec, "QUERY_BLOCK", 10_000)
+    every = ask()
+    assert max(computed) <= 35 < max(rows) and sum(computed) < sum(rows[len(computed) :])
+    torch.testing.assert_close(found, every, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("more", [{"history_attention": "bidirectional"}, {"local_layers": [2], "local_window": 4}])
 def test_other_models_read_users_by_ids(more):
     assert not build(**more).reads_sources
@@ -370,6 +403,58 @@ def test_a_full_table_of_states_starts_again_and_answers_the_same():
         assert small.table._used <= 8
     small.clear()
     assert not len(small.table)
+
+
+@pytest.mark.parametrize("most", [2, 99])
+def test_vectors_of_words_are_kept_until_the_rarity_of_words_changes(most, monkeypatch):
+    monkeypatch.setattr(item_features_m6rec, "KEPT_SKETCHES", most)
+    model, own, cache = build_read(tfidf_weight=0.5), processor(), SegmentCache()
+    sketch = model.model.word_sketch
+    made, of_texts = [], sketch._of_texts
+    monkeypatch.setattr(sketch, "_of_texts", lambda texts: made.extend(texts) or of_texts(texts))
+
+    def ask(number):
+        reading = own.read_many([{"history": [{"item": item} for item in ITEMS[number : number + 3]]}], "retrieval")
+        with torch.no_grad():
+            found = model.embed_users(sources_of(model, reading), cache)
+        torch.testing.assert_close(found, slow_users(model, own, reading), rtol=0, atol=1e-6)
+
+    for number in (0, 0, 1, 0):
+        ask(number)
+    assert len(made) == 4 or most == 2
+    assert copy.deepcopy(model).model.word_sketch._kept is None
+    sketch.rarity[::2] *= 3
+    ask(0)
+    sketch.fit(own.encode_items(ITEMS[:4]))
+    ask(0)
+    assert len(sketch._kept[2]) == 3
+    item_features_m6rec.forget_texts(model)
+    assert sketch._kept is None
+
+
+@pytest.mark.parametrize("room", [1 << 30, 4 * 4 * 32 * 8])
+def test_a_warm_pipeline_takes_the_states_of_items_from_the_table(room, monkeypatch):
+    model = build(segment_summary=1, bow_embeddings=True)
+    cold, warm = make(model), make(model, segment_cache=SegmentCache(max_bytes=room))
+    warm.warm(progress=False, item_ids=["i1"])
+    table = warm.segment_cache.table
+    assert len(table) == 1
+    warm.warm(progress=False)
+    asked = {"history": [{"item": item} for item in ITEMS[:3]]}
+    made = []
+    last_rows = network_m6rec.M6RecModel.last_rows
+    monkeypatch.setattr(
+        network_m6rec.M6RecModel,
+        "last_rows",
+        lambda self, segments, **more: made.extend(segments) or last_rows(self, segments, **more),
+    )
+    found, new = warm(asked), [*made]
+    assert found == cold(asked)
+    item = model.config.kind_token_ids["item"]
+    if room == 1 << 30:
+        assert len(table) >= len(ITEMS) and not any(ids[0] == item for ids in new)
+    else:
+        assert table._used * table._states[0].nbytes <= table.max_bytes
 
 
 def test_what_is_kept_with_a_segment_is_that_of_its_processor():

@@ -147,3 +147,33 @@ def test_short_and_long_keys_are_attended_alike(monkeypatch, settings):
         monkeypatch.setattr(layers_m6rec, "SHORT", 0)
         close(model.score(**batch, plan="compact"), plainly)
     assert not calls
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 43), (3, 8)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_norm_without_gradients_is_the_norm_with_gradients(shape, kind):
+    norm, states = layers_m6rec.M6RecRMSNorm(24, 1e-6).to(kind), torch.randn(*shape, 24).to(kind)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    expected = norm(states)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(norm(states), expected)
+
+
+def test_positions_are_looked_up_as_they_are_computed(monkeypatch):
+    rotary, states = build(SMALL[0]).model.rotary, torch.zeros(1, 1)
+    with torch.no_grad():
+        for last in (3, 290, 1100):
+            positions = torch.randint(0, last, (2, 9), generator=torch.Generator().manual_seed(last))
+            assert all(map(torch.equal, rotary(states, positions), rotary._computed(states, positions)))
+        table = rotary._table
+        rotary(states, positions)
+        assert rotary._table is table and len(table.cos) > 1000
+        monkeypatch.setattr(layers_m6rec, "MOST_KEPT", 9)
+        assert rotary(states, torch.tensor([[40_000]]))[0].shape == (1, 1, 1, table.cos.shape[1])
+        monkeypatch.undo()
+        rotary.inv_freq *= 2  # a change in place, and one by replacement
+        assert all(map(torch.equal, rotary(states, positions), rotary._computed(states, positions)))
+        rotary.inv_freq = rotary.inv_freq * 2
+        assert all(map(torch.equal, rotary(states, positions), rotary._computed(states, positions)))
+    assert not torch.equal(rotary._table.cos, table.cos[: len(rotary._table.cos)])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...item_features_m6rec import forget_texts
 from ...pipeline_m6rec import RecommendationPipeline
 from ...segment_cache_m6rec import UserStates
 from ...values_m6rec import check_size, normalize_id, short, time_seconds
@@ -146,11 +147,8 @@ class Loaded:
         self.gone = {name: item for name, item in {**self.gone, **removed}.items() if name not in catalogue}
 
     def _encode(self, names: Sequence[str]) -> None:
-        recommend, catalogue = self.recommend, self.recommend.catalogue
-        assert catalogue is not None, "as above"
-        if recommend.model.config.num_segment_layers:
-            ids = recommend.processor.encode_items([catalogue.item(name) for name in names])
-            recommend.segment_cache.warm(recommend.model, [(0, tuple(own)) for own in ids], progress=False)
+        if self.recommend.model.config.num_segment_layers:
+            self.recommend.warm(progress=False, item_ids=names)
 
     def forget(self) -> None:
         """Drop what is kept of histories: after the deletion of a user's events nothing of them stays in memory."""
@@ -158,6 +156,7 @@ class Loaded:
             self.recommend.user_states.clear()
         self.recommend.segment_cache.clear()
         self.recommend.processor.forget_texts()
+        forget_texts(self.recommend.model)
 
 
 class Service:
