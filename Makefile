@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := modeling_m6rec tokenization train model_cards
-TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+# An empty PYTHONDONTWRITEBYTECODE keeps compiled files: without them each worker rewrites the asserts of all test files.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+	PYTHONDONTWRITEBYTECODE=
 DATA ?= ../shared/data
 NAMES := build/.names-$(shell find $(PACKAGES) -type f ! -name '*.pyc' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
 BASE ?= HEAD

@@ -5,6 +5,7 @@
 (True, False)
 """
 
+import functools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -76,9 +78,9 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
     candidates = example.pop("candidates")
     recipe = _public(facts.recipe)
     results = {task: _table(report) for task, report in _known(facts.results).items()}
-    card = ModelCard.from_template(
-        _metadata(facts),
-        template_path=str(Path(__file__).with_name(f"template_{language}.md")),
+    metadata = _metadata(facts)
+    text = _template(language).render(
+        card_data=metadata.to_yaml(),
         facts=facts,
         other=other,
         name=json.dumps(facts.name, ensure_ascii=False),
@@ -103,7 +105,13 @@ def render_card(facts: CardFacts, language: str = "en", other: str | None = None
         scored=next((task for task in SCORING_TASKS if task in facts.tasks), None),
         task_answers={name: task.about[language] for name, task in SCORING_TASKS.items() if language in task.about},
     )
-    return str(card).rstrip() + "\n"
+    return str(ModelCard(text)).rstrip() + "\n"
+
+
+@functools.cache
+def _template(language: str) -> jinja2.Template:
+    """Return the compiled template of a language. `ModelCard.from_template` would compile it for each card."""
+    return jinja2.Template(Path(__file__).with_name(f"template_{language}.md").read_text(encoding="utf-8"))
 
 
 def _says(data: DataFacts) -> bool:

@@ -1,5 +1,6 @@
 """What every test shares: no network, the same seed, the same number type, nothing warned of yet."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -26,6 +27,15 @@ def pytest_configure(config):
         "m6rec", max_examples=fast.examples(100), deadline=None, suppress_health_check=slow
     )
     hypothesis.settings.load_profile("m6rec")
+
+
+def pytest_collection():
+    gc.disable()  # nothing of what is imported and collected is garbage
+
+
+def pytest_collection_finish():
+    gc.freeze()  # nor is it looked through again and again
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

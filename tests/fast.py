@@ -28,5 +28,5 @@ def some(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
 
 
 def examples(count: int) -> int:
-    """Return how many examples a property test draws: all of them, or a fifth of them and at least ten."""
-    return max(count // 5, min(count, 10)) if ONLY else count
+    """Return how many examples a property test draws: all of them, or a tenth of them and at least five."""
+    return max(count // 10, min(count, 5)) if ONLY else count

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -106,7 +107,12 @@ def module_of(path: Path) -> str:
 
 
 BY_MODULE = {module_of(path): path for path in FILES}
-IMPORTS = {name: imported_modules(path) for name, path in BY_MODULE.items()}
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Return the modules that each module of the package imports."""
+    return {name: imported_modules(path) for name, path in BY_MODULE.items()}
 
 
 def test_rooms_import_only_lower_rooms():
@@ -118,7 +124,7 @@ def test_rooms_import_only_lower_rooms():
 
     upward = [
         f"{name} imports {other}"
-        for name, others in IMPORTS.items()
+        for name, others in imports().items()
         for other in others
         if name.startswith("m6rec.train.") and other.startswith("m6rec.train.") and floor(other) > floor(name)
     ]
@@ -127,7 +133,7 @@ def test_rooms_import_only_lower_rooms():
 
 def test_there_is_no_circle_of_imports():
     """Also among the imports inside functions and those for types only; the package itself loads its names lazily."""
-    left = {name: others - {"m6rec"} for name, others in IMPORTS.items() if name != "m6rec"}
+    left = {name: others - {"m6rec"} for name, others in imports().items() if name != "m6rec"}
     while free := [name for name, others in left.items() if not others & left.keys()]:
         for name in free:
             del left[name]

@@ -1,5 +1,7 @@
 """Templates for the text of requests, one per domain and language, stored as editable YAML."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,13 @@ def load_template(domain: str = "ecommerce", language: str = "en") -> dict[str, 
 
 
 def _read(domain: str, language: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{domain}_{language}.yaml").read_text(encoding="utf-8"))
+    return copy.deepcopy(_parsed((FOLDER / f"{domain}_{language}.yaml").read_text(encoding="utf-8")))
+
+
+@functools.cache
+def _parsed(text: str) -> dict[str, Any]:
+    """Parse a file once; what is returned belongs to all callers."""
+    return yaml.safe_load(text)
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One catalogue that many use at once: threads, processes that read while another saves, processes that die."""
 
 import copy
+import itertools
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ import torch
 
 from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, catalogue_m6rec
 from m6rec.segment_cache_m6rec import SegmentCache
+from tests.fast import some
 from tests.modeling_m6rec.faults import finish, fork
 from tests.modeling_m6rec.shop import ITEMS, SOURCE, build, processor
 
@@ -61,8 +63,7 @@ def check_moment(found):
     return names
 
 
-@pytest.mark.parametrize("calls", [20, pytest.param(500, marks=SLOW)])
-@pytest.mark.parametrize("index", [None, "hnsw", "ivf"])
+@pytest.mark.parametrize(("index", "calls"), some(itertools.product([None, "hnsw", "ivf"], [20, 500]), [("hnsw", 20)]))
 def test_a_pipeline_in_eight_threads(monkeypatch, index, calls):
     """Each answer is of one moment, and a thread sees what it has done itself, whatever the others do meanwhile."""
     if index:

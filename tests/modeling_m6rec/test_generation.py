@@ -18,7 +18,8 @@ from tests.modeling_m6rec.tiny import (
     Writer,
     build,
     close,
-    everywhere,
+    costly,
+    few,
     item_rows,
     pad,
     small,
@@ -47,7 +48,7 @@ def prompts(seed=9, plain=True):
     return pad(rows + [[40, 41, 42, 43]] if plain else rows, "left")
 
 
-@everywhere
+@costly
 def test_generate_with_cache_equals_without_equals_brute_force(settings):
     wide = 1.0 if settings.get("norm_position") == "post" else 0.25  # post-norm evens out: wider weights vary more
     model, batch = build(settings, tie_word_embeddings=False, initializer_range=wide), prompts()
@@ -98,7 +99,7 @@ def test_a_layout_that_is_continued_is_the_layout_of_all_ids(settings):
     assert Continuation.after(ids[:, :4], layout(ids[:, :4], None, config), masks, config) is None
 
 
-@small
+@few
 def test_beams_find_what_an_exhaustive_search_finds(settings):
     """With as many beams as there are words, two steps of beam search are exhaustive."""
     model, batch = build(settings), {key: value[1:2] for key, value in prompts().items()}
@@ -122,7 +123,7 @@ def test_beams_find_what_an_exhaustive_search_finds(settings):
     assert text[0, -2:].tolist() == pair
 
 
-@small
+@few
 def test_left_padding_changes_no_text(settings):
     model, batch = build(settings), prompts()
     together = model.generate(**batch, max_new_tokens=6, do_sample=False)
@@ -158,7 +159,7 @@ def test_a_row_may_end_long_before_others_also_without_padding(settings):
     assert torch.equal(text[1:], alone)
 
 
-@small
+@few
 def test_sampling_writes_no_structure_and_honours_own_suppressions(settings):
     model, batch = build(settings), prompts()
     torch.manual_seed(1)
@@ -172,7 +173,7 @@ def test_sampling_writes_no_structure_and_honours_own_suppressions(settings):
         assert not (row[~ended] == PAD).any()
 
 
-@small
+@few
 def test_generate_carries_item_ids(settings):
     model, batch = build(settings), prompts()
     memory = item_rows(batch["input_ids"])
@@ -222,9 +223,9 @@ def test_chunks_that_cut_given_text_are_refused():
     row = torch.tensor([writer.source(1) + writer.candidate()])
     for settings in (SMALL[0], SMALL[2]):
         model = build(settings)
+        whole, lay = model(row, plan="flat").logits, model.model(row, plan="flat").layout
         for place in range(1, row.shape[1]):
             cache = model.model(row[:, :place], use_cache=True).past_key_values
-            lay = model.model(row, plan="flat").layout
             inside = lay.segment[0, place - 1] == lay.segment[0, place]
             inside |= settings["history_attention"] == "bidirectional" and bool(
                 lay.source[0, place - 1] & lay.source[0, place]
@@ -234,7 +235,7 @@ def test_chunks_that_cut_given_text_are_refused():
                 with pytest.raises(ValueError, match="cache ends inside"):
                     model(**chunk)
             else:
-                close(model(**chunk).logits, model(row, plan="flat").logits[:, place:])
+                close(model(**chunk).logits, whole[:, place:])
 
 
 def test_a_filled_cache_needs_all_ids():
@@ -259,7 +260,7 @@ def test_the_end_of_a_segment_is_structure_and_is_never_written():
     assert seg in model.config.structural_token_ids
 
 
-@small
+@few
 def test_guidance_takes_the_layout_of_both_prompts(settings):
     model, writer = build(settings, tie_word_embeddings=False), Writer(9)
     rows, against = pad([writer.prompt(1), writer.prompt(3)], "left"), pad([writer.prompt(0), writer.prompt(1)], "left")

@@ -1,6 +1,7 @@
 """What a request does not decide is computed once, and a change of it is noticed at the next request."""
 
 import copy
+import itertools
 import pickle
 
 import peft
@@ -20,6 +21,7 @@ from m6rec import (
 from m6rec.layout_m6rec import gather_tokens, latest, pick
 from m6rec.segment_cache_m6rec import UserStates
 from m6rec.values_m6rec import KnownItem
+from tests.fast import some
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, build, processor
 
 REQUESTS = [
@@ -248,8 +250,13 @@ def slow_users(model, own, readings):
     return torch.stack([each[each.isfinite().all(-1)][-1] for each in vectors])
 
 
-@pytest.mark.parametrize("name", KINDS_OF_MODELS)
-@pytest.mark.parametrize("time", ["gap", "ago"])
+@pytest.mark.parametrize(
+    ("time", "name"),
+    some(
+        itertools.product(["gap", "ago"], KINDS_OF_MODELS),
+        zip(itertools.cycle(["gap", "ago"]), KINDS_OF_MODELS),
+    ),
+)
 def test_users_read_by_segments_are_those_read_by_ids(name, time):
     model, own, cache = build_read(**KINDS_OF_MODELS[name]), processor(time=time, max_length=90), SegmentCache()
     assert model.reads_sources

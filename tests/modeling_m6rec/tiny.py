@@ -121,24 +121,27 @@ def name(config):
     return "-".join(str(value)[:4] for value in config.values())
 
 
-def pairs(config):
-    """All pairs of fields of a configuration, with their values."""
-    return set(itertools.combinations(config.items(), 2))
+def pairwise(configs, size=2):
+    """Some of the configurations, in which each two values meet that meet in any of them; or all that `size` says."""
 
+    def fields(config):
+        return set(itertools.combinations(((name, str(value)) for name, value in config.items()), size))
 
-def pairwise(configs):
-    """Some of the configurations, in which each two values meet that meet in any of them."""
-    found, missing = [], set().union(*map(pairs, configs))
+    found, missing = [], set().union(*map(fields, configs))
     while missing:
-        found.append(max(configs, key=lambda config: len(pairs(config) & missing)))
-        missing -= pairs(found[-1])
+        found.append(max(configs, key=lambda config: len(fields(config) & missing)))
+        missing -= fields(found[-1])
     return found
 
 
 everywhere = pytest.mark.parametrize("settings", some(ALL, [*pairwise(GRID), *BLOCKS]), ids=name)
 """Marks a test that holds for every configuration."""
+costly = pytest.mark.parametrize("settings", some(ALL, pairwise(ALL, 1)), ids=name)
+"""Marks a test that holds for every configuration and is run, where time counts, for each value of each field."""
 small = pytest.mark.parametrize("settings", SMALL, ids=name)
 """Marks a test for which a few configurations are enough."""
+few = pytest.mark.parametrize("settings", some(SMALL, [SMALL[2], SMALL[-1]]), ids=name)
+"""Marks a costly one of these: a history read in both directions, and a source that written tokens see."""
 causal = [settings for settings in GRID if settings["history_attention"] == "causal"]
 causal = pytest.mark.parametrize("settings", some(causal, pairwise(causal)), ids=name)
 """Marks a test of a history that is read causally."""

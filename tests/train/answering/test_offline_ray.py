@@ -19,28 +19,33 @@ from m6rec.train.answering.offline_ray import ChunkWorker
 from tests.train.world import TITLES
 
 COUNT = 120
+"""Requests, enough to kill a worker in their midst."""
 
 
 @pytest.fixture
 def source(tmp_path):
+    return write_source(tmp_path / "in.jsonl", COUNT)
+
+
+def write_source(path, count):
     lines = [
         {
             "request_id": n,
             "history": [{"event": "watch", "item": TITLES[(n * n + place) % 15]} for place in range(n % 4)],
         }
-        for n in range(COUNT)
+        for n in range(count)
     ]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def as_table(chunks):
     return pyarrow.Table.from_pylist([chunk._asdict() for chunk in chunks])
 
 
-def test_a_worker_answers_as_a_process_does_in_any_order(folder, source, tmp_path):
-    recommend = load_pipeline(str(folder))
-    job = Job(source, tmp_path / "out.parquet", fingerprint(recommend), {"explain": True}, 4, 25)
+def test_a_worker_answers_as_a_process_does_in_any_order(folder, tmp_path):
+    recommend, source = load_pipeline(str(folder)), write_source(tmp_path / "in.jsonl", 20)
+    job = Job(source, tmp_path / "out.parquet", fingerprint(recommend), {"explain": True}, 2, 4)
     chunks = list(_chunks(job))
     worker, expected = ChunkWorker(str(folder), job), list(answer_here(recommend, job, chunks))
     found = [worker(as_table([chunks[number]])).to_pylist()[0] for number in (3, 0, 4, 1, 2)]

@@ -18,16 +18,27 @@ from m6rec.train.runs.finetune import finetune, full_report
 from tests.train.world import recipe_of, write_world
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """A run whose recipe names its tables by paths that are relative to the folder of a project."""
-    place = tmp_path / "project"
+    place = tmp_path_factory.mktemp("finished") / "project"
     write_world(place / "data")
-    monkeypatch.chdir(place)
     names = {name: f"data/{name}.csv" for name in ("interactions", "items", "users")}
     tree = recipe_of(names, "runs/plain", text={"max_events": 4})
     (place / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    finetune(load_recipe("recipe.yaml"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        finetune(load_recipe("recipe.yaml"))
+    return place
+
+
+@pytest.fixture
+def project(finished, tmp_path, monkeypatch):
+    """A copy of it, as if it had been made where it is."""
+    place = shutil.copytree(finished, tmp_path / "project")
+    recipe = place / "runs" / "plain" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(finished), str(place)))
+    monkeypatch.chdir(place)
     return place
 
 
