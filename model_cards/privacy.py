@@ -36,8 +36,19 @@ SECRET_TEXTS = {
     "a password in an address": r"\w://[^\s/:@]+:[^\s/:@]+@",
 }
 """Kind of secret -> pattern of its text, for any name."""
-ANY_SECRET_TEXT = re.compile("|".join(SECRET_TEXTS.values()))
-ASSIGNED = re.compile(r"""([A-Za-z][\w-]*)["']?\s*[:=]\s*["']([^\s"']{8,})""")
+SECRET_MARKS = {
+    "a token of the Hub": ("hf_",),
+    "a token of GitHub": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+    "a key of AWS": ("AKIA", "ASIA"),
+    "a key of Google": ("AIza",),
+    "a key of an OpenAI-like service": ("sk-",),
+    "a token of Slack": ("xox",),
+    "a private key": ("-----BEGIN ",),
+    "a signed token": ("eyJ",),
+    "a password in an address": ("://",),
+}
+"""Kind of secret -> texts of which each match holds one; a text without them is not searched by the pattern."""
+ASSIGNED = re.compile(r"""(?<![A-Za-z])([A-Za-z][\w-]*)["']?\s*[:=]\s*["']([^\s"']{8,})""")
 """A name and its quoted value in a text."""
 VALUE_PLACE = re.compile(r"(?:^|[\s=:'\"])(?:~(?:\w*/|$)|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\|file:)")
 """A local path in a setting."""
@@ -79,9 +90,11 @@ def find_secrets(text: str, known: Iterable[str] = ()) -> list[str]:
         text: The text to search.
         known: Secrets in the environment of this process.
     """
-    found = []
-    if ANY_SECRET_TEXT.search(text):
-        found += [what for what, pattern in SECRET_TEXTS.items() if re.search(pattern, text)]
+    found = [
+        what
+        for what, pattern in SECRET_TEXTS.items()
+        if any(mark in text for mark in SECRET_MARKS[what]) and re.search(pattern, text)
+    ]
     if any(is_secret(name, value) for name, value in ASSIGNED.findall(text)):
         found.append("a secret")
     if any(secret in text for secret in known):

@@ -3,6 +3,7 @@
 import pytest
 
 from m6rec.model_cards import find_place, find_secrets, is_place, is_secret, is_secret_variable
+from m6rec.model_cards.privacy import SECRET_TEXTS
 
 SECRET = ["token", "tokens", "hf_token", "HF_TOKEN", "hubToken", "access-token", "password", "passwords", "my_passwd"]
 SECRET += [
@@ -59,6 +60,26 @@ def test_secrets_by_the_name_they_are_assigned_to(text):
 @pytest.mark.parametrize("text", ['"pad_token": "<|endoftext|>"', "max_tokens = 'unlimited'", 'token = "<special>"'])
 def test_special_tokens_in_text_are_no_secrets(text):
     assert find_secrets(text) == []
+
+
+TEXTS = {
+    "a token of the Hub": ["hf_" + 34 * "a"],
+    "a token of GitHub": [f"gh{kind}_" + 36 * "b" for kind in "pousr"] + ["github_pat_" + 60 * "c"],
+    "a key of AWS": ["AKIA" + 16 * "D", "ASIA" + 16 * "7"],
+    "a key of Google": ["AIza" + 35 * "e"],
+    "a key of an OpenAI-like service": ["sk-" + 24 * "f"],
+    "a token of Slack": [f"xox{kind}-" + 12 * "1" for kind in "abeoprs"],
+    "a private key": ["-----BEGIN PRIVATE KEY-----", "-----BEGIN RSA PRIVATE KEY-----"],
+    "a signed token": ["eyJ" + 12 * "g" + ".eyJ" + 12 * "h" + ".sign"],
+    "a password in an address": ["https://me:pass@host", "postgresql://user:word@db/x"],
+}
+
+
+@pytest.mark.parametrize("kind", SECRET_TEXTS)
+def test_secrets_by_their_own_text(kind):
+    """Each is found in the midst of a text, and nothing else is."""
+    for text in TEXTS[kind]:
+        assert find_secrets(f"first\n({text})\nlast") == [kind]
 
 
 def test_known_secrets_are_found():
