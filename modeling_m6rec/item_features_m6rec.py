@@ -618,6 +618,10 @@ TAIL_SHARE, TAIL_ROWS = 0.25, 1024
 """Later rows of words are sorted again with each change, until they exceed this share of all rows and this number."""
 
 
+LONGEST = {"recency": 1000, "steps": 100}
+"""Most numbers of a setting of evidence."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """Settings of a catalogue's ranking by counted events and words, in addition to the learnt score.
@@ -680,10 +684,11 @@ class Evidence:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name in ("recency", "steps"):
+            if name in LONGEST:
                 numbers = list(value) if isinstance(value, list | tuple) else []
-                if not 1 <= len(numbers) <= 100 or not all(map(_is_weight, numbers)):
-                    raise ValueError(f"evidence: {name}={short(value)}: give 1 to 100 numbers from 0 to 1000")
+                if not 1 <= len(numbers) <= LONGEST[name] or not all(map(_is_weight, numbers)):
+                    most = LONGEST[name]
+                    raise ValueError(f"evidence: {name}={short(value)}: give 1 to {most} numbers from 0 to 1000")
                 object.__setattr__(self, name, tuple(map(float, numbers)))
             elif not (_is_weight(value) or name == "half_life" and value is None or _is_time(name, value)):
                 raise ValueError(f"evidence: {name}={short(value)}: give a number from 0 to 1000")

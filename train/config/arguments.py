@@ -15,9 +15,9 @@ WRITTEN = ("explanation", "query", "conversation", "item_text", "content", "next
 STATISTICS = ("item_likes",)
 BASELINES = (
     *("popularity", "recent_popularity", "similar_text", "words", "transitions"),
-    *("neighbours_and_words", "neighbours_and_words_tuned", "ease"),
+    *("neighbours_and_words", "neighbours_and_words_tuned", "ease", "repeat"),
 )
-"""Rows of a table of retrieval that need no training."""
+"""Rows of a table of retrieval that need no training; `repeat` only where seen items are recommended."""
 Negatives = Literal["batch", "sampled", "catalogue"]
 Repeats = Literal["miss", "leave_out"]
 SplitName = Literal["leave-one-out", "time", "given"]

@@ -18,7 +18,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "user_id": (
         *("user_id", "user", "uid", "customer_id", "customer", "client_id", "client", "member_id", "member"),
         *("reviewer_id", "visitor_id", "visitor", "account_id", "account", "buyer_id", "person_id", "reader_id"),
-        *("listener_id", "player_id", "profile_id", "device_id", "session_id", "session"),
+        *("listener_id", "player_id", "profile_id", "household_id", "household", "subscriber_id", "device_id"),
+        *("session_id", "session"),
     ),
     "item_id": (
         *("item_id", "item", "iid", "product_id", "product", "asin", "parent_asin", "sku", "article_id", "movie_id"),
@@ -53,6 +54,7 @@ LONG = 300
 _ADDRESS = re.compile(r"(https?://|www\.|/?[\w./-]+\.(jpe?g|png|gif|webp)\b)", re.I)
 _CODE = re.compile(r"(?=.*\d)[\w:/.+-]+")
 _NUMBER = re.compile(r"[-+]?[\d.,\s%$€£¥]*\d[\d.,\s%$€£¥]*")
+_ID_NAME = re.compile(r"[_\s.-](id|ID|Id)$|[a-z]I[dD]$")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ].*)?")
 
 
@@ -221,11 +223,16 @@ def _sharing(what: Sample, columns: Sequence[str], known: Mapping[str, set[str]]
 
 
 def _user_column(what: Sample, taken: set[str | None]) -> str:
-    """Find the column of users among those without a usual name: the one whose cells repeat as ids do."""
+    """Find the column of users among those without a usual name: the one whose cells repeat as ids do.
+
+    Of several, such as amounts, it is the only one whose name ends in "id".
+    """
     aside = {*taken, *(column for role in ("timestamp", "rating", "event", "label") for column in what.named(role))}
     others = [column for column in what.columns if column not in aside and _may_be_users(what, column)]
-    if len(others) == 1:
-        return others[0]
+    ids = [column for column in others if _ID_NAME.search(column)]
+    for found in (others, ids):
+        if len(found) == 1:
+            return found[0]
     why = f"{', '.join(others)} may" if others else "none is called so, and none repeats as ids do"
     raise ValueError(
         f"which column of the events says who it was? The columns are {', '.join(what.columns)}; {why}. Name it: "

@@ -5,8 +5,7 @@ Popularity, recent popularity, similar text, transitions, words, transitions wit
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +26,8 @@ EASE_CELLS = 25_000 * EASE_QUICK
 """Maximum size of its table then, the smaller number times the number of items: 500 MB."""
 STRENGTHS = (300.0, 100.0, 30.0, 1000.0)
 """Ridge penalties of EASE that are tried; the first is the default."""
+CELLS_AT_ONCE = 1 << 24
+"""Number of cells of a table of histories and items that are counted together."""
 ENTRIES = 200
 """Weights of an item that a catalogue keeps of EASE."""
 
@@ -73,6 +74,32 @@ class RecentPopularity:
         return found
 
 
+class Repeat:
+    """Scores items by how often the user has met them; of equally frequent ones the last met is first.
+
+    Items that the user has not met follow by popularity.
+
+    Args:
+        counts: M, training events of each item.
+
+    >>> Repeat(np.array([1, 9, 3, 0])).scores([[0, 2, 0, 3]])[0].argsort()[::-1].tolist()
+    [0, 3, 2, 1]
+    """
+
+    def __init__(self, counts: np.ndarray) -> None:
+        self.popularity = counts / (4 * max(counts.max(initial=0), 1))
+
+    def scores(self, histories: Histories) -> np.ndarray:
+        """Score all items for users with these item rows in their histories: U x M."""
+        several = [np.asarray(history, dtype=int) for history in histories]
+        found = np.tile(self.popularity, (len(several), 1))
+        for own, items in zip(found, several):
+            np.add.at(own, items, 1)
+            last = {item: place for place, item in enumerate(items.tolist(), 1)}
+            own[list(last)] += np.array(list(last.values())) / (2 * max(len(items), 1))
+        return found
+
+
 class SimilarText:
     """Scores items by how similar their text is to those of the history: cosine of TF-IDF vectors.
 
@@ -112,12 +139,18 @@ class LastItems:
     def __init__(self, evidence: Transitions | Words, rule: Evidence) -> None:
         self.evidence, self.rule = evidence, rule
         self.num_items = evidence.num_items if isinstance(evidence, Transitions) else len(evidence.live)
+        self._shared = _Table()
 
-    @cached_property
+    @property
     def table(self) -> np.ndarray | None:
         """Evidence scores of all pairs of items, M x M in float32; None if there are too many items."""
         if self.num_items > TABLED:
             return None
+        if self._shared.rows is None:
+            self._shared.rows = self._all_rows()
+        return self._shared.rows
+
+    def _all_rows(self) -> np.ndarray:
         found = np.empty((self.num_items, self.num_items), dtype=np.float32)
         work = second_work(self.evidence) if isinstance(self.evidence, Transitions) else 0
         product = work > self.num_items**3 / 400  # then a dense product is faster
@@ -146,7 +179,10 @@ class LastItems:
     def scores(self, histories: Histories) -> np.ndarray:
         """Score all items for users with these item rows in their histories: U x M."""
         several = [np.asarray(history, dtype=int)[: -len(self.rule.recency) - 1 : -1] for history in histories]
-        if self.table is None:
+        self._shared.asked += sum(map(len, several))
+        # Making the table takes as long as scoring its M rows.
+        pays = self._shared.rows is not None or self._shared.asked > self.num_items
+        if not pays or self.table is None:
             shares = recent([own[::-1] for own in several], self.rule)
             return self._said(shares).dense(len(several), self.num_items)
         weights = np.array(self.rule.recency)
@@ -155,9 +191,18 @@ class LastItems:
     def aged(self, recency: Sequence[float]) -> "LastItems":
         """Return a copy with other weights of the last items; it shares the table."""
         other = LastItems(self.evidence, replace(self.rule, recency=tuple(recency)))
-        if "table" in vars(self):
-            vars(other)["table"] = self.table
+        other._shared = self._shared
         return other
+
+
+@dataclass
+class _Table:
+    """A table of item scores, which rules with other weights of the last items share."""
+
+    rows: np.ndarray | None = None
+    """M x M; None: not made."""
+    asked: int = 0
+    """Number of rows that were used so far."""
 
 
 def second_work(transitions: Transitions) -> int:
@@ -194,6 +239,43 @@ class NeighboursAndWords:
         return followed + self.rule.words * self.words.scores(several)
 
 
+class Met:
+    """Which items each of N histories has met, as EASE reads them; models with several penalties share it.
+
+    Args:
+        sequences: Items of each history, as rows of the catalogue.
+        num_items: M.
+
+    Attributes:
+        gram: The smaller of M x M, counts of the histories with both of two items, and N x N, counts of the items in
+            both of two histories.
+
+    Raises:
+        ValueError: There are too many histories and items.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int] | np.ndarray], num_items: int) -> None:
+        refuse_large_ease(len(sequences), num_items)
+        self.num_items, self.num_histories = num_items, len(sequences)
+        self.by_histories = self.num_histories < num_items
+        self.owners, self.items = _distinct(sequences, num_items)
+        if self.by_histories:
+            order = np.argsort(self.items, kind="stable")
+            self.owners, self.items = self.owners[order], self.items[order]
+            self.starts = np.searchsorted(self.items, np.arange(num_items + 1))
+            self.readers = np.split(self.owners, self.starts[1:-1])
+        self.gram = met_together(*((self.readers, self.num_histories) if self.by_histories else (sequences, num_items)))
+
+    def inverse(self, strength: float) -> torch.Tensor:
+        """Return the inverse of the Gram matrix plus a ridge penalty."""
+        matrix = torch.from_numpy(self.gram)
+        diagonal = matrix.diagonal().clone()
+        matrix.diagonal().add_(strength)
+        factor = torch.linalg.cholesky(matrix)
+        matrix.diagonal().copy_(diagonal)
+        return torch.cholesky_inverse(factor)
+
+
 class Ease:
     """EASE (Steck 2019): the linear model between items without self-weights, in closed form.
 
@@ -201,40 +283,30 @@ class Ease:
     of M x M, or with fewer histories than items one of N x N (Woodbury's identity); the scores are the same.
 
     Args:
-        sequences: Items of each of the N training histories, as rows of the catalogue.
-        num_items: M.
+        met: The N training histories.
         strength: Ridge penalty.
-
-    Raises:
-        ValueError: There are too many histories and items.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int] | np.ndarray], num_items: int, strength: float) -> None:
-        refuse_large_ease(len(sequences), num_items)
-        self.num_items, self.strength = num_items, strength
+    def __init__(self, met: Met, strength: float) -> None:
+        self.num_items, self.strength = met.num_items, strength
         self._weights: torch.Tensor | None = None
-        if len(sequences) < num_items:
-            self._invert_histories(sequences)
+        if met.by_histories:
+            self._invert_histories(met)
         else:
-            weights = _ridge_inverse(met_together(sequences, num_items), strength)
+            weights = met.inverse(strength)
             weights /= -weights.diagonal().clone()
             weights.fill_diagonal_(0)
             self._weights = weights
 
-    def _invert_histories(self, sequences: Histories) -> None:
+    def _invert_histories(self, met: Met) -> None:
         """Prepare the weights from the inverse for histories, K = (X X' + strength)^-1, with X of N x M."""
-        rows = [np.unique(np.asarray(sequence, dtype=int)) for sequence in sequences]
-        owners = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
-        items = np.concatenate([np.empty(0, dtype=int), *rows])
-        order = np.argsort(items, kind="stable")
-        starts = np.searchsorted(items[order], np.arange(self.num_items + 1))
-        self._readers = np.split(owners[order], starts[1:-1])
-        inverse = _ridge_inverse(met_together(self._readers, len(rows)), self.strength)
+        self._readers = met.readers
+        owners, items = torch.from_numpy(met.owners), torch.from_numpy(met.items)
         loads = functional.embedding_bag(
-            torch.from_numpy(owners[order]), inverse, torch.from_numpy(starts[:-1]), mode="sum"
+            owners, met.inverse(self.strength), torch.from_numpy(met.starts[:-1]), mode="sum"
         )
         own = torch.zeros(self.num_items)
-        own.index_add_(0, torch.from_numpy(items), loads[torch.from_numpy(items), torch.from_numpy(owners)])
+        own.index_add_(0, items, loads[items, owners])
         self._scale = 1 - own
         self._loads = loads.T.contiguous()
         """K X: N x M."""
@@ -286,13 +358,6 @@ class Ease:
         return ItemWeights.of_rows(np.concatenate(columns), np.concatenate(values))
 
 
-def _ridge_inverse(gram: np.ndarray, strength: float) -> torch.Tensor:
-    """Invert a Gram matrix plus a ridge penalty."""
-    matrix = torch.from_numpy(gram)
-    matrix.diagonal().add_(strength)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-
-
 def ease_is_quick(num_histories: int, num_items: int) -> bool:
     """Return whether EASE takes only seconds, and little memory."""
     smaller = min(num_histories, num_items)
@@ -310,11 +375,25 @@ def refuse_large_ease(num_histories: int, num_items: int) -> None:
 
 def met_together(sequences: Histories, num_items: int) -> np.ndarray:
     """Count the users who have met both of two items: M x M in float32, with each item's users on the diagonal."""
-    counts = np.zeros((num_items, num_items), dtype=np.float32)
-    for sequence in sequences:
-        rows = np.unique(np.asarray(sequence, dtype=int))
-        counts[np.ix_(rows, rows)] += 1
-    return counts
+    counts, several = torch.zeros(num_items, num_items), list(sequences)
+    at_once = max(CELLS_AT_ONCE // max(num_items, 1), 1)
+    for start in range(0, len(several), at_once):
+        part = several[start : start + at_once]
+        owners, items = (torch.from_numpy(own) for own in _distinct(part, num_items))
+        table = torch.zeros(len(part), num_items)
+        table[owners, items] = 1
+        rows, order = torch.sort(items, stable=True)
+        rows, lengths = torch.unique_consecutive(rows, return_counts=True)
+        counts[rows] += functional.embedding_bag(owners[order], table, lengths.cumsum(0) - lengths, mode="sum")
+    return counts.numpy()
+
+
+def _distinct(sequences: Histories, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the history and the item of each distinct item of a history, sorted by history, then by item."""
+    several = [np.asarray(sequence, dtype=int) for sequence in sequences]
+    owners = np.repeat(np.arange(len(several)), [len(own) for own in several])
+    keys = np.unique(owners * num_items + np.concatenate([np.empty(0, dtype=int), *several]))
+    return keys // max(num_items, 1), keys % max(num_items, 1)
 
 
 def summed_rows(table: np.ndarray, chosen: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -368,8 +447,10 @@ def _likeness(vectors: torch.Tensor, shares: np.ndarray) -> np.ndarray:
 __all__ = [
     "Ease",
     "LastItems",
+    "Met",
     "NeighboursAndWords",
     "RecentPopularity",
+    "Repeat",
     "SimilarText",
     "ease_is_quick",
     "met_together",

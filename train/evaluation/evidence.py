@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from ...item_features_m6rec import Evidence as Rule
-from ...item_features_m6rec import ItemWeights, Reader, ReadTexts, Sparse, Transitions, Words, recent
+from ...item_features_m6rec import ItemWeights, Reader, ReadTexts, Transitions, Words, recent
 from ..metrics import ndcg_gains
-from .baselines import STRENGTHS, Ease, LastItems, ease_is_quick
+from .baselines import STRENGTHS, Ease, LastItems, Met, ease_is_quick
 from .log_weights import LEARNT, LogFacts, LogWeights
+from .products import Following, Likeness, dense
 from .reports import COMPARED_AT
-from .tuning import counted
+from .tuning import counted, falling
 
 RULE = Rule()
 
@@ -97,7 +98,7 @@ class EvidenceSettings:
 
     def item_weights(self, sequences: Sequence[Sequence[int] | np.ndarray], num_items: int) -> ItemWeights | None:
         """Return the weights of the linear model for a catalogue of M items; None if it does not count."""
-        return Ease(sequences, num_items, self.strength).table() if self.linear else None
+        return Ease(Met(sequences, num_items), self.strength).table() if self.linear else None
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> "EvidenceSettings":
@@ -117,6 +118,12 @@ STRUCTURES: tuple[dict[str, Any], ...] = (
     {**WIDE, "recency": (1.0,) * 50},
 )
 """Candidates for pairing and ageing of events, each tried with each weight of words."""
+HABITS: tuple[dict[str, Any], ...] = tuple(
+    {"recency": recency, "second": 0.0, "again": weight}
+    for recency in ((1.0,) * 1000, falling(200, 0.98))
+    for weight in (0.3, 1.0, 3.0, 10.0)
+)
+"""Further candidates if seen items are recommended: how often the user has met an item counts."""
 
 
 class Evidence:
@@ -200,7 +207,7 @@ class FoldedEvidence:
         transitions = counted(own.rule, sequences, size)
         popular = popularity(sequences, size)
         weights = torch.from_numpy(word_weights(own, popular)).float()
-        ease = Ease(sequences, size, own.strength) if own.linear else None
+        ease = Ease(Met(sequences, size), own.strength) if own.linear else None
         counts = _Counted(transitions, ease, None, weights, torch.from_numpy(own.popularity * popular).float())
         if transitions.table is None:
             return counts
@@ -356,14 +363,16 @@ def choose_evidence(
     if not folds:
         nothing = float("nan")
         return Choice(learnt if is_small else rule, 0, nothing, nothing, 0, "other logs" if is_small else "rule")
-    trials = [_Trial(words, len(texts), *fold, exclude_seen) for fold in folds]
+    likeness = Likeness(words)
+    trials = [_Trial(likeness, len(texts), *fold, exclude_seen) for fold in folds]
     users = np.unique(np.concatenate([trial.users for trial in trials]), return_inverse=True)[1]
     gains: dict[EvidenceSettings, np.ndarray] = {}
 
     def measure(settings: EvidenceSettings) -> None:
         gains[settings] = np.concatenate([trial.gains(settings) for trial in trials])
 
-    for settings in ([learnt] if _is_affordable(learnt, sequences) else []) + [*_structures(sequences)]:
+    habits = [] if exclude_seen else [EvidenceSettings(**fields) for fields in HABITS]
+    for settings in [*([learnt] if _is_affordable(learnt, sequences) else []), *_structures(sequences), *habits]:
         measure(settings)
     default, name = rule, "rule"
     if is_small and gains[learnt].mean() >= gains[rule].mean():
@@ -450,7 +459,7 @@ class _Trial:
 
     def __init__(
         self,
-        words: Words,
+        likeness: Likeness,
         num_items: int,
         sequences: Sequence[np.ndarray],
         users: Sequence[int],
@@ -458,7 +467,7 @@ class _Trial:
         targets: np.ndarray,
         exclude_seen: bool,
     ) -> None:
-        self.words, self.num_items, self.sequences = words, num_items, sequences
+        self.likeness, self.num_items, self.sequences = likeness, num_items, sequences
         self.users, self.histories, self.targets = np.array(users), histories, targets
         self.popularity = popularity(sequences, num_items).astype(np.float32)
         seen = histories if exclude_seen else []
@@ -466,20 +475,21 @@ class _Trial:
         self._seen = np.concatenate([np.empty(0, int), *seen])
         self._structure: Any = None
         self._parts: dict[str, np.ndarray] = {}
+        self._met: Met | None = None
         self._linear: tuple[Any, np.ndarray] = (None, np.empty(0))
 
     def gains(self, own: EvidenceSettings) -> np.ndarray:
         """Return each event's NDCG."""
         self._begin(own)
-        follow = self._part("follow", lambda: self._following)
+        follow = self._part("follow", lambda: self._following.after(self._shares, len(self.targets)))
         terms: list[tuple[Any, np.ndarray]] = []
         if own.second:
-            terms.append((own.second, self._part("second", lambda: self._transitions.follow(self._following))))
+            terms.append((own.second, self._part("second", lambda: self._following.product(torch.from_numpy(follow)))))
         if own.words:
-            alike = self._part("words", lambda: self.words.likeness(self.words.vectors(self._shares)))
+            alike = self._part("words", lambda: self.likeness(torch.from_numpy(self._weights())))
             terms.append((word_weights(own, self.popularity).astype(np.float32), alike))
         if own.again:
-            terms.append((own.again, self._part("again", lambda: self._shares)))
+            terms.append((own.again, self._weights()))
         if own.linear:
             terms.append((own.linear, self._linearly(own)))
         popular, ranks = (own.popularity + TIE_BREAK) * self.popularity, []
@@ -506,21 +516,25 @@ class _Trial:
         """Drop intermediate results that these settings do not share."""
         structure = (own.steps, own.backwards, own.powers, own.recency)
         if structure != self._structure:
-            self._transitions = Transitions.fit(self.sequences, self.num_items, own.rule)
+            self._following = Following(Transitions.fit(self.sequences, self.num_items, own.rule))
             self._shares = recent(self.histories, own.rule)
-            self._following = self._transitions.follow(self._shares)
             self._parts, self._structure = {}, structure
 
     def _linearly(self, own: EvidenceSettings) -> np.ndarray:
         """Score all items by the linear model, with all its weights."""
         if self._linear[0] != (own.strength, own.recency):
-            ease = Ease(self.sequences, self.num_items, own.strength)
+            self._met = self._met or Met(self.sequences, self.num_items)
+            ease = Ease(self._met, own.strength)
             self._linear = (own.strength, own.recency), ease.weighed(self._shares, len(self.targets))
         return self._linear[1]
 
-    def _part(self, name: str, make: Callable[[], Sparse]) -> np.ndarray:
+    def _weights(self) -> np.ndarray:
+        """Return the weights of the users' last items: U x M."""
+        return self._part("shares", lambda: dense(self._shares, len(self.targets), self.num_items))
+
+    def _part(self, name: str, make: Callable[[], torch.Tensor]) -> np.ndarray:
         if name not in self._parts:
-            self._parts[name] = make().dense(len(self.targets), self.num_items).astype(np.float32)
+            self._parts[name] = make().numpy()
         return self._parts[name]
 
 

@@ -17,8 +17,10 @@ from .baselines import (
     STRENGTHS,
     Ease,
     LastItems,
+    Met,
     NeighboursAndWords,
     RecentPopularity,
+    Repeat,
     SimilarText,
     ease_is_quick,
     popularity_scores,
@@ -44,6 +46,7 @@ PLAIN = ("popularity", "similar_text", "neighbours_and_words")
 def plain(arguments: EvaluationArguments, split: Split, num_items: int) -> EvaluationArguments:
     """Select the rows without settings, and EASE where it is quick, unless rows are named."""
     quick = [*PLAIN, "ease"] if ease_is_quick(split.train["user_id"].nunique(), num_items) else list(PLAIN)
+    quick += [] if arguments.exclude_seen else ["repeat"]
     return dataclasses.replace(arguments, baselines=arguments.baselines or quick)
 
 
@@ -111,6 +114,8 @@ class Untrained:
                 "ease is left out of the table: %s items; name it in evaluation.baselines to compute it", f"{size:,}"
             )
             wanted.remove("ease")
+        if "repeat" in wanted and self.arguments.exclude_seen:
+            wanted.remove("repeat")
         if "recent_popularity" in wanted and not has_times(self.split.train):
             wanted.remove("recent_popularity")
         if "neighbours_and_words_tuned" in wanted and not len(self.trial):
@@ -128,6 +133,7 @@ class Untrained:
             "neighbours_and_words": self._neighbours_and_words,
             "neighbours_and_words_tuned": self._tuned,
             "ease": self._ease,
+            "repeat": self._repeat,
         }
         learnt = Learnt(self.writer, self.split, part, self.arguments)
         return {name: makers[name](learnt, examples) for name in self.wanted}
@@ -186,12 +192,15 @@ class Untrained:
     @cached_property
     def strength(self) -> float:
         """The chosen ridge penalty of EASE."""
+        if not len(self.trial):
+            return STRENGTHS[0]
+        met = Met(self.before.sequences, len(self.texts))
 
         def value(strength: float) -> float:
-            rule = Ease(self.before.sequences, len(self.texts), strength)
+            rule = Ease(met, strength)
             return self.trial.value(lambda part: rule.scores(self.valid.histories[part]))
 
-        return best(STRENGTHS, value) if len(self.trial) else STRENGTHS[0]
+        return best(STRENGTHS, value)
 
     def _popularity(self, learnt: Learnt, examples: RankingExamples) -> Scores:
         counts = learnt.counts
@@ -234,8 +243,12 @@ class Untrained:
             learnt.transitions = counted(self.counting, learnt.sequences, len(self.texts))
         return learnt.transitions
 
+    def _repeat(self, learnt: Learnt, examples: RankingExamples) -> Scores:
+        rule = Repeat(learnt.counts)
+        return Scores(lambda part: rule.scores(examples.histories[part]))
+
     def _ease(self, learnt: Learnt, examples: RankingExamples) -> Scores:
-        rule = Ease(learnt.sequences, len(self.texts), self.strength)
+        rule = Ease(Met(learnt.sequences, len(self.texts)), self.strength)
         return Scores(lambda part: rule.scores(examples.histories[part]), {"strength": self.strength})
 
 

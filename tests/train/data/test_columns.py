@@ -53,6 +53,17 @@ def test_columns_without_a_usual_name_are_found_by_what_they_hold():
     assert own.item_id == "Nr" and own.time_format is None
 
 
+def test_of_several_columns_that_may_be_users_the_only_id_is_taken():
+    """Amounts repeat as ids of users do."""
+    amounts = {"quantity": [f"{row % 11}" for row in range(48)], "paid": [f"{row % 17}.50" for row in range(48)]}
+    for name in ("payer_id", "payerId", "payer ID"):
+        log = events(user=None, **amounts, **{name: [f"u{row % 12}" for row in range(48)]})
+        assert found(log, items()).columns["user_id"] == name
+    two = {name: [f"u{row % 12}" for row in range(48)] for name in ("payer_id", "bill_id")}
+    with pytest.raises(ValueError, match="quantity, paid, payer_id, bill_id may"):
+        found(events(user=None, **amounts, **two), items())
+
+
 def test_a_usual_name_gives_way_to_ids_that_fit():
     """`product` holds names, `code` the ids of the items table."""
     log = events(item=None, product=["a thing"] * 48, code=[f"i{row % 6}" for row in range(48)])

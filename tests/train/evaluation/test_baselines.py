@@ -14,6 +14,7 @@ from m6rec.train.evaluation import baselines
 from m6rec.train.evaluation.baselines import (
     Ease,
     LastItems,
+    Met,
     RecentPopularity,
     SimilarText,
     met_together,
@@ -133,29 +134,47 @@ def test_last_items_score_alike_with_a_table_and_without(learnt, asked, second, 
         last = LastItems(evidence, rule)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(baselines, "second_work", lambda _: work)  # a dense product, or pair by pair
+            assert last.table is not None
             fast = last.scores(asked)
             patch.setattr(baselines, "TABLED", 0)
             slow = LastItems(evidence, rule).scores(asked)
             aged = LastItems(evidence, rule).aged((0.0, 2.0)).scores(asked)
-        assert last.table is not None and fast.shape == (len(asked), 5)
+        assert fast.shape == (len(asked), 5)
         np.testing.assert_allclose(fast, slow, atol=1e-6)
         assert last.aged((0.0, 2.0)).table is last.table
         np.testing.assert_allclose(last.aged((0.0, 2.0)).scores(asked), aged, atol=1e-6)
+
+
+def test_last_items_make_a_table_once_as_many_rows_were_asked_as_it_has(monkeypatch):
+    made, several = [], [np.array([0, 1]), np.array([2, 0])]
+    monkeypatch.setattr(LastItems, "_all_rows", lambda self: made.append(self) or np.zeros((5, 5), np.float32))
+    rule = Evidence(recency=(1.0, 0.5))
+    last = LastItems(Transitions.fit([[0, 1, 2]], 5, rule), rule)
+    last.scores(several)
+    assert not made
+    last.aged((1.0,)).scores(several)  # four rows and two
+    last.scores(several)
+    last.aged((1.0,)).scores(several)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("users", [40, 7, 4], ids=["more users", "as many", "fewer users"])
 def test_ease_is_the_ridge_regression_of_each_item_on_the_others(users, monkeypatch):
     met = np.random.default_rng(0).random((users, 7)) < 0.4
     sequences = [np.flatnonzero(own) for own in met]
-    np.testing.assert_array_equal(met_together(sequences, 7), met.astype(float).T @ met)
-    scores = Ease([*sequences[:-1], [*sequences[-1]] * 2], 7, 2.5).scores([np.array([0, 3, 3]), np.array([6]), []])
+    for cells in (1 << 24, 15):  # all at once, and two by two
+        monkeypatch.setattr(baselines, "CELLS_AT_ONCE", cells)
+        np.testing.assert_array_equal(met_together(sequences, 7), met.astype(float).T @ met)
+    scores = Ease(Met([*sequences[:-1], [*sequences[-1]] * 2], 7), 2.5).scores([np.array([0, 3, 3]), np.array([6]), []])
     weights = np.zeros((7, 7))
     for item in range(7):
         others = np.delete(np.arange(7), item)
         known = met[:, others].astype(float)
         weights[others, item] = np.linalg.solve(known.T @ known + 2.5 * np.eye(6), known.T @ met[:, item])
     np.testing.assert_allclose(scores, [weights[0] + weights[3], weights[6], np.zeros(7)], atol=1e-5)
-    ease, some = Ease(sequences, 7, 2.5), np.array([4, 1])
+    met = Met(sequences, 7)
+    Ease(met, 100.0)  # models share it
+    ease, some = Ease(met, 2.5), np.array([4, 1])
     np.testing.assert_allclose(ease.rows(some), weights[some], atol=1e-5)
     shares = Sparse(np.array([0, 0, 1]), np.array([2, 5, 2]), np.array([0.5, 1.0, 3.0]))
     np.testing.assert_allclose(ease.weighed(shares, 2), [0.5 * weights[2] + weights[5], 3 * weights[2]], atol=1e-5)
@@ -168,4 +187,4 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(users, monkeypa
     np.testing.assert_array_equal((two != 0).sum(1), np.minimum((np.abs(weights) > 1e-9).sum(1), 2))
     monkeypatch.setattr(baselines, "EASE_ITEMS", 5)
     with pytest.raises(ValueError, match=r"7 items by .*more than 5 by 5: leave ease out of"):
-        Ease(sequences, 7, 2.5)
+        Met(sequences, 7)

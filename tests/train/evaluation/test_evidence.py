@@ -20,6 +20,7 @@ from m6rec.train.evaluation.evidence import (
     learnt_settings,
     popularity,
 )
+from m6rec.train.evaluation.products import Likeness
 from m6rec.train.metrics import ndcg_at_k, target_ranks
 from tests.fast import examples
 
@@ -176,7 +177,7 @@ def test_a_trial_ranks_as_a_table_does():
     texts = [f"w{item % 7}" for item in range(40)]
     own = dataclasses.replace(EvidenceSettings(), words=1.0, popularity=0.1)
     for counted, users, asked, targets in evidence._folds(histories, 1000, True, 0):
-        trial = evidence._Trial(Words.of(texts), 40, counted, users, asked, targets, True)
+        trial = evidence._Trial(Likeness(Words.of(texts)), 40, counted, users, asked, targets, True)
         ranks = target_ranks(Evidence(texts, counted, own).scores(asked), targets, asked)
         assert trial.gains(own).mean() == pytest.approx(ndcg_at_k(ranks, 10), abs=1e-3)
         own_users = set(users)

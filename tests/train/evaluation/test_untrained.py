@@ -12,7 +12,7 @@ from m6rec.train.data.splits import hold_out
 from m6rec.train.evaluation.baselines import LastItems
 from m6rec.train.evaluation.reports import ranking_examples
 from m6rec.train.evaluation.tuning import DEFAULT, Trial, choose_counting, choose_weights, choose_words, counted
-from m6rec.train.evaluation.untrained import Learnt, Untrained, untrained_rows
+from m6rec.train.evaluation.untrained import Learnt, Untrained, plain, untrained_rows
 from m6rec.train.evaluation.verdicts import RULE
 from m6rec.train.metrics import ndcg_at_k, target_ranks
 
@@ -89,7 +89,7 @@ def test_what_is_held_out_is_never_counted(run, observed):
     made = Untrained(run.writer, run.texts, split, arguments, seed=0)
     examples = ranking_examples(run.writer, None, split, "test", arguments, 0)
     before = {name: scores[slice(None)] for name, scores in made.scores(examples, "test").items()}
-    assert list(before) == list(BASELINES)
+    assert list(before) == list(BASELINES[:-1])
     changed = split.test.assign(item_id=np.roll(split.test["item_id"].to_numpy(dtype=object), 1))
     other = type(split)(split.train, split.valid, changed, split.gap)
     again = Untrained(run.writer, run.texts, other, arguments, seed=0).scores(examples, "test")
@@ -116,6 +116,21 @@ def test_rows_name_their_settings_and_what_they_rest_on(run):
             back = rows[other]["differences"][who]["ndcg@5"]["interval"]
             assert [-high, -low] == pytest.approx(back)
     assert rows["popularity"]["difference"]["ndcg@5"] == rows["popularity"]["differences"][RULE]["ndcg@5"]
+
+
+def test_repeats_are_a_row_where_seen_items_are_recommended(run):
+    found = {}
+    for exclude in (True, False):
+        arguments = EvaluationArguments(ks=[5], exclude_seen=exclude)
+        untrained = Untrained(run.writer, run.texts, run.split, arguments, seed=0)
+        assert ("repeat" in untrained.wanted) == (not exclude)
+        assert ("repeat" in plain(arguments, run.split, len(run.texts)).baselines) == (not exclude)
+        found[exclude] = untrained
+    examples = ranking_examples(run.writer, None, run.split, "test", found[False].arguments, 0)
+    first = found[False].scores(examples, "test")["repeat"][slice(0, 1)][0]
+    met, counts = np.unique(examples.histories[0], return_counts=True)
+    assert first[np.setdiff1d(np.arange(len(first)), met)].max() < 1 <= first[met].min()
+    assert first.argmax() in met[counts == counts.max()]
 
 
 def test_where_nothing_is_held_out_for_validation_the_first_settings_are_taken(run):
@@ -147,6 +162,6 @@ def test_a_recipe_is_measured_without_a_model(make_recipe, tables, tmp_path, cap
     assert "retrieval (11 examples, protocol time, validation part observed, seen items out" in printed
     assert "ndcg@5 - neighbours_and_words" in printed
     kept = json.loads((tmp_path / "rows.json").read_text())["retrieval"]
-    assert list(kept) == list(BASELINES) and kept["ease"]["observed"]
+    assert list(kept) == list(BASELINES[:-1]) and kept["ease"]["observed"]
     assert main(["evaluate", str(tmp_path), "--output", "x.json"]) == 2
     assert "--output x.json goes with --untrained" in capsys.readouterr().err
