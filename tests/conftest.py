@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging
 
 from tests import fast
+from tests.fresh import Host
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,6 +58,14 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """Run code in a process that has imported what every user of a model has, but not the package."""
+    host = Host(tmp_path_factory.mktemp("fresh"))
+    yield host
+    host.close()
 
 
 def real_data(name: str) -> Path:

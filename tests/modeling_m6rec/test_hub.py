@@ -77,11 +77,15 @@ def in_cache(tmp_path, checkpoint):
     return tmp_path / "home"
 
 
+def program(code, folder):
+    """Code that has the requests and `ask`, for a process that works in a folder."""
+    (folder / "given.json").write_text(json.dumps([REQUEST, SOURCE]))
+    return "import json\nREQUEST, SOURCE = json.load(open('given.json'))\n" + ASK + textwrap.dedent(code)
+
+
 def run(code, home, tmp_path):
-    """Run code in a fresh process in another folder; it gets the requests and returns `result`."""
-    (tmp_path / "given.json").write_text(json.dumps([REQUEST, SOURCE]))
-    script = "import json, sys\nREQUEST, SOURCE = json.load(open('given.json'))\n" + ASK + textwrap.dedent(code)
-    script += "\njson.dump(result, open('result.json', 'w'))\n"
+    """Run code in a process of its own, with a folder of caches of its own; it returns `result`."""
+    script = "import sys\n" + program(code, tmp_path) + "\njson.dump(result, open('result.json', 'w'))\n"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     env.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", script]
@@ -174,8 +178,8 @@ def test_what_travels_imports_only_what_travels(checkpoint):
 # --------------------------------------------------------------------------------------------- without the package
 
 
-def test_without_the_package(checkpoint, answers, tmp_path):
-    result = run(
+def test_without_the_package(checkpoint, answers, tmp_path, fresh):
+    code = (
         WITHOUT_PACKAGE
         + f"""
 from pathlib import Path
@@ -195,10 +199,10 @@ try:
 except ValueError as error:
     refused = str(error)
 result = [names, first, second, files, refused, "m6rec" in sys.modules]
-""",
-        tmp_path / "home",
-        tmp_path,
+"""
     )
+    result = fresh(program(code, tmp_path), tmp_path)
+    assert isinstance(result, list), result
     names, first, second, (files, again, bare), refused, imported = result
     model = "M6RecForRecommendation"
     assert names == ["M6RecConfig", model, model, "M6RecTokenizer", "M6RecProcessor"] and not imported

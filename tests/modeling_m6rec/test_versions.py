@@ -15,7 +15,7 @@ from m6rec.processing_m6rec import FORMAT_VERSION as PROCESSOR_FORMAT
 from m6rec.tuning import M6RecAdapterConfig
 from tests.fixtures.make import REQUESTS, answers, numbers
 from tests.modeling_m6rec.shop import ITEMS, build, processor
-from tests.modeling_m6rec.test_hub import WITHOUT_PACKAGE, run
+from tests.modeling_m6rec.test_hub import WITHOUT_PACKAGE, program
 from tests.test_repository import ROOT
 
 VERSIONS = sorted(path for path in (ROOT / "tests" / "fixtures").iterdir() if (path / "config.json").is_file())
@@ -191,9 +191,9 @@ def test_what_is_no_format_is_called_damaged(checkpoint, found):
         AutoModel.from_pretrained(checkpoint)
 
 
-def test_a_newer_checkpoint_answers_by_its_own_code(newer, tmp_path):
+def test_a_newer_checkpoint_answers_by_its_own_code(newer, tmp_path, fresh):
     """In a process without the package, as its message says."""
-    result = run(
+    code = (
         WITHOUT_PACKAGE
         + f"""
 from transformers import AutoModel, pipeline
@@ -203,10 +203,10 @@ import sys
 
 own = sys.modules[type(recommend.model.config).__module__]
 result = [ask(recommend), own.FORMAT_VERSION, type(recommend.model).__module__]
-""",
-        tmp_path / "home",
-        tmp_path,
+"""
     )
+    result = fresh(program(code, tmp_path), tmp_path)
+    assert isinstance(result, list), result
     shutil.rmtree(newer)
     model, own = build(), processor()
     catalogue = Catalogue.from_dataset(ITEMS, model, own, progress=False)
