@@ -3,10 +3,11 @@
 import contextlib
 import io
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 
 import datasets
 import pandas
@@ -18,6 +19,7 @@ from m6rec import Catalogue, M6RecForRecommendation
 from m6rec.train.cli import main
 from m6rec.train.config.recipe import RECIPES, load_recipe
 from m6rec.train.evaluation.tables import tables
+from tests.fast import some
 from tests.train.world import TITLES, recipe_of
 
 COMMANDS = ("pretrain", "finetune", "evaluate", "recommend", "quickstart")
@@ -315,9 +317,25 @@ def test_what_is_no_command_shows_the_usage(arguments, capsys):
     assert "usage: m6rec" in capsys.readouterr().err
 
 
-def test_it_runs_as_a_module_too(tmp_path):
+def as_main(capsys):
+    """Run the module in this process as Python does for `-m`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
+        patch.setattr(sys, "argv", ["cli.py", "--help"])
+        runpy.run_module("m6rec.train.cli", run_name="__main__")
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def in_a_process(capsys):
     command = [sys.executable, "-m", "m6rec.train.cli", "--help"]
-    printed = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("run", some([as_main, in_a_process], [as_main]))
+def test_it_runs_as_a_module_too(tmp_path, monkeypatch, capsys, run):
+    monkeypatch.chdir(tmp_path)
+    printed = run(capsys)
     assert printed.startswith("usage: m6rec") and all(name in printed for name in COMMANDS)
 
 

@@ -127,6 +127,7 @@ def expected(folder):
 # -------------------------------------------------------------------------------------------------- there and back
 
 
+@pytest.mark.slow
 def test_pushed_and_pulled_without_the_package(films, hub, tmp_path):
     push(films, "org/films", quiet)
     names, module, *answers = run(WITHOUT_PACKAGE + PULL, hub, tmp_path)

@@ -47,7 +47,7 @@ def tuning_recipe(make_recipe, base):
     return make
 
 
-@pytest.mark.parametrize("method", some(METHODS, ["full", "lora", "prefix", "option-adapter"]))
+@pytest.mark.parametrize("method", some(METHODS, ["full", "option-adapter"]))
 def test_each_method_from_the_command_line_to_a_recommendation(tables, tmp_path, base, method, capsys, caplog):
     caplog.set_level(logging.INFO)
     folder = tmp_path / "run"

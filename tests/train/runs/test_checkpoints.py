@@ -131,7 +131,7 @@ def compare(folder, data, cases, rounds, seed):
 
 
 def test_a_killed_run_ends_as_an_unbroken_one(tables, tmp_path):
-    happened = compare(tmp_path, tables, ["all"], 2, seed=1)
+    happened = compare(tmp_path, tables, ["all"], 1, seed=1)
     assert all(any(what.startswith("killed") for what in rounds) for rounds in happened[1::2])
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -12,10 +13,13 @@ import sys
 
 import pytest
 
+from m6rec.train.cli import main
+from tests.fast import some
 from tests.quickstart_model import quickstart_folder  # noqa: F401 - a fixture
 from tests.test_repository import ROOT
 
 GUIDE = (ROOT / "docs" / "guides" / "service.md").read_text(encoding="utf-8")
+M6REC = [sys.executable, "-c", "import sys; from m6rec.train.cli import main; sys.exit(main())"]
 COMMANDS = [line for block in re.findall(r"```shell\n(.*?)```", GUIDE, re.S) for line in block.splitlines() if line]
 
 
@@ -25,25 +29,44 @@ def free_port():
         return found.getsockname()[1]
 
 
+def run_here(words, capsys):
+    """Run a command of the package, or a program in Python, in this process; return its exit code and what it said."""
+    capsys.readouterr()
+    if words[0] == "m6rec":
+        code = main(words[1:])
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            runpy.run_path(words[1], run_name="__main__")
+            code = 0
+    return code, capsys.readouterr().out
+
+
+def run_apart(words, environment):
+    """Run it in a process of its own."""
+    program = {"m6rec": M6REC, "python": [sys.executable], "curl": ["curl"]}[words[0]]
+    done = subprocess.run([*program, *words[1:]], check=False, capture_output=True, text=True, env=environment)
+    return done.returncode, f"{done.stdout}{done.stderr if done.returncode else ''}"
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_every_command_runs(quickstart_folder, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("apart", some([False, True], [False]))
+def test_every_command_runs(quickstart_folder, tmp_path, capsys, apart):  # noqa: F811
     """The service runs in the background; its port is another one, which is free."""
     port, outputs = str(free_port()), {}
-    m6rec = [sys.executable, "-c", "import sys; from m6rec.train.cli import main; sys.exit(main())"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     first, *others = [shlex.split(line.replace("8017", port)) for line in COMMANDS]
     assert first[:2] == ["m6rec", "serve"] and len(others) > 15
     with open(tmp_path / "service.log", "w+") as log:
-        service = subprocess.Popen([*m6rec, *first[1:]], stdout=log, stderr=log, env=environment)
+        service = subprocess.Popen([*M6REC, *first[1:]], stdout=log, stderr=log, env=environment)
         try:
             for words in others:
-                program = {"m6rec": m6rec, "python": [sys.executable], "curl": ["curl"]}[words[0]]
                 words[1:] = [str(ROOT / word) if word.startswith("examples/") else word for word in words[1:]]
-                whole = [*program, *words[1:]]
-                done = subprocess.run(whole, check=False, capture_output=True, text=True, env=environment)
+                here = words[0] != "curl" and not apart
+                code, said = run_here(words, capsys) if here else run_apart(words, environment)
                 log.seek(0)
-                assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}\n{log.read()}"
-                outputs[" ".join(words)] = done.stdout
+                assert code == 0, f"{words}\n{said}\n{log.read()}"
+                outputs[" ".join(words)] = said
         finally:
             service.send_signal(signal.SIGTERM)
             assert service.wait(60) in (0, -signal.SIGTERM)
