@@ -18,6 +18,8 @@ ITEMS = [
     {"item_id": f"s{row}", "title": f"{WORDS[row % 6]} {WORDS[row // 6]}", "year": 1990 + row} for row in range(30)
 ]
 
+USERS = 150
+
 
 def write_revisits(folder, num_users, seed=0):
     """A log of users who play five of 30 songs, each at random from the three that they like."""
@@ -33,12 +35,12 @@ def write_revisits(folder, num_users, seed=0):
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    return write_revisits(tmp_path_factory.mktemp("played"), 500)
+    return write_revisits(tmp_path_factory.mktemp("played"), USERS)
 
 
 @pytest.fixture(scope="module")
 def product(played, tmp_path_factory):
-    """A run on the log of 500 users, untrained, and the pipeline that a user gets of it."""
+    """A run on the log of many users, untrained, and the pipeline that a user gets of it."""
     folder = tmp_path_factory.mktemp("product")
     run = prepare(load_recipe(recipe_of(played, folder, evaluation={"ks": [10]})))
     save(run)
@@ -53,12 +55,12 @@ def asked_of(run, **settings):
 
 
 @pytest.mark.parametrize("exclude_seen", some([True, False], [True]))
-def test_evaluation_and_pipeline_agree_on_500_events_with_repeats(product, monkeypatch, exclude_seen):
+def test_evaluation_and_pipeline_agree_on_events_with_repeats(product, monkeypatch, exclude_seen):
     run, recommend = product
     monkeypatch.setattr(run.recipe.evaluation, "exclude_seen", exclude_seen)
     examples = asked_of(run)
     repeated = int(examples.repeated.sum())
-    assert len(examples.users) == 500 and 100 < repeated < 450
+    assert len(examples.users) == USERS and USERS / 5 < repeated < USERS
     row = full_report(run)["retrieval"]["m6rec"]
     known = {user: own["item_id"].tolist()[:-1] for user, own in run.log.interactions.groupby("user_id")}
     requests = [
@@ -70,7 +72,7 @@ def test_evaluation_and_pipeline_agree_on_500_events_with_repeats(product, monke
     targets = [run.writer.item_ids[target] for target in examples.targets]
     hits = [target in items for target, items in zip(targets, found)]
     assert row["recall@10"] == np.mean(hits)
-    assert (row["examples"], row["repeats"]) == (500, repeated)
+    assert (row["examples"], row["repeats"]) == (USERS, repeated)
     assert row["repeats_counted"] == ("as misses" if exclude_seen else "as others")
     assert any(set(items) & set(known[user]) for user, items in zip(examples.users, found)) != exclude_seen
     again = np.array([target in known[user] for user, target in zip(examples.users, targets)])
@@ -84,14 +86,17 @@ def test_repeats_are_left_out_and_counted(product, monkeypatch, caplog):
     run, _ = product
     monkeypatch.setattr(run.recipe.evaluation, "repeats", "miss")
     missed, whole = full_report(run)["retrieval"], asked_of(run)
-    assert f"{whole.repeated.sum()} of 500 held-out events are of items that their users have met before" in caplog.text
+    assert (
+        f"{whole.repeated.sum()} of {USERS} held-out events are of items that their users have met before"
+        in caplog.text
+    )
     assert "these events count as misses" in caplog.text
     asked = asked_of(run, repeats="leave_out")
     assert asked.users == [user for user, repeated in zip(whole.users, whole.repeated) if not repeated]
     assert set(asked.left_out) == set(whole.users) - set(asked.users) and not asked.repeated.any()
     left = full_report(run)["retrieval"]
     assert "these events are left out" in caplog.text
-    share = len(asked.users) / 500
+    share = len(asked.users) / USERS
     for who, row in left.items():
         assert (row["examples"], row["repeats"], row["repeats_counted"]) == (
             len(asked.users),
@@ -139,8 +144,8 @@ def warning_of(data, folder, **evaluation):
 def test_prepare_recommends_a_setting_for_a_log_of_revisits(played, tmp_path):
     split, (warning,) = warning_of(played, tmp_path)
     count = split["retrievals of an item that the user has met before"]
-    assert split["retrievals in the test"] == 500 and 100 < count < 450
-    assert warning.startswith(f"{count} of 500 retrievals of the test ({count / 500:.1%}) ask for an item that")
+    assert split["retrievals in the test"] == USERS and USERS / 5 < count < USERS
+    assert warning.startswith(f"{count} of {USERS} retrievals of the test ({count / USERS:.1%}) ask for an item that")
     assert "they count as misses" in warning and "set evaluation.exclude_seen=false" in warning
     assert "left out of the evaluation" in warning_of(played, tmp_path, repeats="leave_out")[1][0]
     (kept,) = warning_of(played, tmp_path, exclude_seen=False)[1]
