@@ -47,6 +47,7 @@ from .item_features_m6rec import (
     Sparse,
     Transitions,
     Words,
+    ages,
     reads_item_rows,
     stretches,
     vector_width,
@@ -1135,6 +1136,8 @@ class Past(NamedTuple):
     """The text of a query or of a profile; of an item, it is used if the catalogue has no item with this id."""
     kind: Literal["item", "query", "profile"] = "item"
     """A query is what the user searched for or wrote, a profile what the user is: neither is an item."""
+    time: float = math.nan
+    """Seconds since 1970 at which the user met the item, for evidence with `share_ties`; NaN = unknown."""
 
 
 class Support(NamedTuple):
@@ -1329,7 +1332,11 @@ class Counted:
     def weighed(self, history: Sequence[Past]) -> list[tuple[Past, float]]:
         """Weight the entries of a history; the last one comes last."""
         rule, items, texts, found = self.rule, 0, 0, []
-        recency = [*rule.recency, *[0.0] * len(history)]
+        nothing = [0.0] * len(history)
+        recency = [*rule.recency, *nothing]
+        shares = recency
+        if rule.share_ties:
+            shares = [*ages([past.time for past in history if past.kind == "item"], rule).tolist(), *nothing]
         for past in reversed(history):
             if past.kind == "profile":
                 weight = rule.profile
@@ -1337,7 +1344,7 @@ class Counted:
                 weight = rule.queries * recency[items + texts]
                 texts += 1
             else:
-                weight = recency[items]
+                weight = shares[items]
                 items += 1
             found.append((past, weight))
         return found[::-1]

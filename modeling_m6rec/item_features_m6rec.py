@@ -610,6 +610,8 @@ WIDTH = 1 << 31
 """A pair of items (i, j) has the key i * WIDTH + j."""
 HALF_LIVES = 16
 """Decaying counts are relative to the last moment that is a multiple of this number of half-lives."""
+APART = 1e-3
+"""Seconds between events without times."""
 ENTRIES_AT_ONCE = 1 << 22
 """Most entries of sparse rows that are summed together, unless they belong to one user; this bounds memory."""
 TABLE_SHARE = 8
@@ -641,6 +643,10 @@ class Evidence:
     distance, and how often j precedes i, with the additional factor `backwards`. out and in are the sums of its rows
     and columns, at least 1. n(i, i) = 0. The TF-IDF weight of a word is log((1 + items) / (1 + items with it)) + 1.
 
+    With `share_ties`, consecutive events of a user with equal times have no order: each has the mean of their weights
+    by `recency`, and their pairs count the mean of both directions. Many logs hold days, or seconds in which a page of
+    items is rated at once; the order of such events in a table is often that of their ids.
+
     The defaults were chosen once, on validation purchases of Amazon Beauty.
     Source: after "An Embarrassingly Simple Graph Heuristic Reveals Shortcut-Solvable Benchmarks" (arXiv 2605.07125).
 
@@ -662,6 +668,7 @@ class Evidence:
         out_power: Exponent of the first item's frequency in the normalisation.
         in_power: Exponent of the second item's frequency in the normalisation.
         half_life: Seconds after which the weight of a transition halves; None = no decay.
+        share_ties: Whether events of a user with equal times have no order.
     """
 
     learnt: float = 1.0
@@ -681,10 +688,14 @@ class Evidence:
     out_power: float = 0.5
     in_power: float = 0.3
     half_life: float | None = None
+    share_ties: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name in LONGEST:
+            if name == "share_ties":
+                if not isinstance(value, bool):
+                    raise ValueError(f"evidence: share_ties={short(value)}: give true or false")
+            elif name in LONGEST:
                 numbers = list(value) if isinstance(value, list | tuple) else []
                 if not 1 <= len(numbers) <= LONGEST[name] or not all(map(_is_weight, numbers)):
                     most = LONGEST[name]
@@ -716,7 +727,7 @@ class Evidence:
     @property
     def counting(self) -> tuple[Any, ...]:
         """Settings that decide the counts; all other settings can change without counting again."""
-        return self.steps, self.backwards, self.half_life
+        return self.steps, self.backwards, self.half_life, self.share_ties
 
     def origin(self, latest: float) -> float:
         """Return the moment to which decaying counts are relative, for a log that ends at `latest`."""
@@ -804,8 +815,10 @@ class Histories(NamedTuple):
             if rule.half_life is not None:
                 scale = scale * np.exp2((self.times[step:][stays] - origin) / rule.half_life)
             keys += [first * WIDTH + second, second * WIDTH + first]
+            tied = (self.times[:-step] == self.times[step:])[stays] if rule.share_ties else np.zeros(len(first), bool)
             for way in (1, rule.backwards):
-                totals.append(np.broadcast_to(np.rint(scale * way), first.shape).astype(np.int64))
+                ways = np.where(tied, (1 + rule.backwards) / 2, way)
+                totals.append(np.rint(scale * ways).astype(np.int64))
         return Counts.of(np.concatenate(keys), np.concatenate(totals))
 
 
@@ -883,18 +896,66 @@ class Sparse(NamedTuple):
 NOTHING = Sparse(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
-def recent(histories: Iterable[Sequence[int] | np.ndarray], rule: Evidence) -> Sparse:
+def recent(
+    histories: Iterable[Sequence[int] | np.ndarray],
+    rule: Evidence,
+    times: Iterable[Sequence[float] | np.ndarray] | None = None,
+) -> Sparse:
     """Weight the last items of each history by their age.
+
+    Args:
+        histories: Items of each history, in order.
+        rule: The weights by age.
+        times: The time of each of these items, for `share_ties`; NaN and None = unknown, which equals no other time.
 
     >>> recent([[3, 0, 2, 0]], Evidence()).dense(1, 4).tolist()     # the last item is also the last but two
     [[1.4, 0.0, 0.6, 0.3]]
+    >>> recent([[3, 0, 2]], Evidence(share_ties=True), [[1.0, 5.0, 5.0]]).dense(1, 4).tolist()
+    [[0.8, 0.0, 0.8, 0.4]]
     """
-    length = len(rule.recency)
-    last = [np.asarray(history, dtype=np.int64)[: -length - 1 : -1] for history in histories]
+    own_items = [np.asarray(history, dtype=np.int64) for history in histories]
+    if times is None or not rule.share_ties:
+        parts: list[Any] = [rule.recency[: len(own)] for own in own_items]
+    else:
+        parts = [ages(own, rule) for own in times]
+    last = [own[::-1][: len(weights)] for own, weights in zip(own_items, parts)]
     users = np.repeat(np.arange(len(last)), [len(own) for own in last])
     items = np.concatenate([np.empty(0, np.int64), *last])
-    weights = np.concatenate([np.empty(0), *(rule.recency[: len(own)] for own in last)])
+    weights = np.concatenate([np.empty(0), *parts])
     return Sparse.of(users, items, weights, int(items.max(initial=0)) + 1)
+
+
+def ages(times: Sequence[float] | np.ndarray, rule: Evidence) -> np.ndarray:
+    """Return the weights of a history's last events, the last one first; earlier events have no weight.
+
+    Args:
+        times: Time of each event of the history, in order; NaN = unknown.
+        rule: The weights by age.
+
+    >>> ages([2.0, 2.0, 5.0], Evidence(recency=(1.0, 0.5), share_ties=True)).tolist()
+    [1.0, 0.25, 0.25]
+    """
+    latest = np.asarray(times, dtype=float)[::-1]
+    length = num_recent(latest, rule)
+    weights = np.zeros(length)
+    weights[: len(rule.recency)] = rule.recency[:length]
+    if not rule.share_ties or length < 2:
+        return weights
+    runs = np.concatenate(([0], np.cumsum(latest[1:length] != latest[: length - 1])))
+    return (np.bincount(runs, weights) / np.bincount(runs))[runs]
+
+
+def num_recent(latest: np.ndarray, rule: Evidence) -> int:
+    """Return how many last events have a weight, from their times, the last one first; NaN = unknown.
+
+    >>> num_recent(np.array([5.0, 2.0, 2.0, 1.0]), Evidence(recency=(1.0, 0.5), share_ties=True))
+    3
+    """
+    length = min(len(rule.recency), len(latest))
+    if not rule.share_ties or not 0 < length < len(latest):
+        return length
+    other = np.flatnonzero(latest[length:] != latest[length - 1])
+    return length + int(other[0]) if len(other) else len(latest)
 
 
 def stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -940,20 +1001,26 @@ class Transitions:
 
     @classmethod
     def fit(
-        cls, sequences: Iterable[Sequence[int] | np.ndarray], num_items: int, rule: Evidence | None = None
+        cls,
+        sequences: Iterable[Sequence[int] | np.ndarray],
+        num_items: int,
+        rule: Evidence | None = None,
+        times: Iterable[np.ndarray] | None = None,
     ) -> "Transitions":
-        """Count the transitions in histories without times.
+        """Count the transitions in histories, without decay.
 
         Args:
             sequences: Items of each history, in order, as numbers.
             num_items: M.
             rule: Settings of counting; None = the defaults.
+            times: The time of each of these items, for `share_ties`; NaN and None = unknown, equal to no other time.
         """
         rule = rule or Evidence()
         parts = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         users = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         items = np.concatenate([np.empty(0, np.int64), *parts])
-        counts = Histories(users, items, np.zeros(len(items))).pairs(rule, 0.0)
+        moments = np.full(len(items), np.nan) if times is None else np.concatenate([np.empty(0), *times])
+        counts = Histories(users, items, moments).pairs(replace(rule, half_life=None), 0.0)
         return cls.empty(rule).adding(counts, num_items).meeting(items)
 
     @property
@@ -1134,7 +1201,7 @@ class EventLog:
         self._latest = -math.inf if latest is None else latest
         self._events = Histories(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
         self._last_items = np.empty((0, len(rule.steps)), np.int64)  # the last one last, -1 = none
-        self._last_times = np.empty(0)  # -inf = none
+        self._last_times = np.empty((0, len(rule.steps)))  # -inf = none
 
     def __len__(self) -> int:
         return self._count
@@ -1166,11 +1233,15 @@ class EventLog:
         return np.array(found, np.int64)
 
     def without_times(self, users: np.ndarray) -> np.ndarray:
-        """Return times for events without times: each follows all of its user's earlier events."""
+        """Return times for events without times: each is later than all of its user's earlier events, by `APART`."""
         times = np.zeros(len(users))
         known = users < len(self._last_times)
-        last = self._last_times[users[known]]
-        times[known] = np.where(np.isfinite(last), last, 0.0)
+        last = self._last_times[users[known], -1]
+        times[known] = np.where(np.isfinite(last), last + APART, 0.0)
+        order = np.argsort(users, kind="stable")
+        starts = np.flatnonzero(np.diff(users[order], prepend=-1))
+        lengths = np.diff(starts, append=len(users))
+        times[order] += APART * (np.arange(len(users)) - np.repeat(starts, lengths))
         return times
 
     def observe(self, new: Histories, transitions: Transitions, num_items: int) -> tuple[Transitions, "Histories"]:
@@ -1188,7 +1259,7 @@ class EventLog:
         new = Histories(*(column[order] for column in new))
         known = new.users < len(self._last_times)
         last = np.full(len(new.users), -np.inf)
-        last[known] = self._last_times[new.users[known]]
+        last[known] = self._last_times[new.users[known], -1]
         late = np.unique(new.users[new.times < last])
         behind = np.isin(new.users, late)
         on_time = Histories(*(column[~behind] for column in new))
@@ -1288,7 +1359,7 @@ class EventLog:
         width = self._last_items.shape[1]
         owners, items = np.repeat(known, width), self._last_items[known].ravel()
         found = items >= 0
-        return Histories(owners[found], items[found], np.repeat(self._last_times[known], width)[found])
+        return Histories(owners[found], items[found], self._last_times[known].ravel()[found])
 
     def _remember(self, whole: Histories) -> None:
         """Store the last events of users."""
@@ -1296,14 +1367,14 @@ class EventLog:
         if count > len(self._last_items):
             room = max(count, 2 * len(self._last_items)) - len(self._last_items)
             self._last_items = np.concatenate((self._last_items, np.full((room, width), -1)))
-            self._last_times = np.concatenate((self._last_times, np.full(room, -np.inf)))
+            self._last_times = np.concatenate((self._last_times, np.full((room, width), -np.inf)))
         ends = np.flatnonzero(np.diff(whole.users, append=-1)) + 1
         starts = np.concatenate(([0], ends[:-1]))
         users = whole.users[ends - 1]
         for back in range(1, width + 1):
-            there = ends - back >= starts
-            self._last_items[users, width - back] = np.where(there, whole.items[np.maximum(ends - back, 0)], -1)
-        self._last_times[users] = whole.times[ends - 1]
+            there, places = ends - back >= starts, np.maximum(ends - back, 0)
+            self._last_items[users, width - back] = np.where(there, whole.items[places], -1)
+            self._last_times[users, width - back] = np.where(there, whole.times[places], -np.inf)
 
 
 def _joined(before: Histories, after: Histories) -> tuple[Histories, np.ndarray]:

@@ -39,11 +39,11 @@ from .catalogue_m6rec import (
     without_stats,
 )
 from .configuration_m6rec import M6RecConfig
-from .item_features_m6rec import Evidence
+from .item_features_m6rec import Evidence, num_recent
 from .layout_m6rec import Layout, Picked, Piece
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
-from .values_m6rec import KnownItem, normalize_id, short
+from .values_m6rec import KnownItem, normalize_id, short, time_seconds
 
 # ----------------------------------------------------------------------------------------------- scores of candidates
 
@@ -1193,14 +1193,16 @@ class Ranker:
         """
         history = query.request.get("history") or []
         items = [event.get("item") if isinstance(event, Mapping) else event for event in history]
-        start = first = len(items) - len(query.encoded.events)
-        missing = len(rule.recency) - sum(item is not None for item in items[start:])
-        while first and missing > 0:
-            first -= 1
-            missing -= items[first] is not None
+        places = [place for place, item in enumerate(items) if item is not None]
+        times = [_moment(history[place], place) if rule.share_ties else math.nan for place in places]
+        start = len(items) - len(query.encoded.events)
+        back = num_recent(np.array(times[::-1]), rule)
+        first = min(start, places[-back]) if len(places) >= len(rule.recency) else 0
         found = iter(self._as_past([item for item in items[first:] if item is not None]))
+        moments = iter(times[len(places) - sum(place >= first for place in places) :])
         past = [
-            _query_of(event) if item is None else next(found) for event, item in zip(history[first:], items[first:])
+            _query_of(event) if item is None else next(found)._replace(time=next(moments))
+            for event, item in zip(history[first:], items[first:])
         ]
         return [*(own for own in past[: start - first] if own is not None), *past[start - first :]]
 
@@ -1331,6 +1333,12 @@ def _described(item: Past) -> dict[str, Any]:
 def _entries_of(query: Query) -> list[Past]:
     """Return all that evidence reads of a request: the profile, then the history."""
     return [*query.profile, *(item for item in query.past or () if item is not None)]
+
+
+def _moment(event: Any, place: int) -> float:
+    """Return the time of an event of a history in seconds, NaN if it is not given."""
+    moment = event.get("timestamp") if isinstance(event, Mapping) else None
+    return math.nan if moment is None else time_seconds(moment, f"history[{place}].timestamp", relative=True)
 
 
 def _query_of(event: Mapping[str, Any]) -> Past | None:

@@ -104,8 +104,11 @@ def slow_counts(rule, events):
                     if rule.half_life is not None:
                         weight *= 0.5 ** ((end - own[later]["timestamp"]) / rule.half_life)
                     pair = own[later - step]["item_id"], own[later]["item_id"]
-                    counts[pair] = counts.get(pair, 0) + weight
-                    counts[pair[::-1]] = counts.get(pair[::-1], 0) + weight * rule.backwards
+                    ways = [1, rule.backwards]
+                    if rule.share_ties and own[later - step]["timestamp"] == own[later]["timestamp"]:
+                        ways = [sum(ways) / 2] * 2
+                    for each, way in zip((pair, pair[::-1]), ways):
+                        counts[each] = counts.get(each, 0) + weight * way
     return counts
 
 
@@ -138,13 +141,29 @@ def slow_reader(texts):
     return read
 
 
+def slow_shares(rule, times):
+    """The weight of each item of a history: by the number of later items, or the mean of those of its tie."""
+    ages = range(len(times) - 1, -1, -1)
+    found = [rule.recency[age] if age < len(rule.recency) else 0.0 for age in ages]
+    ties = [[place] for place in range(len(times))]
+    for place in range(1, len(times)):
+        if rule.share_ties and times[place] == times[place - 1]:
+            ties[place] = ties[place - 1]
+            ties[place].append(place)
+    return [sum(found[other] for other in tie) / len(tie) for tie in ties]
+
+
 def slow_weights(rule, history):
     """Each entry of a history with its weight: items count by later items, queries by later items and queries."""
+    shares = iter(slow_shares(rule, [past.time for past in history if past.kind == "item"]))
     for place, past in enumerate(history):
         later = [other.kind for other in history[place + 1 :] if other.kind != "profile"]
         age = len(later) if past.kind == "query" else later.count("item")
         recency = rule.recency[age] if age < len(rule.recency) else 0.0
-        yield past, {"item": recency, "query": rule.queries * recency, "profile": rule.profile}[past.kind]
+        if past.kind == "item":
+            yield past, next(shares)
+        else:
+            yield past, rule.queries * recency if past.kind == "query" else rule.profile
 
 
 NUMBERS = {f"i{number}": number for number in range(6)}
@@ -197,10 +216,12 @@ RULES = [
     Evidence(learnt=0.0, texts=0.4, popularity=0.1),
     Evidence(learnt=0.5, unseen=0.7),
     Evidence(learnt=0.2, linear=0.8, again=0.3),
+    Evidence(learnt=0.3, share_ties=True, steps=(1.0, 0.7, 0.5), recency=(1.0, 0.5), half_life=40.0),
 ]
-NAMES = ["rule", "untrained", "decay", "other", "texts", "both", "unseen", "linear"]
+NAMES = ["rule", "untrained", "decay", "other", "texts", "both", "unseen", "linear", "ties"]
 number = st.integers(0, 12)
-batch = st.lists(st.tuples(st.sampled_from("abc"), number, st.integers(0, 200)), max_size=5)
+moment = st.one_of(st.integers(0, 200), st.integers(0, 2))
+batch = st.lists(st.tuples(st.sampled_from("abc"), number, moment), max_size=5)
 titled = st.lists(st.tuples(number, st.sampled_from(TITLES)), max_size=3, unique_by=lambda own: own[0])
 change = st.one_of(
     st.tuples(st.just("observe"), batch),
@@ -211,6 +232,7 @@ change = st.one_of(
 )
 past = st.one_of(
     number.map(lambda own: Past(f"i{own}")),
+    st.tuples(number, st.integers(0, 1)).map(lambda own: Past(f"i{own[0]}", time=float(own[1]))),
     st.tuples(number, st.sampled_from(TITLES)).map(lambda own: Past(f"i{own[0]}", own[1])),
     st.sampled_from([*TITLES, "an unknown tea"]).map(lambda text: Past(None, text)),
     st.tuples(st.sampled_from([*TITLES, "a tea cat"]), st.sampled_from(["query", "profile"])).map(
@@ -321,12 +343,12 @@ def state(catalogue):
     return pairs, transitions.unit, {name: int(met) for name, met in zip(names, transitions.met) if met}
 
 
-@pytest.mark.parametrize("half_life", [None, 30.0])
+@pytest.mark.parametrize("settings_", [{}, {"half_life": 30.0}, {"share_ties": True}], ids=["plain", "decay", "ties"])
 @settings(max_examples=examples(60), deadline=None)
 @given(batches=st.lists(batch, max_size=5), gone=st.sets(st.sampled_from("abcd"), max_size=2))
-def test_counts_depend_on_the_events_alone(half_life, batches, gone):
+def test_counts_depend_on_the_events_alone(settings_, batches, gone):
     """Not on batches nor on the order of users and times; and a user who is forgotten was never there."""
-    rule = Evidence(learnt=0, half_life=half_life)
+    rule = Evidence(learnt=0, **settings_)
     several, once, without = (make(3, rule) for _ in range(3))
     for own in batches:
         assert several.observe([event(*each) for each in own]) == len(own)
@@ -352,6 +374,18 @@ def test_events_without_times_come_in_the_order_given():
     with pytest.raises(ValueError, match="half_life lets events decay by their age"):
         make(rule=Evidence(half_life=10)).observe([event("a", 0)])
     assert state(timed) == state(plain), "nothing was counted of what was refused"
+
+
+def test_events_without_times_are_no_ties():
+    sharing, plain = make(rule=replace(RULE, share_ties=True)), make()
+    for each in (sharing, plain):
+        each.observe([event("a", number) for number in (0, 1)] + [event("b", 3), event("a", 2)])
+        each.observe([event("a", 5), event("b", 4)])
+    assert state(sharing)[0] == state(plain)[0]
+    sharing.observe([event("c", number, 7) for number in (0, 1)])
+    plain.observe([event("c", number, 7) for number in (0, 1)])
+    pairs, others = state(sharing)[0], state(plain)[0]
+    assert pairs["i1", "i0"] == others["i1", "i0"] + (1 << 28) and pairs["i0", "i1"] == others["i0", "i1"] - (1 << 28)
 
 
 def test_a_data_frame_is_read_as_its_rows():
@@ -534,6 +568,7 @@ def test_what_a_catalogue_without_a_model_cannot_do():
         ({"half_life": 0}, "half_life=0"),
         ({"learnt": float("nan")}, "learnt=nan"),
         ({"second": True}, "second=True"),
+        ({"share_ties": 1}, "share_ties=1: give true or false"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, message):

@@ -67,6 +67,28 @@ def test_the_last_items_count_by_age_and_repeats_add_up():
     assert recent([[1, 1], []], rule).dense(2, 2).tolist() == [[0, 1.6], [0, 0]]
 
 
+@settings(max_examples=examples(60), deadline=None)
+@given(sequences, st.data(), st.sampled_from([(1.0,), (1.0, 0.6, 0.1)]))
+def test_items_of_one_time_share_their_weights(histories, data, recency):
+    rule = Evidence(recency=recency, share_ties=True)
+    moments = st.sampled_from([1.0, 2.0, 3.0, float("nan")])
+    times = [data.draw(st.lists(moments, min_size=len(each), max_size=len(each))) for each in histories]
+    expected = np.zeros((len(histories), 6))
+    for user, (history, own) in enumerate(zip(histories, times)):
+        ages = range(len(history) - 1, -1, -1)
+        weights = [recency[age] if age < len(recency) else 0.0 for age in ages]
+        groups = [0] * len(own)
+        for place in range(1, len(own)):
+            groups[place] = groups[place - 1] + (own[place] != own[place - 1])
+        for item, group in zip(history, groups):
+            tied = [weight for weight, other in zip(weights, groups) if other == group]
+            expected[user, item] += sum(tied) / len(tied)
+    np.testing.assert_allclose(recent(histories, rule, times).dense(len(histories), 6), expected, atol=1e-12)
+    plain = recent(histories, Evidence(recency=recency)).dense(len(histories), 6)
+    assert (recent(histories, Evidence(recency=recency), times).dense(len(histories), 6) == plain).all()
+    assert (recent(histories, rule).dense(len(histories), 6) == plain).all(), "without times there are no ties"
+
+
 titles = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5).map(" ".join), min_size=1, max_size=9)
 
 

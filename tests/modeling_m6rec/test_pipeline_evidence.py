@@ -108,6 +108,27 @@ def test_evidence_reads_items_and_queries_before_those_that_the_model_reads():
     assert max(because, key=because.get) == "wool"
 
 
+def test_items_of_one_time_count_alike_also_before_those_that_the_model_reads():
+    """A tie is read whole, however many of its events the ages and the model reach."""
+    recommend = make(Evidence(learnt=0, recency=(1, 0.5), share_ties=True))
+    recommend.processor = processor(max_events=1)
+    times = ["2024-01-01", "2024-01-02", "2024-01-02T00:00Z", 1704153600, "2024-01-03"]
+    history = [{"item": ITEMS[own], "timestamp": time} for own, time in zip((0, 2, 4, 5, 1), times)]
+    history.insert(2, {"event": "searched", "query": "wool", "timestamp": "2024-01-02"})
+    rows = recommend({"history": history}, explain=True, top_k=8, exclude_seen=False)
+    tied = [Past(f"i{own}", time=1704153600.0) for own in (2, 4, 5)]
+    expected = [tied[0], Past(None, "wool", "query"), *tied[1:], Past("i1", time=1704240000.0)]
+    weights = [weight for _, weight in recommend.catalogue._state.counted.weighed(expected)]
+    assert weights == pytest.approx([0.5 / 3, 0.0, 0.5 / 3, 0.5 / 3, 1.0])
+    for row in rows:
+        added = recommend.catalogue.evidence_scores(expected, [Past(row["item_id"])]).sum()[0]
+        assert row["score"] == pytest.approx(added, abs=1e-9)
+    untimed = [{name: value for name, value in own.items() if name != "timestamp"} for own in history]
+    assert recommend({"history": untimed}, top_k=8) != recommend({"history": history}, top_k=8)
+    with pytest.raises(ValueError, match=r"history\[0\].timestamp"):
+        recommend({"history": [{**history[0], "timestamp": "then"}, *history[1:]]})
+
+
 def test_the_learnt_part_of_an_event_is_the_cosine_without_it(recommend):
     row = recommend(SOURCE, explain=True, top_k=1)[0]
     asked = {**SOURCE, "candidates": [recommend.catalogue.item(row["item_id"])]}

@@ -24,6 +24,7 @@ EVENTS = [
 WHOLE = Evidence(learnt=0, popularity=0.1, again=0.2, unseen=0.5, half_life=5000.0)
 LINEAR = Evidence(learnt=0, again=0.3, linear=0.8)
 PLAIN = Evidence(learnt=0, words=0, second=0, recency=(1.0,))
+TIES = Evidence(learnt=0, share_ties=True, recency=(1.0, 0.7, 0.2))
 NEW = {"title": "a steel tent", "category": "outdoor"}
 
 
@@ -52,12 +53,14 @@ def requests():
     draw = random.Random(0)
     made = [SOURCE, "wool", {"user": {"name": "hiking fan", "user_id": "yoga", "age": 3}, "facts": ["a Red tent"]}, {}]
     for _ in range(60):
-        history = []
+        history, moment = [], 1_700_000_000
         for _ in range(draw.randint(0, 9)):
             number = draw.randrange(10)
             known = [{"item": {"item_id": f"i{number}"}}, {"item": {"item_id": f"i{number}", "title": "wool İtem"}}]
             other = [{"item": "防水 wool socks"}, {"event": "searched", "query": "Steel 防水"}, {"event": "visited"}]
             history.append(draw.choice([known[number > 6], known[number > 6], known[1], *other]))
+            moment += draw.choice([0, 0, 1])
+            history[-1] |= draw.choice([{}, {"timestamp": moment}, {"timestamp": moment}])
         made.append({"history": history, **draw.choice([{}, {"user": "a yoga man"}])})
     return made
 
@@ -89,7 +92,7 @@ def compared(recommend, page, tmp_path, bound):
     same(scored([found["after"]])[0], recommend(requests()[0], top_k=9), bound)
 
 
-@pytest.mark.parametrize("rule", [WHOLE, PLAIN, LINEAR], ids=["whole", "plain", "linear"])
+@pytest.mark.parametrize("rule", [WHOLE, PLAIN, LINEAR, TIES], ids=["whole", "plain", "linear", "ties"])
 def test_a_page_without_a_model_ranks_by_evidence_as_the_pipeline(rule, tmp_path):
     recommend = recommender(rule)
     said = []

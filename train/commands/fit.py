@@ -31,6 +31,7 @@ from ..evaluation.reports import (
     Scores,
     count_repeats,
     learnt_sequences,
+    learnt_times,
     rank_catalogue,
     ranking_examples,
     ranking_rows,
@@ -75,6 +76,7 @@ class Measured:
         fields = [[text for name, text in item.items() if name != "item_id"] for item in self.writer.items]
         self.texts = [" ".join(own) for own in fields]
         self.sequences = learnt_sequences(self.writer, split, "test", recipe.evaluation)
+        self.times = learnt_times(split, "test", recipe.evaluation)
         self.counts = np.bincount(np.concatenate([*self.sequences, np.empty(0, int)]), minlength=len(self.texts))
 
     def report(self, settings: EvidenceSettings, run: Run | None = None, share: float = 0.0) -> Report:
@@ -94,8 +96,8 @@ class Measured:
         examples = ranking_examples(self.writer, processor, self.split, "test", arguments, seed)
         if not examples.users:
             return {}
-        evidence = Evidence(self.texts, self.sequences, settings)
-        alone = Scores(lambda users: evidence.scores(examples.histories[users]))
+        evidence = Evidence(self.texts, self.sequences, settings, self.times)
+        alone = Scores(lambda users: evidence.scores(examples.histories[users], examples.moments[users]))
         scores: dict[str, Any] = {OWN: alone}
         if run is not None:
             cosines = rank_catalogue(run.model, examples, run.catalogue, run.collator, False, run.segment_cache)
@@ -293,8 +295,10 @@ def choose(fitting: Fitting) -> Choice:
     own = fitting.measured
     known = before_and_in(own.split, "test")[0]
     rows = np.array([own.writer.rows[item_id] for item_id in known["item_id"]], dtype=int)
-    sequences = [rows[places] for places in histories(known).values()]
-    choice = choose_evidence(own.texts, sequences, own.recipe.evaluation.exclude_seen, own.recipe.seed)
+    places, arguments = histories(known).values(), own.recipe.evaluation
+    sequences, moments = [rows[each] for each in places], known["timestamp"].to_numpy(dtype=float)
+    times = [moments[each] for each in places] if arguments.ties == "shuffled" else None
+    choice = choose_evidence(own.texts, sequences, arguments.exclude_seen, own.recipe.seed, times=times)
     fitting.decisions |= {
         "kept": "evidence",
         "evidence": dataclasses.asdict(choice),

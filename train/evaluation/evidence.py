@@ -73,6 +73,8 @@ class EvidenceSettings:
     """Weight of a linear model between items (EASE)."""
     strength: float = STRENGTHS[0]
     """Its ridge penalty."""
+    share_ties: bool = False
+    """Whether consecutive events of a user with equal times have no order."""
 
     @property
     def rule(self) -> Rule:
@@ -88,6 +90,7 @@ class EvidenceSettings:
             backwards=self.backwards,
             out_power=out_power,
             in_power=in_power,
+            share_ties=self.share_ties,
         )
 
     @property
@@ -133,6 +136,7 @@ class Evidence:
         texts: Text of each of the M items.
         sequences: Items of each counted history, in order, as rows of the catalogue.
         settings: Weights of the kinds of evidence.
+        times: Times of the items of each counted history, for `share_ties`; None = unknown.
 
     >>> rule = Evidence(["red shoes", "blue shoes", "green tea", "tea pot"], [[0, 2], [0, 2], [3, 0]])
     >>> rule.scores([[0]])[0].argsort()[::-1].tolist()      # green tea was bought after red shoes
@@ -144,20 +148,23 @@ class Evidence:
         texts: Sequence[str],
         sequences: Iterable[Sequence[int] | np.ndarray],
         settings: EvidenceSettings | None = None,
+        times: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.settings = settings or EvidenceSettings()
         sequences = list(sequences)
-        self.transitions = Transitions.fit(sequences, len(texts), self.settings.rule)
+        self.transitions = Transitions.fit(sequences, len(texts), self.settings.rule, times)
         self.words = Words.of(texts)
         self.reading = ReadTexts.of(Reader.of(None), texts) if self.settings.texts else None
         self.popularity = popularity(sequences, len(texts))
         self.word_weights = word_weights(self.settings, self.popularity)
         self.item_weights = self.settings.item_weights(sequences, len(texts))
 
-    def scores(self, histories: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """Score all items for users with these item rows in their histories: U x M."""
+    def scores(
+        self, histories: Iterable[Sequence[int] | np.ndarray], times: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Score all items for users with these item rows in their histories, met at these times: U x M."""
         own, several = self.settings, list(histories)
-        shares, shape = recent(several, own.rule), (len(several), self.transitions.num_items)
+        shares, shape = recent(several, own.rule, times), (len(several), self.transitions.num_items)
         found = self.transitions.after(shares).dense(*shape) + own.again * shares.dense(*shape)
         found += self.word_weights * self.words.likeness(self.words.vectors(shares)).dense(*shape)
         if self.reading is not None:
@@ -180,6 +187,7 @@ class FoldedEvidence:
         settings: Weights of the kinds of evidence.
         weight: Factor of the scores.
         seed: Seed of the folds.
+        times: Times of the items of each training history by user, for `share_ties`; None = unknown.
     """
 
     def __init__(
@@ -189,6 +197,7 @@ class FoldedEvidence:
         settings: EvidenceSettings,
         weight: float,
         seed: int = 0,
+        times: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.settings, self.weight, self.num_items = settings, weight, len(texts)
         folds = np.random.default_rng(seed).permutation(len(sequences)) % FOLDS
@@ -196,15 +205,17 @@ class FoldedEvidence:
         self.words = LastItems(Words.of(texts), settings.rule)
         reading = ReadTexts.of(Reader.of(None), texts).vectors if settings.texts else np.zeros((len(texts), 0))
         self.reading = torch.from_numpy(reading).float()
-        several = list(sequences.values())
-        self.counted = [
-            self._counted([own for own, fold in zip(several, folds) if fold != left_out]) for left_out in range(FOLDS)
-        ]
+        users = np.array([*sequences], dtype=object)
+        self.counted = []
+        for left_out in range(FOLDS):
+            others = users[folds != left_out].tolist()
+            moments = None if times is None else [times[user] for user in others]
+            self.counted.append(self._counted([sequences[user] for user in others], moments))
 
-    def _counted(self, sequences: list[np.ndarray]) -> "_Counted":
+    def _counted(self, sequences: list[np.ndarray], times: list[np.ndarray] | None) -> "_Counted":
         """Count the events of the other folds."""
         own, size = self.settings, self.num_items
-        transitions = counted(own.rule, sequences, size)
+        transitions = counted(own.rule, sequences, size, times)
         popular = popularity(sequences, size)
         weights = torch.from_numpy(word_weights(own, popular)).float()
         ease = Ease(Met(sequences, size), own.strength) if own.linear else None
@@ -226,13 +237,16 @@ class FoldedEvidence:
             rows.add_(own.ease.rows(items), alpha=self.settings.linear)
         return rows.addmm_(self.reading[places], self.reading.T, alpha=self.settings.texts)
 
-    def scores(self, users: Sequence[str], histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """Score all items for users with these item rows in their histories: U x M in float32."""
+    def scores(
+        self, users: Sequence[str], histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None = None
+    ) -> torch.Tensor:
+        """Score all items for users with these item rows in their histories, met at these times: U x M in float32."""
+        shares = recent(histories, self.settings.rule, times)
         folds = np.array([self.folds[user] for user in users], dtype=int)
         numbers = np.unique(np.array(users), return_inverse=True)[1]
         found = torch.empty(len(users), self.num_items)
         for fold in np.unique(folds).tolist():
-            self._score_fold(found, self.counted[fold], np.flatnonzero(folds == fold), numbers, histories)
+            self._score_fold(found, self.counted[fold], np.flatnonzero(folds == fold), numbers, shares)
         return found.mul_(self.weight)
 
     def _score_fold(
@@ -241,24 +255,24 @@ class FoldedEvidence:
         own: "_Counted",
         places: np.ndarray,
         numbers: np.ndarray,
-        histories: Sequence[np.ndarray],
+        shares: Sparse,
     ) -> None:
         """Score all items at the places of one fold's users.
 
         Histories of one user have most items in common: one product of weights by age and the evidence after these
         items scores all of them.
         """
-        shares = recent([histories[place] for place in places.tolist()], self.settings.rule)
+        shares = Sparse(*(column[np.isin(shares.users, places)] for column in shares))
         items, columns = np.unique(shares.items, return_inverse=True)
         rows = self._rows(own, items)
-        owners = numbers[places][shares.users]
+        owners = numbers[shares.users]
         for number in np.unique(numbers[places]).tolist():
             part = owners == number
             known, column = np.unique(columns[part], return_inverse=True)
-            at = np.flatnonzero(numbers[places] == number)
+            at = places[numbers[places] == number]
             weights = torch.zeros(len(at), len(known))
             weights[np.searchsorted(at, shares.users[part]), column] = torch.from_numpy(shares.values[part]).float()
-            found[torch.from_numpy(places[at])] = torch.addmm(own.popularity, weights, rows[torch.from_numpy(known)])
+            found[torch.from_numpy(at)] = torch.addmm(own.popularity, weights, rows[torch.from_numpy(known)])
 
 
 class _Counted(NamedTuple):
@@ -338,6 +352,7 @@ def choose_evidence(
     exclude_seen: bool,
     seed: int = 0,
     weights: LogWeights = LEARNT,
+    times: Sequence[np.ndarray] | None = None,
 ) -> Choice:
     """Choose settings for a log: a default unless others are clearly better.
 
@@ -347,7 +362,8 @@ def choose_evidence(
     are as many events as can be ranked in seconds. The chosen settings have the largest gain of NDCG@10 over the
     default minus `SURELY` standard errors of the gain, so that noise of few users changes nothing. First pairing and
     ageing of events are chosen, with the weight of words; then a linear model between items (EASE) if it is quick,
-    popularity, and re-visits if seen items are recommended.
+    popularity, and re-visits if seen items are recommended. All settings share ties if events of a user have equal
+    times.
 
     Args:
         texts: Text of each of the M items.
@@ -355,24 +371,28 @@ def choose_evidence(
         exclude_seen: Leave out items that a user has met before.
         seed: Seed of the draw.
         weights: What was learnt over other logs.
+        times: Times of each user's known events; None: unknown, or the order of equal times has a meaning.
     """
-    words = Words.of(texts)
+    times = times or [np.full(len(own), np.nan) for own in sequences]
+    words, ties = Words.of(texts), has_ties(times)
     learnt, rule = learnt_settings(words, sequences, weights), EvidenceSettings()
+    learnt, rule = (dataclasses.replace(own, share_ties=ties) for own in (learnt, rule))
     is_small = sum(map(len, sequences)) < LEARNT_BELOW
-    folds = _folds(sequences, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
+    folds = _folds(sequences, times, max(CELLS // max(len(texts), 1), LEAST_EVENTS), exclude_seen, seed)
     if not folds:
         nothing = float("nan")
         return Choice(learnt if is_small else rule, 0, nothing, nothing, 0, "other logs" if is_small else "rule")
     likeness = Likeness(words)
-    trials = [_Trial(likeness, len(texts), *fold, exclude_seen) for fold in folds]
+    trials = [_Trial(likeness, len(texts), fold, exclude_seen) for fold in folds]
     users = np.unique(np.concatenate([trial.users for trial in trials]), return_inverse=True)[1]
     gains: dict[EvidenceSettings, np.ndarray] = {}
 
     def measure(settings: EvidenceSettings) -> None:
         gains[settings] = np.concatenate([trial.gains(settings) for trial in trials])
 
-    habits = [] if exclude_seen else [EvidenceSettings(**fields) for fields in HABITS]
-    for settings in [*([learnt] if _is_affordable(learnt, sequences) else []), *_structures(sequences), *habits]:
+    habits = [] if exclude_seen else [EvidenceSettings(**fields, share_ties=ties) for fields in HABITS]
+    learnt_first = [learnt] if _is_affordable(learnt, sequences) else []
+    for settings in [*learnt_first, *_structures(sequences, ties), *habits]:
         measure(settings)
     default, name = rule, "rule"
     if is_small and gains[learnt].mean() >= gains[rule].mean():
@@ -388,44 +408,71 @@ def choose_evidence(
     return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains), name)
 
 
-def _folds(
-    sequences: Sequence[np.ndarray], count: int, exclude_seen: bool, seed: int
-) -> list[tuple[list[np.ndarray], list[int], list[np.ndarray], np.ndarray]]:
-    """Draw held-out events, fold by fold of the users.
+def has_ties(times: Iterable[np.ndarray]) -> bool:
+    """Return whether consecutive events of a user have equal times.
 
-    Returns:
-        For each fold the counted sequences, and the user, history and item of each held-out event.
+    >>> has_ties([np.array([1.0, 2.0]), np.array([np.nan, np.nan])]), has_ties([np.array([1.0, 1.0])])
+    (False, True)
     """
+    return any(bool((own[1:] == own[:-1]).any()) for own in times)
+
+
+class _Fold(NamedTuple):
+    """Held-out events of a fold of the users, and the events of the other users."""
+
+    counted: list[np.ndarray]
+    """Items of each counted history."""
+    counted_times: list[np.ndarray]
+    """Their times."""
+    users: list[int]
+    """The user of each of E held-out events."""
+    histories: list[np.ndarray]
+    """The user's items before it."""
+    times: list[np.ndarray]
+    """Their times."""
+    targets: np.ndarray
+    """Its item."""
+
+
+def _folds(
+    sequences: Sequence[np.ndarray],
+    times: Sequence[np.ndarray],
+    count: int,
+    exclude_seen: bool,
+    seed: int,
+) -> list[_Fold]:
+    """Draw held-out events, fold by fold of the users."""
     order = np.random.default_rng(seed).permutation(len(sequences))
     askable = sum(len(sequence) > 1 for sequence in sequences)
     last = min(-(-count // max(askable, 1)), LAST_EVENTS)
     folds, found = [], 0
     for fold in range(FOLDS):
         own = order[fold::FOLDS]
-        users, histories, targets = [], [], []
+        users, places, targets = [], [], []
         for user in own.tolist():
             sequence = sequences[user]
             for place in range(max(len(sequence) - last, 1), len(sequence)):
                 if exclude_seen and sequence[place] in sequence[:place]:
                     continue
                 users.append(user)
-                histories.append(sequence[:place])
+                places.append(place)
                 targets.append(int(sequence[place]))
-        kept = slice(0, count - found)
-        found += len(users[kept])
+        users, places, targets = (each[: count - found] for each in (users, places, targets))
+        found += len(users)
         if users:
-            held_out = set(own.tolist())
-            counted = [sequence for user, sequence in enumerate(sequences) if user not in held_out]
-            folds.append((counted, users[kept], histories[kept], np.array(targets[kept])))
+            others = np.setdiff1d(np.arange(len(sequences)), own).tolist()
+            counted = ([each[user] for user in others] for each in (sequences, times))
+            before = ([each[user][:place] for user, place in zip(users, places)] for each in (sequences, times))
+            folds.append(_Fold(*counted, users, *before, np.array(targets)))
         if found >= count:
             break
     return folds
 
 
-def _structures(sequences: Sequence[np.ndarray]) -> Iterator[EvidenceSettings]:
+def _structures(sequences: Sequence[np.ndarray], ties: bool) -> Iterator[EvidenceSettings]:
     for fields in STRUCTURES:
         for weight in WORD_WEIGHTS:
-            settings = EvidenceSettings(**fields, words=weight)
+            settings = EvidenceSettings(**fields, words=weight, share_ties=ties)
             if _is_affordable(settings, sequences):
                 yield settings
 
@@ -457,20 +504,11 @@ def _clearly_best(
 class _Trial:
     """Measures settings on held-out events; consecutive settings share intermediate results."""
 
-    def __init__(
-        self,
-        likeness: Likeness,
-        num_items: int,
-        sequences: Sequence[np.ndarray],
-        users: Sequence[int],
-        histories: Sequence[np.ndarray],
-        targets: np.ndarray,
-        exclude_seen: bool,
-    ) -> None:
-        self.likeness, self.num_items, self.sequences = likeness, num_items, sequences
-        self.users, self.histories, self.targets = np.array(users), histories, targets
-        self.popularity = popularity(sequences, num_items).astype(np.float32)
-        seen = histories if exclude_seen else []
+    def __init__(self, likeness: Likeness, num_items: int, fold: _Fold, exclude_seen: bool) -> None:
+        self.likeness, self.num_items, self.fold = likeness, num_items, fold
+        self.users, self.targets = np.array(fold.users), fold.targets
+        self.popularity = popularity(fold.counted, num_items).astype(np.float32)
+        seen = fold.histories if exclude_seen else []
         self._owners = np.repeat(np.arange(len(seen)), [len(history) for history in seen])
         self._seen = np.concatenate([np.empty(0, int), *seen])
         self._structure: Any = None
@@ -514,18 +552,21 @@ class _Trial:
 
     def _begin(self, own: EvidenceSettings) -> None:
         """Drop intermediate results that these settings do not share."""
-        structure = (own.steps, own.backwards, own.powers, own.recency)
+        structure = (own.steps, own.backwards, own.powers, own.recency, own.share_ties)
         if structure != self._structure:
-            self._following = Following(Transitions.fit(self.sequences, self.num_items, own.rule))
-            self._shares = recent(self.histories, own.rule)
+            fold = self.fold
+            transitions = Transitions.fit(fold.counted, self.num_items, own.rule, fold.counted_times)
+            self._following = Following(transitions)
+            self._shares = recent(fold.histories, own.rule, fold.times)
             self._parts, self._structure = {}, structure
 
     def _linearly(self, own: EvidenceSettings) -> np.ndarray:
         """Score all items by the linear model, with all its weights."""
-        if self._linear[0] != (own.strength, own.recency):
-            self._met = self._met or Met(self.sequences, self.num_items)
+        key = own.strength, own.recency, own.share_ties
+        if self._linear[0] != key:
+            self._met = self._met or Met(self.fold.counted, self.num_items)
             ease = Ease(self._met, own.strength)
-            self._linear = (own.strength, own.recency), ease.weighed(self._shares, len(self.targets))
+            self._linear = key, ease.weighed(self._shares, len(self.targets))
         return self._linear[1]
 
     def _weights(self) -> np.ndarray:

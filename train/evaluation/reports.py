@@ -69,6 +69,7 @@ class RankingExamples:
         times: Time of the last event of each history, in seconds since 1970; NaN without times.
         conditions: Conditions of the metrics: the `protocol`, and whether the validation part is `observed`.
         fields: The fields of `evaluation.fairness`; None if it names none.
+        moments: Times of the events of each history, in seconds since 1970; NaN without times.
     """
 
     users: list[str]
@@ -81,6 +82,7 @@ class RankingExamples:
     times: np.ndarray | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
     fields: Fields | None = None
+    moments: list[np.ndarray] = field(default_factory=list)
 
     @cached_property
     def repeated(self) -> np.ndarray:
@@ -176,7 +178,7 @@ def ranking_examples(
     sequences = learnt_sequences(writer, split, part, arguments)
     last = rows[[each.history[-1] for each in found]]
     targets = rows[[each.held_out[0] for each in found]]
-    times = everything["timestamp"].to_numpy()
+    times = everything["timestamp"].to_numpy(dtype=float)
     users = [each.user_id for each in found]
     return RankingExamples(
         users,
@@ -189,6 +191,7 @@ def ranking_examples(
         times[[each.history[-1] for each in found]],
         {"protocol": protocol_name(arguments, split), "observed": arguments.observe_validation and part == "test"},
         fields_of(arguments.fairness, writer, users) if arguments.fairness else None,
+        [times[each.history] for each in found],
     )
 
 
@@ -211,6 +214,13 @@ def learnt_sequences(
     learnt = learnt_before(split, part, arguments.observe_validation)
     rows = np.array([writer.rows[item_id] for item_id in learnt["item_id"]], dtype=int)
     return [rows[places] for places in histories(learnt).values()]
+
+
+def learnt_times(split: Split, part: str, arguments: EvaluationArguments) -> list[np.ndarray]:
+    """Return the times of the events of `learnt_sequences`, in seconds since 1970; NaN without times."""
+    learnt = learnt_before(split, part, arguments.observe_validation)
+    times = learnt["timestamp"].to_numpy(dtype=float)
+    return [times[places] for places in histories(learnt).values()]
 
 
 def count_repeats(split: Split, part: str, arguments: EvaluationArguments) -> tuple[int, int]:
@@ -619,6 +629,7 @@ __all__ = [
     "catalogue_vectors",
     "count_repeats",
     "learnt_sequences",
+    "learnt_times",
     "predictions",
     "protocol_name",
     "rank_catalogue",

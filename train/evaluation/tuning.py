@@ -39,9 +39,11 @@ UNSEEN = (0.0, 0.1, 0.25, 0.5, 1.0)
 Setting = TypeVar("Setting")
 
 
-def counted(rule: Evidence, sequences: Sequence[np.ndarray], num_items: int) -> LastItems:
-    """Count the transitions of histories by a rule."""
-    return LastItems(Transitions.fit(sequences, num_items, rule), rule)
+def counted(
+    rule: Evidence, sequences: Sequence[np.ndarray], num_items: int, times: Sequence[np.ndarray] | None = None
+) -> LastItems:
+    """Count the transitions of histories by a rule; it reads their times if it shares ties."""
+    return LastItems(Transitions.fit(sequences, num_items, rule, times), rule)
 
 
 class Trial:

@@ -77,9 +77,9 @@ class M6RecDataCollator:
         self.all_labels = True
         """A batch with labels of one kind holds placeholders for the other kinds. Runs of the package need none, and
         PEFT's prompt tuning accepts none."""
-        self.evidence: Callable[[Sequence[str], Sequence[np.ndarray]], torch.Tensor] | None = None
-        """Scores the catalogue for users with given histories, U x M: added to the cosines of the retrieval loss. Rows
-        then need `events`."""
+        self.evidence: Callable[..., torch.Tensor] | None = None
+        """Scores the catalogue for users, their histories and the times of these, U x M: added to the cosines of the
+        retrieval loss. Rows then need `events`."""
         self.frozen = False
         """Segment layers are frozen, so the states of the whole catalogue are cached and batches need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
@@ -108,7 +108,7 @@ class M6RecDataCollator:
         self,
         batch: dict[str, torch.Tensor],
         next_items: list[list[int] | None],
-        events: list[tuple[str, list[int]] | None],
+        events: list[tuple[str, list[int], list[float]] | None],
         numbers: list[int],
     ) -> dict[str, torch.Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -128,13 +128,14 @@ class M6RecDataCollator:
         labels[known.nonzero()[:, 0], places[known]] = torch.from_numpy(positives)
         found = {"retrieval_labels": labels, **self._items(rows, len(positives))}
         if self.evidence is not None:
-            users, histories = [], []
+            users, histories, times = [], [], []
             for row, place in known.nonzero().tolist():
-                own, met = events[row]
+                own, met, moments = events[row]
                 dropped = len(next_items[row]) - int((places[row] >= 0).sum())
                 users.append(own)
                 histories.append(np.array(met[: place + dropped], dtype=int))
-            found["item_evidence"] = self.evidence(users, histories).index_select(1, torch.from_numpy(rows))
+                times.append(np.array(moments[: place + dropped]))
+            found["item_evidence"] = self.evidence(users, histories, times).index_select(1, torch.from_numpy(rows))
         return found
 
     def _choose(self, positives: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -220,7 +220,7 @@ class Wanted:
         """Encode training rows of retrieval: the vector after the last turn has the recommended item as its label."""
         readings = read_requests(processor, self.requests, "retrieval", "Reading dialogues")
         return [
-            {**row, "next_items": [IGNORE_INDEX] * len(request["messages"]) + [target], "events": (name, [])}
+            {**row, "next_items": [IGNORE_INDEX] * len(request["messages"]) + [target], "events": (name, [], [])}
             for row, request, target, name in zip(readings, self.requests, self.targets, self.names)
         ]
 

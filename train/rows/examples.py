@@ -326,12 +326,14 @@ def retrieval_rows(
     for user_id, places in histories(frame).items():
         own = frame.iloc[places]
         events, rows = writer.events(own), [writer.rows[item_id] for item_id in own["item_id"]]
+        times = own["timestamp"].tolist()
         for window in windows(len(events), processor.max_events, learn_history=not bidirectional):
             requests.append(writer.request(user_id, events[window.start : window.cut]))
             following = rows[window.start : window.cut + 1]
             if window.start:  # earlier events are left out: the head predicts only a user's first event
                 following[0] = IGNORE_INDEX
-            extras.append({"next_items": following, "events": (user_id, rows[window.start : window.cut])})
+            met = slice(window.start, window.cut)
+            extras.append({"next_items": following, "events": (user_id, rows[met], times[met])})
     readings = read_requests(processor, requests, "retrieval", "Reading training rows of retrieval")
     return [{**row, **extra} for row, extra in zip(readings, extras)]
 

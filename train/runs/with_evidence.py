@@ -116,15 +116,19 @@ def gains_of(scores: Mapping[Any, Any], run: Run, examples: RankingExamples) -> 
 def evidence_scores(run: Run, examples: RankingExamples, settings: EvidenceSettings, part: str) -> Scores:
     """Score the catalogue by the evidence that may be counted for the prediction of a part."""
     sequences = evaluation.learnt_sequences(run.writer, run.split, part, run.recipe.evaluation)
-    counted = Evidence(run.texts, sequences, settings)
-    return Scores(lambda users: counted.scores(examples.histories[users]))
+    times = evaluation.learnt_times(run.split, part, run.recipe.evaluation)
+    counted = Evidence(run.texts, sequences, settings, times)
+    return Scores(lambda users: counted.scores(examples.histories[users], examples.moments[users]))
 
 
 def evidence_of_loss(run: Run, settings: EvidenceSettings) -> FoldedEvidence:
     """Count the training events for the loss."""
     rows = np.array([run.writer.rows[item_id] for item_id in run.split.train["item_id"]], dtype=int)
-    sequences = {user: rows[places] for user, places in histories(run.split.train).items()}
-    return FoldedEvidence(run.texts, sequences, settings, LOSS_WEIGHT, run.recipe.seed)
+    moments = run.split.train["timestamp"].to_numpy(dtype=float)
+    places = histories(run.split.train)
+    sequences = {user: rows[own] for user, own in places.items()}
+    times = {user: moments[own] for user, own in places.items()}
+    return FoldedEvidence(run.texts, sequences, settings, LOSS_WEIGHT, run.recipe.seed, times)
 
 
 def train_with_evidence(

@@ -1,7 +1,7 @@
 // What a catalogue has counted: words and transitions between items, added to the scores of the model; equal to `Counted`
 // of catalogue_m6rec.py without the static reader. Numbers are added in the order in which Python adds them.
 
-import { isMapping } from "./values.js";
+import { isMapping, moment } from "./values.js";
 import { isMissing } from "./wording.js";
 
 const UNSPACED = "\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff";
@@ -88,12 +88,12 @@ export class Evidence {
   // "query" or "profile", row -1 = not in the catalogue.
   weighed(entries) {
     const { recency, queries, profile } = this.rule;
+    const shares = ages(entries.filter((entry) => entry.kind === "item").map((entry) => entry.time), this.rule);
     let [items, texts] = [0, 0];
     const found = [...entries].reverse().map((entry) => {
       if (entry.kind === "profile") return [entry, profile];
-      const age = entry.kind === "query" ? items + texts++ : items++;
-      const weight = recency[age] ?? 0;
-      return [entry, entry.kind === "query" ? queries * weight : weight];
+      if (entry.kind === "query") return [entry, queries * (recency[items + texts++] ?? 0)];
+      return [entry, shares[items++] ?? 0];
     });
     return found.reverse();
   }
@@ -213,16 +213,16 @@ export class Evidence {
   // {entry, place}, place in the history, -1 = profile.
   entries(request, texts, events, known) {
     const history = request.history ?? [];
-    const start = history.length - events;
-    let missing = this.rule.recency.length - texts.slice(start).filter((text) => text !== null).length;
-    let first = start;
-    while (first > 0 && missing > 0) {
-      first -= 1;
-      missing -= texts[first] === null ? 0 : 1;
-    }
+    const places = [...history.keys()].filter((place) => texts[place] !== null);
+    const times = places.map((place) => (this.rule.share_ties ? timeOf(history[place], place) : NaN));
+    const back = numRecent([...times].reverse(), this.rule);
+    const isShort = places.length < this.rule.recency.length;
+    const first = isShort ? 0 : Math.min(history.length - events, places[places.length - back]);
     const found = [];
+    let next = places.findIndex((place) => place >= first);
     for (let place = first; place < history.length; place++) {
-      const entry = texts[place] === null ? queryOf(history[place]) : itemOf(history[place], texts[place], known);
+      const isQuery = texts[place] === null;
+      const entry = isQuery ? queryOf(history[place]) : itemOf(history[place], texts[place], known, times[next++]);
       if (entry !== null) found.push({ entry, place });
     }
     const profile = profileOf(request);
@@ -230,10 +230,37 @@ export class Evidence {
   }
 }
 
-function itemOf(event, text, known) {
+// The number of last events that have a weight, from their times, the last one first; NaN = unknown.
+function numRecent(latest, { recency, share_ties }) {
+  let length = Math.min(recency.length, latest.length);
+  const oldest = latest[length - 1];
+  while (share_ties && length > 0 && latest[length] === oldest) length += 1;
+  return length;
+}
+
+// The weights of a history's last events, the last one first, from the times of all, in order; with `share_ties`,
+// consecutive events of one time have the mean of their weights.
+function ages(times, rule) {
+  const latest = [...times].reverse();
+  const length = numRecent(latest, rule);
+  const weights = Array.from({ length }, (_, age) => rule.recency[age] ?? 0);
+  if (!rule.share_ties) return weights;
+  for (let start = 0, end; start < length; start = end) {
+    let sum = weights[start];
+    for (end = start + 1; end < length && latest[end] === latest[start]; end++) sum += weights[end];
+    weights.fill(sum / (end - start), start, end);
+  }
+  return weights;
+}
+
+function timeOf(event, place) {
+  return !isMapping(event) || isMissing(event.timestamp) ? NaN : moment(event.timestamp, `history[${place}].timestamp`);
+}
+
+function itemOf(event, text, known, time) {
   const item = isMapping(event) ? event.item : event;
-  if (!isMapping(item) || isMissing(item.item_id)) return { kind: "item", id: null, row: -1, text };
-  return { kind: "item", ...known(item.item_id), text };
+  if (!isMapping(item) || isMissing(item.item_id)) return { kind: "item", id: null, row: -1, text, time };
+  return { kind: "item", ...known(item.item_id), text, time };
 }
 
 function queryOf(event) {

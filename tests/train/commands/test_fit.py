@@ -112,7 +112,7 @@ def with_linear(tmp_path_factory):
     paths = tables(folder)
     choice = Choice(EvidenceSettings(linear=2.0, strength=3.0, popularity=0.2), 9, 0.2, 0.1, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m6rec.train.commands.fit.choose_evidence", lambda *_: choice)
+        patch.setattr("m6rec.train.commands.fit.choose_evidence", lambda *_, **__: choice)
         assert main(["fit", paths["events"], paths["items"], str(folder / "shop"), "--minutes", "0"]) == 0
     return folder / "shop"
 
@@ -266,9 +266,9 @@ def trained(tmp_path_factory):
     found, said, looked_up, looks = {}, [], [], {True: [], False: []}
 
     class Evidence(with_evidence.FoldedEvidence):
-        def scores(self, users, histories):
+        def scores(self, users, *events):
             looked_up.extend(users)
-            return super().scores(users, histories)
+            return super().scores(users, *events)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(with_evidence, "FoldedEvidence", Evidence)

@@ -33,8 +33,14 @@ SETTINGS = [
     EvidenceSettings(recency=(1.0,), words=0.0, second=0.0, again=2.0),
     EvidenceSettings(unseen=0.5, texts=0.4),
     EvidenceSettings(linear=0.7, strength=2.0, recency=(1.0, 0.5)),
+    EvidenceSettings(share_ties=True, recency=(1.0, 0.5, 0.4)),
 ]
-NAMES = ["rule", "wide", "again", "unseen", "linear"]
+NAMES = ["rule", "wide", "again", "unseen", "linear", "ties"]
+
+
+def times_of(history):
+    """Two events each have one time."""
+    return (np.arange(len(history)) // 2).astype(float)
 
 
 def slow_scores(own, learnt, history):
@@ -45,8 +51,10 @@ def slow_scores(own, learnt, history):
             for second in range(first + 1, min(first + len(own.steps), len(known) - 1) + 1):
                 if known[second] != item:
                     weight = own.steps[second - first - 1]
-                    count[item, known[second]] += weight
-                    count[known[second], item] += weight * own.backwards
+                    tied = own.share_ties and first // 2 == second // 2
+                    ways = [(1 + own.backwards) / 2] * 2 if tied else [1, own.backwards]
+                    count[item, known[second]] += weight * ways[0]
+                    count[known[second], item] += weight * ways[1]
     out, into = np.maximum(count.sum(1), 1), np.maximum(count.sum(0), 1)
     follows = count / out[:, None] ** own.powers[0] / into ** own.powers[1]
     words = Words.of(TEXTS)
@@ -57,13 +65,15 @@ def slow_scores(own, learnt, history):
     linear = own.linear * (np.eye(6) - inverse / np.diag(inverse))
     met = np.log1p(np.bincount([item for known in learnt for item in known], minlength=6))
     scores = (own.popularity + 1e-6) * met / max(met.max(), 1e-12)
-    for age, item in enumerate(reversed(history)):
-        if age < len(own.recency):
-            alike = own.words * np.where(met > 0, 1, 1 + own.unseen) * (vectors @ vectors[item])
-            added = follows[item] + own.second * follows[item] @ follows + alike
-            added += own.texts * READ @ READ[item] + linear[item]
-            added[item] += own.again
-            scores = scores + own.recency[age] * added
+    weights = [*own.recency, *[0.0] * len(history)][: len(history)][::-1]
+    if own.share_ties:
+        weights = [np.mean(weights[place - place % 2 :][:2]) for place in range(len(history))]
+    for weight, item in zip(weights, history):
+        alike = own.words * np.where(met > 0, 1, 1 + own.unseen) * (vectors @ vectors[item])
+        added = follows[item] + own.second * follows[item] @ follows + alike
+        added += own.texts * READ @ READ[item] + linear[item]
+        added[item] += own.again
+        scores = scores + weight * added
     return scores
 
 
@@ -71,7 +81,7 @@ def slow_scores(own, learnt, history):
 @settings(max_examples=examples(30), deadline=None)
 @given(learnt=sequences, asked=sequences)
 def test_scores_are_those_of_a_loop(own, learnt, asked):
-    found = Evidence(TEXTS, learnt, own).scores(asked)
+    found = Evidence(TEXTS, learnt, own, [*map(times_of, learnt)]).scores(asked, [*map(times_of, asked)])
     assert found.shape == (len(asked), 6)
     np.testing.assert_allclose(
         found, np.array([slow_scores(own, learnt, each) for each in asked]).reshape(-1, 6), atol=1e-7
@@ -84,11 +94,12 @@ def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own, tab
     monkeypatch.setattr(baselines, "TABLED", 6 if tabled else 5)
     rng = np.random.default_rng(0)
     known = {f"u{user}": rng.integers(6, size=rng.integers(1, 6)) for user in range(3 * FOLDS)}
-    folded = FoldedEvidence(TEXTS, known, own, weight=0.6, seed=1)
+    times = {user: times_of(each) for user, each in known.items()}
+    folded = FoldedEvidence(TEXTS, known, own, weight=0.6, seed=1, times=times)
     assert sorted(np.bincount([*folded.folds.values()])) == [3] * FOLDS
     asked = [(user, known[user][:length]) for user in known for length in range(len(known[user]))]
     asked = [asked[place] for place in rng.permutation(len(asked))]  # a user's histories need not be neighbours
-    found = folded.scores(*map(list, zip(*asked)))
+    found = folded.scores(*map(list, zip(*asked)), [times_of(history) for _, history in asked])
     for (user, history), scores in zip(asked, found.numpy()):
         others = [known[each] for each in known if folded.folds[each] != folded.folds[user]]
         popular = own.popularity * popularity(others, 6)
@@ -176,19 +187,25 @@ def test_a_trial_ranks_as_a_table_does():
     histories = sessions(np.random.default_rng(2), users=20, noise=0.3)
     texts = [f"w{item % 7}" for item in range(40)]
     own = dataclasses.replace(EvidenceSettings(), words=1.0, popularity=0.1)
-    for counted, users, asked, targets in evidence._folds(histories, 1000, True, 0):
-        trial = evidence._Trial(Likeness(Words.of(texts)), 40, counted, users, asked, targets, True)
-        ranks = target_ranks(Evidence(texts, counted, own).scores(asked), targets, asked)
-        assert trial.gains(own).mean() == pytest.approx(ndcg_at_k(ranks, 10), abs=1e-3)
-        own_users = set(users)
-        assert not any(any(each is histories[user] for user in own_users) for each in counted)
+    times = [np.sort(np.random.default_rng(each[0]).integers(0, 4, len(each))).astype(float) for each in histories]
+    for share in (False, True):
+        own = dataclasses.replace(own, share_ties=share)
+        for fold in evidence._folds(histories, times, 1000, True, 0):
+            trial = evidence._Trial(Likeness(Words.of(texts)), 40, fold, True)
+            scores = Evidence(texts, fold.counted, own, fold.counted_times).scores(fold.histories, fold.times)
+            ranks = target_ranks(scores, fold.targets, fold.histories)
+            assert trial.gains(own).mean() == pytest.approx(ndcg_at_k(ranks, 10), abs=1e-3)
+            own_users = set(fold.users)
+            assert not any(any(each is histories[user] for user in own_users) for each in fold.counted)
+            assert [len(each) for each in fold.times] == [len(each) for each in fold.histories]
 
 
 def test_folds_ask_as_many_events_as_are_wanted():
     histories = sessions(np.random.default_rng(2), users=20)
-    few = evidence._folds(histories, 10, True, 0)
-    assert [len(fold[1]) for fold in few] == [4, 4, 2], "the last event of each user, while that is enough"
-    assert all(len(history) == 5 for fold in few for history in fold[2])
-    everything = evidence._folds(histories, 1000, True, 0)
-    assert len(everything) == 5 and sum(len(fold[1]) for fold in everything) == 20 * 4
-    assert sorted({user for fold in everything for user in fold[1]}) == list(range(20))
+    times = [np.arange(float(len(each))) for each in histories]
+    few = evidence._folds(histories, times, 10, True, 0)
+    assert [len(fold.users) for fold in few] == [4, 4, 2], "the last event of each user, while that is enough"
+    assert all(len(history) == 5 for fold in few for history in fold.histories)
+    everything = evidence._folds(histories, times, 1000, True, 0)
+    assert len(everything) == 5 and sum(len(fold.users) for fold in everything) == 20 * 4
+    assert sorted({user for fold in everything for user in fold.users}) == list(range(20))

@@ -103,21 +103,23 @@ def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
     rows, seen = rows_of(run, 5), []
     collator = collator_of(run, negatives=negatives, num_sampled=4)
 
-    def evidence(users, histories):
-        seen.extend(zip(users, [history.tolist() for history in histories]))
+    def evidence(users, histories, times):
+        seen.extend(zip(users, [history.tolist() for history in histories], [own.tolist() for own in times]))
         return torch.arange(len(users) * len(run.writer.items)).float().view(len(users), -1)
 
     collator.evidence = evidence
     batch = collator(rows)
     frame, expected, following, starts = run.split.train, [], [], {}
     for row in rows:
-        user, met = row["events"]
-        own = [run.writer.rows[item_id] for item_id in frame[frame["user_id"] == user]["item_id"]]
+        user, met, times = row["events"]
+        mine = frame[frame["user_id"] == user]
+        own = [run.writer.rows[item_id] for item_id in mine["item_id"]]
         start, count = starts.get(user, 0), len(row["next_items"])
         assert met == own[start : start + count - 1]
+        assert times == mine["timestamp"].tolist()[start : start + count - 1]
         for place in range(int(start > 0), count):
             following.append(own[start + place])
-            expected.append((user, met[:place]))
+            expected.append((user, met[:place], times[:place]))
         starts[user] = start + count - 1
     assert seen == expected
     labels = batch["retrieval_labels"][batch["retrieval_labels"] != -100]
@@ -129,9 +131,9 @@ def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
 def test_evidence_changes_the_loss_as_it_changes_the_cosines(run):
     collator = collator_of(run)
     plain = collator(rows_of(run, 3))
-    collator.evidence = lambda users, histories: torch.full((len(users), len(run.writer.items)), 0.25)
+    collator.evidence = lambda users, histories, times: torch.full((len(users), len(run.writer.items)), 0.25)
     same = collator(rows_of(run, 3))
-    collator.evidence = lambda users, histories: torch.eye(len(users), len(run.writer.items))
+    collator.evidence = lambda users, histories, times: torch.eye(len(users), len(run.writer.items))
     other = collator(rows_of(run, 3))
     with torch.no_grad():
         losses = [run.model.eval()(**batch, only_losses=True).losses["retrieval"] for batch in (plain, same, other)]
