@@ -461,9 +461,9 @@ def _folds(
         found += len(users)
         if users:
             others = np.setdiff1d(np.arange(len(sequences)), own).tolist()
-            counted = ([each[user] for user in others] for each in (sequences, times))
-            before = ([each[user][:place] for user, place in zip(users, places)] for each in (sequences, times))
-            folds.append(_Fold(*counted, users, *before, np.array(targets)))
+            counted, moments = ([each[user] for user in others] for each in (sequences, times))
+            met, at = ([each[user][:place] for user, place in zip(users, places)] for each in (sequences, times))
+            folds.append(_Fold(counted, moments, users, met, at, np.array(targets)))
         if found >= count:
             break
     return folds
