@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...item_features_m6rec import Evidence as Rule
-from ...item_features_m6rec import ItemWeights, Reader, ReadTexts, Transitions, Words, recent
+from ...item_features_m6rec import ItemWeights, Reader, ReadTexts, Sparse, Transitions, Words, recent
 from ..metrics import ndcg_gains
 from .baselines import STRENGTHS, Ease, LastItems, Met, ease_is_quick
 from .log_weights import LEARNT, LogFacts, LogWeights
