@@ -1699,7 +1699,7 @@ class CatalogueView:
         users = torch.as_tensor(user_vectors).detach().float().cpu()
         if users.dim() != 2 or users.shape[1] != state.dimension:
             raise ValueError(f"user_vectors: expected B x {state.dimension}, got the shape {tuple(users.shape)}")
-        if not users.isfinite().all():
+        if not np.isfinite(users.numpy()).all():
             raise ValueError(
                 "user_vectors hold NaN or infinity: read each user at a place that its row has; if you do, the model's "
                 "weights are damaged"
@@ -1907,11 +1907,13 @@ def _search_all(state: State, asked: Sequence[_Asked], top_k: int, predicate: Pr
     if state.read_texts is not None and all(len(each.evidence.reading) for each in asked):
         reading = np.stack([each.evidence.reading for each in asked]).astype(np.float32)
         scores += torch.from_numpy(reading) @ torch.from_numpy(state.read_texts).T
-    scores.masked_fill_(~allowed, -torch.inf)
-    found, total = [], int(allowed.sum())
+    if predicate is not None or state.count < len(allowed):
+        scores.masked_fill_(~allowed, -torch.inf)
+    found, total = [], state.count if predicate is None else int(allowed.sum())
     for each, own in zip(asked, scores):
-        count = min(top_k, total - int(allowed[each.left_out].sum()))
-        own[each.left_out] = -torch.inf
+        gone = torch.tensor(each.left_out, dtype=torch.long)  # live rows
+        count = min(top_k, total - (len(gone) if predicate is None else int(allowed[gone].sum())))
+        own.index_fill_(0, gone, -torch.inf)
         found.append(_ranked(state, each, _finalists(state, each, own, count), count))
     return found
 

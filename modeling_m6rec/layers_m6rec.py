@@ -46,6 +46,15 @@ class SharedKeys(NamedTuple):
         bias = None if self.bias is None and others.bias is None else torch.cat(biases, -1)
         return SharedKeys(torch.cat((self.key, others.key), 2), torch.cat((self.value, others.value), 2), bias)
 
+    def before(
+        self, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return these keys and values and those of one row of each user after them, and the mask of both."""
+        size = (*attention_mask.shape[:3], self.key.shape[2])
+        seen = attention_mask.new_zeros(size) if self.bias is None else self.bias.expand(size)
+        keys, values = torch.cat((self.key, key), 2), torch.cat((self.value, value), 2)
+        return keys, values, torch.cat((seen, attention_mask), -1)
+
     def chosen(self, users: torch.Tensor) -> "SharedKeys":
         """Return the keys of some users."""
         return SharedKeys(self.key[users], self.value[users], None if self.bias is None else self.bias[users])
@@ -289,6 +298,9 @@ class M6RecAttention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, *rotary)
         if key_cache is not None:
             key, value = key_cache.update(key, value, layer_idx)
+            if shared is not None:  # each row goes on after keys of its own
+                key, value, attention_mask = shared.before(key, value, attention_mask)
+                shared = None
         weights = None
         if shared is not None:
             attended = shared_attention(query, key, value, attention_mask, self.scaling, shared)

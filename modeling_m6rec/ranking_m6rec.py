@@ -224,7 +224,7 @@ class Scorer:
                 sources, self.segment_cache, self.exit_layer, self.version, self.user_states
             )
             vectors = vectors.float().cpu()
-            if not vectors.isfinite().all():
+            if not np.isfinite(vectors.detach().numpy()).all():
                 raise ValueError(BROKEN)
             for row, vector in zip(part, vectors):
                 found[row] = vector

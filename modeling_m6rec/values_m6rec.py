@@ -414,7 +414,7 @@ def check_size(value: Any, place: str, most: int = MAX_VALUES, depth: int = MAX_
     for _ in range(depth + 1):
         below: list[Any] = []
         for each in level:
-            inner = _inner(each)
+            inner = each.values() if type(each) is dict else each if type(each) is list else _inner(each)
             count += len(inner)
             if count > most:
                 raise ValueError(f"{place}: more than {most:,} values, which is the limit: give fewer")
@@ -451,11 +451,6 @@ def check_count(count: int, place: str, most: int) -> None:
 
 def _inner(value: Any) -> Any:
     """Return the values inside a value."""
-    kind = type(value)
-    if kind is dict:
-        return value.values()
-    if kind is list:
-        return value
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, Mapping):

@@ -41,6 +41,17 @@ def test_plain_attention_is_attention():
     close(weights.sum(-1), torch.ones(rows, HEADS, queries))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_row_that_goes_on_after_kept_keys_is_a_user_with_one_target(biased):
+    users, queries, far, near = 3, 2, 4, 2
+    query, bias = drawn(users, HEADS, queries, DIM), drawn(users, 1, queries, near)
+    key, value = drawn(users, GROUPS, near, DIM), drawn(users, GROUPS, near, DIM) * 2
+    unseen = drawn(users, 1, 1, far) if biased else None
+    shared = SharedKeys(drawn(users, GROUPS, far, DIM), drawn(users, GROUPS, far, DIM) * 3, unseen)
+    found, _ = eager_attention_forward(module(), query, *shared.before(key, value, bias), 0.3)
+    close(found, shared_attention(query, key, value, bias, 0.3, shared))
+
+
 @pytest.mark.parametrize("scores_at_once", [1, 200, 1 << 19])
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("biased", [True, False])
