@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ...item_features_m6rec import WIDTH, Evidence, ItemWeights, Sparse, Transitions, Words, recent
+from ...item_features_m6rec import WIDTH, Evidence, ItemWeights, Sparse, Transitions, Words, ages, recent
 from ...values_m6rec import WORD
 
 TABLED = 16_384
@@ -176,21 +176,28 @@ class LastItems:
             return self.evidence.likeness(self.evidence.vectors(shares))
         return self.evidence.after(shares) if self.evidence.rule.second else self.evidence.follow(shares)
 
-    def scores(self, histories: Histories) -> np.ndarray:
-        """Score all items for users with these item rows in their histories: U x M."""
-        several = [np.asarray(history, dtype=int)[: -len(self.rule.recency) - 1 : -1] for history in histories]
+    def scores(self, histories: Histories, times: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """Score all items for users with these item rows in their histories, met at these times: U x M."""
+        whole = [np.asarray(history, dtype=int) for history in histories]
+        weights = [np.array(self.rule.recency[: len(own)]) for own in whole]
+        if times is not None and self.rule.share_ties:
+            weights = [ages(own, self.rule) for own in times]
+        several = [own[::-1][: len(by_age)] for own, by_age in zip(whole, weights)]
         self._shared.asked += sum(map(len, several))
         # Making the table takes as long as scoring its M rows.
         pays = self._shared.rows is not None or self._shared.asked > self.num_items
         if not pays or self.table is None:
-            shares = recent([own[::-1] for own in several], self.rule)
+            shares = recent(whole, self.rule, times)
             return self._said(shares).dense(len(several), self.num_items)
-        weights = np.array(self.rule.recency)
-        return summed_rows(self.table, [(own, weights[: len(own)]) for own in several])
+        return summed_rows(self.table, list(zip(several, weights)))
 
     def aged(self, recency: Sequence[float]) -> "LastItems":
         """Return a copy with other weights of the last items; it shares the table."""
-        other = LastItems(self.evidence, replace(self.rule, recency=tuple(recency)))
+        return self.ruled(replace(self.rule, recency=tuple(recency)))
+
+    def ruled(self, rule: Evidence) -> "LastItems":
+        """Return a copy that weights the last items by another rule; it shares the table."""
+        other = LastItems(self.evidence, rule)
         other._shared = self._shared
         return other
 

@@ -15,7 +15,7 @@ from .baselines import STRENGTHS, Ease, LastItems, Met, ease_is_quick
 from .log_weights import LEARNT, LogFacts, LogWeights
 from .products import Following, Likeness, dense
 from .reports import COMPARED_AT
-from .tuning import counted, falling
+from .tuning import counted, falling, has_ties
 
 RULE = Rule()
 
@@ -406,15 +406,6 @@ def choose_evidence(
                 measure(dataclasses.replace(best, **changed))
             best = _clearly_best(gains, default, users)
     return Choice(best, len(users), float(gains[best].mean()), float(gains[default].mean()), len(gains), name)
-
-
-def has_ties(times: Iterable[np.ndarray]) -> bool:
-    """Return whether consecutive events of a user have equal times.
-
-    >>> has_ties([np.array([1.0, 2.0]), np.array([np.nan, np.nan])]), has_ties([np.array([1.0, 1.0])])
-    (False, True)
-    """
-    return any(bool((own[1:] == own[:-1]).any()) for own in times)
 
 
 class _Fold(NamedTuple):

@@ -46,6 +46,15 @@ def counted(
     return LastItems(Transitions.fit(sequences, num_items, rule, times), rule)
 
 
+def has_ties(times: Iterable[np.ndarray]) -> bool:
+    """Return whether consecutive events of a user have equal times.
+
+    >>> has_ties([np.array([1.0, 2.0]), np.array([np.nan, np.nan])]), has_ties([np.array([1.0, 1.0])])
+    (False, True)
+    """
+    return any(bool((own[1:] == own[:-1]).any()) for own in times)
+
+
 class Trial:
     """Held-out events on which settings are compared.
 
@@ -53,10 +62,17 @@ class Trial:
         histories: Catalogue rows that each of U users has met, in order.
         targets: Catalogue rows of the held-out events.
         exclude_seen: Leave out items that a user has met before.
+        times: Times of the events of each history, if ties are shared; None = the order of equal times has a meaning.
     """
 
-    def __init__(self, histories: Sequence[np.ndarray], targets: np.ndarray, exclude_seen: bool) -> None:
-        self.histories, self.targets, self.exclude_seen = histories, targets, exclude_seen
+    def __init__(
+        self,
+        histories: Sequence[np.ndarray],
+        targets: np.ndarray,
+        exclude_seen: bool,
+        times: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        self.histories, self.targets, self.exclude_seen, self.times = histories, targets, exclude_seen, times
 
     def __len__(self) -> int:
         return len(self.histories)
@@ -72,7 +88,11 @@ class Trial:
 
     def of(self, rule: LastItems) -> float:
         """Return the mean NDCG of a rule of the last items."""
-        return self.value(lambda part: rule.scores(self.histories[part]))
+        return self.value(lambda part: self.scores(rule, part))
+
+    def scores(self, rule: LastItems, part: slice) -> np.ndarray:
+        """Score all items for a slice of the users by a rule of the last items."""
+        return rule.scores(self.histories[part], None if self.times is None else self.times[part])
 
 
 def best(settings: Iterable[Setting], value: Callable[[Setting], float]) -> Setting:
@@ -84,38 +104,42 @@ def best(settings: Iterable[Setting], value: Callable[[Setting], float]) -> Sett
     return max(settings, key=value)
 
 
-def choose_counting(sequences: Sequence[np.ndarray], num_items: int, trial: Trial) -> Evidence:
+def choose_counting(
+    sequences: Sequence[np.ndarray], num_items: int, trial: Trial, times: Sequence[np.ndarray] | None = None
+) -> Evidence:
     """Choose how transitions are counted, one setting at a time; windows are also tried with the recency of wide ones.
 
     Args:
         sequences: Items of each counted history, in order.
         num_items: M.
         trial: The comparison of settings.
+        times: Times of the items of each counted history, if ties are shared; None = they are not.
     """
     values: dict[Evidence, float] = {}
+    first = dataclasses.replace(DEFAULT, share_ties=times is not None)
 
     def measure(rule: Evidence, recencies: Sequence[tuple[float, ...]]) -> None:
-        made = counted(rule, sequences, num_items)
+        made = counted(rule, sequences, num_items, times)
         assert isinstance(made.evidence, Transitions)
         if rule.second and num_items > TABLED and second_work(made.evidence) > MOST_WORK:
             return
         for recency in recencies:
             values[dataclasses.replace(rule, recency=recency)] = trial.of(made.aged(recency))
 
-    measure(DEFAULT, RECENCIES)
-    ages = max(values, key=values.__getitem__, default=DEFAULT).recency
+    measure(first, RECENCIES)
+    ages = max(values, key=values.__getitem__, default=first).recency
     for steps in _windows(sequences, num_items):
-        measure(dataclasses.replace(DEFAULT, steps=steps), [ages, WIDE_RECENCY])
+        measure(dataclasses.replace(first, steps=steps), [ages, WIDE_RECENCY])
     others: tuple[tuple[dict[str, Any], ...], ...] = (
         tuple({"out_power": out, "in_power": into} for out, into in POWERS),
         ({"backwards": 0.0}, {"backwards": 1.0}),
         ({"second": 0.0},),
     )
     for changes in others:
-        chosen = max(values, key=values.__getitem__, default=DEFAULT)
+        chosen = max(values, key=values.__getitem__, default=first)
         for change in changes:
             measure(dataclasses.replace(chosen, **change), [chosen.recency])
-    return max(values, key=values.__getitem__, default=DEFAULT)
+    return max(values, key=values.__getitem__, default=first)
 
 
 def _windows(sequences: Sequence[np.ndarray], num_items: int) -> list[tuple[float, ...]]:
@@ -145,8 +169,8 @@ def choose_weights(transitions: LastItems, words: LastItems, unseen: np.ndarray,
     """
     parts = []
     for start in range(0, len(trial), USERS_AT_ONCE):
-        own = trial.histories[start : start + USERS_AT_ONCE]
-        parts.append((transitions.scores(own), words.scores(own)))
+        own = slice(start, start + USERS_AT_ONCE)
+        parts.append((trial.scores(transitions, own), trial.scores(words, own)))
 
     def value(weight: float, more: float = 0.0) -> float:
         def scores(part: slice) -> np.ndarray:
@@ -159,4 +183,4 @@ def choose_weights(transitions: LastItems, words: LastItems, unseen: np.ndarray,
     return weight, best(UNSEEN if unseen.any() else UNSEEN[:1], lambda more: value(weight, more))
 
 
-__all__ = ["Trial", "best", "choose_counting", "choose_weights", "choose_words", "counted", "falling"]
+__all__ = ["Trial", "best", "choose_counting", "choose_weights", "choose_words", "counted", "falling", "has_ties"]

@@ -26,8 +26,16 @@ from .baselines import (
     popularity_scores,
     refuse_large_ease,
 )
-from .reports import RankingExamples, Scores, learnt_sequences, ranking_examples, ranking_rows, warn_of_repeats
-from .tuning import DEFAULT, Trial, best, choose_counting, choose_weights, choose_words, counted
+from .reports import (
+    RankingExamples,
+    Scores,
+    learnt_sequences,
+    learnt_times,
+    ranking_examples,
+    ranking_rows,
+    warn_of_repeats,
+)
+from .tuning import DEFAULT, Trial, best, choose_counting, choose_weights, choose_words, counted, has_ties
 
 logger = logging.getLogger(__name__)
 TUNED_USERS = 2000
@@ -63,6 +71,7 @@ class Learnt:
     def __init__(self, writer: RequestWriter, split: Split, part: str, arguments: EvaluationArguments) -> None:
         self.num_items = len(writer.item_ids)
         self.sequences = learnt_sequences(writer, split, part, arguments)
+        self.sequence_times = learnt_times(split, part, arguments)
         events = learnt_before(split, part, arguments.observe_validation)
         self.items = np.array([writer.rows[item_id] for item_id in events["item_id"]], dtype=int)
         self.times = events["timestamp"].to_numpy(dtype=float)
@@ -148,7 +157,13 @@ class Untrained:
     @cached_property
     def trial(self) -> Trial:
         """Comparison of settings on the validation events."""
-        return Trial(self.valid.histories, self.valid.targets, self.arguments.exclude_seen)
+        times = self.valid.moments if self.share_ties else None
+        return Trial(self.valid.histories, self.valid.targets, self.arguments.exclude_seen, times)
+
+    @cached_property
+    def share_ties(self) -> bool:
+        """Whether tuned rules give events of one time no order: where there are such events, whose order is drawn."""
+        return self.arguments.ties == "shuffled" and has_ties(self.before.sequence_times)
 
     @cached_property
     def before(self) -> Learnt:
@@ -161,21 +176,29 @@ class Untrained:
         return LastItems(Words.of(self.texts), DEFAULT)
 
     @cached_property
+    def untuned_words(self) -> LastItems:
+        """The same, with ties shared where tuned rules share them."""
+        return self.plain_words.ruled(dataclasses.replace(DEFAULT, share_ties=self.share_ties))
+
+    @cached_property
     def words(self) -> LastItems:
         """Words in common with the last items, with chosen weights."""
-        return choose_words(self.plain_words, self.trial) if len(self.trial) else self.plain_words
+        return choose_words(self.untuned_words, self.trial) if len(self.trial) else self.untuned_words
 
     @cached_property
     def counting(self) -> Evidence:
         """The chosen rule for counting transitions."""
-        return choose_counting(self.before.sequences, len(self.texts), self.trial) if len(self.trial) else DEFAULT
+        times = self.before.sequence_times if self.share_ties else None
+        if not len(self.trial):
+            return dataclasses.replace(DEFAULT, share_ties=self.share_ties)
+        return choose_counting(self.before.sequences, len(self.texts), self.trial, times)
 
     @cached_property
     def weights(self) -> tuple[float, float]:
         """The chosen weight of words relative to transitions, and its increase for items without events."""
         if not len(self.trial):
             return DEFAULT.words, DEFAULT.unseen
-        transitions = counted(self.counting, self.before.sequences, len(self.texts))
+        transitions = counted(self.counting, self.before.sequences, len(self.texts), self.before.sequence_times)
         return choose_weights(transitions, self.words, self.before.counts == 0, self.trial)
 
     @cached_property
@@ -215,12 +238,13 @@ class Untrained:
         return Scores(lambda part: rule.scores(examples.histories[part]))
 
     def _words(self, learnt: Learnt, examples: RankingExamples) -> Scores:
-        rule = self.words
-        return Scores(lambda part: rule.scores(examples.histories[part]), {"recency": list(rule.rule.recency)})
+        rule, settings = self.words, {"recency": list(self.words.rule.recency)}
+        return Scores(lambda part: rule.scores(examples.histories[part], examples.moments[part]), settings)
 
     def _transitions(self, learnt: Learnt, examples: RankingExamples) -> Scores:
         rule = self._counted(learnt)
-        return Scores(lambda part: rule.scores(examples.histories[part]), _settings(self.counting))
+        settings = _settings(self.counting)
+        return Scores(lambda part: rule.scores(examples.histories[part], examples.moments[part]), settings)
 
     def _neighbours_and_words(self, learnt: Learnt, examples: RankingExamples) -> Scores:
         rule = NeighboursAndWords(self.texts, learnt.sequences, self.plain_words)
@@ -231,8 +255,8 @@ class Untrained:
         weights = weight * (1 + unseen * (learnt.counts == 0)).astype(np.float32)
 
         def scores(part: slice) -> np.ndarray:
-            own = examples.histories[part]
-            return transitions.scores(own) + weights * words.scores(own)
+            own = examples.histories[part], examples.moments[part]
+            return transitions.scores(*own) + weights * words.scores(*own)
 
         chosen = {"words_recency": list(words.rule.recency), "words_weight": weight, "unseen": unseen}
         return Scores(scores, {**_settings(self.counting), **chosen})
@@ -240,7 +264,7 @@ class Untrained:
     def _counted(self, learnt: Learnt) -> LastItems:
         """Count transitions with the chosen settings; rows share the counts."""
         if learnt.transitions is None:
-            learnt.transitions = counted(self.counting, learnt.sequences, len(self.texts))
+            learnt.transitions = counted(self.counting, learnt.sequences, len(self.texts), learnt.sequence_times)
         return learnt.transitions
 
     def _repeat(self, learnt: Learnt, examples: RankingExamples) -> Scores:
@@ -278,7 +302,7 @@ def untrained_rows(
 
 def _settings(rule: Evidence) -> dict[str, Any]:
     """Return the rule for counting transitions in JSON form."""
-    names = ("steps", "backwards", "out_power", "in_power", "second", "recency")
+    names = ("steps", "backwards", "out_power", "in_power", "second", "recency", "share_ties")
     return {name: value for name, value in rule.to_dict().items() if name in names}
 
 

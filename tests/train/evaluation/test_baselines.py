@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m6rec.item_features_m6rec import Evidence, Sparse, Transitions, Words
+from m6rec.item_features_m6rec import Evidence, Sparse, Transitions, Words, recent
 from m6rec.train.evaluation import baselines
 from m6rec.train.evaluation.baselines import (
     Ease,
@@ -126,23 +126,27 @@ histories = st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=5)
 
 
 @settings(max_examples=examples(40), deadline=None)
-@given(histories, histories, st.sampled_from([0.0, 0.4]), st.sampled_from([0, 10**9]))
-def test_last_items_score_alike_with_a_table_and_without(learnt, asked, second, work):
+@given(histories, histories, st.sampled_from([0.0, 0.4]), st.sampled_from([0, 10**9]), st.booleans())
+def test_last_items_score_alike_with_a_table_and_without(learnt, asked, second, work, share):
     texts = ["red shoes", "blue shoes", "green tea", "tea pot", ""]
-    rule = Evidence(steps=(1.0, 0.5, 0.2), recency=(1.0, 0.5), second=second)
-    for evidence in (Transitions.fit(learnt, 5, rule), Words.of(texts)):
+    rule = Evidence(steps=(1.0, 0.5, 0.2), recency=(1.0, 0.5), second=second, share_ties=share)
+    known, times = ([np.arange(len(each)) // 2 for each in several] for several in (learnt, asked))
+    for evidence in (Transitions.fit(learnt, 5, rule, known), Words.of(texts)):
         last = LastItems(evidence, rule)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(baselines, "second_work", lambda _: work)  # a dense product, or pair by pair
             assert last.table is not None
-            fast = last.scores(asked)
+            fast = last.scores(asked, times)
             patch.setattr(baselines, "TABLED", 0)
-            slow = LastItems(evidence, rule).scores(asked)
-            aged = LastItems(evidence, rule).aged((0.0, 2.0)).scores(asked)
+            slow = LastItems(evidence, rule).scores(asked, times)
+            aged = LastItems(evidence, rule).aged((0.0, 2.0)).scores(asked, times)
         assert fast.shape == (len(asked), 5)
         np.testing.assert_allclose(fast, slow, atol=1e-6)
         assert last.aged((0.0, 2.0)).table is last.table
-        np.testing.assert_allclose(last.aged((0.0, 2.0)).scores(asked), aged, atol=1e-6)
+        np.testing.assert_allclose(last.aged((0.0, 2.0)).scores(asked, times), aged, atol=1e-6)
+        weights = recent(asked, rule, times).dense(len(asked), 5)
+        whole = last.rows(np.arange(5))
+        np.testing.assert_allclose(fast, weights @ whole, atol=1e-6)
 
 
 def test_last_items_make_a_table_once_as_many_rows_were_asked_as_it_has(monkeypatch):

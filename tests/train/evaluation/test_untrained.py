@@ -1,13 +1,16 @@
 """Rows that need no training: settings are chosen on validation, nothing of the test is counted."""
 
+import dataclasses
 import json
 
 import numpy as np
+import pandas
 import pytest
 
 from m6rec.item_features_m6rec import Transitions, Words
 from m6rec.train.cli import main
 from m6rec.train.config.arguments import BASELINES, EvaluationArguments
+from m6rec.train.data.log import DataArguments, read_log
 from m6rec.train.data.splits import hold_out
 from m6rec.train.evaluation.baselines import LastItems
 from m6rec.train.evaluation.reports import ranking_examples
@@ -15,8 +18,9 @@ from m6rec.train.evaluation.tuning import DEFAULT, Trial, choose_counting, choos
 from m6rec.train.evaluation.untrained import Learnt, Untrained, plain, untrained_rows
 from m6rec.train.evaluation.verdicts import RULE
 from m6rec.train.metrics import ndcg_at_k, target_ranks
+from m6rec.train.rows.examples import RequestWriter
 
-SETTINGS = ["recency", "second", "steps", "backwards", "out_power", "in_power"]
+SETTINGS = ["recency", "second", "steps", "backwards", "out_power", "in_power", "share_ties"]
 
 
 def after_one(num_users, gap):
@@ -37,6 +41,38 @@ def test_the_window_that_predicts_is_chosen():
     assert len(chosen.steps) >= 5 and trial.of(counted(chosen, sequences, 40)) > trial.of(
         counted(DEFAULT, sequences, 40)
     )
+
+
+@pytest.mark.parametrize("protocol", ["shuffled", "published"])
+def test_tuned_rows_give_events_of_one_time_no_order_where_it_is_drawn(protocol, tmp_path):
+    """Users take an item and its partner, on days with two events each: which of a day comes last says nothing."""
+    rng, rows = np.random.default_rng(0), []
+    for user in range(60):
+        groups = rng.permutation(10)[:5]
+        for day, group in enumerate(groups):
+            rows += [(f"u{user}", f"i{3 * group + part}", 1_700_000_000 + 86_400 * day) for part in rng.permutation(3)[:2]]
+    events = pandas.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    items = pandas.DataFrame({"item_id": [f"i{row}" for row in range(30)], "title": [f"t{row}" for row in range(30)]})
+    for name, table in (("events", events), ("items", items)):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    log = read_log(DataArguments(interactions=str(tmp_path / "events.csv"), items=str(tmp_path / "items.csv")))
+    arguments = EvaluationArguments(protocol=protocol, baselines=["transitions", "words", "neighbours_and_words_tuned"])
+    split, writer = hold_out(log.interactions, protocol, "fresh", 0), RequestWriter(log)
+    rules = Untrained(writer, [f"t{row}" for row in range(30)], split, arguments, 0)
+    examples = ranking_examples(writer, None, split, "test", arguments, 0)
+    found = {name: own.settings.get("share_ties") for name, own in rules.scores(examples, "test").items()}
+    share = protocol == "shuffled"
+    assert found == {"transitions": share, "words": None, "neighbours_and_words_tuned": share}
+    assert rules.words.rule.share_ties == share
+    tuned = rules.scores(examples, "test")["neighbours_and_words_tuned"][slice(0, 60)]
+    order = [rng.permutation(len(own)) for own in examples.histories]
+    swapped = [
+        own[shuffled[np.argsort(times[shuffled], kind="stable")]]
+        for own, times, shuffled in zip(examples.histories, examples.moments, order)
+    ]
+    other = dataclasses.replace(examples, histories=swapped)
+    again = rules.scores(other, "test")["neighbours_and_words_tuned"][slice(0, 60)]
+    assert np.allclose(tuned, again, atol=1e-6) == share
 
 
 def test_words_of_the_right_age_and_their_weight_are_chosen():
@@ -136,7 +172,8 @@ def test_repeats_are_a_row_where_seen_items_are_recommended(run):
 def test_where_nothing_is_held_out_for_validation_the_first_settings_are_taken(run):
     split = type(run.split)(run.split.train, run.split.valid[:0], run.split.test)
     rows = untrained_rows(run.writer, run.texts, split, "test", EvaluationArguments(ks=[5]), seed=0)
-    assert rows["transitions"]["settings"] == {name: DEFAULT.to_dict()[name] for name in SETTINGS}
+    expected = {name: DEFAULT.to_dict()[name] for name in SETTINGS}
+    assert rows["transitions"]["settings"] == {**expected, "share_ties": True}, "some events of the log have one time"
     assert "neighbours_and_words_tuned" not in rows and rows["words"]["settings"] == {"recency": list(DEFAULT.recency)}
 
 
