@@ -50,7 +50,9 @@ def test_tuned_rows_give_events_of_one_time_no_order_where_it_is_drawn(protocol,
     for user in range(60):
         groups = rng.permutation(10)[:5]
         for day, group in enumerate(groups):
-            rows += [(f"u{user}", f"i{3 * group + part}", 1_700_000_000 + 86_400 * day) for part in rng.permutation(3)[:2]]
+            rows += [
+                (f"u{user}", f"i{3 * group + part}", 1_700_000_000 + 86_400 * day) for part in rng.permutation(3)[:2]
+            ]
     events = pandas.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
     items = pandas.DataFrame({"item_id": [f"i{row}" for row in range(30)], "title": [f"t{row}" for row in range(30)]})
     for name, table in (("events", events), ("items", items)):
