@@ -55,7 +55,7 @@ from .item_features_m6rec import (
 from .layers_m6rec import inference_mode
 from .segment_cache_m6rec import SegmentCache
 from .trie_m6rec import ItemTrie
-from .values_m6rec import SIMPLE, TIME_UNITS, KnownItem, check_size, normalize_id, short, time_seconds
+from .values_m6rec import MAPPINGS, SIMPLE, TIME_UNITS, KnownItem, check_size, normalize_id, short, time_seconds
 
 # --------------------------------------------------------------------------------------------------- items and tables
 
@@ -88,13 +88,13 @@ def item_identity(item: Any, place: str = "item") -> str | None:
     """Return the id of an item, None if it has none."""
     if isinstance(item, NamedText):
         return item.item_id
-    known = isinstance(item, Mapping) and item.get("item_id") is not None
+    known = isinstance(item, MAPPINGS) and item.get("item_id") is not None
     return normalize_id(item["item_id"], f"{place}.item_id") if known else None
 
 
 def without_stats(item: Any) -> Any:
     """Return an item without its statistics, which vary and are not part of the item."""
-    if isinstance(item, Mapping) and "stats" in item:
+    if isinstance(item, MAPPINGS) and "stats" in item:
         return {name: value for name, value in item.items() if name != "stats"}
     return item
 

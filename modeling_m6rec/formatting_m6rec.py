@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .values_m6rec import (
+    MAPPINGS,
     MAX_CANDIDATES,
     MAX_EVENTS,
     MAX_VALUES,
@@ -49,6 +50,8 @@ TASKS = (*SCORING_TASKS, *OTHER_TASKS)
 REQUEST_KEYS = frozenset({"user", "history", "now", "facts", "candidates", "text", "messages", "mention"})
 
 EVENT_KEYS = frozenset({"event", "item", "timestamp", "rating", "query", "text"})
+RATINGS = frozenset({int, float, str, type(None)})
+"""Types of most ratings; others are checked by abstract classes, which is slow."""
 
 MENTIONS = frozenset({"features", "events"})
 
@@ -109,7 +112,7 @@ def check_text(value: Any, place: str, limited: bool = True) -> str:
 
 def check_mapping(value: Any, place: str, known: frozenset[str] | None = None) -> Mapping[str, Any]:
     """Return a mapping after checking that its keys are texts, and among `known` if given."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, MAPPINGS):
         raise wrong_type(value, place, "a mapping")
     if known is not None and value.keys() <= known:
         return value
@@ -611,9 +614,9 @@ class RequestFormatter:
         return Segment("text", check_text(event[given[0]], f"{place}.{given[0]}")) if given else None
 
     def _verb(self, verb: Any, rating: Any, place: str) -> Segment:
-        if not isinstance(verb, str | None):
+        if verb is not None and not isinstance(verb, str):
             raise wrong_type(verb, f"{place}.event", "a text")
-        if isinstance(rating, bool) or not isinstance(rating, str | Real | None):
+        if type(rating) not in RATINGS and (isinstance(rating, bool) or not isinstance(rating, str | Real)):
             raise wrong_type(rating, f"{place}.rating", "a number or a text")
         key = (verb, rating, type(rating))
         segment = self._verbs.find(key)

@@ -43,7 +43,7 @@ from .item_features_m6rec import Evidence, num_recent
 from .layout_m6rec import Layout, Picked, Piece
 from .losses_m6rec import form_of
 from .segment_cache_m6rec import SegmentCache, UserStates
-from .values_m6rec import KnownItem, normalize_id, short, time_seconds
+from .values_m6rec import MAPPINGS, KnownItem, normalize_id, short, time_seconds
 
 # ----------------------------------------------------------------------------------------------- scores of candidates
 
@@ -885,7 +885,7 @@ class Ranker:
         if isinstance(found.get("history"), list):
             found["history"] = [
                 {**event, "item": self._described_item(event["item"], f"history[{place}].item")}
-                if isinstance(event, Mapping) and "item" in event
+                if isinstance(event, MAPPINGS) and "item" in event
                 else self._described_item(event, f"history[{place}]")
                 for place, event in enumerate(found["history"])
             ]

@@ -398,6 +398,10 @@ SIMPLE = frozenset({str, int, float, bool, type(None)})
 """Types of values that contain no other values."""
 
 
+MAPPINGS = (dict, Mapping)
+"""Classes of mappings; that of most comes first, since an abstract class is slow to check."""
+
+
 def check_size(value: Any, place: str, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> None:
     """Refuse a value with too many values inside, or too deep nesting; it may contain itself.
 
@@ -481,6 +485,7 @@ __all__ = [
     "EXACT_FLOAT",
     "IGNORE_INDEX",
     "LATEST",
+    "MAPPINGS",
     "MAX_CANDIDATES",
     "MAX_CHARACTERS",
     "MAX_DEPTH",
