@@ -25,6 +25,7 @@ from ..data.columns import Found, find_columns, write_items
 from ..data.log import Log, read_log
 from ..data.splits import Split, histories
 from ..data.tables import load_table
+from ..evaluation.baselines import TABLED
 from ..evaluation.evidence import Choice, Evidence, EvidenceSettings, choose_evidence
 from ..evaluation.reports import (
     OWN,
@@ -58,6 +59,8 @@ FIRST_SHARE = 0.5
 """Share of the time for training in which epochs are chosen, if the network is then trained again with the gap."""
 STALE_FROM = 5
 """Median number of events per user from which validation is `stale`: third last events are then not learnt."""
+SAMPLED = 4096
+"""Number of items that a batch of the loss draws if the catalogue has more than `TABLED` items."""
 Report = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -361,7 +364,11 @@ def train(fitting: Fitting, choice: Choice, deadline: float) -> Outcome:
     model = recipe.model
     if model.checkpoint is None:  # evidence compares words already
         model = dataclasses.replace(model, config={**model.config, "tfidf_weight": 0.0})
-    recipe = dataclasses.replace(recipe, training=training, model=model).for_finetuning()
+    task, size = recipe.task, len(fitting.measured.texts)
+    if task.negatives == "catalogue" and size > TABLED:  # all cosines and evidence of a batch would take gigabytes
+        task = dataclasses.replace(task, negatives="sampled", num_sampled=SAMPLED)
+        fitting.note(f"more than {TABLED:,} items: a step of training compares with {SAMPLED:,} drawn ones")
+    recipe = dataclasses.replace(recipe, training=training, model=model, task=task).for_finetuning()
     left = deadline - time.monotonic()
     first = deadline - (1 - FIRST_SHARE) * left if gap else deadline
     outcome = train_with_evidence(recipe, log, choice.settings, first, fitting.note)

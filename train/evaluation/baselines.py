@@ -159,10 +159,6 @@ class LastItems:
             found[items] = self._rows(self._first if product else self._said, items)
         return found + np.float32(self.rule.second) * (found @ found) if product and self.rule.second else found
 
-    def rows(self, items: np.ndarray) -> np.ndarray:
-        """Return the evidence scores of all items after each of D items: D x M in float32."""
-        return self._rows(self._said, items) if self.table is None else self.table[items]
-
     def _rows(self, score: Callable[[Sparse], Sparse], items: np.ndarray) -> np.ndarray:
         own = Sparse(np.arange(len(items)), items, np.ones(len(items)))
         return score(own).dense(len(items), self.num_items).astype(np.float32)
@@ -318,16 +314,23 @@ class Ease:
         self._loads = loads.T.contiguous()
         """K X: N x M."""
 
-    def rows(self, items: np.ndarray) -> torch.Tensor:
-        """Return the weights from each of D items to all items: D x M in float32."""
-        places = torch.from_numpy(items)
+    def rows(self, items: np.ndarray, columns: np.ndarray | None = None) -> torch.Tensor:
+        """Return the weights from each of D items to C distinct items, or to all: D x C in float32."""
+        places, chosen = torch.from_numpy(items), None if columns is None else torch.from_numpy(columns)
         if self._weights is not None:
-            return self._weights[places]
+            rows = self._weights[places]
+            return rows if chosen is None else rows.index_select(1, chosen)
         readers = [self._readers[item] for item in items.tolist()]
         starts = np.cumsum([0, *map(len, readers)])[:-1]
         flat = torch.from_numpy(np.concatenate([np.empty(0, dtype=int), *readers]))
-        found = functional.embedding_bag(flat, self._loads, torch.from_numpy(starts), mode="sum") / self._scale
-        found[torch.arange(len(items)), places] = 0  # without self-weights
+        loads, scale = self._loads, self._scale
+        if chosen is not None:
+            loads, scale = loads.index_select(1, chosen), scale[chosen]
+        found = functional.embedding_bag(flat, loads, torch.from_numpy(starts), mode="sum") / scale
+        if chosen is None:
+            found[torch.arange(len(items)), places] = 0  # without self-weights
+        else:
+            found[places[:, None] == chosen] = 0
         return found
 
     def scores(self, histories: Histories) -> np.ndarray:

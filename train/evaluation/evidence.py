@@ -13,7 +13,7 @@ from ...item_features_m6rec import ItemWeights, Reader, ReadTexts, Sparse, Trans
 from ..metrics import ndcg_gains
 from .baselines import STRENGTHS, Ease, LastItems, Met, ease_is_quick
 from .log_weights import LEARNT, LogFacts, LogWeights
-from .products import Following, Likeness, dense
+from .products import Following, Likeness, SparseRows, dense, multiplied, transition_rows, word_rows
 from .reports import COMPARED_AT
 from .tuning import counted, falling, has_ties
 
@@ -202,7 +202,9 @@ class FoldedEvidence:
         self.settings, self.weight, self.num_items = settings, weight, len(texts)
         folds = np.random.default_rng(seed).permutation(len(sequences)) % FOLDS
         self.folds = dict(zip(sequences, folds.tolist()))
-        self.words = LastItems(Words.of(texts), settings.rule)
+        words = Words.of(texts)
+        self.words = LastItems(words, settings.rule)
+        self.word_rows = word_rows(words)
         reading = ReadTexts.of(Reader.of(None), texts).vectors if settings.texts else np.zeros((len(texts), 0))
         self.reading = torch.from_numpy(reading).float()
         users = np.array([*sequences], dtype=object)
@@ -219,34 +221,68 @@ class FoldedEvidence:
         popular = popularity(sequences, size)
         weights = torch.from_numpy(word_weights(own, popular)).float()
         ease = Ease(Met(sequences, size), own.strength) if own.linear else None
-        counts = _Counted(transitions, ease, None, weights, torch.from_numpy(own.popularity * popular).float())
+        counts = _Counted(None, ease, None, weights, torch.from_numpy(own.popularity * popular).float())
         if transitions.table is None:
-            return counts
-        return counts._replace(table=self._rows(counts, np.arange(size)), ease=None)
+            assert isinstance(transitions.evidence, Transitions)
+            return counts._replace(transitions=transition_rows(transitions.evidence))
+        return counts._replace(table=self._table(counts, transitions.table), ease=None)
 
-    def _rows(self, own: "_Counted", items: np.ndarray) -> torch.Tensor:
-        """Return the evidence for each item after each of `items`: D x M."""
-        if own.table is not None:
-            return own.table[torch.from_numpy(items)]
-        rows = torch.from_numpy(own.transitions.rows(items))
+    def _table(self, own: "_Counted", rows: np.ndarray) -> torch.Tensor:
+        """Return the evidence for each item after each item, given that by transitions: M x M."""
+        found = torch.from_numpy(rows)
         if self.settings.words:
-            rows.addcmul_(torch.from_numpy(self.words.rows(items)), own.word_weights)
-        places = torch.from_numpy(items)
-        rows[torch.arange(len(items)), places] += self.settings.again
+            every = self.words.table
+            assert every is not None
+            found.addcmul_(torch.from_numpy(every), own.word_weights)
+        found.diagonal().add_(self.settings.again)
         if own.ease is not None:
-            rows.add_(own.ease.rows(items), alpha=self.settings.linear)
-        return rows.addmm_(self.reading[places], self.reading.T, alpha=self.settings.texts)
+            found.add_(own.ease.rows(np.arange(self.num_items)), alpha=self.settings.linear)
+        return found.addmm_(self.reading, self.reading.T, alpha=self.settings.texts)
+
+    def _rows(self, own: "_Counted", items: np.ndarray, candidates: np.ndarray) -> torch.Tensor:
+        """Return the evidence for C candidates after each of D items, all distinct: D x C."""
+        if own.table is not None:
+            return own.table[torch.from_numpy(items)].index_select(1, torch.from_numpy(candidates))
+        assert own.transitions is not None
+        asked, rule = torch.from_numpy(candidates), self.settings
+        found = own.transitions.block(items, candidates).to_dense()
+        if rule.second:
+            second = multiplied(own.transitions.block(items), own.transitions.block(columns=candidates))
+            found.add_(second, alpha=rule.second)
+        if rule.words:
+            alike = multiplied(self.word_rows.block(items), self.word_rows.block(candidates).t())
+            found.addcmul_(alike, own.word_weights[asked])
+        if rule.again:
+            found[torch.from_numpy(items)[:, None] == asked] += rule.again
+        if own.ease is not None:
+            found.add_(own.ease.rows(items, candidates), alpha=rule.linear)
+        return found.addmm_(self.reading[torch.from_numpy(items)], self.reading[asked].T, alpha=rule.texts)
 
     def scores(
-        self, users: Sequence[str], histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None = None
+        self,
+        users: Sequence[str],
+        histories: Sequence[np.ndarray],
+        times: Sequence[np.ndarray] | None = None,
+        candidates: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Score all items for users with these item rows in their histories, met at these times: U x M in float32."""
+        """Score candidates for users with these item rows in their histories.
+
+        Args:
+            users: U users.
+            histories: Rows of the items that each has met.
+            times: When, for `share_ties`; None = unknown.
+            candidates: C distinct rows of the catalogue; None = all.
+
+        Returns:
+            U x C in float32.
+        """
         shares = recent(histories, self.settings.rule, times)
+        asked = np.arange(self.num_items) if candidates is None else candidates
         folds = np.array([self.folds[user] for user in users], dtype=int)
         numbers = np.unique(np.array(users), return_inverse=True)[1]
-        found = torch.empty(len(users), self.num_items)
+        found = torch.empty(len(users), len(asked))
         for fold in np.unique(folds).tolist():
-            self._score_fold(found, self.counted[fold], np.flatnonzero(folds == fold), numbers, shares)
+            self._score_fold(found, self.counted[fold], np.flatnonzero(folds == fold), numbers, shares, asked)
         return found.mul_(self.weight)
 
     def _score_fold(
@@ -256,15 +292,16 @@ class FoldedEvidence:
         places: np.ndarray,
         numbers: np.ndarray,
         shares: Sparse,
+        candidates: np.ndarray,
     ) -> None:
-        """Score all items at the places of one fold's users.
+        """Score the candidates at the places of one fold's users.
 
         Histories of one user have most items in common: one product of weights by age and the evidence after these
         items scores all of them.
         """
         shares = Sparse(*(column[np.isin(shares.users, places)] for column in shares))
         items, columns = np.unique(shares.items, return_inverse=True)
-        rows = self._rows(own, items)
+        rows, popular = self._rows(own, items, candidates), own.popularity[torch.from_numpy(candidates)]
         owners = numbers[shares.users]
         for number in np.unique(numbers[places]).tolist():
             part = owners == number
@@ -272,13 +309,14 @@ class FoldedEvidence:
             at = places[numbers[places] == number]
             weights = torch.zeros(len(at), len(known))
             weights[np.searchsorted(at, shares.users[part]), column] = torch.from_numpy(shares.values[part]).float()
-            found[torch.from_numpy(at)] = torch.addmm(own.popularity, weights, rows[torch.from_numpy(known)])
+            found[torch.from_numpy(at)] = torch.addmm(popular, weights, rows[torch.from_numpy(known)])
 
 
 class _Counted(NamedTuple):
     """Events of all folds but one."""
 
-    transitions: LastItems
+    transitions: SparseRows | None
+    """M x M; None if they are in the table."""
     ease: Ease | None
     """The linear model; None if it does not count, or is in the table."""
     table: torch.Tensor | None

@@ -3,6 +3,8 @@
 The products equal those of `Transitions` and `Words`, which add one pair after the other, up to rounding in float32.
 """
 
+import warnings
+
 import numpy as np
 import torch
 
@@ -46,6 +48,67 @@ class Product:
         return (self.matrix @ weights.T.contiguous()).T.contiguous()
 
 
+class SparseRows:
+    """A sparse matrix of R x C by its rows, for products of blocks.
+
+    Args:
+        rows: Row of each entry, ascending.
+        columns: Its column.
+        values: Its value.
+        shape: R and C.
+    """
+
+    def __init__(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> None:
+        self.columns, self.values, self.shape = columns, values.astype(np.float32), shape
+        self.starts = np.searchsorted(rows, np.arange(shape[0] + 1))
+
+    def block(self, rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> torch.Tensor:
+        """Return the block of some distinct rows and columns (None = all), in the order given, as a sparse tensor."""
+        own = np.arange(self.shape[0]) if rows is None else rows
+        lengths = self.starts[own + 1] - self.starts[own]
+        owners = np.repeat(np.arange(len(own)), lengths)
+        entries = np.arange(len(owners)) + np.repeat(self.starts[own] - np.cumsum(lengths) + lengths, lengths)
+        places, values = self.columns[entries], self.values[entries]
+        if columns is not None:
+            new = np.full(self.shape[1], -1)
+            new[columns] = np.arange(len(columns))
+            places = new[places]
+            kept = places >= 0
+            owners, places, values = owners[kept], places[kept], values[kept]
+        width = self.shape[1] if columns is None else len(columns)
+        indices = torch.from_numpy(np.stack((owners, places)))
+        return torch.sparse_coo_tensor(
+            indices, torch.from_numpy(values), (len(own), width), check_invariants=False
+        ).coalesce()
+
+
+def transition_rows(transitions: Transitions) -> SparseRows:
+    """Return the matrix P of transitions: M x M."""
+    return SparseRows(*_entries(transitions), (transitions.num_items, transitions.num_items))
+
+
+def word_rows(words: Words) -> SparseRows:
+    """Return the TF-IDF vectors of texts, of length 1: M x W."""
+    rows = np.repeat(np.arange(len(words.live)), np.diff(words.starts))
+    values = words.rarity[words.columns] / words.norms[rows]
+    return SparseRows(rows, words.columns, values, (len(words.live), len(words.rarity)))
+
+
+def multiplied(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Multiply two sparse tensors; the product is dense."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse.mm(first, second).to_dense()
+
+
+def _entries(own: Transitions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the row, column and value of each entry of P, by row."""
+    keys, totals = own.counts()
+    first, second = np.divmod(keys, WIDTH)
+    values = totals * own.unit / np.maximum(own.out * own.unit, 1)[first] ** own.rule.out_power
+    return first, second, values / np.maximum(own.into * own.unit, 1)[second] ** own.rule.in_power
+
+
 class Following:
     """Transitions, multiplied in the quicker way.
 
@@ -61,11 +124,8 @@ class Following:
     def product(self) -> Product:
         """The matrix P."""
         if self._product is None:
-            own, (keys, totals) = self.transitions, self.transitions.counts()
-            first, second = np.divmod(keys, WIDTH)
-            values = totals * own.unit / np.maximum(own.out * own.unit, 1)[first] ** own.rule.out_power
-            values /= np.maximum(own.into * own.unit, 1)[second] ** own.rule.in_power
-            self._product = Product(first, second, values, (own.num_items, own.num_items))
+            size = self.transitions.num_items
+            self._product = Product(*_entries(self.transitions), (size, size))
         return self._product
 
     def after(self, shares: Sparse, count: int) -> torch.Tensor:
@@ -87,10 +147,10 @@ class Likeness:
     """
 
     def __init__(self, words: Words) -> None:
-        rows = np.repeat(np.arange(len(words.live)), np.diff(words.starts))
-        values, shape = words.rarity[words.columns] / words.norms[rows], (len(words.live), len(words.rarity))
-        self._vectors = Product(rows, words.columns, values, shape)
-        self._rows = Product(words.columns, rows, values, (shape[1], shape[0]))
+        own = word_rows(words)
+        rows = np.repeat(np.arange(own.shape[0]), np.diff(own.starts))
+        self._vectors = Product(rows, own.columns, own.values, own.shape)
+        self._rows = Product(own.columns, rows, own.values, (own.shape[1], own.shape[0]))
 
     def __call__(self, weights: torch.Tensor) -> torch.Tensor:
         """Compare all texts with users' weighted texts: U x M -> U x M."""
@@ -104,4 +164,4 @@ def dense(shares: Sparse, count: int, width: int) -> torch.Tensor:
     return table
 
 
-__all__ = ["Following", "Likeness", "Product", "dense"]
+__all__ = ["Following", "Likeness", "Product", "SparseRows", "dense", "multiplied", "transition_rows", "word_rows"]

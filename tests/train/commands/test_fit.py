@@ -14,6 +14,7 @@ from m6rec.train import Recommender
 from m6rec.train.answering.evidence import kept_evidence
 from m6rec.train.answering.loading import load_recommender
 from m6rec.train.cli import main
+from m6rec.train.commands import fit
 from m6rec.train.commands.fit import add_cosine, fit_recommender
 from m6rec.train.config.recipe import load_recipe, load_saved
 from m6rec.train.data.splits import order
@@ -299,6 +300,18 @@ def trained(tmp_path_factory):
             found[kept] = folder / str(kept)
     assert len(set(looked_up)) > 10, "the loss sees the evidence"
     return found, said, looks
+
+
+def test_a_large_catalogue_is_learnt_with_drawn_items(tmp_path, monkeypatch):
+    paths, said, tasks = tables(tmp_path), [], []
+    monkeypatch.setattr(fit, "train_with_evidence", lambda recipe, *rest: tasks.append(recipe.task))
+    data = {"interactions": paths["events"], "items": paths["items"]}
+    for most, named in ((30, "catalogue"), (29, "sampled")):
+        monkeypatch.setattr(fit, "TABLED", most)
+        with pytest.raises(AttributeError):  # no outcome
+            fit_recommender(load_recipe(recipe_of(data, tmp_path / named)), 1, said.append)
+        assert tasks[-1].negatives == named
+    assert tasks[-1].num_sampled == fit.SAMPLED and sum("drawn ones" in line for line in said) == 1
 
 
 def test_a_network_that_is_not_clearly_better_is_compared_on_more_users(trained):

@@ -180,6 +180,8 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(users, monkeypa
     Ease(met, 100.0)  # models share it
     ease, some = Ease(met, 2.5), np.array([4, 1])
     np.testing.assert_allclose(ease.rows(some), weights[some], atol=1e-5)
+    columns = np.array([5, 4, 0])
+    np.testing.assert_allclose(ease.rows(some, columns), weights[np.ix_(some, columns)], atol=1e-5)
     shares = Sparse(np.array([0, 0, 1]), np.array([2, 5, 2]), np.array([0.5, 1.0, 3.0]))
     np.testing.assert_allclose(ease.weighed(shares, 2), [0.5 * weights[2] + weights[5], 3 * weights[2]], atol=1e-5)
     monkeypatch.setattr(baselines, "ROWS_AT_ONCE", 3)

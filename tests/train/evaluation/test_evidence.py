@@ -99,7 +99,10 @@ def test_evidence_of_the_loss_does_not_count_the_events_of_a_users_fold(own, tab
     assert sorted(np.bincount([*folded.folds.values()])) == [3] * FOLDS
     asked = [(user, known[user][:length]) for user in known for length in range(len(known[user]))]
     asked = [asked[place] for place in rng.permutation(len(asked))]  # a user's histories need not be neighbours
-    found = folded.scores(*map(list, zip(*asked)), [times_of(history) for _, history in asked])
+    moments, candidates = [times_of(history) for _, history in asked], np.array([4, 0, 3])
+    found = folded.scores(*map(list, zip(*asked)), moments)
+    some = folded.scores(*map(list, zip(*asked)), moments, candidates)
+    np.testing.assert_allclose(some, found[:, candidates], atol=1e-6)
     for (user, history), scores in zip(asked, found.numpy()):
         others = [known[each] for each in known if folded.folds[each] != folded.folds[user]]
         popular = own.popularity * popularity(others, 6)

@@ -6,7 +6,7 @@ import torch
 
 from m6rec.item_features_m6rec import Evidence, Transitions, Words, recent
 from m6rec.train.evaluation import products
-from m6rec.train.evaluation.products import Following, Likeness, Product, dense
+from m6rec.train.evaluation.products import Following, Likeness, Product, dense, transition_rows, word_rows
 
 RULE = Evidence(recency=(1.0, 0.6, 0.6), steps=(1.0, 0.5), out_power=0.7, in_power=0.3)
 
@@ -43,3 +43,15 @@ def test_common_words_equal_those_of_the_catalogue():
     shares = recent([[0, 1], [4], [], [2, 3, 0, 3]], RULE)
     found = Likeness(words)(dense(shares, 4, 5))
     np.testing.assert_allclose(found, words.likeness(words.vectors(shares)).dense(4, 5), atol=1e-6)
+
+
+def test_blocks_of_rows_and_columns_equal_those_of_the_dense_matrix():
+    transitions = Transitions.fit([[0, 1, 2], [3, 1, 0], [2, 4]], 6, RULE)
+    rows, columns = np.array([3, 0, 5]), np.array([4, 1])
+    own, whole = transition_rows(transitions), transitions.matrix()
+    np.testing.assert_allclose(own.block().to_dense(), whole, atol=1e-6)
+    np.testing.assert_allclose(own.block(rows, columns).to_dense(), whole[np.ix_(rows, columns)], atol=1e-6)
+    words = Words.of(["red shoes", "", "blue shoes"])
+    vectors = word_rows(words).block(np.array([2, 0, 1])).to_dense()
+    alike = words.likeness(words.vectors(recent([[2], [0], [1]], Evidence(recency=(1.0,))))).dense(3, 3)
+    np.testing.assert_allclose(vectors @ vectors.T, alike[:, [2, 0, 1]], atol=1e-6)

@@ -103,9 +103,9 @@ def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
     rows, seen = rows_of(run, 5), []
     collator = collator_of(run, negatives=negatives, num_sampled=4)
 
-    def evidence(users, histories, times):
+    def evidence(users, histories, times, candidates):
         seen.extend(zip(users, [history.tolist() for history in histories], [own.tolist() for own in times]))
-        return torch.arange(len(users) * len(run.writer.items)).float().view(len(users), -1)
+        return torch.arange(len(users) * len(run.writer.items)).float().view(len(users), -1)[:, candidates]
 
     collator.evidence = evidence
     batch = collator(rows)
@@ -131,9 +131,9 @@ def test_evidence_is_that_of_the_events_before_each_label(run, negatives):
 def test_evidence_changes_the_loss_as_it_changes_the_cosines(run):
     collator = collator_of(run)
     plain = collator(rows_of(run, 3))
-    collator.evidence = lambda users, histories, times: torch.full((len(users), len(run.writer.items)), 0.25)
+    collator.evidence = lambda users, histories, times, rows: torch.full((len(users), len(rows)), 0.25)
     same = collator(rows_of(run, 3))
-    collator.evidence = lambda users, histories, times: torch.eye(len(users), len(run.writer.items))
+    collator.evidence = lambda users, histories, times, rows: torch.eye(len(users), len(rows))
     other = collator(rows_of(run, 3))
     with torch.no_grad():
         losses = [run.model.eval()(**batch, only_losses=True).losses["retrieval"] for batch in (plain, same, other)]
