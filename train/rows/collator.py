@@ -78,8 +78,8 @@ class M6RecDataCollator:
         """A batch with labels of one kind holds placeholders for the other kinds. Runs of the package need none, and
         PEFT's prompt tuning accepts none."""
         self.evidence: Callable[..., torch.Tensor] | None = None
-        """Scores rows of the catalogue for users, their histories and the times of these, U x C: added to the cosines of
-        the retrieval loss. Rows then need `events`."""
+        """Scores rows of the catalogue for users, their histories and the times of these, U x C: added to the cosines
+        of the retrieval loss. Rows then need `events`."""
         self.frozen = False
         """Segment layers are frozen, so the states of the whole catalogue are cached and batches need not hold it."""
         self._same = self._first_alike() if catalogue else np.empty(0, dtype=int)
