@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from transformers import dynamic_module_utils
 from transformers.utils import logging
 
 from tests import fast
@@ -30,6 +31,23 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("m6rec")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _relative_imports_are_looked_for_once():
+    """Each save of a model searches the code that goes with it."""
+    kept, search = {}, dynamic_module_utils.get_relative_imports
+
+    def once(path):
+        changed = os.stat(path)
+        key = str(path), changed.st_mtime_ns, changed.st_size
+        if key not in kept:
+            kept[key] = search(path)
+        return list(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "get_relative_imports", once)
+        yield
+
+
 def pytest_collection():
     gc.disable()  # nothing of what is imported and collected is garbage
 
@@ -41,7 +59,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` also notes where it was called, for GPUs
     logging.warning_once.cache_clear()
     yield
     torch.set_default_dtype(torch.float32)

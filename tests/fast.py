@@ -3,6 +3,7 @@
 The other values are marked slow: `make test-all` runs them, and draws all examples.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,13 @@ def some(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
         raise ValueError(f"no such values: {unknown}; there are {values}")
     found = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*each, marks=() if value in fast else pytest.mark.slow) for each, value in zip(found, values)]
+
+
+def meet(*parameters: Iterable[Any]) -> list[Any]:
+    """List all combinations of the values of several parameters; those are slow without which each value is there."""
+    values = [list(each) for each in parameters]
+    longest = max(map(len, values))
+    return some(itertools.product(*values), [tuple(own[n % len(own)] for own in values) for n in range(longest)])
 
 
 def examples(count: int) -> int:

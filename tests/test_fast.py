@@ -12,6 +12,15 @@ def test_values_that_are_not_fast_are_slow():
         fast.some({"a": 1}, ["b"])
 
 
+def test_each_value_meets_another_one():
+    marked = {each.values: bool(each.marks) for each in fast.meet(["a", "b"], [1, 2, 3])}
+    assert len(marked) == 6 and [values for values, slow in marked.items() if not slow] == [
+        ("a", 1),
+        ("a", 3),
+        ("b", 2),
+    ]
+
+
 def test_fewer_examples_are_drawn_where_slow_tests_are_deselected(monkeypatch):
     monkeypatch.setattr(fast, "ONLY", True)
     assert [fast.examples(count) for count in (3, 40, 300)] == [3, 5, 30]

@@ -5,6 +5,7 @@ import doctest
 import functools
 import importlib
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ LONG_BY_NATURE = {"M6RecForRecommendation.forward", "M6RecModel.forward"}
 """One line in the signature and one in the docstring for each input."""
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """Return the tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests_and_exports(name):
     module = importlib.import_module(name)
@@ -33,7 +40,7 @@ def test_doctests_and_exports(name):
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.name)
 def test_files_that_travel_import_only_siblings(path):
     """transformers copies flat files and follows `from .sibling import name` only."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] != "m6rec", node.lineno
             assert node.level <= 1 and not (node.level == 1 and (not node.module or "." in node.module)), node.lineno
@@ -72,7 +79,7 @@ def test_travelling_files_are_few_and_import_only_lower_ones():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_are_short(path):
-    for owner in ast.walk(ast.parse(path.read_text())):
+    for owner in ast.walk(parsed(path)):
         for node in getattr(owner, "body", ()) if isinstance(getattr(owner, "body", ()), list) else ():
             if isinstance(node, ast.FunctionDef):
                 name = f"{owner.name}.{node.name}" if isinstance(owner, ast.ClassDef) else node.name
@@ -90,7 +97,7 @@ def imported_modules(path: Path) -> set[str]:
     own = module_of(path)
     package = own if path.name == "__init__.py" else own.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
@@ -142,7 +149,7 @@ def test_there_is_no_circle_of_imports():
 
 def test_messages_with_braces_are_f_strings():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 for text in (each for each in node.exc.args if isinstance(each, ast.Constant)):
                     assert "{" not in str(text.value), f"{path}:{node.lineno}"
@@ -162,11 +169,14 @@ def test_every_symbol_of_the_paper_index_exists():
     rows = re.findall(r"`(\w+/[\w/]+\.py)::([\w.]+)`", index)
     tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", index)
     assert len(rows) > 20 and len(tests) > 10
+    by_name = defaultdict(list)
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        by_name[path.name].append(path)
     for file, name in tests:
-        assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").rglob(file)), f"{file}::{name}"
+        assert any(f"def {name}(" in path.read_text() for path in by_name[file]), f"{file}::{name}"
     for file, symbol in rows:
         names = set()
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        for node in ast.walk(parsed(ROOT / file)):
             if isinstance(node, ast.ClassDef):
                 methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
                 fields = [each.target.id for each in node.body if isinstance(each, ast.AnnAssign)]

@@ -6,7 +6,7 @@ import pytest
 from tests.fuzz.__main__ import doors
 from tests.fuzz.harness import Door, Report, run, take
 
-DRAWN = {"requests": 60, "processor": 60, "tables": 12, "recipes": 60, "lines": 3, "catalogues": 30}
+DRAWN = {"requests": 30, "processor": 30, "tables": 6, "recipes": 30, "lines": 2, "catalogues": 30}
 DOORS = doors()
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from m6rec import Catalogue, M6RecConfig, catalogue_m6rec
 from m6rec.catalogue_m6rec import EVENTS, EVIDENCE, JOURNAL, MANIFEST, TEXTS_ONLY, Past
 from m6rec.item_features_m6rec import Evidence, ItemWeights, Postings, Reader
-from tests.fast import examples
+from tests.fast import examples, meet
 from tests.modeling_m6rec.conversion.backbones import own_tokenizer
 from tests.modeling_m6rec.faults import finish, fork
 
@@ -245,11 +245,11 @@ SIZES = {"EXTRA": [0, 16], "MORE": [0, 96], "EXACT_SHARE": [1, 0.3], "POSTINGS":
 """How much of a search is done at once."""
 
 
-@pytest.mark.parametrize("kind", [None, "flat"])
-@pytest.mark.parametrize("rule", RULES, ids=NAMES)
+@pytest.mark.parametrize(("kind", "name"), meet([None, "flat"], NAMES))
 @settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
-def test_searches_are_those_of_dense_matrices(kind, rule, data, tmp_path_factory):
+def test_searches_are_those_of_dense_matrices(kind, name, data, tmp_path_factory):
+    rule = RULES[NAMES.index(name)]
     with pytest.MonkeyPatch.context() as patch:
         for name, values in SIZES.items():
             patch.setattr(catalogue_m6rec, name, data.draw(st.sampled_from(values)))

@@ -18,7 +18,7 @@ from tests.modeling_m6rec.tiny import (
     Writer,
     build,
     close,
-    costly,
+    everywhere,
     few,
     item_rows,
     pad,
@@ -48,7 +48,7 @@ def prompts(seed=9, plain=True):
     return pad(rows + [[40, 41, 42, 43]] if plain else rows, "left")
 
 
-@costly
+@everywhere
 def test_generate_with_cache_equals_without_equals_brute_force(settings):
     wide = 1.0 if settings.get("norm_position") == "post" else 0.25  # post-norm evens out: wider weights vary more
     model, batch = build(settings, tie_word_embeddings=False, initializer_range=wide), prompts()

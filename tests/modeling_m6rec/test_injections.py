@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from m6rec import RecommendationPipeline
+from tests.fast import meet
 from tests.modeling_m6rec.shop import ITEMS, build, processor
 
 MODEL, PROCESSOR = build(), processor(max_length=900, max_segment=48)
@@ -121,13 +122,9 @@ def test_a_text_does_not_change_the_structure_of_a_row(place, text):
         assert structure(request, task) == structure(harmless, task)
 
 
-@pytest.mark.parametrize(
-    ("place", "text"),
-    OF_CANDIDATES,
-    ids=range(len(OF_CANDIDATES)),
-)
-@pytest.mark.parametrize("task", ["click", "plausibility", "retrieval"])
-def test_a_candidate_does_not_change_the_scores_of_the_others(recommend, task, place, text):
+@pytest.mark.parametrize(("number", "task"), meet(range(len(OF_CANDIDATES)), ["click", "plausibility", "retrieval"]))
+def test_a_candidate_does_not_change_the_scores_of_the_others(recommend, task, number):
+    place, text = OF_CANDIDATES[number]
     """The others have their places in each answer by their own scores."""
     own = PLACES[place][1]
 

@@ -6,6 +6,7 @@ import torch
 from m6rec import SegmentCache, layers_m6rec, network_m6rec
 from m6rec.layers_m6rec import SharedKeys, eager_attention_forward, shared_attention
 from m6rec.layout_m6rec import Picked, gather_tokens
+from tests.fast import meet
 from tests.modeling_m6rec.tiny import BOS, GRID, ITEM, SEG, SMALL, WORDS, Writer, build, close, item_rows, name, pad
 
 DIM, GROUPS, HEADS = 5, 2, 6
@@ -87,8 +88,11 @@ def test_picking_tokens_and_putting_them_back():
     close(back, wanted)
 
 
-@pytest.mark.parametrize("settings", GRID[::3], ids=name)
-@pytest.mark.parametrize("plan", ["compact", "shared_prefix", "cached"])
+@pytest.mark.parametrize(
+    ("settings", "plan"),
+    meet(GRID[::3], ["compact", "shared_prefix", "cached"]),
+    ids=lambda own: own if isinstance(own, str) else name(own),
+)
 def test_what_heads_read_does_not_depend_on_the_other_tokens_of_the_last_layer(settings, plan):
     """Without logits the last layer is computed where heads read; with them everywhere."""
     model, writer = build(settings), Writer(1)

@@ -8,6 +8,7 @@ import torch
 
 from m6rec.configuration_m6rec import KINDS
 from m6rec.layout_m6rec import joint_mask, layout, mean_at_close, pick, read_by_text, segment_mask, summary_keys
+from tests.fast import some
 from tests.modeling_m6rec.tiny import (
     BOS,
     EOS,
@@ -22,7 +23,9 @@ from tests.modeling_m6rec.tiny import (
     WORDS,
     Writer,
     config_of_ids,
+    name,
     pad,
+    pairwise,
 )
 
 
@@ -128,12 +131,16 @@ def test_layout_does_not_depend_on_the_side_of_padding(seed):
             assert torch.equal(right[row, : len(ids)], left[row, -len(ids) :])
 
 
-@pytest.mark.parametrize("history", (True, False))
-@pytest.mark.parametrize("forward", (True, False))
-@pytest.mark.parametrize("document", (True, False))
-@pytest.mark.parametrize("summary", (None, 1, 2))
-@pytest.mark.parametrize("skipped", (None, ["event", "text"]))
-def test_masks_equal_the_rules_token_by_token(history, forward, document, summary, skipped):
+WAYS = (True, False)
+RULES = [
+    dict(zip(("history", "forward", "document", "summary", "skipped"), values))
+    for values in itertools.product(WAYS, WAYS, WAYS, (None, 1, 2), (None, ("event", "text")))
+]
+
+
+@pytest.mark.parametrize("ruled", some(RULES, pairwise(RULES)), ids=name)
+def test_masks_equal_the_rules_token_by_token(ruled):
+    history, forward, document, summary, skipped = ruled.values()
     ways = {True: "bidirectional", False: "causal"}
     config = config_of_ids(
         history_attention=ways[history],
@@ -141,7 +148,7 @@ def test_masks_equal_the_rules_token_by_token(history, forward, document, summar
         document_attention=ways[document],
         num_joint_layers=2,
         segment_summary=summary,
-        skipped_kinds=skipped,
+        skipped_kinds=skipped and list(skipped),
     )
     ids, mask = random_rows(7)
     lay = layout(ids, mask, config)
@@ -183,21 +190,22 @@ def test_written_text_sees_the_past_of_its_source_and_target_token_by_token(hist
     text_keys, read = lay.valid & ~hidden, read_by_text(lay)
     masks = segment_mask(lay, 40, config, hidden), joint_mask(lay, 40, config, keys & ~hidden, text_keys)
     before = segment_mask(lay, 40, plain, hidden), joint_mask(lay, 40, plain, keys & ~hidden)
+    masks, before, hidden, real = ([each.tolist() for each in own] for own in (masks, before, hidden, mask))
     texts = 0
     for row in range(len(ids)):
-        rule = slow_layout(ids[row].tolist(), mask[row].tolist())
+        rule = slow_layout(ids[row].tolist(), real[row])
         seen = [False] * 40
         for q, k in itertools.product(range(40), range(40)):
             text = rule["written"][q] and rule["target"][q] > 0
             reach = rule["source"][k] or rule["target"][q] == rule["target"][k]
-            see = bool(mask[row, k]) and rule["request"][q] == rule["request"][k] and reach
+            see = bool(real[row][k]) and rule["request"][q] == rule["request"][k] and reach
             seen[k] |= bool(text) and see
-            if not mask[row, q]:
+            if not real[row][q]:
                 continue
             texts += bool(text)
             for found, old in zip(masks, before):
-                wanted = see and k <= q and not hidden[row, k] if text else old[row, q, k]
-                assert found[row, q, k] == wanted, (row, q, k)
+                wanted = see and k <= q and not hidden[row][k] if text else old[row][q][k]
+                assert found[row][q][k] == wanted, (row, q, k)
         assert read[row].tolist() == seen
     assert texts > 1000
 

@@ -31,6 +31,7 @@ from tests.modeling_m6rec.tiny import (
     WORDS,
     Writer,
     build,
+    by_pairs,
     causal,
     close,
     everywhere,
@@ -45,7 +46,7 @@ TOGETHER = (0, network_m6rec.TOGETHER)
 """Targets behind their source, each as a row of its own, or all in one row with it."""
 
 
-@everywhere
+@by_pairs
 def test_plans_agree(settings):
     model, writer = build(settings), Writer(1)
     rows = [

@@ -97,9 +97,9 @@ def test_items_named_blocked_or_filtered_are_not_recommended():
     recommend = recommender()
     left, seen = set(NAMES), []
     while left:
-        item = ask(recommend, slot_threshold=0.0, filter=lambda fields: fields["item_id"] in left)["items"][0][
-            "item_id"
-        ]
+        item = ask(recommend, slot_threshold=0.0, max_new_tokens=6, filter=lambda fields: fields["item_id"] in left)[
+            "items"
+        ][0]["item_id"]
         said = {
             **CHAT,
             "messages": [*CHAT["messages"][:-1], {**ASK, "content": f"not {NAMES[item]['title'].upper()}!"}],
@@ -107,7 +107,12 @@ def test_items_named_blocked_or_filtered_are_not_recommended():
         named = {**said, "messages": [{**ASK, "content": f"not {NAMES[item]['title']}, please"}]}
         for request, options in ((named, {}), (CHAT, {"block": [item]}), (CHAT, {"guard": Guard(block_items=[item])})):
             reply = ask(
-                recommend, request, slot_threshold=0.0, filter=lambda fields: fields["item_id"] in left, **options
+                recommend,
+                request,
+                slot_threshold=0.0,
+                max_new_tokens=6,
+                filter=lambda fields: fields["item_id"] in left,
+                **options,
             )
             assert [own["item_id"] for own in reply["items"]] != [item]
             assert bool(reply["items"]) == (len(left) > 1), "without an allowed item the reply has none"

@@ -17,7 +17,7 @@ from transformers import pipeline
 
 from m6rec import Catalogue, M6RecForRecommendation, RecommendationPipeline, SegmentCache, segment_cache_m6rec
 from m6rec.layout_m6rec import SegmentKey
-from tests.fast import examples
+from tests.fast import examples, meet
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.faults import Faults, finish, fork
 from tests.modeling_m6rec.shop import ITEMS, REQUEST, SOURCE, processor
@@ -158,8 +158,11 @@ def test_refusals(tmp_path):
 # ----------------------------------------------------------------------------------------------- cached against cold
 
 
-@pytest.mark.parametrize("kind", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("how", ("memory", "disk", "evicting"))
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    meet((torch.float32, torch.bfloat16, torch.float16), ("memory", "disk", "evicting")),
+    ids=str,
+)
 def test_states_are_those_of_a_cold_model_to_the_bit(tmp_path, kind, how):
     network, segments = build(TWO_STAGES).model.to(kind), texts(20)
     cold = read(network, segments)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from m6rec.segment_cache_m6rec import DIGEST, SegmentStore
+from tests.fast import some
 from tests.modeling_m6rec.faults import BOUND, Faults, finish, fork, key, use, values
 
 KEY, OTHER = key("a"), key("b")
@@ -253,7 +254,7 @@ def run_and_kill(directory, rounds, seed):
     return outlived / rounds
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", some([8, 200], [8]))
 def test_kills(tmp_path, kills):
     assert run_and_kill(tmp_path / "store", rounds=kills, seed=200) > 5
 

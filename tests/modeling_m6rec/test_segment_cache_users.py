@@ -1,6 +1,7 @@
 """A history that is read from where it ended gives the numbers of reading it all, and is never another's."""
 
 import copy
+import itertools
 import pickle
 from unittest import mock
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from m6rec import RecommendationPipeline, SegmentCache, network_m6rec, segment_cache_m6rec
 from m6rec.layout_m6rec import layout
 from m6rec.segment_cache_m6rec import UserStates
-from tests.fast import examples
+from tests.fast import examples, some
 from tests.modeling_m6rec import shop
 from tests.modeling_m6rec.tiny import (
     ALL,
@@ -347,8 +348,12 @@ def make(model, **more):
     return RecommendationPipeline(model=model, processor=shop.processor(), device="cpu", **more)
 
 
-@pytest.mark.parametrize("task", ["click", "rating", "interaction", "plausibility", "retrieval"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+TASKS = ("click", "rating", "interaction", "plausibility", "retrieval")
+
+
+@pytest.mark.parametrize(
+    ("task", "batch_size"), some(itertools.product(TASKS, (1, 3)), zip(TASKS, itertools.cycle((1, 3))))
+)
 def test_a_pipeline_that_keeps_users_answers_the_same(task, batch_size):
     model = shop.build(segment_summary=1)
     recommend, forgetful = make(model, user_states=True), make(model)

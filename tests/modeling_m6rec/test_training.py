@@ -20,6 +20,7 @@ from tests.modeling_m6rec.tiny import (
     close,
     config_of_ids,
     everywhere,
+    few,
     item_rows,
     pad,
     scores,
@@ -133,7 +134,7 @@ def test_what_enters_the_joint_layers_is_dropped_in_training_only():
     close(entered[kept], (whole / 0.75).expand_as(entered)[kept])
 
 
-@small
+@few
 def test_trainer_runs_bare_and_learns(settings, tmp_path):
     model = build(settings)
     batch = training_batch()
@@ -148,7 +149,7 @@ def test_trainer_runs_bare_and_learns(settings, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@small
+@few
 def test_peft_lora_learns_and_writes(settings):
     model, batch = build(settings), training_batch()
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "down_proj"]))
@@ -169,7 +170,7 @@ def test_peft_lora_learns_and_writes(settings):
         close(scores(model, given, plan="cached"), lora(**given, plan="flat").scores)
 
 
-@small
+@few
 @pytest.mark.parametrize("method", ("prefix", "prompt"))
 def test_peft_virtual_tokens(settings, method):
     model, batch = build(settings), training_batch()

@@ -134,10 +134,10 @@ def pairwise(configs, size=2):
     return found
 
 
-everywhere = pytest.mark.parametrize("settings", some(ALL, [*pairwise(GRID), *BLOCKS]), ids=name)
-"""Marks a test that holds for every configuration."""
-costly = pytest.mark.parametrize("settings", some(ALL, pairwise(ALL, 1)), ids=name)
+everywhere = pytest.mark.parametrize("settings", some(ALL, pairwise(ALL, 1)), ids=name)
 """Marks a test that holds for every configuration and is run, where time counts, for each value of each field."""
+by_pairs = pytest.mark.parametrize("settings", some(ALL, [*pairwise(GRID), *BLOCKS]), ids=name)
+"""Marks one that is run there for each two values that may meet."""
 small = pytest.mark.parametrize("settings", SMALL, ids=name)
 """Marks a test for which a few configurations are enough."""
 few = pytest.mark.parametrize("settings", some(SMALL, [SMALL[2], SMALL[-1]]), ids=name)

@@ -1,11 +1,14 @@
 """The small world's tables and a prepared run on them, made once; what is read of them is cached beside them."""
 
+import copy
+
 import datasets
 import pytest
 
 from m6rec.train.answering.loading import build_catalogue, load_pipeline
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.evaluation import curves
+from m6rec.train.runs import build
 from m6rec.train.runs.build import prepare
 from m6rec.train.runs.finetune import finetune
 from tests.train.world import ITEMS, draw_nothing, recipe_of, write_world
@@ -14,8 +17,34 @@ DRAW = curves.draw
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory):
+def small_world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def tables(small_world):
+    """The tables of most tests; some files have their own."""
+    return small_world
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_small_world_is_read_once(small_world):
+    """Runs get a copy of its log: most tests prepare a run, and few are about reading tables."""
+    kept, read_log = {}, build.read_log
+
+    def read_once(arguments):
+        if arguments.interactions != small_world["interactions"]:
+            return read_log(arguments)
+        if (key := repr(arguments)) not in kept:
+            log = read_log(arguments)
+            if log.dropped:
+                return log  # and says so each time
+            kept[key] = copy.deepcopy(log)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "read_log", read_once)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,6 +7,7 @@ import torch
 
 from m6rec import M6RecForRecommendation
 from m6rec.tokenization import M6RecProcessor, M6RecTokenizer
+from tests.fast import meet
 from tests.modeling_m6rec.conversion.backbones import CAUSAL, batch, own_tokenizer, tiny
 
 ROPE = {"rope_theta": 500.0, "factor": 4.0}
@@ -56,9 +57,13 @@ def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=name)
-def test_logits_are_the_originals(family, changes, side):
+@pytest.mark.parametrize(
+    ("case", "side"),
+    meet(CASES, ["left", "right"]),
+    ids=lambda case: case if isinstance(case, str) else "-".join([case[0], *case[1]]),
+)
+def test_logits_are_the_originals(case, side):
+    family, changes = case
     source = tiny(family, **changes)
     ids, mask, positions = batch(source.config.vocab_size, side)
     for joint in (None, 1):  # a plain text is one segment: segment layers read it as joint layers do

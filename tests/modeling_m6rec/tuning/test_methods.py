@@ -7,6 +7,7 @@ from peft.utils import ModulesToSaveWrapper
 from m6rec import KINDS, SegmentCache
 from m6rec.tuning import METHODS, heads, parameter_counts, peft_config, tune
 from m6rec.tuning.methods import special_tokens
+from tests.fast import meet
 from tests.modeling_m6rec.tiny import BERT, OPTIONS, PAD, Writer, build, close, pad
 from tests.modeling_m6rec.tuning.test_adapter import BLOCKS, TWO_STAGES, outputs, rows, shake
 
@@ -48,8 +49,7 @@ def retrieval(batch):
     }
 
 
-@pytest.mark.parametrize("block", ["shared", "bert"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("block", "method"), meet(["shared", "bert"], METHODS))
 def test_a_step_moves_all_that_is_trained_and_nothing_else(method, block):
     model = build(BLOCKS[block], item_embedding_dropout=0.0)
     tuned = tune(model, method, ["click", "retrieval"], **settings_of(method))

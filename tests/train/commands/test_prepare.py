@@ -6,6 +6,7 @@ from m6rec.train.commands import prepare as preparation
 from m6rec.train.commands.prepare import prepare_report, report
 from m6rec.train.config.recipe import load_recipe
 from m6rec.train.runs.build import prepare
+from tests.fast import meet
 from tests.train.world import recipe_of, write_tables
 
 # Four users: one with one event, one with two, two with four; b twice; the last events at the same moment.
@@ -103,8 +104,7 @@ def test_what_was_dropped_is_told_with_its_reason(make):
     assert "interactions: repeats another row's user_id, item_id, timestamp: 1\n" in text
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-@pytest.mark.parametrize("learn", ["retrieval", "click"])
+@pytest.mark.parametrize(("language", "learn"), meet(["en", "zh"], ["retrieval", "click"]))
 def test_samples_are_what_the_model_reads(make, language, learn):
     labels = {"columns": lambda place: {"label": place % 2, "event": "buy"}}
     text = {"domain": "ecommerce", "language": language}

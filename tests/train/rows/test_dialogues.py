@@ -14,6 +14,7 @@ from m6rec.train.rows.dialogues import Wanted, dialogue_examples, read_dialogues
 from m6rec.train.rows.writing import writing_examples
 from m6rec.train.runs.build import prepare, wanted_in
 from m6rec.train.runs.training_set import training_parts
+from tests.fast import some
 from tests.modeling_m6rec.conversion.backbones import publish
 from tests.train.data.test_dialogues import write_iard
 from tests.train.data.test_reviews import write_clothes
@@ -139,7 +140,7 @@ def test_unknown_items_are_refused(make_run):
         read_dialogues(run.recipe.task, log, EvaluationArguments(), 0)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", some(["full", "lora"], ["full"]))
 def test_the_recipe_converse(tmp_path, method):
     data, out = write_iard(tmp_path / "data"), tmp_path / "out"
     given = [f"data.directory={data}", f"training.output_dir={out}", "training.per_device_train_batch_size=2", *QUICK]

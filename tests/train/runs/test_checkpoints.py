@@ -152,9 +152,7 @@ NO_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
 
 @pytest.mark.parametrize(
     ("case", "steps"),
-    some(
-        [(case, steps) for case in ("all", "batch") for steps in ((4,), (6,), (2, 8))], [("all", (4,)), ("batch", (6,))]
-    ),
+    some([(case, steps) for case in ("all", "batch") for steps in ((4,), (6,), (2, 8))], [("all", (4,))]),
 )
 def test_a_resumed_run_repeats_the_unbroken_one(tables, tmp_path, case, steps):
     """From each checkpoint in turn: within an epoch, at its end, and between two logs."""

@@ -29,13 +29,13 @@ TASKS = {
 }
 MEANS = ["user_mean", "item_mean", "history_mean", "history_and_item"]
 BASELINES = {
-    "retrieval": ["m6rec", *UNTRAINED],
+    "retrieval": ["m6rec", *UNTRAINED[:-1]],  # the last one only where seen items are recommended
     **{name: ["m6rec", *MEANS] for name in ("click", "rating", "interaction")},
 }
 OTHERS = ("batch", "sampled")
 
 
-@pytest.mark.parametrize("task", some(TASKS, ["retrieval", "all"]))
+@pytest.mark.parametrize("task", some(TASKS, ["all"]))
 def test_two_steps_of_each_task_leave_a_model_that_is_found_again(make_recipe, task):
     recipe = make_recipe(task=TASKS[task], model={"item_embeddings": task == "all"})
     report = finetune(recipe)
