@@ -39,7 +39,7 @@ $(VENV)/.ray: $(VENV)/.installed
 quickstart: $(VENV)/.movielens ## install, train on MovieLens-100K, evaluate and recommend (10 minutes on 2 cores)
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/m6rec quickstart $(ARGS)
 
-test: $(VENV)/.installed lint types ## lint, types and the fast tests (15 minutes)
+test: $(VENV)/.installed lint types ## lint, types and the fast tests (10 minutes)
 	$(PYTEST)
 
 # An environment of its own, $(1), on the releases of file $(2). TORCH names a build of torch in place of the file's or

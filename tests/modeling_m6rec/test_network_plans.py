@@ -35,6 +35,7 @@ from tests.modeling_m6rec.tiny import (
     causal,
     close,
     everywhere,
+    few,
     item_rows,
     pad,
     scores,
@@ -122,7 +123,7 @@ def test_plans_agree_whatever_the_model(fields, shapes, seed):
                 close(out.user_vectors, flat.user_vectors)
 
 
-@small
+@few
 @pytest.mark.usefixtures("together")
 def test_the_state_of_every_token_agrees(settings):
     """Also that of each target's [BOS], which no head reads, and which the first one stands for."""
@@ -135,7 +136,7 @@ def test_the_state_of_every_token_agrees(settings):
             close(model(**batch, plan=plan, segment_cache=SegmentCache()).last_hidden_state[valid], flat[valid])
 
 
-@small
+@few
 @pytest.mark.usefixtures("together")
 def test_many_candidates_in_chunks(settings):
     model, writer = build(settings), Writer(16)
@@ -143,7 +144,7 @@ def test_many_candidates_in_chunks(settings):
     close(scores(model, batch, plan="cached"), scores(model, batch, plan="flat"))
 
 
-@small
+@few
 @pytest.mark.usefixtures("together")
 def test_rows_of_unlike_shapes_run_apart_and_in_their_order(settings):
     model, writer = build(settings), Writer(17)
@@ -158,7 +159,7 @@ def test_rows_of_unlike_shapes_run_apart_and_in_their_order(settings):
                 close(out.user_vectors, flat.user_vectors)
 
 
-@small
+@few
 @pytest.mark.parametrize("plan", PLANS[1:])
 @pytest.mark.usefixtures("together")
 def test_scores_alone_cost_the_last_layer_their_own_tokens_only(settings, plan):
