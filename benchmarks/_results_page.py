@@ -47,7 +47,8 @@ NOTES = {
         "ratings share a second; their order in the file follows the item ids, so it is drawn by the seed of the run. "
         "`m6rec` is what `make quickstart` trains, `sasrec (m6rec ids only)` a configuration of this package without "
         "texts; both have `tuning.average_checkpoints` and `task.shuffle_ties`. `neighbours_and_words` is untrained, "
-        "with the settings it has on Beauty: nothing was chosen here. Epochs of RecTools' models "
+        "with the settings it has on Beauty: nothing was chosen here. The rows with chosen settings give films of one "
+        "second no order (`share_ties`). Epochs of RecTools' models "
         "are chosen on validation, up to 80 of SASRec and 160 of BERT4Rec."
     ),
     "ml-100k-click": (
