@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 
 from ...catalogue_m6rec import Catalogue, refuse_journal
 from ...pipeline_m6rec import FOLDER
@@ -23,7 +24,7 @@ from ..answering.loading import load_pipeline
 from ..config.recipe import RECIPES, Recipe, load_recipe, load_saved, write_json
 from ..data.columns import Found, find_columns, write_items
 from ..data.log import Log, read_log
-from ..data.splits import Split, histories
+from ..data.splits import Split, has_times, histories
 from ..data.tables import load_table
 from ..evaluation.baselines import TABLED
 from ..evaluation.evidence import Choice, Evidence, EvidenceSettings, choose_evidence
@@ -59,6 +60,10 @@ FIRST_SHARE = 0.5
 """Share of the time for training in which epochs are chosen, if the network is then trained again with the gap."""
 STALE_FROM = 5
 """Median number of events per user from which validation is `stale`: third last events are then not learnt."""
+SORTED = 0.99
+"""Share of a user's consecutive rows in order of their items from which a log without times is sorted by item."""
+SORTED_PAIRS = 20
+"""Minimum number of such pairs of rows."""
 SAMPLED = 4096
 """Number of items that a batch of the loss draws if the catalogue has more than `TABLED` items."""
 Report = dict[str, dict[str, dict[str, Any]]]
@@ -278,9 +283,34 @@ def _read(recipe: Recipe, decisions: dict[str, Any], say: Callable[[str], object
     fitting.note(f"{len(log.interactions):,} events of {users:,} users, {len(log.items):,} items")
     if revisits:
         fitting.note(f"{repeated} of {asked} last events are of items that their users know: these are recommended too")
+    if sorted_by_item(log.interactions):
+        fitting.note(
+            "the rows of each user are sorted by item, which is no order of time: the last one, which is held out, "
+            "says little about what comes next; name a column of times (data.columns.timestamp=COLUMN), or shuffle rows"
+        )
     if not asked:
         fitting.note("no user has three events, so that none can be held out: nothing is measured")
     return fitting
+
+
+def sorted_by_item(events: pandas.DataFrame) -> bool:
+    """Return whether the rows of users are sorted by item, in a log without times: a table's order by two keys.
+
+    Args:
+        events: The columns `user_id`, `item_id` and `timestamp`.
+    """
+    if has_times(events):
+        return False
+    users = pandas.factorize(events["user_id"])[0]
+    numbers = pandas.to_numeric(events["item_id"], errors="coerce")
+    items = events["item_id"].rank(method="dense") if numbers.isna().any() else numbers
+    order = np.argsort(users, kind="stable")
+    users, keys = users[order], items.to_numpy()[order]
+    pairs = users[1:] == users[:-1]
+    if pairs.sum() < SORTED_PAIRS:
+        return False
+    steps = np.sign(np.diff(keys)[pairs])
+    return bool(max((steps > 0).mean(), (steps < 0).mean()) >= SORTED)
 
 
 def _stale(recipe: Recipe, log: Log) -> Recipe:

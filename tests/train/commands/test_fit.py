@@ -303,6 +303,19 @@ def trained(tmp_path_factory):
     return found, said, looks
 
 
+def test_a_table_sorted_by_item_has_no_order_of_time():
+    rng = np.random.default_rng(0)
+    rows = [{"user_id": f"u{user}", "item_id": str(item)} for user in range(9) for item in rng.permutation(200)[:6]]
+    events = pandas.DataFrame(rows).assign(timestamp=np.nan)
+    by_item = events.assign(number=events["item_id"].astype(int)).sort_values(["number"])
+    names = events.assign(item_id="b" + events["item_id"])
+    assert not fit.sorted_by_item(events) and not fit.sorted_by_item(names)
+    assert fit.sorted_by_item(by_item) and fit.sorted_by_item(by_item[::-1])
+    assert fit.sorted_by_item(names.sort_values(["user_id", "item_id"]))
+    assert not fit.sorted_by_item(by_item.assign(timestamp=1.0)) and not fit.sorted_by_item(by_item[:9])
+    assert not fit.sorted_by_item(events.assign(item_id="1")), "one item again and again"
+
+
 def test_a_large_catalogue_is_learnt_with_drawn_items(tmp_path, monkeypatch):
     paths, said, tasks = tables(tmp_path), [], []
     monkeypatch.setattr(fit, "train_with_evidence", lambda recipe, *rest: tasks.append(recipe.task))
