@@ -303,9 +303,10 @@ def sorted_by_item(events: pandas.DataFrame) -> bool:
         return False
     users = pandas.factorize(events["user_id"])[0]
     numbers = pandas.to_numeric(events["item_id"], errors="coerce")
-    items = events["item_id"].rank(method="dense") if numbers.isna().any() else numbers
+    unnumbered = bool(numbers.isna().any())
+    items = pandas.factorize(events["item_id"], sort=True)[0] if unnumbered else numbers.to_numpy(dtype=float)
     order = np.argsort(users, kind="stable")
-    users, keys = users[order], items.to_numpy()[order]
+    users, keys = users[order], items[order]
     pairs = users[1:] == users[:-1]
     if pairs.sum() < SORTED_PAIRS:
         return False
