@@ -216,7 +216,8 @@ class Table:
         if not bad.any():
             return
         if self.drop:
-            self.dropped[f"{self.name}: column {column!r}: not {expected}"] = int((bad & ~self._bad).sum())
+            if more := int((bad & ~self._bad).sum()):
+                self.dropped[f"{self.name}: column {column!r}: not {expected}"] = more
             self._bad |= bad
             return
         row = int(bad.argmax())

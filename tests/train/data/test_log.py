@@ -341,6 +341,14 @@ def test_bad_rows_are_left_out_with_their_reasons(caplog):
     assert "dropped 2 rows: interactions: column 'item_id'" in caplog.text
 
 
+def test_a_row_is_left_out_for_its_first_reason_alone():
+    events = {"user_id": ["u1", ""], "item_id": ["a", "x"], "timestamp": [str(T), str(T)]}
+    tables = Dataset.from_dict(events), Dataset.from_dict({"item_id": ["a"], "title": ["Boots"]})
+    assert build_log(*tables, None, DataArguments(drop_invalid=True)).dropped == {
+        "interactions: column 'user_id': not an id": 1
+    }
+
+
 def test_parts_are_read_only_where_they_are_named():
     parts = {"part": ["wheel", "brake", "wheel"], "fold": ["train", "test", "valid"]}
     assert "part" not in log_of(parts).interactions
