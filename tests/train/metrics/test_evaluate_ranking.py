@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -49,11 +50,17 @@ def metric(tmp_path):
 
 def in_this_process(modules, folder):
     """Run it in another folder, with caches there; what is printed is returned."""
-    from evaluate import config
+    from evaluate import config, loading
 
+    def import_(*given, **named):  # Python may have listed the folder before the library wrote the module into it
+        importlib.invalidate_caches()
+        return import_main_class(*given, **named)
+
+    import_main_class = loading.import_main_class
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["-c", *modules])
+        patch.setattr(loading, "import_main_class", import_)
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(socket.socket, "connect", socket.socket.connect)
         for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
