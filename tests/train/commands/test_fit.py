@@ -37,7 +37,8 @@ def tables(folder, users=40, seed=0, **changed):
         start = int(rng.integers(30))
         for step in range(int(rng.integers(3, 8))):
             place = (start + step % changed.get("period", 99)) % 30
-            events.append({"customer": f"c{user}", "product": f"p{place}", "when": f"2024-05-{step + 1:02d}"})
+            day = step // changed.get("events_of_a_day", 1) + 1
+            events.append({"customer": f"c{user}", "product": f"p{place}", "when": f"2024-05-{day:02d}"})
     return write_tables(folder, events=events, items=items)
 
 
@@ -95,8 +96,9 @@ def log_scores(shop):
     ordered = order(shop.log.interactions, shop.recipe.data.seed, shop.recipe.evaluation.ties)
     names = shop.log.items.index.tolist()
     users = {user: [names.index(item) for item in own["item_id"]] for user, own in ordered.groupby("user_id")}
+    times = [own["timestamp"].to_numpy() for _, own in ordered.groupby("user_id")]
     texts = [" ".join(shop.log.item_fields(name).values()) for name in names]
-    found = Evidence(texts, list(users.values()), kept.settings).scores(users.values())
+    found = Evidence(texts, list(users.values()), kept.settings, times).scores(users.values(), times)
     return {user: dict(zip(names, scores.tolist())) for user, scores in zip(users, found)}
 
 
@@ -109,10 +111,10 @@ def asked_of(shop, user):
 
 @pytest.fixture(scope="module")
 def with_linear(tmp_path_factory):
-    """A folder that was fitted without training, with a linear model among the evidence."""
+    """A folder that was fitted without training, with a linear model among the evidence, and with ties."""
     folder = tmp_path_factory.mktemp("linear")
-    paths = tables(folder)
-    choice = Choice(EvidenceSettings(linear=2.0, strength=3.0, popularity=0.2), 9, 0.2, 0.1, 3)
+    paths = tables(folder, events_of_a_day=2)
+    choice = Choice(EvidenceSettings(linear=2.0, strength=3.0, popularity=0.2, share_ties=True), 9, 0.2, 0.1, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m6rec.train.commands.fit.choose_evidence", lambda *_, **__: choice)
         assert main(["fit", paths["events"], paths["items"], str(folder / "shop"), "--minutes", "0"]) == 0
@@ -126,6 +128,7 @@ def test_the_library_pipeline_answers_by_evidence_as_every_other_way(which, requ
     shop, recommend = Recommender(folder), pipeline("recommendation", model=str(folder))
     assert recommend.catalogue.evidence.learnt == 0
     assert recommend.catalogue.evidence.linear == (2.0 if which == "with_linear" else 0.0)
+    assert recommend.catalogue.evidence.share_ties == (which == "with_linear")
     expected = log_scores(shop)
     users = list(expected)[:20]
     answers = recommend([asked_of(shop, user) for user in users], top_k=5)
@@ -141,6 +144,15 @@ def test_the_library_pipeline_answers_by_evidence_as_every_other_way(which, requ
     assert main(["recommend", str(folder), "--user", users[3], "--top-k", "5"]) == 0
     printed = [row["item_id"] for row in json.loads(capsys.readouterr().out)]
     assert printed == [row["item_id"] for row in answers[3]]
+
+
+@pytest.mark.parametrize(("ties", "expected"), [("shuffled", True), ("published", False)])
+def test_ties_are_shared_where_their_order_is_drawn(tmp_path, ties, expected):
+    paths = tables(tmp_path, events_of_a_day=2)
+    protocol = f"evaluation.protocol={ties}"
+    assert main(["fit", paths["events"], paths["items"], str(tmp_path / "shop"), "--minutes", "0", protocol]) == 0
+    settings = json.loads((tmp_path / "shop" / "fit.json").read_text())["evidence"]["settings"]
+    assert settings["share_ties"] == expected
 
 
 def test_a_click_is_observed_and_kept(fitted, tmp_path):
