@@ -815,10 +815,11 @@ class Histories(NamedTuple):
             if rule.half_life is not None:
                 scale = scale * np.exp2((self.times[step:][stays] - origin) / rule.half_life)
             keys += [first * WIDTH + second, second * WIDTH + first]
-            tied = (self.times[:-step] == self.times[step:])[stays] if rule.share_ties else np.zeros(len(first), bool)
-            for way in (1, rule.backwards):
-                ways = np.where(tied, (1 + rule.backwards) / 2, way)
-                totals.append(np.rint(scale * ways).astype(np.int64))
+            ways: list[Any] = [1, rule.backwards]
+            if rule.share_ties:
+                tied = (self.times[:-step] == self.times[step:])[stays]
+                ways = [np.where(tied, (1 + rule.backwards) / 2, way) for way in ways]
+            totals += [np.broadcast_to(np.rint(scale * way), first.shape).astype(np.int64) for way in ways]
         return Counts.of(np.concatenate(keys), np.concatenate(totals))
 
 

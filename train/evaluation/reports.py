@@ -66,7 +66,6 @@ class RankingExamples:
         cold: U bool: the target has no learnt event.
         left_out: Ids of users who are not evaluated, since they have met the target before.
         transition: U bool: in learnt sequences the target is one or two steps from the history's last item.
-        times: Time of the last event of each history, in seconds since 1970; NaN without times.
         conditions: Conditions of the metrics: the `protocol`, and whether the validation part is `observed`.
         fields: The fields of `evaluation.fairness`; None if it names none.
         moments: Times of the events of each history, in seconds since 1970; NaN without times.
@@ -79,10 +78,14 @@ class RankingExamples:
     cold: np.ndarray
     left_out: list[str] = field(default_factory=list)
     transition: np.ndarray | None = None
-    times: np.ndarray | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
     fields: Fields | None = None
     moments: list[np.ndarray] = field(default_factory=list)
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """Time of the last event of each history, U, in seconds since 1970; NaN without times."""
+        return np.array([own[-1] for own in self.moments])
 
     @cached_property
     def repeated(self) -> np.ndarray:
@@ -188,7 +191,6 @@ def ranking_examples(
         ~np.isin(targets, np.concatenate([np.empty(0, dtype=int), *sequences])),
         [each.user_id for each in left_out],
         Transitions.fit(sequences, len(writer.item_ids)).holds(last, targets),
-        times[[each.history[-1] for each in found]],
         {"protocol": protocol_name(arguments, split), "observed": arguments.observe_validation and part == "test"},
         fields_of(arguments.fairness, writer, users) if arguments.fairness else None,
         [times[each.history] for each in found],

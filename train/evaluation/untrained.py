@@ -204,7 +204,7 @@ class Untrained:
     @cached_property
     def half_life(self) -> float:
         """The chosen half-life of recent popularity, in seconds."""
-        times = _times(self.valid)
+        times = self.valid.times
 
         def value(half_life: float) -> float:
             rule = self.before.recent_popularity(half_life)
@@ -230,7 +230,7 @@ class Untrained:
         return Scores(lambda part: popularity_scores(counts, len(examples.histories[part])))
 
     def _recent_popularity(self, learnt: Learnt, examples: RankingExamples) -> Scores:
-        rule, times = learnt.recent_popularity(self.half_life), _times(examples)
+        rule, times = learnt.recent_popularity(self.half_life), examples.times
         return Scores(lambda part: rule.scores_at(times[part]), {"half_life_days": self.half_life / DAY})
 
     def _similar_text(self, learnt: Learnt, examples: RankingExamples) -> Scores:
@@ -304,11 +304,6 @@ def _settings(rule: Evidence) -> dict[str, Any]:
     """Return the rule for counting transitions in JSON form."""
     names = ("steps", "backwards", "out_power", "in_power", "second", "recency", "share_ties")
     return {name: value for name, value in rule.to_dict().items() if name in names}
-
-
-def _times(examples: RankingExamples) -> np.ndarray:
-    assert examples.times is not None
-    return examples.times
 
 
 __all__ = ["Learnt", "Untrained", "plain", "untrained_rows"]
